@@ -1,0 +1,290 @@
+"""LatentModel against the pipelines themselves, finite differences and the VAE called by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, EulerDiscreteScheduler, StableDiffusionControlNetPipeline
+from torch import nn
+
+from solvers.denoiser import Path, Prediction
+from solvers.families import FAMILIES, family_of, keywords
+from solvers.latent import LatentModel
+from solvers.levels import Clock
+from solvers.noise import noise
+from solvers.samplers import euler, sample
+from tests.pipelines import ddim, sd, sdxl
+
+PROMPTS, NEGATIVES = ["a red circle", "two blue squares"], ["a square", "red"]
+STEPS, SCALE = 4, 3.0
+STATISTICS = {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [0.5, 1.5, 2.0, 0.8]}
+
+
+def discrete(spacing="leading"):
+    return EulerDiscreteScheduler.from_config(ddim().config, timestep_spacing=spacing)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def cfg(denoiser, conds):
+    def predict(path, at):
+        c, u = (denoiser(path.x, at, conds[name]) for name in ("cond", "uncond"))
+        return Prediction(u.x0 + SCALE * (c.x0 - u.x0), u.eps + SCALE * (c.eps - u.eps))
+
+    return predict
+
+
+def run(model, x, conds, steps=STEPS, denoiser=None):
+    """Latents at the end of plain CFG in our own loop."""
+    *_, last = sample(euler, cfg(denoiser or model.denoiser, conds), Path(x), model.levels(steps))
+    return last.x
+
+
+def stock(pipe, output_type, generator, **inputs):
+    options = {"num_inference_steps": STEPS, "guidance_scale": SCALE, "generator": generator, **inputs}
+    return pipe(PROMPTS, negative_prompt=NEGATIVES, output_type=output_type, **options).images
+
+
+PIPELINES = {
+    "sd-eps": lambda: sd(),
+    "sd-v": lambda: sd("v_prediction"),
+    "sdxl-ddim": lambda: sdxl(),
+    "sdxl-v": lambda: sdxl("v_prediction"),
+    "sdxl-euler": lambda: sdxl(scheduler=discrete()),
+    "sdxl-statistics": lambda: sdxl(vae_config=STATISTICS),
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@torch.no_grad()
+def test_own_loop_equals_the_pipeline(name):
+    model = LatentModel(PIPELINES[name]())
+    x = run(model, model.noise(2, seeded()), model.encode(PROMPTS, NEGATIVES))
+    torch.testing.assert_close(x, stock(model.pipe, "latent", seeded()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.decode(x), stock(model.pipe, "pt", seeded()), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_own_clock_and_start_of_a_linspace_euler():
+    """It starts at sigma * noise rather than sqrt(1 + sigma^2) * noise, and its timesteps are no table points."""
+    model, steps = LatentModel(sd(scheduler=discrete("linspace"))), 5
+    model.pipe.scheduler.set_timesteps(steps)
+    assert model.pipe.scheduler.timesteps.frac().any()
+    denoiser = replace(model.denoiser, clock=Clock(model.pipe.scheduler, own=True))
+    x = model.noise(2, seeded()) * model.levels(steps)[0].sigma
+    x = run(model, x, model.encode(PROMPTS, NEGATIVES), steps, denoiser)
+    expected = stock(model.pipe, "latent", seeded(), num_inference_steps=steps)
+    torch.testing.assert_close(x, expected, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_list_of_generators_is_its_runs_one_by_one():
+    model = LatentModel(sd())
+    conds = model.encode(PROMPTS, NEGATIVES)
+    both = run(model, model.noise(2, [seeded(3), seeded(4)]), conds)
+    for i in range(2):
+        one = {name: {key: value[i : i + 1] for key, value in cond.items()} for name, cond in conds.items()}
+        torch.testing.assert_close(
+            both[i : i + 1], run(model, model.noise(1, seeded(3 + i)), one), atol=1e-5, rtol=1e-5
+        )
+    torch.testing.assert_close(both, stock(model.pipe, "latent", [seeded(3), seeded(4)]), atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_against_finite_differences():
+    """d loss / d direction, over a whole sampled and decoded image, for each thing that can be learnt."""
+    model = LatentModel(sdxl().to(torch.float64))
+    conds = {name: {k: v.detach() for k, v in cond.items()} for name, cond in model.encode(PROMPTS[:1]).items()}
+    target = torch.rand(1, 3, 16, 16, dtype=torch.float64, generator=seeded(1))
+    weight = model.network.down_blocks[1].attentions[0].transformer_blocks[0].attn2.to_k.weight
+    hidden = conds["cond"]["encoder_hidden_states"]
+    leaves = [model.noise(1, seeded()).requires_grad_(), hidden.requires_grad_(), weight]
+    assert leaves[0].dtype == torch.float64
+
+    def loss():
+        x = run(model, leaves[0], conds, steps=2)
+        return (model.decode(x) - target).square().sum()
+
+    grads = torch.autograd.grad(loss(), leaves)
+    for leaf, grad in zip(leaves, grads, strict=True):
+        direction = torch.randn(leaf.shape, dtype=torch.float64, generator=seeded(2))
+        with torch.no_grad():
+            origin, h = leaf.clone(), 1e-5
+            ends = [(leaf.copy_(origin + sign * h * direction), loss())[1] for sign in (1, -1)]
+            leaf.copy_(origin)
+        expected = (ends[0] - ends[1]) / (2 * h)
+        assert expected.abs() > 1e-6
+        torch.testing.assert_close((grad * direction).sum(), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_checkpointed_decode_is_the_same_function_with_the_same_gradient():
+    model = LatentModel(sd())
+    z = model.noise(2, seeded()).requires_grad_()
+    plain, checkpointed = model.decode(z), model.decode(z, checkpointed=True)
+    assert torch.equal(plain, checkpointed)
+    grads = [torch.autograd.grad(images.square().sum(), z)[0] for images in (plain, checkpointed)]
+    torch.testing.assert_close(*grads)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [{}, {"shift_factor": 0.3, "scaling_factor": 1.5}, STATISTICS])
+def test_images_go_through_the_vae_and_back(config):
+    model = LatentModel(sd(vae_config=config))
+    vae, images = model.pipe.vae, torch.rand(2, 3, 16, 16, generator=seeded())
+    raw = vae.encode(2 * images - 1).latent_dist.mode()
+    mean, std = (
+        torch.tensor(config.get(k, d)).view(1, -1, 1, 1) for k, d in (("latents_mean", [0.0]), ("latents_std", [1.0]))
+    )
+    expected = (raw - mean - config.get("shift_factor", 0)) * config.get("scaling_factor", 0.18215) / std
+    z = model.encode_images(images)
+    torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(model.decode(z), (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1), atol=1e-6, rtol=1e-5)
+
+
+def test_float16_vae_runs_in_float32_and_is_left_as_it_was():
+    pipe = sdxl()
+    pipe.vae.half()
+    model, exact = LatentModel(pipe), LatentModel(sdxl())
+    exact.pipe.vae.load_state_dict(pipe.vae.state_dict())
+    z = model.noise(1, seeded()).requires_grad_()
+    for method, x in (("decode", z), ("encode_images", torch.rand(1, 3, 16, 16))):
+        torch.testing.assert_close(getattr(model, method)(x), getattr(exact, method)(x))
+    model.decode(z, checkpointed=True).square().sum().backward()
+    weight, reference = pipe.vae.decoder.conv_in.weight, exact.pipe.vae.decoder.conv_in.weight
+    exact.decode(z.detach()).square().sum().backward()
+    assert weight.dtype == torch.float16 and z.grad.abs().sum() > 0
+    torch.testing.assert_close(weight.grad.float(), reference.grad, rtol=2e-3, atol=1e-4)
+
+
+def seen(pipe, **inputs):
+    """What the pipeline calls its UNet with."""
+    calls = []
+    handle = pipe.unet.register_forward_pre_hook(lambda m, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    pipe(PROMPTS, num_inference_steps=1, guidance_scale=SCALE, output_type="latent", **inputs)
+    handle.remove()
+    return calls[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("negatives", [None, NEGATIVES])
+@pytest.mark.parametrize("make", [sd, sdxl, lambda: sdxl(force_zeros=False)])
+def test_conditions_are_those_that_the_pipeline_passes(make, negatives):
+    model = LatentModel(make())
+    call = seen(model.pipe, negative_prompt=negatives, height=24, width=32)
+    conds = model.encode(PROMPTS, negatives, height=24, width=32)
+    expected = {"encoder_hidden_states": call["encoder_hidden_states"], **(call["added_cond_kwargs"] or {})}
+    assert conds["cond"].keys() == conds["uncond"].keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(torch.cat([conds["uncond"][key], conds["cond"][key]]), value), key
+
+
+@torch.no_grad()
+def test_one_prompt_and_one_negative_may_be_strings():
+    model = LatentModel(sd())
+    conds, lists = model.encode("red", "blue"), model.encode(["red"], ["blue"])
+    shared = model.encode(PROMPTS, "blue")
+    for name in ("cond", "uncond"):
+        assert torch.equal(conds[name]["encoder_hidden_states"], lists[name]["encoder_hidden_states"])
+    torch.testing.assert_close(*shared["uncond"]["encoder_hidden_states"])
+    torch.testing.assert_close(shared["uncond"]["encoder_hidden_states"][:1], lists["uncond"]["encoder_hidden_states"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [8, 9])
+def test_guidance_scale_is_embedded_for_a_distilled_network(width):
+    pipe = sd(unet_config={"time_cond_proj_dim": width})
+    model = LatentModel(pipe, embedded_guidance=SCALE)
+    conds = model.encode(PROMPTS)
+    assert torch.equal(conds["cond"]["timestep_cond"], seen(pipe)["timestep_cond"])
+    x, at = model.noise(2, seeded()), model.levels(1)[0]
+    without = {"encoder_hidden_states": conds["cond"]["encoder_hidden_states"]}
+    assert not torch.allclose(model.denoiser(x, at, conds["cond"]).x0, model.denoiser(x, at, without).x0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("space", ["eps", "v", "x0", "flow"])
+def test_a_prediction_does_not_depend_on_the_coordinates(space):
+    model = LatentModel(sd())
+    denoiser, cond = replace(model.denoiser, prediction_type=space), model.encode(PROMPTS)["cond"]
+    x, at = model.noise(2, seeded()), model.levels(STEPS)[1]
+    here = denoiser(x, at, cond)
+    torch.testing.assert_close(at.alpha * here.x0 + at.sigma * here.eps, x, atol=2e-6, rtol=1e-5)
+    own = denoiser.own(x, noise(3.0, 4.0))[1]
+    assert own == pytest.approx((3 / 7, 4 / 7) if space == "flow" else (3 / 5, 4 / 5))
+    for factor in (at.alpha, at.alpha + at.sigma, 1 / at.sigma):  # VE, flow, and one that nobody uses
+        there = denoiser(x / factor, noise(at.alpha / factor, at.sigma / factor), cond)
+        torch.testing.assert_close((there.x0, there.eps), (here.x0, here.eps), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_network_runs_in_its_dtype_and_the_prediction_is_float32():
+    model = LatentModel(sdxl())
+    conds, x, at = model.encode(PROMPTS), model.noise(2, seeded()), model.levels(STEPS)[1]
+    exact = model.denoiser(x, at, conds["cond"])
+    model.pipe.unet.bfloat16()
+    p = model.denoiser(x, at, conds["cond"])
+    assert p.x0.dtype == p.eps.dtype == torch.float32 and model.dtype == torch.bfloat16
+    drawn = torch.randn(2, 4, 8, 8, dtype=model.dtype, generator=seeded())
+    torch.testing.assert_close(model.noise(2, seeded()), drawn.float(), atol=0, rtol=0)  # and in float32
+    assert 0 < (p.eps - exact.eps).abs().max() < 0.1 * exact.eps.abs().max()
+    torch.testing.assert_close(at.alpha * p.x0 + at.sigma * p.eps, x, atol=1e-5, rtol=1e-5)
+
+
+def test_no_module_changes_mode_or_requires_grad():
+    model = LatentModel(sd())
+    modules = [m for m in model.pipe.components.values() if isinstance(m, nn.Module)]
+    for i, module in enumerate(modules):
+        module.train().requires_grad_(i % 2 == 0)
+
+    def flags():
+        return [m.training for p in modules for m in p.modules()], [
+            q.requires_grad for p in modules for q in p.parameters()
+        ]
+
+    before = flags()
+    x = run(model, model.noise(1, seeded()), model.encode(["red"]), steps=1)
+    model.encode_images(model.decode(x, checkpointed=True))
+    assert flags() == before
+
+
+@pytest.mark.parametrize(
+    "height, width, expected", [(None, None, (4, 8, 8)), (24, None, (4, 12, 8)), (10, 32, (4, 5, 16))]
+)
+def test_shape_is_that_of_encoded_images(height, width, expected):
+    model = LatentModel(sd())
+    assert model.shape(height, width) == expected
+    assert model.noise(3, height=height, width=width).shape == (3, *expected)
+    assert model.encode_images(torch.rand(1, 3, *model.size(height, width))).shape == (1, *expected)
+
+
+def test_what_is_not_supported_is_refused_by_name():
+    pipe = sd()
+    model = LatentModel(pipe)
+    unknown = DDIMPipeline(pipe.unet, pipe.scheduler)
+    with pytest.raises(ValueError, match="DDIMPipeline.*StableDiffusionPipeline.*StableDiffusionXLPipeline"):
+        LatentModel(unknown)
+    with pytest.raises(ValueError, match="9 channels"):
+        LatentModel(sd(unet_config={"in_channels": 9}))
+    parts = {**pipe.components, "controlnet": None, "requires_safety_checker": False}
+    with pytest.raises(ValueError, match="ControlNet"):
+        LatentModel(StableDiffusionControlNetPipeline(**parts))
+    with pytest.raises(ValueError, match="no patch 'pag'; known: none"):
+        model.denoiser.patched("pag")
+    with pytest.raises(ValueError, match="3 generators for a batch of 2"):
+        model.noise(2, [seeded()] * 3)
+    with pytest.raises(ValueError, match="17 x 16 pixels.* 2"):
+        model.shape(height=17)
+    with pytest.raises(ValueError, match="do not pass embedded_guidance"):
+        LatentModel(pipe, embedded_guidance=2.0).encode("red")
+    with pytest.raises(ValueError, match="time_cond_proj_dim=8: pass embedded_guidance"):
+        LatentModel(sd(unet_config={"time_cond_proj_dim": 8})).encode("red")
+
+
+def test_keywords_nest_by_the_table():
+    family = family_of(sdxl())
+    assert family is FAMILIES["sdxl"]
+    arguments = keywords(family.batch_first, {"encoder_hidden_states": 1, "text_embeds": 2, "time_ids": 3})
+    assert arguments == {"encoder_hidden_states": 1, "added_cond_kwargs": {"text_embeds": 2, "time_ids": 3}}
+    with pytest.raises(ValueError, match="takes no text_embedding; known: .*text_embeds"):
+        keywords(family.batch_first, {"text_embedding": 1})
