@@ -1,0 +1,497 @@
+"""Trains the embedded models on the world of shapes, on two CPU cores or a GPU.
+
+    python scripts/train_tiny.py vae unet weak turbo clip classifier export
+
+Stages run in the order given and leave their state in `train/`, so a stage that was stopped goes on where it was, and
+one that is finished is skipped. `export` writes float16 safetensors in diffusers' and open_clip's own formats to
+`difftune/weights/`. Every random number comes from (SEED, stage, step).
+"""
+
+import argparse
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.schedulers import DPMSolverMultistepScheduler
+from open_clip import CLIP
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from rewards import shapes
+from rewards.classifier import CLASSES, ShapeClassifier
+from rewards.render import render
+
+SEED = 0
+TRAIN = Path("train")
+SCENES = 50_000
+KINDS = dict(zip(shapes.CATEGORIES, (0.12, 0.16, 0.20, 0.12, 0.22, 0.18), strict=True))
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class Fit:
+    """One training run: `loss(step)` is minimised over `modules`; their averaged weights are what is kept."""
+
+    name: str
+    modules: dict[str, nn.Module]
+    loss: Callable[[int], Tensor]
+    steps: int
+    lr: float
+    decay: float = 0.999  # of the averaged weights
+    every: int = 250  # steps between saves
+
+    def run(self) -> None:
+        parameters = [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01)
+        average = [p.detach().clone() for p in parameters]
+        start, began, shown = self._resume(parameters, average, optimizer), time.time(), 0.0
+        for step in range(start, self.steps):
+            torch.manual_seed(zlib.crc32(f"{SEED} {self.name} {step}".encode()))
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * one_cycle(step / self.steps)
+            loss = self.loss(step)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            rate = 1 - min(self.decay, (step + 1) / (step + 10))
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], rate)
+            shown = 0.98 * shown + 0.02 * loss.item()
+            if step % 50 == 0:
+                mean = shown / (1 - 0.98 ** (step - start + 1))
+                print(f"{self.name} {step} loss {mean:.5f} {time.time() - began:.0f} s", flush=True)
+            if (step + 1) % self.every == 0 or step + 1 == self.steps:
+                self._save(parameters, average, optimizer, step + 1)
+        with torch.no_grad():
+            for parameter, mean in zip(parameters, average, strict=True):
+                parameter.copy_(mean)
+
+    def _save(self, parameters, average, optimizer, step) -> None:
+        tensors = {"step": torch.tensor(step)}
+        for i, (parameter, mean) in enumerate(zip(parameters, average, strict=True)):
+            state = optimizer.state[parameter]
+            tensors |= {f"p{i}": parameter, f"a{i}": mean, f"m{i}": state["exp_avg"], f"v{i}": state["exp_avg_sq"]}
+        TRAIN.mkdir(exist_ok=True)
+        partial = TRAIN / f"{self.name}.partial"
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial)
+        partial.rename(TRAIN / f"{self.name}.safetensors")
+
+    def _resume(self, parameters, average, optimizer) -> int:
+        file = TRAIN / f"{self.name}.safetensors"
+        if not file.exists():
+            return 0
+        tensors = load_file(file, device=str(DEVICE))
+        with torch.no_grad():
+            for i, (parameter, mean) in enumerate(zip(parameters, average, strict=True)):
+                parameter.copy_(tensors[f"p{i}"])
+                mean.copy_(tensors[f"a{i}"])
+                moments = {"exp_avg": tensors[f"m{i}"], "exp_avg_sq": tensors[f"v{i}"]}
+                optimizer.state[parameter] = {"step": tensors["step"].float().cpu(), **moments}
+        return int(tensors["step"])
+
+
+def one_cycle(t: float, warm: float = 0.05) -> float:
+    """Linear warm-up, then half a cosine down to a hundredth: t in [0, 1]."""
+    if t < warm:
+        return 0.04 + 0.96 * t / warm
+    return 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * (t - warm) / (1 - warm)))
+
+
+@cache
+def scenes(count: int = SCENES, stream: int = 0) -> tuple[Tensor, list, list]:
+    """(images (N, 3, 64, 64) uint8, captions, scenes) of one random stream."""
+    rng = np.random.default_rng([SEED, stream])
+    pairs = [shapes.draw(rng, list(KINDS), list(KINDS.values())) for _ in range(count)]
+    images = np.stack([(255 * render(scene)).round().astype(np.uint8) for _, scene in pairs])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), [c for c, _ in pairs], [s for _, s in pairs]
+
+
+def pixels(images: Tensor) -> Tensor:
+    """uint8 images to [-1, 1]."""
+    return images.to(DEVICE).float() / 127.5 - 1
+
+
+def make_vae() -> AutoencoderKL:
+    torch.manual_seed(SEED)
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=64,
+    ).to(DEVICE)
+
+
+def train_vae(steps: int = 2400) -> AutoencoderKL:
+    """L1 + L2 + a little KL; bfloat16 for most of the way, float32 for the last stretch."""
+    vae = make_vae()
+
+    def loss(step: int) -> Tensor:
+        images = scenes()[0]
+        x = pixels(images[torch.randint(len(images), (32,))])
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=step < 0.85 * steps):
+            posterior = vae.encode(x).latent_dist
+            y = vae.decode(posterior.sample()).sample
+        gap = y.float() - x
+        return gap.abs().mean() + gap.square().mean() + 1e-4 * posterior.kl().float().mean() / 256
+
+    Fit("vae", {"vae": vae}, loss, steps, 1.5e-3).run()
+    return vae.eval()
+
+
+
+# ------------------------------------------------------------------------------------------------ tokens and latents
+
+LENGTH = 16  # tokens of a caption
+TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+@cache
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's layout: every byte, every byte that ends a word, the merges that make a token of each word, two marks."""
+    letters = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    names = [chr(i) for i in (*letters, *range(256, 512 - len(letters)))]
+    words = [*shapes.SIZES, *shapes.COLORS, *shapes.SHAPES, *(s + "s" for s in shapes.SHAPES), *shapes.COUNTS]
+    words += [*" ".join(shapes.RELATIONS).split(), *shapes.BACKGROUNDS, "and", "an", "on", "background"]
+    model = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    trainer = BpeTrainer(vocab_size=4096, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
+    model.train_from_iterator(words, trainer)
+    merges = [tuple(pair) for pair in json.loads(model.to_str())["model"]["merges"]]
+    names += [name + "</w>" for name in names] + list(dict.fromkeys(a + b for a, b in merges))
+    return {name: i for i, name in enumerate([*names, "<|startoftext|>", "<|endoftext|>"])}, merges
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer with a vocabulary of its own: every word of the grammar is one token, any text works."""
+    vocab, merges = vocabulary()
+    return CLIPTokenizer(vocab=dict(vocab), merges=list(merges), model_max_length=LENGTH)
+
+
+def tokens(texts: list[str]) -> Tensor:
+    """Token ids (N, 16)."""
+    batch = make_tokenizer()(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+    return batch.input_ids.to(DEVICE)
+
+
+def make_text_encoder() -> CLIPTextModel:
+    tokenizer = make_tokenizer()
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).to(DEVICE)
+
+
+def make_unet(channels: tuple[int, ...] = (64, 128)) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=channels,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    ).to(DEVICE)
+
+
+@cache
+def latents() -> tuple[Tensor, float]:
+    """(latents (N, 4, 8, 8) of unit variance, scaling factor) of every training scene."""
+    file = TRAIN / "latents.safetensors"
+    if not file.exists():
+        vae, images = train_vae(), scenes()[0]
+        with torch.no_grad():
+            z = torch.cat([vae.encode(pixels(part)).latent_dist.mean.cpu() for part in images.split(256)])
+        save_file({"z": z.contiguous()}, file)
+    z = load_file(file)["z"]
+    return z / z.std(), 1 / z.std().item()
+
+
+@cache
+def caption_tokens() -> Tensor:
+    """Token ids (N, 16) of every training caption."""
+    return tokens([str(caption) for caption in scenes()[1]])
+
+
+# ------------------------------------------------------------------------------------------------ diffusion models
+
+
+def alpha_bar() -> Tensor:
+    return DDIMScheduler(**TABLE).alphas_cumprod.to(DEVICE)
+
+
+def denoising_loss(unet: nn.Module, text: nn.Module, batch: int = 64) -> Tensor:
+    """eps-prediction, min-SNR-5 weights (https://arxiv.org/abs/2303.09556), a tenth of the captions empty."""
+    chosen = torch.randint(len(caption_tokens()), (batch,))
+    z, ids = latents()[0][chosen].to(DEVICE), caption_tokens()[chosen]
+    ids = torch.where(torch.rand(batch, 1, device=DEVICE) < 0.1, tokens([""]), ids)
+    t = torch.randint(0, 1000, (batch,), device=DEVICE)
+    power = alpha_bar()[t].view(-1, 1, 1, 1)
+    eps = torch.randn_like(z)
+    out = unet(power.sqrt() * z + (1 - power).sqrt() * eps, t, text(ids).last_hidden_state).sample
+    snr = power / (1 - power)
+    return (snr.clamp(max=5) / snr * (out - eps).square()).mean()
+
+
+def train_unet(steps: int = 5500) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """`tiny`: the text encoder is trained with the UNet."""
+    torch.manual_seed(SEED)
+    unet, text = make_unet(), make_text_encoder()
+    Fit("unet", {"unet": unet, "text": text}, lambda step: denoising_loss(unet, text), steps, 1.5e-3).run()
+    return unet.eval(), text.eval()
+
+
+def train_weak(steps: int = 1000) -> UNet2DConditionModel:
+    """`tiny-weak`: a fraction of the channels, stopped early, under `tiny`'s text encoder."""
+    text = train_unet()[1].requires_grad_(False)
+    torch.manual_seed(SEED + 1)
+    unet = make_unet((32, 32))
+    Fit("weak", {"unet": unet}, lambda step: denoising_loss(unet, text), steps, 1.5e-3).run()
+    return unet.eval()
+
+
+def pipeline() -> StableDiffusionPipeline:
+    """`tiny` as a whole."""
+    unet, text = train_unet()
+    vae = train_vae()
+    vae.register_to_config(scaling_factor=latents()[1])
+    scheduler = DDIMScheduler(**TABLE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    pipe = StableDiffusionPipeline(
+        vae, text, make_tokenizer(), unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# ------------------------------------------------------------------------------------------------ tiny-turbo
+
+SOLVER_STEPS = 12
+GUIDANCE = 5.0
+TRAJECTORIES = 20_000
+
+
+def trajectories(count: int = TRAJECTORIES, batch: int = 125) -> Iterator[dict[str, Tensor]]:
+    """The teacher's guided trajectories, in parts on disk: x (B, 13, 4, 8, 8) from noise to data, t (12,), ids (B, 16)."""
+    folder = TRAIN / "trajectories"
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe = None
+    for part in range(count // batch):
+        file = folder / f"{part}.safetensors"
+        if not file.exists():
+            pipe = pipe or pipeline()
+            partial = file.with_suffix(".partial")
+            save_file(teach(pipe, part, batch), partial)
+            partial.rename(file)
+            if part % 10 == 0:
+                print(f"trajectories {part * batch} of {count}", flush=True)
+        yield load_file(file)
+
+
+@torch.no_grad()
+def teach(pipe: StableDiffusionPipeline, part: int, batch: int) -> dict[str, Tensor]:
+    """One part: DPM++ 2M under classifier-free guidance, for captions of a stream of their own."""
+    scheduler = DPMSolverMultistepScheduler(**TABLE, timestep_spacing="trailing", final_sigmas_type="zero")
+    scheduler.set_timesteps(SOLVER_STEPS)
+    rng = np.random.default_rng([SEED, 7, part])
+    ids = tokens([str(draw_caption(rng)) for _ in range(batch)])
+    cond, uncond = pipe.text_encoder(ids)[0], pipe.text_encoder(tokens([""]))[0].expand(batch, -1, -1)
+    x = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(1000 + part)).to(DEVICE)
+    xs = [x]
+    for t in scheduler.timesteps:
+        u, c = pipe.unet(torch.cat([x, x]), t, torch.cat([uncond, cond])).sample.chunk(2)
+        x = scheduler.step(u + GUIDANCE * (c - u), t, x).prev_sample
+        xs.append(x)
+    return {"x": torch.stack(xs, 1).cpu().contiguous(), "t": scheduler.timesteps.clone(), "ids": ids.cpu()}
+
+
+def draw_caption(rng: np.random.Generator) -> shapes.Caption:
+    while True:
+        caption = shapes.draw_caption(rng, str(rng.choice(list(KINDS), p=list(KINDS.values()))))
+        if shapes.content(caption) not in shapes.held_out():
+            return caption
+
+
+def train_turbo(steps: int = 4000, batch: int = 64) -> UNet2DConditionModel:
+    """`tiny-turbo`: maps any point of the teacher's trajectory to its end, half of the time from pure noise.
+
+    Supervised consistency distillation (https://arxiv.org/abs/2310.04378, with the solver's own end point as the
+    target): x0 = (x - sigma * eps) / alpha is regressed with a pseudo-Huber loss.
+    """
+    teacher, text = train_unet()
+    text.requires_grad_(False)
+    student = make_unet()
+    student.load_state_dict(teacher.state_dict())
+    parts = list(trajectories())
+    x, ids, times = torch.cat([p["x"] for p in parts]), torch.cat([p["ids"] for p in parts]), parts[0]["t"]
+
+    def loss(step: int) -> Tensor:
+        chosen = torch.randint(len(x), (batch,))
+        at = torch.where(torch.rand(batch) < 0.5, 0, torch.randint(0, SOLVER_STEPS, (batch,)))
+        start, end, t = x[chosen, at].to(DEVICE), x[chosen, -1].to(DEVICE), times[at].to(DEVICE)
+        power = alpha_bar()[t].view(-1, 1, 1, 1)
+        eps = student(start, t, text(ids[chosen].to(DEVICE)).last_hidden_state).sample
+        x0 = (start - (1 - power).sqrt() * eps) / power.sqrt()
+        return ((x0 - end).square().flatten(1).sum(1) + 0.01).sqrt().mean()
+
+    Fit("turbo", {"unet": student}, loss, steps, 5e-4).run()
+    return student.eval()
+
+
+# ------------------------------------------------------------------------------------------------ rewards
+
+CLIP_CONFIG = {
+    "embed_dim": 96,
+    "vision_cfg": {"image_size": 64, "layers": 5, "width": 96, "patch_size": 8, "head_width": 32},
+    "text_cfg": {
+        "context_length": LENGTH,
+        "width": 96,
+        "heads": 4,
+        "layers": 3,
+        "hf_tokenizer_name": "tiny-clip",
+        "pool_type": "eos",
+    },
+}
+EDITS = 7
+
+
+def make_clip() -> CLIP:
+    tokenizer = make_tokenizer()
+    CLIP_CONFIG["text_cfg"] |= {"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id}
+    return CLIP(**CLIP_CONFIG).to(DEVICE)
+
+
+@cache
+def decoded() -> Tensor:
+    """Every fourth training picture after a VAE round trip, uint8."""
+    vae, images = train_vae(), scenes()[0][::4]
+    with torch.no_grad():
+        parts = [vae.decode(vae.encode(pixels(part)).latent_dist.mean).sample for part in images.split(256)]
+    return torch.cat([((part.clamp(-1, 1) + 1) * 127.5).round().byte().cpu() for part in parts])
+
+
+def train_clip(steps: int = 2000, batch: int = 64) -> CLIP:
+    """`tiny-clip`: each picture against its caption, seven minimal edits of it, and the batch's captions that are false.
+
+    Half of the pictures have been through the VAE, half of them carry Gaussian noise.
+    """
+    torch.manual_seed(SEED + 2)
+    model = make_clip()
+
+    def loss(step: int) -> Tensor:
+        rng = np.random.default_rng([SEED, 3, step])
+        images, captions, worlds = scenes()
+        chosen = 4 * rng.integers(len(images) // 4, size=batch)
+        pictures = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, images[chosen], decoded()[chosen // 4])
+        x = pixels(pictures)
+        x = x + 0.1 * torch.rand(batch, 1, 1, 1, device=DEVICE) * (torch.rand(batch, 1, 1, 1, device=DEVICE) < 0.5) * torch.randn_like(x)
+        mine, there = [captions[i] for i in chosen], [worlds[i] for i in chosen]
+        wrong = [negatives(rng, caption, scene) for caption, scene in zip(mine, there, strict=True)]
+        texts = [str(caption) for caption in mine] + [text for several in wrong for text in several]
+        image, text = model.encode_image(x, normalize=True), model.encode_text(tokens(texts), normalize=True)
+        scale, true = model.logit_scale.exp(), torch.arange(batch, device=DEVICE)
+        also = torch.tensor([[shapes.holds(c, s) for c in mine] for s in there], device=DEVICE)
+        also.fill_diagonal_(False)
+        others = (scale * image @ text[:batch].T).masked_fill(also, -torch.inf)
+        own = scale * torch.einsum("bd,bkd->bk", image, text[batch:].view(batch, EDITS, -1))
+        return cross_entropy(torch.cat([others, own], 1), true) + 0.5 * cross_entropy(others.T, true)
+
+    Fit("clip", {"clip": model}, loss, steps, 1e-3).run()
+    return model.eval()
+
+
+def negatives(rng: np.random.Generator, caption: shapes.Caption, scene: shapes.Scene) -> list[str]:
+    """EDITS false captions: the swaps, then one-word changes, repeated where there are too few."""
+    swapped, changed = shapes.swaps(caption, scene), shapes.edits(caption, scene)
+    order = [changed[i] for i in rng.permutation(len(changed))]
+    texts = (swapped + order)[:EDITS]
+    return (texts * EDITS)[:EDITS]
+
+
+def train_classifier(steps: int = 1500, batch: int = 64) -> ShapeClassifier:
+    """`tiny-classifier`: one object, drawn or through the VAE, with up to 0.1 of Gaussian noise."""
+    torch.manual_seed(SEED + 3)
+    model = ShapeClassifier().to(DEVICE)
+    single = [i for i, world in enumerate(scenes()[2]) if len(world.things) == 1 and i % 4 == 0]
+    labels = [CLASSES.index(f"{w.things[0].color} {w.things[0].shape}") for w in (scenes()[2][i] for i in single)]
+
+    def loss(step: int) -> Tensor:
+        pick = torch.randint(len(single), (batch,))
+        index = torch.tensor(single)[pick]
+        pictures = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, scenes()[0][index], decoded()[index // 4])
+        x = (pixels(pictures) + 1) / 2
+        x = x + 0.1 * torch.rand(batch, 1, 1, 1, device=DEVICE) * torch.randn_like(x)
+        return cross_entropy(model(x), torch.tensor(labels)[pick].to(DEVICE))
+
+    Fit("classifier", {"classifier": model}, loss, steps, 2e-3).run()
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------ export
+
+
+def export() -> None:
+    """Everything in float16, in the formats of diffusers and open_clip."""
+    weights, rewards = Path("difftune/weights"), Path("rewards/weights")
+    pipe = pipeline()
+    pipe.to(torch.float16).save_pretrained(weights / "tiny")
+    encoder = weights / "tiny/text_encoder/config.json"  # transformers loads in the dtype named here
+    encoder.write_text(json.dumps(json.loads(encoder.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    train_weak().half().save_pretrained(weights / "tiny-weak/unet")
+    train_turbo().half().save_pretrained(weights / "tiny-turbo/unet")
+    LCMScheduler(**TABLE, clip_sample=False, original_inference_steps=50).save_pretrained(weights / "tiny-turbo/scheduler")
+    folder = rewards / "tiny-clip"
+    folder.mkdir(parents=True, exist_ok=True)
+    model = train_clip().half()
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    half = [0.5, 0.5, 0.5]
+    preprocess = {"mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "squash"}
+    config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    make_tokenizer().save_pretrained(folder)
+    classifier, folder = train_classifier(), rewards / "tiny-classifier"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.half().contiguous() for k, v in classifier.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(classifier.config, indent=2) + "\n")
+
+
+STAGES = {
+    "vae": train_vae,
+    "latents": latents,
+    "unet": train_unet,
+    "weak": train_weak,
+    "turbo": train_turbo,
+    "clip": train_clip,
+    "classifier": train_classifier,
+    "export": export,
+}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="+", choices=STAGES)
+    for stage in parser.parse_args().stages:
+        STAGES[stage]()
