@@ -1,0 +1,201 @@
+"""A loaded diffusers pipeline as a denoiser, with the ways in and out of its latent space.
+
+Everything is autograd-connected to latents, conditions and parameters; nothing here is under `no_grad`, and no module's
+mode or `requires_grad` changes.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from solvers.denoiser import Cond, Prediction, predicted, widen
+from solvers.families import Family, family_of
+from solvers.levels import Clock, levels_of, prediction_type
+from solvers.noise import Noise
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclass(frozen=True)
+class NetworkDenoiser:
+    """A diffusers network as a Denoiser; `dataclasses.replace(denoiser, network=weak)` is one of another network."""
+
+    network: Any
+    family: Family
+    clock: Clock
+    prediction_type: str
+
+    def __call__(self, x: Tensor, at: Noise, cond: Cond) -> Prediction:
+        """The prediction at x (B, C, h, w), whose level may be in any coordinates; float32 or better."""
+        x, at = self.own(x, at)
+        dtype = self.network.dtype
+        cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in cond.items()}
+        timestep = self.clock(at) * self.family.timestep_scale
+        out = self.family.call(self.network, self.family.pack(x.to(dtype)), timestep, cond)
+        return predicted(self.prediction_type, x, at, self.family.unpack(out, x))
+
+    def own(self, x: Tensor, at: Noise) -> tuple[Tensor, Noise]:
+        """(x, at) in the coordinates that the network was trained in: both divided by sqrt(alpha^2 + sigma^2), or by
+        alpha + sigma for a flow. The same (x0, eps) explain both, since x = alpha x0 + sigma eps is homogeneous."""
+        scale = at.alpha + at.sigma if self.prediction_type == "flow" else torch.hypot(at.alpha, at.sigma)
+        return widen(x) / scale, Noise(at.alpha / scale, at.sigma / scale)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.network.parameters()
+
+    def patched(self, name: str) -> AbstractContextManager[Any]:
+        """A context in which the network runs with a named change; ValueError, listing the known, for another name."""
+        patches = self.family.patches
+        if name not in patches:
+            raise ValueError(f"family {self.family.name} has no patch {name!r}; known: {', '.join(patches) or 'none'}")
+        return patches[name](self.network)
+
+
+@dataclass(frozen=True)
+class LatentModel:
+    """A pipeline of `FAMILIES`. Components are read anew at each use, so a replaced scheduler or network is followed.
+
+    `embedded_guidance` is the guidance scale told to a network distilled over scales (LCM); no other takes one.
+    Raises ValueError for an unknown pipeline, one with a ControlNet, and a network that takes more than latents.
+    """
+
+    pipe: Any
+    embedded_guidance: float | None = None
+
+    def __post_init__(self):
+        family_of(self.pipe)
+        if "controlnet" in self.pipe.components:
+            raise ValueError(f"{type(self.pipe).__name__}: LatentModel would leave the ControlNet out; use attach")
+        takes, has = self.network.config.in_channels, self.pipe.vae.config.latent_channels
+        if takes % has:
+            raise ValueError(f"the network takes {takes} channels, more than the latents' {has}; use attach")
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.pipe)
+
+    @property
+    def network(self) -> Any:
+        return self.pipe.components[self.family.denoisers[0]]
+
+    @property
+    def denoiser(self) -> NetworkDenoiser:
+        scheduler = self.pipe.scheduler
+        return NetworkDenoiser(self.network, self.family, Clock(scheduler), prediction_type(scheduler))
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipe._execution_device  # where the pipeline runs, also under offloading
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters of the network."""
+        return self.network.parameters()
+
+    def levels(self, steps: int, **options: Any) -> list[Noise]:
+        """The `steps + 1` levels of the pipeline's scheduler; options as in `levels_of`."""
+        return levels_of(self.pipe.scheduler, steps, **options)
+
+    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """(height, width) of an image in pixels; the pipeline's own by default."""
+        sample = self.network.config.sample_size
+        rows, columns = (sample, sample) if isinstance(sample, int) else sample
+        factor = self.pipe.vae_scale_factor
+        return height or rows * factor, width or columns * factor
+
+    def shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a height x width image; ValueError unless the VAE's factor divides both."""
+        height, width = self.size(height, width)
+        factor = self.pipe.vae_scale_factor
+        if height % factor or width % factor:
+            raise ValueError(f"{height} x {width} pixels: both must be multiples of {factor}")
+        return self.pipe.vae.config.latent_channels, height // factor, width // factor
+
+    def noise(
+        self, batch: int, generator: Generators = None, height: int | None = None, width: int | None = None
+    ) -> Tensor:
+        """Unit normal latents (batch, C, h, w) in float32 or better, the numbers that the pipeline draws: in its dtype.
+
+        ValueError unless `generator` is one generator, or a list with one per sample.
+        """
+        if isinstance(generator, Sequence):
+            generator = list(generator)
+            if len(generator) != batch:
+                raise ValueError(f"{len(generator)} generators for a batch of {batch}: pass one, or one per sample")
+        shape = (batch, *self.shape(height, width))
+        return widen(randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype))
+
+    def encode(
+        self,
+        prompts: str | Sequence[str],
+        negative_prompts: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> dict[str, Cond]:
+        """{"cond": Cond, "uncond": Cond} for B prompts; one negative prompt serves all of them.
+
+        The image's size is a condition of some families (SDXL).
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if isinstance(negative_prompts, str):
+            negative_prompts = [negative_prompts] * len(prompts)
+        negatives = None if negative_prompts is None else list(negative_prompts)
+        return self.family.encode(self.pipe, prompts, negatives, self.size(height, width), self.embedded_guidance)
+
+    def decode(self, latents: Tensor, checkpointed: bool = False) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], float32 or better, of latents (B, C, h, w).
+
+        `checkpointed`: the backward pass recomputes the decoder instead of storing its activations.
+        """
+        mean, std, scale = self._statistics(latents)
+        z = widen(latents) * std / scale + mean
+        pixels = checkpoint(self._decode, z, use_reentrant=False) if checkpointed else self._decode(z)
+        return (widen(pixels) / 2 + 0.5).clamp(0, 1)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, h, w), the mode of the VAE's posterior, of images (B, 3, H, W) in [0, 1]."""
+        z = widen(self._vae(lambda vae, x: vae.encode(x).latent_dist.mode(), 2 * images - 1))
+        mean, std, scale = self._statistics(z)
+        return (z - mean) * scale / std
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self._vae(lambda vae, z: vae.decode(z, return_dict=False)[0], z)
+
+    def _statistics(self, z: Tensor) -> tuple[Tensor | float, Tensor | float, float]:
+        """(mean, std, scale) with vae latents = latents * std / scale + mean."""
+        config = self.pipe.vae.config
+        mean, std, scale = config.get("latents_mean"), config.get("latents_std"), config.get("scaling_factor") or 1.0
+        if mean is None or std is None:
+            return config.get("shift_factor") or 0.0, 1.0, scale
+        shape = (1, -1, *[1] * (z.ndim - 2))
+        return widen(z).new_tensor(mean).view(shape), widen(z).new_tensor(std).view(shape), scale
+
+    def _vae(self, function: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(vae, x) in the VAE's dtype, or in float32 where its float16 overflows (SDXL)."""
+        vae = self.pipe.vae
+        if self.family.upcast_vae and vae.dtype == torch.float16 and vae.config.force_upcast:
+            weights = {f"vae.{name}": weight.float() for name, weight in vae.named_parameters()}
+            return functional_call(_Holder(vae), weights, (function, x.float()))
+        return function(vae, x.to(vae.dtype))
+
+
+class _Holder(nn.Module):
+    """A VAE whose methods run as a forward, with the parameters that `functional_call` lends it: a VAE moved to float32
+    and back, as the pipeline does, would leave a backward pass with the wrong weights."""
+
+    def __init__(self, vae: nn.Module):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, function: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
+        return function(self.vae, x)
