@@ -1,6 +1,6 @@
 """Trains the embedded models on the world of shapes, on two CPU cores or a GPU.
 
-    python scripts/train_tiny.py vae unet weak turbo clip classifier export
+    python scripts/train_tiny.py vae decoder unet weak turbo clip classifier export
 
 Stages run in the order given and leave their state in `train/`, so a stage that was stopped goes on where it was, and
 one that is finished is skipped. `export` writes float16 safetensors in diffusers' and open_clip's own formats to
@@ -238,6 +238,25 @@ def caption_tokens() -> Tensor:
     return tokens([str(caption) for caption in scenes()[1]])
 
 
+def finished_vae(steps: int = 1500, batch: int = 32) -> AutoencoderKL:
+    """The VAE with its decoder trained on, under slightly noisy latents; the encoder stays, and so do the latents."""
+    vae = train_vae()
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+
+    def loss(step: int) -> Tensor:
+        chosen = torch.randint(SCENES, (batch,))
+        z = latents()[0][chosen].to(DEVICE)
+        z = (z + 0.05 * torch.rand(batch, 1, 1, 1, device=DEVICE) * torch.randn_like(z)) / latents()[1]
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=step < 0.6 * steps):
+            y = vae.decode(z).sample
+        gap = y.float() - pixels(scenes()[0][chosen])
+        return gap.abs().mean() + gap.square().mean()
+
+    Fit("decoder", {"decoder": vae}, loss, steps, 6e-4).run()
+    return vae.eval()
+
+
 # ------------------------------------------------------------------------------------------------ diffusion models
 
 
@@ -258,7 +277,7 @@ def denoising_loss(unet: nn.Module, text: nn.Module, batch: int = 64) -> Tensor:
     return (snr.clamp(max=5) / snr * (out - eps).square()).mean()
 
 
-def train_unet(steps: int = 5500) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+def train_unet(steps: int = 4800) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """`tiny`: the text encoder is trained with the UNet."""
     torch.manual_seed(SEED)
     unet, text = make_unet(), make_text_encoder()
@@ -278,7 +297,7 @@ def train_weak(steps: int = 1000) -> UNet2DConditionModel:
 def pipeline() -> StableDiffusionPipeline:
     """`tiny` as a whole."""
     unet, text = train_unet()
-    vae = train_vae()
+    vae = finished_vae()
     vae.register_to_config(scaling_factor=latents()[1])
     scheduler = DDIMScheduler(**TABLE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     pipe = StableDiffusionPipeline(
@@ -292,11 +311,11 @@ def pipeline() -> StableDiffusionPipeline:
 
 SOLVER_STEPS = 12
 GUIDANCE = 5.0
-TRAJECTORIES = 20_000
+TRAJECTORIES = 12_000
 
 
 def trajectories(count: int = TRAJECTORIES, batch: int = 125) -> Iterator[dict[str, Tensor]]:
-    """The teacher's guided trajectories, in parts on disk: x (B, 13, 4, 8, 8) from noise to data, t (12,), ids (B, 16)."""
+    """The teacher's guided trajectories, parts on disk: x (B, 13, 4, 8, 8) from noise to data, t (12,), ids (B, 16)."""
     folder = TRAIN / "trajectories"
     folder.mkdir(parents=True, exist_ok=True)
     pipe = None
@@ -336,7 +355,7 @@ def draw_caption(rng: np.random.Generator) -> shapes.Caption:
             return caption
 
 
-def train_turbo(steps: int = 4000, batch: int = 64) -> UNet2DConditionModel:
+def train_turbo(steps: int = 3000, batch: int = 64) -> UNet2DConditionModel:
     """`tiny-turbo`: maps any point of the teacher's trajectory to its end, half of the time from pure noise.
 
     Supervised consistency distillation (https://arxiv.org/abs/2310.04378, with the solver's own end point as the
@@ -388,14 +407,14 @@ def make_clip() -> CLIP:
 @cache
 def decoded() -> Tensor:
     """Every fourth training picture after a VAE round trip, uint8."""
-    vae, images = train_vae(), scenes()[0][::4]
+    vae, images = finished_vae(), scenes()[0][::4]
     with torch.no_grad():
         parts = [vae.decode(vae.encode(pixels(part)).latent_dist.mean).sample for part in images.split(256)]
     return torch.cat([((part.clamp(-1, 1) + 1) * 127.5).round().byte().cpu() for part in parts])
 
 
 def train_clip(steps: int = 2000, batch: int = 64) -> CLIP:
-    """`tiny-clip`: each picture against its caption, seven minimal edits of it, and the batch's captions that are false.
+    """`tiny-clip`: each picture against its caption, seven minimal edits of it, and the batch's other false captions.
 
     Half of the pictures have been through the VAE, half of them carry Gaussian noise.
     """
@@ -408,7 +427,7 @@ def train_clip(steps: int = 2000, batch: int = 64) -> CLIP:
         chosen = 4 * rng.integers(len(images) // 4, size=batch)
         pictures = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, images[chosen], decoded()[chosen // 4])
         x = pixels(pictures)
-        x = x + 0.1 * torch.rand(batch, 1, 1, 1, device=DEVICE) * (torch.rand(batch, 1, 1, 1, device=DEVICE) < 0.5) * torch.randn_like(x)
+        x = x + 0.2 * (torch.rand(batch, 1, 1, 1, device=DEVICE) - 0.5).clamp(min=0) * torch.randn_like(x)
         mine, there = [captions[i] for i in chosen], [worlds[i] for i in chosen]
         wrong = [negatives(rng, caption, scene) for caption, scene in zip(mine, there, strict=True)]
         texts = [str(caption) for caption in mine] + [text for several in wrong for text in several]
@@ -463,7 +482,8 @@ def export() -> None:
     encoder.write_text(json.dumps(json.loads(encoder.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     train_weak().half().save_pretrained(weights / "tiny-weak/unet")
     train_turbo().half().save_pretrained(weights / "tiny-turbo/unet")
-    LCMScheduler(**TABLE, clip_sample=False, original_inference_steps=50).save_pretrained(weights / "tiny-turbo/scheduler")
+    scheduler = LCMScheduler(**TABLE, clip_sample=False, original_inference_steps=50)
+    scheduler.save_pretrained(weights / "tiny-turbo/scheduler")
     folder = rewards / "tiny-clip"
     folder.mkdir(parents=True, exist_ok=True)
     model = train_clip().half()
@@ -482,6 +502,7 @@ def export() -> None:
 STAGES = {
     "vae": train_vae,
     "latents": latents,
+    "decoder": finished_vae,
     "unet": train_unet,
     "weak": train_weak,
     "turbo": train_turbo,

@@ -1,0 +1,114 @@
+"""Measures the embedded models against what they promise, and draws the grid of the docs.
+
+    python scripts/check_tiny.py [--images_per_prompt 4] [--grid docs/images/tiny.png]
+
+Prints one JSON object: the oracle on fresh scenes, drawn, through the VAE and under noise; ShapeEval of `tiny` with and
+without guidance and of `tiny-turbo` in 1 to 4 steps; how often `tiny-clip` ranks the true caption first; the
+classifier's accuracy.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from difftune import evaluate, models, outputs
+from difftune.generate import generate, pixels
+from guidance.methods import GUIDANCE
+from rewards import shapes
+from rewards.classifier import CLASSES, load_classifier
+from rewards.registry import load
+from rewards.render import render
+
+STREAM = 99  # of random scenes; training uses others
+
+
+def scenes(count: int, stream: int = STREAM) -> tuple[Tensor, list, list]:
+    """Freshly rendered (images (N, 3, 64, 64), captions, scenes)."""
+    rng = np.random.default_rng([1, stream])
+    pairs = [shapes.draw(rng) for _ in range(count)]
+    images = torch.from_numpy(np.stack([render(scene) for _, scene in pairs])).permute(0, 3, 1, 2)
+    return images, [caption for caption, _ in pairs], [scene for _, scene in pairs]
+
+
+@torch.no_grad()
+def through_vae(images: Tensor) -> Tensor:
+    vae = models.load("tiny").vae
+    parts = [vae.decode(vae.encode(2 * part - 1).latent_dist.mean).sample for part in images.split(64)]
+    return ((torch.cat(parts) + 1) / 2).clamp(0, 1)
+
+
+def accepts(images: Tensor, captions: list, scenes: list) -> dict[str, float]:
+    """How often the oracle accepts the true caption, and one that is one word away."""
+    rng, right, wrong = np.random.default_rng(2), [], []
+    for image, caption, scene in zip(images.permute(0, 2, 3, 1).numpy(), captions, scenes, strict=True):
+        seen, false = shapes.read(image), shapes.edits(caption, scene)
+        right.append(shapes.holds(caption, seen))
+        wrong.append(shapes.holds(false[rng.integers(len(false))], seen))
+    return {"true": float(np.mean(right)), "one_word_wrong": float(np.mean(wrong))}
+
+
+def oracle(count: int = 2000) -> dict[str, dict[str, float]]:
+    images, captions, truths = scenes(count)
+    noisy = images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    seen = {"drawn": images, "vae": through_vae(images), "noise": noisy.clamp(0, 1)}
+    return {name: accepts(part, captions, truths) for name, part in seen.items()}
+
+
+def shapeeval(model: str, guidance: str, options: dict, steps: int, images_per_prompt: int) -> dict[str, float]:
+    method = GUIDANCE[guidance](**options)
+    pipe = models.load(model)
+    found = evaluate.evaluate(pipe, method, shapes.shapeeval(), images_per_prompt, steps, 0, 30)
+    return {name: round(e.score, 4) for name, e in evaluate.scores(found.results).items()} | {"nfe": found.nfe}
+
+
+@torch.no_grad()
+def ranked_first(count: int = 1000, edits: int = 7) -> float:
+    """How often `tiny-clip` puts the true caption before 7 minimal edits, swaps first."""
+    reward, rng, first = load("tiny-clip"), np.random.default_rng(3), []
+    for image, caption, scene in zip(*scenes(count, STREAM + 1), strict=True):
+        changed = shapes.edits(caption, scene)
+        wrong = (shapes.swaps(caption, scene) + [changed[i] for i in rng.permutation(len(changed))])[:edits]
+        scores = reward(image.expand(len(wrong) + 1, -1, -1, -1), [str(caption), *wrong])
+        first.append(bool(scores[0] > scores[1:].max()))
+    return float(np.mean(first))
+
+
+@torch.no_grad()
+def classified(count: int = 1000) -> float:
+    images, _, truths = scenes(count, STREAM + 2)
+    single = [i for i, scene in enumerate(truths) if len(scene.things) == 1]
+    labels = [CLASSES.index(f"{truths[i].things[0].color} {truths[i].things[0].shape}") for i in single]
+    return (load_classifier()(images[single]).argmax(1) == torch.tensor(labels)).float().mean().item()
+
+
+def grid(file: Path, scale: float) -> None:
+    """64 samples, uncurated: the first prompts of every category in turn, seed 0."""
+    kinds = [[e["prompt"] for e in shapes.shapeeval() if e["category"] == kind] for kind in shapes.CATEGORIES]
+    prompts = [prompt for row in zip(*kinds, strict=True) for prompt in row][:64]
+    seeds = [evaluate.image_seed(0, prompt, 0) for prompt in prompts]
+    made = generate(models.load("tiny"), prompts, seeds, GUIDANCE["cfg"](scale), 25, 32)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(outputs.grid(pixels(torch.cat([batch.images for batch in made]))))).save(file)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images_per_prompt", type=int, default=4)
+    parser.add_argument("--scales", type=float, nargs="+", default=[3.0, 5.0, 7.5])
+    parser.add_argument("--grid", type=Path)
+    options = parser.parse_args()
+    n = options.images_per_prompt
+    found = {"oracle": oracle(), "tiny-clip": {"ranked_first": ranked_first()}}
+    found["tiny-classifier"] = {"accuracy": classified()}
+    found["tiny"] = {"none": shapeeval("tiny", "none", {}, 25, n)}
+    found["tiny"] |= {f"cfg {w}": shapeeval("tiny", "cfg", {"scale": w}, 25, n) for w in options.scales}
+    found["tiny-turbo"] = {f"{k} steps": shapeeval("tiny-turbo", "none", {}, k, n) for k in (1, 2, 4)}
+    if options.grid:
+        best = max(options.scales, key=lambda w: found["tiny"][f"cfg {w}"]["overall"])
+        grid(options.grid, best)
+    print(json.dumps(found, indent=2))
