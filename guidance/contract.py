@@ -1,0 +1,160 @@
+"""The contract between guidance methods and whoever evaluates networks for them, and the driver that runs it.
+
+A method is a generator. It yields the evaluations that it wants, is sent the answers, may want more, and returns:
+
+    p = yield {"cond": Branch("cond"), "uncond": Branch("uncond")}
+    return Guided(p["uncond"] + scale * (p["cond"] - p["uncond"]))
+
+It never learns whether a diffusers pipeline (`guidance.attach`) or our own loop (`guidance.guided`) runs it.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from solvers.denoiser import SPACES, Cond, Memory, Path, lines, widen
+from solvers.noise import Noise
+
+
+class Branch(NamedTuple):
+    """One evaluation of a network."""
+
+    cond: str | Cond  # a named condition ("cond", "uncond", ...), or tensors that override cond's
+    rows: Tensor | None = None  # (B,) bool: the samples that need it; None = all
+    network: str = "main"  # or "weak" (autoguidance)
+    patch: str | None = None  # a named change inside the forward pass, provided by the family
+
+
+Request = Mapping[str, Branch]
+Answers = dict[str, Tensor]
+Evaluate = Callable[[Request], Answers]  # raw outputs (B, ...), NaN in the rows that were not evaluated
+
+
+class Preds(dict[str, Tensor]):
+    """All answers so far, each (B, ...), in `space`; rows that were not evaluated hold NaN, so use torch.where."""
+
+    def __init__(self, space: str, x: Tensor, at: Noise):
+        super().__init__()
+        self.space, self._x, self._at = space, x, at
+
+    def to(self, name: str, space: str) -> Tensor:
+        """The answer as "x0", "eps", "v" or "flow", (B, ...), in float32 or better: for measuring."""
+        return widen(convert(self[name], self.space, space, self._x, self._at))
+
+
+class Guided(NamedTuple):
+    """What a method returns, in the method's space."""
+
+    out: Tensor  # (B, ...), the prediction that the sampler steps with
+    data: Tensor | None = None  # (B, ...), CFG++ only: says where the clean data is; shift = x0(data) - x0(out)
+    memory: Memory = {}
+
+
+Guide = Generator[Request, Preds, Guided]
+
+
+class Guidance(Protocol):
+    """A guidance method: a frozen dataclass with one generator.
+
+    `space` is the one that it is defined in: "x0", "eps", "v", "flow", or "output" (whatever the network emits). "any"
+    is for affine methods (weights that sum to one), whose result is the same in every space. A method with a space of
+    its own asks at least one branch for all rows.
+    """
+
+    @property
+    def space(self) -> str: ...
+    def guide(self, path: Path, at: Noise) -> Guide: ...
+
+
+class Combined(NamedTuple):
+    """What a method made of its answers, in the network's space."""
+
+    out: Tensor  # (B, ...)
+    shift: Tensor | None  # (B, ...), x0(data) - x0(out)
+    memory: Memory
+
+
+def line(space: str, to: str, at: Noise) -> tuple[Tensor, Tensor]:
+    """(a, b) with out_to = a * x + b * out_space."""
+    if space == to:
+        return torch.zeros_like(at.alpha), torch.ones_like(at.alpha)
+    p, q, m, n = lines(space, at)
+    one = torch.ones_like(at.alpha)
+    x0, eps = {"x0": (one, 0 * one), "eps": (0 * one, one), "v": (-at.sigma, at.alpha), "flow": (-one, one)}[to]
+    return x0 * p + eps * m, x0 * q + eps * n
+
+
+def convert(out: Tensor, space: str, to: str, x: Tensor, at: Noise) -> Tensor:
+    """`out`, which is in `space` at (x, at), in the space `to`: itself where they agree, else float32 or better."""
+    if space == to:
+        return out
+    a, b = line(space, to, at)
+    return a * widen(x) + b * widen(out)
+
+
+def drive(guidance: Guidance, evaluate: Evaluate, path: Path, at: Noise, space: str, output: str) -> Combined:
+    """Run a method's generator: `evaluate` answers its requests in `space`, and the network itself emits `output`.
+
+    An affine method sees the answers as they are. One with a space of its own sees them converted, and its result goes
+    back by the difference from a reference branch r, out = r + (g - r_own) / b with r_own = a * x + b * r: no
+    cancellation, and r itself where b is 0 (at sigma = 0 every x0 is x).
+
+    Raises TypeError for a method that does not return a `Guided`, ValueError for an unknown space, and for a method
+    with a space of its own that asks no branch for all rows.
+    """
+    own = own_space(guidance, space, output)
+    raw: Answers = {}
+    complete: list[str] = []
+    preds = Preds(own, path.x, at)
+    guide = guidance.guide(path, at)
+    reply = _advance(guide, None)
+    while isinstance(reply, Mapping):
+        request = {name: _settled(branch) for name, branch in reply.items()}
+        complete += [name for name, branch in request.items() if branch.rows is None]
+        raw.update(evaluate(request))
+        preds.update({name: convert(raw[name], space, own, path.x, at) for name in request})
+        reply = _advance(guide, preds)
+    if not isinstance(reply, Guided):
+        raise TypeError(f"{type(guidance).__name__}.guide returned {type(reply).__name__}; return a Guided")
+    shift = None if reply.data is None else line(own, "x0", at)[1] * (widen(reply.data) - widen(reply.out))
+    if own == space:
+        out = reply.out.to(next(iter(raw.values())).dtype) if raw else reply.out
+    else:
+        out = _restored(guidance, reply.out, raw, preds, complete, line(space, own, at)[1])
+    return Combined(out, shift, reply.memory)
+
+
+def own_space(guidance: Guidance, space: str, output: str) -> str:
+    """The space in which a method sees answers that come in `space`, from a network that emits `output`."""
+    if guidance.space not in (*SPACES, "any", "output"):
+        known = ", ".join((*SPACES, "any", "output"))
+        raise ValueError(f"{type(guidance).__name__} has space {guidance.space!r}; known: {known}")
+    return {"any": space, "output": output}.get(guidance.space, guidance.space)
+
+
+def _advance(guide: Guide, preds: Preds | None) -> Request | Guided:
+    """The generator's next request, or what it returns."""
+    try:
+        return guide.send(preds)  # type: ignore[arg-type]  # the first send of a generator is None
+    except StopIteration as stop:
+        return stop.value
+
+
+def _settled(branch: Branch) -> Branch:
+    """rows=None where all rows are asked for, so that whole batches take the short way."""
+    whole = branch.rows is not None and bool(branch.rows.all())
+    return branch._replace(rows=None) if whole else branch
+
+
+def _restored(
+    guidance: Guidance, out: Tensor, raw: Answers, preds: Preds, complete: list[str], slope: Tensor
+) -> Tensor:
+    if not complete:
+        name = type(guidance).__name__
+        raise ValueError(f"{name} works in {preds.space} and asks no branch for all rows; leave rows=None in one")
+    reference = raw[complete[0]]
+    if not 0 < slope.abs() < torch.inf:
+        return reference
+    return (widen(reference) + (out - preds[complete[0]]) / slope).to(reference.dtype)

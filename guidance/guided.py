@@ -1,0 +1,101 @@
+"""Guidance in our own loop: a denoiser, a method and its conditions as one `Predict`."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from guidance.contract import Answers, Branch, Guidance, Request, drive
+from guidance.evaluate import Counter, Inputs, evaluate, tensors_in
+from solvers.denoiser import Cond, Denoiser, Path, Prediction, predicted, widen
+from solvers.noise import Noise
+
+
+@runtime_checkable
+class Parametrised(Protocol):
+    """A denoiser that shows its parameters, as `nn.Module` does."""
+
+    def parameters(self) -> Iterable[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class GuidedPredict:
+    """A guided `Predict`, made by `guided`.
+
+    An affine method is handed u = eps - x0, which no noise level makes ill-conditioned. `tensors` are what a gradient
+    may be asked for: the conditions, the tensors that are fields of the method, and the parameters that require grad.
+    """
+
+    networks: Mapping[str, Denoiser]
+    guidance: Guidance
+    conds: Mapping[str, Cond]
+    counter: Counter = field(default_factory=Counter)
+    tensors: tuple[Tensor, ...] = ()
+
+    @property
+    def nfe(self) -> int:
+        """Rows evaluated since the counter was made; recomputation under checkpointing counts, since it is work."""
+        return self.counter.rows
+
+    def __call__(self, path: Path, at: Noise) -> Prediction:
+        """The guided prediction at (path.x, at), in float32 or better; `memory` holds what the method wrote."""
+        x = widen(path.x)
+
+        def answer(request: Request) -> Answers:
+            return evaluate(request, lambda branch: {"x": x, "cond": self._cond(branch)}, call, x, self.counter)
+
+        def call(network: str, patch: str | None, inputs: Inputs) -> Tensor:
+            return self._direction(network, patch, at, inputs)
+
+        output = self.networks["main"].prediction_type
+        u, shift, memory = drive(self.guidance, answer, path, at, "flow", output)
+        return predicted("flow", x, at, u, memory)._replace(shift=shift)
+
+    def _cond(self, branch: Branch) -> Cond:
+        if not isinstance(branch.cond, str):
+            return {**self.conds["cond"], **branch.cond}
+        if branch.cond not in self.conds:
+            raise ValueError(f"no condition {branch.cond!r}; given: {', '.join(self.conds)}")
+        return self.conds[branch.cond]
+
+    def _direction(self, network: str, patch: str | None, at: Noise, inputs: Inputs) -> Tensor:
+        """u = eps - x0, (rows, ...), of one network."""
+        if network not in self.networks:
+            raise ValueError(f"the method evaluates network {network!r}; pass guided(..., {network}=its denoiser)")
+        denoise = self.networks[network]
+        if patch is None:
+            said = denoise(inputs["x"], at, inputs["cond"])
+        else:
+            with denoise.patched(patch):
+                said = denoise(inputs["x"], at, inputs["cond"])
+        return said.eps - said.x0
+
+
+def guided(
+    denoise: Denoiser,
+    guidance: Guidance,
+    conds: Mapping[str, Cond],
+    weak: Denoiser | None = None,
+    counter: Counter | None = None,
+) -> GuidedPredict:
+    """A `Predict` for any solver that follows `guidance`.
+
+    conds: named conditions, each a mapping of batch-first tensors; "cond" must be there, "uncond" for most methods.
+    weak: the denoiser of `Branch(network="weak")`. counter: counts the rows evaluated; its own by default.
+    """
+    if "cond" not in conds:
+        raise ValueError(f"conds has no 'cond'; given: {', '.join(conds) or 'nothing'}")
+    networks = {"main": denoise} if weak is None else {"main": denoise, "weak": weak}
+    tensors = (*tensors_in(conds), *tensors_in(vars(guidance)), *_trained(networks))
+    return GuidedPredict(networks, guidance, conds, counter or Counter(), tuple(_unique(tensors)))
+
+
+def _trained(networks: Mapping[str, Any]) -> Iterator[Tensor]:
+    for denoise in networks.values():
+        if isinstance(denoise, Parametrised):
+            yield from (p for p in denoise.parameters() if p.requires_grad)
+
+
+def _unique(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
+    return {id(tensor): tensor for tensor in tensors}.values()
