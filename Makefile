@@ -1,0 +1,36 @@
+# Every target sets up .venv by itself; `make PYTHON=python3.12 test` builds it with another Python.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint types bench clean
+
+demo: $(STAMP)  ## the main job on the embedded model: runs/demo/report.html
+	@$(BIN)/difftune demo --output_dir runs/demo
+
+test: $(STAMP)  ## everything but the slow tests; those that need a GPU or Chromium skip themselves by name
+	@$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	@$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+
+types: $(STAMP)
+	@$(BIN)/mypy
+
+bench: $(STAMP)
+	@set -e; for script in scripts/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:  ## caches and build products; not .venv, not runs
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "difftune needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1): run 'make PYTHON=/path/to/python3.12'" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --editable ".[all,test]"
+	@touch $@

@@ -1,0 +1,3 @@
+"""Rewards: images and prompts to scores."""
+
+__distribution__ = "difftune"

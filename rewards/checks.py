@@ -1,0 +1,37 @@
+"""What rewards check at the door, and how they look at pictures."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def paired(images: Tensor, prompts: Sequence[str]) -> None:
+    """Raises ValueError unless images are (B, 3, H, W) and there are B prompts."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images are (B, 3, H, W) in [0, 1], not {tuple(images.shape)}")
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        raise ValueError(f"{len(images)} images need a list of {len(images)} prompts, not {prompts!r}")
+
+
+def finite(values: Tensor, what: str) -> Tensor:
+    """`values` (B, ...), unless a row holds a NaN or an infinity: then a ValueError that names `what` and the rows."""
+    bad = ~values.detach().isfinite().flatten(1).all(1) if values.ndim > 1 else ~values.detach().isfinite()
+    if bad.any():
+        rows = ", ".join(map(str, bad.nonzero().flatten().tolist()))
+        raise ValueError(f"{what} is not finite at index {rows} of the batch")
+    return values
+
+
+def checked(scores: Tensor, name: str, prompts: Sequence[str] | None = None) -> Tensor:
+    """`scores` (B,), unless one is not finite: then a ValueError that names the reward, the indices and the prompts."""
+    bad = (~scores.detach().isfinite()).nonzero().flatten().tolist()
+    if bad:
+        of = ", ".join(f"{i} ({prompts[i]!r})" if prompts is not None else str(i) for i in bad)
+        raise ValueError(f"reward {name!r} is not finite for prompt {of}; no step was taken with it")
+    return scores
+
+
+def eight_bit(images: Tensor) -> Tensor:
+    """The pictures as a file would hold them: (B, 3, H, W) in [0, 1] -> uint8, rounded, detached."""
+    return (finite(images.detach(), "a picture").float().clamp(0, 1) * 255).round().to(torch.uint8)

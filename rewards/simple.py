@@ -1,0 +1,45 @@
+"""Rewards that are one formula of the pixels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rewards.checks import paired
+
+
+@dataclass(frozen=True)
+class Brightness:
+    """-|mean pixel - target|, in [-1, 0]."""
+
+    target: float = 1.0
+    differentiable = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        paired(images, prompts)
+        return -(images.float().mean(dim=(1, 2, 3)) - self.target).abs()
+
+
+@dataclass(frozen=True)
+class Colorfulness:
+    """sqrt(var rg + var yb) + 0.3 sqrt(mean rg^2 + mean yb^2), with rg = R - G and yb = (R + G)/2 - B in [-255, 255].
+
+    Hasler and Suesstrunk, "Measuring colourfulness in natural images" (2003), section 3 (their M^(3)): 0 is gray, 15
+    slightly, 33 moderately, 59 quite, 82 highly, 109 extremely colourful. A gray picture has gradient 0.
+    """
+
+    differentiable = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        paired(images, prompts)
+        red, green, blue = (255 * images.float()).flatten(2).unbind(1)
+        opponent = torch.stack([red - green, (red + green) / 2 - blue], dim=1)  # (B, 2, pixels)
+        mean = opponent.mean(dim=2, keepdim=True)
+        spread = _norm(opponent - mean) / red.shape[1] ** 0.5
+        return spread + 0.3 * _norm(mean)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Length of each row, (B, ...) -> (B,); unlike sqrt's, its gradient at 0 is 0."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)

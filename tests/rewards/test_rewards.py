@@ -1,0 +1,302 @@
+"""What every reward owes, on all of them, and each one's own formula by another implementation."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from rewards import clip, shapes
+from rewards.oracle import Oracle
+from rewards.registry import REWARDS, load, register
+from rewards.render import Scene, Thing, render
+
+PROMPTS = ["a red circle", "a blue square", "a red square"]
+DIFFERENTIABLE = [name for name in REWARDS if REWARDS[name].differentiable]
+
+
+@pytest.fixture
+def options(random_clip) -> dict[str, dict]:
+    """What `load` needs beyond the name: a model that is small and always there."""
+    return {"tiny-clip": {"folder": random_clip}}
+
+
+def noise_images(count: int = 3, size: int = 16) -> torch.Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def picture(scene: Scene, size: int = 64) -> torch.Tensor:
+    return torch.from_numpy(render(scene, size)).permute(2, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------- every reward
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_each_image_is_scored_by_itself(name, options):
+    """Scores (B,) in float32 that do not depend on the rest of the batch, nor change the second time."""
+    reward, images = load(name, **options.get(name, {})), noise_images()
+    scores = reward(images, PROMPTS)
+    assert scores.dtype == torch.float32 and scores.isfinite().all()
+    alone = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(scores, alone)
+    assert torch.equal(scores, reward(images, PROMPTS))
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_entry_tells_the_truth(name, options):
+    entry, reward = REWARDS[name], load(name, **options.get(name, {}))
+    assert reward.differentiable == entry.differentiable
+    images = noise_images().requires_grad_()
+    scores = reward(images, PROMPTS)
+    assert scores.requires_grad == entry.differentiable
+    if entry.differentiable:
+        (gradient,) = torch.autograd.grad(scores.sum(), images)
+        assert (gradient.flatten(1).norm(dim=1) > 0).all()
+    low, high = entry.range
+    assert ((low <= scores) & (scores <= high)).all()
+    assert "\n" not in entry.summary
+
+
+@pytest.mark.parametrize("name", [name for name in REWARDS if not REWARDS[name].needs_prompt])
+def test_prompt_is_not_looked_at_where_none_is_needed(name):
+    assert torch.equal(load(name)(noise_images(), PROMPTS), load(name)(noise_images(), [""] * 3))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradient_is_the_finite_difference(name, options):
+    reward, images = load(name, **options.get(name, {})), noise_images().requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
+    along = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        slope = (reward(images + 0.02 * along, PROMPTS) - reward(images - 0.02 * along, PROMPTS)) / 0.04
+    torch.testing.assert_close(slope, gradient.flatten(1).norm(dim=1), rtol=0.02, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("prompts", [["a red circle"], "abc"])
+def test_images_and_prompts_must_pair(name, prompts, options):
+    with pytest.raises(ValueError, match="3 images need a list of 3 prompts"):
+        load(name, **options.get(name, {}))(noise_images(), prompts)
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_single_image_without_a_batch_is_refused(name, options):
+    with pytest.raises(ValueError, match=r"images are \(B, 3, H, W\) in \[0, 1\], not \(3, 16, 16\)"):
+        load(name, **options.get(name, {}))(noise_images()[0], PROMPTS)
+
+
+# ---------------------------------------------------------------------------------------------- the registry
+
+
+def test_listing_imports_nothing_heavy():
+    code = "import sys, rewards.registry; print([m for m in ('torch', 'numpy', 'PIL', 'scipy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("tiny-clp", {}, r"no reward 'tiny-clp' \(did you mean 'tiny-clip'\?\); known: brightness, .*"),
+        ("xyz", {}, r"no reward 'xyz'; known: brightness, "),
+        ("jpeg", {"qualty": 9}, r"no option of reward 'jpeg' 'qualty' \(did you mean 'quality'\?\); known: quality"),
+        ("oracle", {"a": 1}, r"no option of reward 'oracle' 'a'; known: none"),
+    ],
+)
+def test_unknown_name_or_option_suggests_the_nearest(name, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load(name, **options)
+
+
+def test_reward_of_ones_own(monkeypatch):
+    monkeypatch.setattr("rewards.registry.REWARDS", dict(REWARDS))
+
+    class Red:
+        differentiable = True
+
+        def __call__(self, images, prompts):
+            return images[:, 0].mean(dim=(1, 2))
+
+    facts = {"needs_prompt": False, "differentiable": True, "range": (0, 1)}
+    assert register("red", "mean of the red channel", **facts)(Red) is Red
+    assert torch.equal(load("red")(noise_images(), PROMPTS), noise_images()[:, 0].mean(dim=(1, 2)))
+    with pytest.raises(ValueError, match="there is a reward 'jpeg' already"):
+        register("jpeg", "another", **facts)(Red)
+
+
+# ---------------------------------------------------------------------------------------------- each by itself
+
+
+@pytest.mark.parametrize("quality", [95, 40])
+def test_jpeg_is_pillows_file_size(quality, tmp_path):
+    images = noise_images(2, 32)
+    for score, image in zip(load("jpeg", quality=quality)(images, PROMPTS[:2]), images, strict=True):
+        pixels = np.rint(255 * image.permute(1, 2, 0).numpy()).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "image.jpg", quality=quality)
+        assert score.item() == pytest.approx((tmp_path / "image.jpg").stat().st_size / 1000, abs=1e-6)
+
+
+def test_pixels_beyond_white_and_black_are_clipped_for_eight_bits():
+    images = 3 * noise_images() - 1
+    assert torch.equal(load("jpeg")(images, PROMPTS), load("jpeg")(images.clamp(0, 1), PROMPTS))
+
+
+def test_brightness_is_the_distance_from_its_target():
+    images = torch.stack([torch.full((3, 8, 8), value) for value in (0.0, 0.25, 1.0)])
+    torch.testing.assert_close(load("brightness")(images, PROMPTS), torch.tensor([-1.0, -0.75, 0.0]))
+    torch.testing.assert_close(load("brightness", target=0.5)(images, PROMPTS), torch.tensor([-0.5, -0.25, -0.5]))
+
+
+def hasler(image: np.ndarray) -> float:
+    """Hasler and Suesstrunk's M^(3) of an (H, W, 3) picture in [0, 1], as it is usually written in numpy."""
+    r, g, b = np.moveaxis(255 * image.astype(np.float64), 2, 0)
+    rg, yb = r - g, 0.5 * (r + g) - b
+    return np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean())
+
+
+def test_colorfulness_agrees_with_numpy():
+    images = noise_images(3, 24) * torch.tensor([1.0, 0.5, 0.2]).view(1, 3, 1, 1)
+    expected = [hasler(image.permute(1, 2, 0).numpy()) for image in images]
+    np.testing.assert_allclose(load("colorfulness")(images, PROMPTS).numpy(), expected, rtol=1e-5)
+
+
+def test_colorfulness_of_pure_red_by_hand():
+    red = torch.zeros(1, 3, 4, 4)
+    red[:, 0] = 1
+    expected = 0.3 * 255 * (1 + 0.5**2) ** 0.5
+    torch.testing.assert_close(load("colorfulness")(red, [""]), torch.tensor([expected]))
+
+
+def test_colorfulness_of_gray_is_zero_with_zero_gradient():
+    gray = torch.full((1, 3, 8, 8), 0.4, requires_grad=True)
+    score = load("colorfulness")(gray, [""])
+    (gradient,) = torch.autograd.grad(score.sum(), gray)
+    assert score.item() == 0
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+# ---------------------------------------------------------------------------------------------- oracle
+
+
+SCENE = Scene("white", (Thing("circle", "red", 16, 30, 10), Thing("square", "blue", 46, 36, 10)))
+TRUE = "a red circle left of a blue square on a white background"
+
+
+def test_oracle_accepts_the_caption_and_rejects_each_edit():
+    texts = [TRUE, *shapes.edits(shapes.parse(TRUE), SCENE), *shapes.swaps(shapes.parse(TRUE), SCENE)]
+    assert len(texts) > 20
+    scores = Oracle()(picture(SCENE).expand(len(texts), -1, -1, -1), texts)
+    assert scores.tolist() == [1.0] + [0.0] * (len(texts) - 1)
+
+
+@pytest.mark.parametrize("size", [48, 128, 512])
+def test_oracle_reads_pictures_of_other_sizes(size):
+    rng = np.random.default_rng(0)
+    pairs = [shapes.draw(rng) for _ in range(12)]
+    images = torch.stack([picture(scene, size) for _, scene in pairs])
+    edits = [shapes.edits(*pair)[0] for pair in pairs]
+    assert Oracle()(images, [str(caption) for caption, _ in pairs]).sum() >= 11
+    assert Oracle()(images, edits).sum() == 0
+
+
+def test_oracle_explains():
+    images = picture(SCENE).expand(2, -1, -1, -1)
+    held, why = Oracle().explain(images, [TRUE, "a green circle"])
+    assert held == ""
+    assert why.startswith("2 objects, not 1: ")
+
+
+def test_oracle_refuses_what_it_cannot_judge():
+    images = picture(SCENE)[None]
+    with pytest.raises(ValueError, match="cannot parse 'a photo of a dog': 'photo' is none of"):
+        Oracle()(images, ["a photo of a dog"])
+    with pytest.raises(ValueError, match="square pictures, not 64 x 32 pixels"):
+        Oracle()(images[..., :32], [TRUE])
+    with pytest.raises(ValueError, match="a picture is not finite at index 1 of the batch"):
+        Oracle()(torch.stack([images[0], images[0] * torch.nan]), [TRUE] * 2)
+
+
+# ---------------------------------------------------------------------------------------------- clip
+
+
+def by_open_clip(folder, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """open_clip's own way: its preprocessing of a PIL picture, its tokenizer, the diagonal of its similarities."""
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    pixels = (255 * images).round().byte().permute(0, 2, 3, 1).numpy()
+    batch = torch.stack([preprocess(Image.open(png(p))) for p in pixels])
+    with torch.no_grad():
+        pictures = model.eval().encode_image(batch)
+        words = model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(prompts))
+    return torch.cosine_similarity(pictures, words)
+
+
+def png(pixels: np.ndarray) -> io.BytesIO:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file
+
+
+@pytest.mark.parametrize(("shape", "tolerance"), [((16, 16), 1e-5), ((64, 64), 0.01), ((24, 40), 0.01)])
+def test_clip_score_is_open_clips_cosine(random_clip, shape, tolerance):
+    """To rounding at the model's own size; elsewhere Pillow resizes in 8 bits and clips."""
+    stripes = (torch.arange(shape[1]) % 3 == 0).expand(*shape)  # what a resize without antialiasing gets wrong
+    smooth = torch.nn.functional.interpolate(noise_images(3, 4), shape, mode="bilinear")
+    images = (255 * (0.5 * smooth + 0.3 * stripes)).round() / 255
+    scores = clip.CLIPScore(random_clip)(images, PROMPTS)
+    torch.testing.assert_close(scores, by_open_clip(random_clip, images, PROMPTS), rtol=0, atol=tolerance)
+    assert scores.unique().numel() == 3
+
+
+def test_clip_weights_are_frozen_and_float32(random_clip):
+    model = clip.CLIPScore(random_clip).model
+    assert not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not model.training
+
+
+def test_clip_reads_the_prompt_and_not_the_spaces_around_it(random_clip):
+    reward = clip.CLIPScore(random_clip)
+    images = noise_images(1).expand(2, -1, -1, -1)
+    one, other = reward(images, ["a red circle", "a blue square"])
+    assert abs(one - other) > 1e-3
+    torch.testing.assert_close(reward(images[:1], ["  a red circle "])[0], one)
+
+
+def test_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no open_clip model in .*: it has no open_clip_config.json"):
+        load("tiny-clip", folder=tmp_path)
+
+
+def test_unknown_preprocessing_is_refused(random_clip, tmp_path):
+    for file in random_clip.iterdir():
+        text = file.read_bytes()
+        if file.name == "open_clip_config.json":
+            text = text.replace(b'"preprocess_cfg": {', b'"preprocess_cfg": {"resize_mode": "longest", ')
+        (tmp_path / file.name).write_bytes(text)
+    with pytest.raises(ValueError, match="resize_mode 'longest' is not supported, only 'shortest'"):
+        clip.CLIPScore(tmp_path)
+
+
+@pytest.mark.gpu
+def test_clip_follows_the_images_to_their_device(random_clip):
+    reward = clip.CLIPScore(random_clip)
+    here = reward(noise_images(), PROMPTS)
+    there = reward(noise_images().cuda(), PROMPTS)
+    assert there.is_cuda
+    torch.testing.assert_close(here, there.cpu(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not clip.TINY.is_dir(), reason=f"needs the trained weights: {clip.TINY} is missing")
+def test_shipped_clip_prefers_the_true_caption_and_reaches_the_pixels():
+    reward = load("tiny-clip")
+    images = picture(SCENE)[None].requires_grad_()
+    score = reward(images, [TRUE])
+    (gradient,) = torch.autograd.grad(score.sum(), images)
+    assert gradient.norm() > 0
+    with torch.no_grad():
+        others = reward(images.expand(2, -1, -1, -1), ["three green triangles", "a small square"])
+    assert (score > others).all()
