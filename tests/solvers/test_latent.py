@@ -10,7 +10,6 @@ from torch import nn
 from solvers.denoiser import Path, Prediction
 from solvers.families import FAMILIES, family_of, keywords
 from solvers.latent import LatentModel
-from solvers.levels import Clock
 from solvers.noise import noise
 from solvers.samplers import euler, sample
 from tests.pipelines import ddim, sd, sdxl
@@ -36,9 +35,9 @@ def cfg(denoiser, conds):
     return predict
 
 
-def run(model, x, conds, steps=STEPS, denoiser=None):
+def run(model, x, conds, steps=STEPS):
     """Latents at the end of plain CFG in our own loop."""
-    *_, last = sample(euler, cfg(denoiser or model.denoiser, conds), Path(x), model.levels(steps))
+    *_, last = sample(euler, cfg(model.denoiser, conds), Path(x), model.levels(steps))
     return last.x
 
 
@@ -67,14 +66,13 @@ def test_own_loop_equals_the_pipeline(name):
 
 
 @torch.no_grad()
-def test_own_clock_and_start_of_a_linspace_euler():
-    """It starts at sigma * noise rather than sqrt(1 + sigma^2) * noise, and its timesteps are no table points."""
+def test_a_linspace_euler_starts_at_sigma_times_noise():
+    """Not at sqrt(1 + sigma^2) * noise as "leading" does; its timesteps are no table points."""
     model, steps = LatentModel(sd(scheduler=discrete("linspace"))), 5
     model.pipe.scheduler.set_timesteps(steps)
     assert model.pipe.scheduler.timesteps.frac().any()
-    denoiser = replace(model.denoiser, clock=Clock(model.pipe.scheduler, own=True))
     x = model.noise(2, seeded()) * model.levels(steps)[0].sigma
-    x = run(model, x, model.encode(PROMPTS, NEGATIVES), steps, denoiser)
+    x = run(model, x, model.encode(PROMPTS, NEGATIVES), steps)
     expected = stock(model.pipe, "latent", seeded(), num_inference_steps=steps)
     torch.testing.assert_close(x, expected, atol=1e-4, rtol=1e-5)
 

@@ -1,0 +1,63 @@
+"""difftune: guide, search, optimise and align any diffusers model with any reward.
+
+The public names below are imported when they are first used, so that `import difftune` is quick.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+__distribution__ = "difftune"
+
+_HOME = {  # public name -> where it lives, "module" or "module:its name there"
+    "attach": "guidance.attach",
+    "CFG": "guidance.methods",
+    "guided": "guidance.guided",
+    "GUIDANCE": "guidance.methods",
+    "REWARDS": "rewards.registry",
+    "load_reward": "rewards.registry:load",
+    "weighted": "rewards.compose",
+    "parse_rewards": "rewards.compose",
+    "Noise": "solvers.noise",
+    "Path": "solvers.denoiser",
+    "LatentModel": "solvers.latent",
+    "SAMPLERS": "solvers.samplers",
+    "sample": "solvers.samplers",
+    "rollout": "solvers.rollout",
+    "MODELS": "difftune.models",
+    "load_model": "difftune.models:load",
+    "ReNO": "difftune.reno",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"difftune has no {name!r}; it has {', '.join(__all__)}")
+    module, _, attribute = _HOME[name].partition(":")
+    return vars(import_module(module))[attribute or name]
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+def _check_overlay(package: str) -> None:
+    """Two distributions that write into one folder overlay each other: `package` must be ours."""
+    found = vars(import_module(package))
+    if found.get("__distribution__") == __distribution__:
+        return
+    from importlib.metadata import packages_distributions
+
+    others = sorted(set(packages_distributions().get(package, [])) - {__distribution__})
+    by = f"the distribution {' or '.join(others)}" if others else f"{found.get('__file__') or list(found['__path__'])}"
+    remedy = f"pip uninstall {' '.join(others)} && " if others else ""
+    raise ImportError(
+        f"the package {package!r} of difftune is overlaid by {by}: in a fresh environment, or after "
+        f"`{remedy}pip install --force-reinstall --no-deps difftune`, import it again"
+    )
+
+
+for _package in ("guidance", "rewards", "solvers"):
+    _check_overlay(_package)

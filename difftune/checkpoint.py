@@ -1,0 +1,153 @@
+"""Checkpoints: safetensors for tensors, JSON for the rest, nothing pickled.
+
+A checkpoint is written into `checkpoint-STEP.tmp`, flushed to the disk and renamed, and its manifest holds the SHA-256
+of every file: it is whole, or it is not taken for one.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from difftune.errors import RunError, UserError
+
+TENSORS, INFO, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+PARTIAL = ".tmp"
+Say = Callable[[str], Any]
+
+
+class State(NamedTuple):
+    """All that a resumed run needs."""
+
+    step: int  # optimiser steps done
+    tensors: Mapping[str, Tensor]  # names carry their owner: "lora.*", "adam.*", "rng.*"
+    info: Mapping[str, Any]  # what JSON holds: data cursor, settings, statistics
+
+
+def save(folder: str | Path, state: State, limit: int | None = None, also: Callable[[Path], Any] | None = None) -> Path:
+    """Write `folder/checkpoint-STEP`, then remove all but the `limit` newest. `also(path)` adds files of its own."""
+    final = Path(folder) / f"checkpoint-{state.step}"
+    partial = final.with_name(final.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()}, partial / TENSORS)
+    (partial / INFO).write_text(json.dumps({"step": state.step, **state.info}))
+    if also is not None:
+        also(partial)
+    (partial / MANIFEST).write_text(json.dumps({f.name: digest(f) for f in sorted(partial.iterdir())}, indent=2))
+    for path in (*partial.iterdir(), partial):
+        flush(path)
+    if final.exists():
+        remove(final.rename(final.with_name(final.name + ".old")))
+    partial.rename(final)
+    flush(final.parent)
+    for old in checkpoints(folder)[: -limit if limit else 0]:
+        remove(old)
+    return final
+
+
+def load(path: str | Path) -> State:
+    """The state in a checkpoint. Raises UserError, in one sentence, if it is not whole."""
+    path = Path(path)
+    if fault := defect(path):
+        raise RunError(f"{path} cannot be resumed from: {fault}")
+    info = json.loads((path / INFO).read_text())
+    return State(info.pop("step"), load_file(path / TENSORS), info)
+
+
+def latest(folder: str | Path, say: Say = warnings.warn) -> Path | None:
+    """The newest checkpoint that is whole; `say` hears of each newer one that is not."""
+    for path in Path(folder).glob(f"checkpoint-*{PARTIAL}"):
+        say(f"{path} was skipped: it was never finished")
+    for path in reversed(checkpoints(folder)):
+        fault = defect(path)
+        if not fault:
+            return path
+        say(f"{path} was skipped: {fault}")
+    return None
+
+
+def resumed(folder: str | Path, wanted: str | None, say: Say = warnings.warn) -> State | None:
+    """The state that `--resume_from_checkpoint` names: "latest" in `folder`, or a checkpoint's path."""
+    if wanted is None:
+        return None
+    if wanted != "latest":
+        if not Path(wanted).is_dir():
+            raise UserError(f"no checkpoint {wanted!r}: give its folder, or 'latest'")
+        return load(wanted)
+    found = latest(folder, say)
+    return None if found is None else load(found)
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Finished checkpoints, whole or not, oldest first: 9 before 10."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def defect(path: Path) -> str:
+    """Why a folder is not a whole checkpoint; empty if it is one."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        wrong = [name for name, expected in manifest.items() if digest(path / name) != expected]
+    except (OSError, ValueError, AttributeError) as error:
+        return f"it is incomplete ({type(error).__name__}: {error})"
+    missing = {TENSORS, INFO} - manifest.keys()
+    return f"{', '.join(sorted([*wrong, *missing]))} is damaged" if wrong or missing else ""
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove(path: Path) -> None:
+    """At once for whoever looks for checkpoints."""
+    shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)) if path.suffix != PARTIAL else path)
+
+
+def flush(path: Path) -> None:
+    """What was written to a file, or into a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Randomness(NamedTuple):
+    """The global generators of one process."""
+
+    tensors: dict[str, Tensor]  # uint8
+    info: dict[str, Any]
+
+
+def randomness() -> Randomness:
+    """The states of torch's, Python's and NumPy's global generators."""
+    devices = {f"cuda.{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
+    legacy = np.random.get_state(legacy=False)
+    numpy = {**legacy, "state": {**legacy["state"], "key": legacy["state"]["key"].tolist()}}
+    return Randomness({"cpu": torch.get_rng_state(), **devices}, {"python": random.getstate(), "numpy": numpy})
+
+
+def restore(state: Randomness) -> None:
+    """Put back what `randomness` gave."""
+    torch.set_rng_state(state.tensors["cpu"].cpu())
+    for i in range(torch.cuda.device_count()):
+        if f"cuda.{i}" in state.tensors:
+            torch.cuda.set_rng_state(state.tensors[f"cuda.{i}"].cpu(), i)
+    version, internal, gauss = state.info["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy = state.info["numpy"]
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": np.array(numpy["state"]["key"], np.uint32)}})

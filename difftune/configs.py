@@ -1,0 +1,143 @@
+"""The settings of every recipe. Nothing heavy is imported here, so that the command line's --help is fast."""
+
+import ast
+import inspect
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any
+
+
+def documented(config: type) -> type:
+    """The dataclass, where `metadata["help"]` of each field is the docstring below it."""
+    (tree,) = ast.parse(inspect.getsource(config)).body
+    assert isinstance(tree, ast.ClassDef)
+    texts = {
+        name.target.id: ast.literal_eval(text.value)
+        for name, text in pairwise(tree.body)
+        if isinstance(name, ast.AnnAssign) and isinstance(name.target, ast.Name) and isinstance(text, ast.Expr)
+    }
+    for f in fields(config):
+        f.metadata = MappingProxyType({**f.metadata, "help": texts[f.name]})
+    return config
+
+
+@documented
+@dataclass(frozen=True)
+class AlignPropConfig:
+    """AlignProp: fine-tune a LoRA on a differentiable reward, through the sampler (https://arxiv.org/abs/2310.03739)."""
+
+    model: str = "tiny"
+    """An embedded model (tiny, tiny-turbo), a folder in diffusers' format, or a model's id on the hub."""
+    reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
+    """What to raise: NAME or NAME=WEIGHT, one or several; their weighted sum. Each must be differentiable."""
+    output_dir: str = "runs/alignprop"
+    """Folder of the run; it must be empty, unless the run is resumed."""
+    prompts: str = "shapes"
+    """Training prompts: a text file with one per line, or "shapes", captions of the world without ShapeEval's."""
+    seed: int = 0
+    """Of the LoRA's first weights, the prompts, the noise and the truncation."""
+    max_train_steps: int = 100
+    """Optimiser steps."""
+    train_batch_size: int = 8
+    """Images per process and backward pass."""
+    gradient_accumulation_steps: int = 1
+    """Backward passes per optimiser step."""
+
+    num_inference_steps: int = 25
+    """Steps of the sampler."""
+    sampler: str = "euler"
+    """Sampler that is differentiated; euler is DDIM."""
+    guidance: str = "cfg"
+    """Guidance method of the sampler, in training as in use."""
+    guidance_scale: float | None = None
+    """Short for guidance_options["scale"]; None is 5 for cfg, and the own default of any other method."""
+    guidance_options: dict[str, Any] = field(default_factory=dict)
+    """Further options of the guidance method."""
+
+    gradient: str | None = None
+    """A mode of the engine ("full", "checkpoint", "truncated:10") for every optimiser step; None draws K for each."""
+    truncation_min: int = 1
+    """Least K: the number of last sampler steps that carry gradient."""
+    truncation_max: int = 10
+    """Greatest K, at most num_inference_steps. K is uniform between the two, drawn once per optimiser step."""
+
+    rank: int = 4
+    """Rank of the LoRA."""
+    lora_alpha: int | None = None
+    """The LoRA's update is scaled by lora_alpha / rank; None is rank, a scale of 1."""
+    lora_dropout: float = 0.0
+    """Probability that an input of a LoRA layer is dropped in training."""
+
+    learning_rate: float = 1e-3
+    """Of AdamW, after the warm-up."""
+    lr_scheduler: str = "constant_with_warmup"
+    """Shape of the learning rate over the optimiser steps, a name of diffusers.optimization."""
+    lr_warmup_steps: int = 0
+    """Optimiser steps over which the learning rate rises from 0."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's mean of squared gradients."""
+    adam_weight_decay: float = 1e-4
+    """AdamW's weight decay, a share of learning_rate per step."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of AdamW's mean of squared gradients."""
+    max_grad_norm: float = 1.0
+    """The gradient's norm over all weights is clipped to this."""
+    loss_coeff: float = 1.0
+    """The loss is -loss_coeff * mean reward. AdamW does not feel it; the clip and float16's range do."""
+    mixed_precision: str = "no"
+    """Precision of the frozen networks: "no" (float32), "bf16" or "fp16". The LoRA is always float32."""
+
+    checkpointing_steps: int = 50
+    """Optimiser steps between checkpoints."""
+    checkpoints_total_limit: int | None = None
+    """Checkpoints kept, the newest; None keeps all."""
+    resume_from_checkpoint: str | None = None
+    """The word "latest", or a checkpoint's folder: go on from there, exactly as if the run had not been interrupted."""
+    report_to: str = "none"
+    """A tracker of accelerate ("tensorboard", "wandb", ...) beside metrics.jsonl."""
+
+
+@documented
+@dataclass(frozen=True)
+class RenoConfig:
+    """ReNO: optimise the initial noise of one prompt or several on a reward (https://arxiv.org/abs/2406.04312)."""
+
+    prompt: list[str] = field(default_factory=list)
+    """One or more prompts; the noise of each is optimised by itself."""
+    model: str = "tiny-turbo"
+    """An embedded model (tiny, tiny-turbo), a folder in diffusers' format, or a model's id on the hub."""
+    reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
+    """What to raise: NAME or NAME=WEIGHT, one or several; their weighted sum. Each must be differentiable."""
+    output_dir: str = "runs/reno"
+    """Folder of the result; it must be empty."""
+    iterations: int = 50
+    """Images made for each prompt; the noise is updated between them, one time less."""
+    seed: int = 0
+    """Of the first noise: the i-th prompt's is drawn with seed + i, whatever the batch."""
+    batch_size: int = 8
+    """Prompts optimised at once; the results do not depend on it."""
+
+    num_inference_steps: int = 1
+    """Steps of the sampler."""
+    sampler: str = "euler"
+    """Sampler that is differentiated; euler is DDIM. The noise of a stochastic one is drawn once and stays."""
+    guidance: str = "none"
+    """Guidance method; distilled few-step models want none."""
+    guidance_scale: float | None = None
+    """Short for guidance_options["scale"]; None is 5 for cfg, and the own default of any other method."""
+    guidance_options: dict[str, Any] = field(default_factory=dict)
+    """Further options of the guidance method."""
+    gradient: str = "checkpoint"
+    """Mode of the engine: "full", "checkpoint", "truncated:K"."""
+
+    learning_rate: float | None = None
+    """Of SGD with Nesterov momentum; None is 5 sqrt(D / 16384) for D latent elements, the paper's 5 at its D."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    grad_clip: float = 0.1
+    """The gradient's norm, of each prompt by itself, is clipped to this."""
+    regularization_weight: float = 0.01
+    """Weight of minus the log density of the noise's norm, which is chi-distributed for Gaussian noise."""

@@ -1,0 +1,148 @@
+"""Images from a diffusers pipeline under a guidance method."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from difftune import models, outputs
+from difftune.doctor import versions
+from difftune.errors import UserError
+from difftune.lora import WEIGHTS
+from difftune.named import guidance_named, model_named
+from guidance.attach import attach
+from guidance.contract import Guidance
+from rewards.checks import finite
+
+
+class Batch(NamedTuple):
+    """A batch of pictures and what made them."""
+
+    images: Tensor  # (B, 3, H, W) in [0, 1], float32, on the CPU
+    prompts: list[str]
+    seeds: list[int]
+    nfe: float  # rows that went through the network, per image
+
+
+@torch.no_grad()
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    guidance: Guidance,
+    steps: int = 25,
+    batch_size: int = 16,
+) -> Iterator[Batch]:
+    """One image per (prompt, seed), batch by batch. An image's noise is that of its own seed, whatever the batch."""
+    pipe.set_progress_bar_config(disable=True)
+    for start in range(0, len(prompts), batch_size):
+        chosen = slice(start, start + batch_size)
+        yield _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), guidance, steps)
+
+
+def _batch(pipe: Any, prompts: list[str], seeds: list[int], guidance: Guidance, steps: int) -> Batch:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with attach(pipe, guidance) as handle:
+        images = pipe(prompts, generator=generators, num_inference_steps=steps, output_type="pt").images
+    return Batch(finite(images.float().cpu(), "a generated picture"), prompts, seeds, handle.nfe / len(prompts))
+
+
+def watched(batches: Iterator[Batch], total: int, label: str) -> Iterator[Batch]:
+    """The batches, with a bar where somebody watches."""
+    with tqdm(total=total, desc=label, disable=None) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch.images))
+
+
+def mean_nfe(batches: Sequence[Batch]) -> float:
+    """Rows that went through the network, per image."""
+    return sum(b.nfe * len(b.images) for b in batches) / sum(len(b.images) for b in batches)
+
+
+def opened(model: str, lora: str | None = None) -> Any:
+    """The pipeline, on the GPU if there is one, with the LoRA that training wrote to the folder `lora`."""
+    if lora is not None and not Path(lora, WEIGHTS).is_file():
+        raise UserError(f"--lora {lora} holds no {WEIGHTS}: give the --output_dir of a training run")
+    model_named(model)
+    pipe = models.load(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    if lora is not None:
+        _adapt(pipe, model, lora)
+    return pipe
+
+
+def _adapt(pipe: Any, model: str, lora: str) -> None:
+    try:
+        pipe.load_lora_weights(lora)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the LoRA of {lora} does not fit model {model!r}: {reason}") from error
+
+
+def pixels(images: Tensor) -> list[Any]:
+    """(B, 3, H, W) as B arrays (H, W, 3)."""
+    return list(images.permute(0, 2, 3, 1).numpy())
+
+
+def sample(
+    model: str,
+    prompt: Sequence[str],
+    output_dir: str | Path,
+    guidance: str = "cfg",
+    guidance_options: Mapping[str, Any] | None = None,
+    num_images: int = 1,
+    num_inference_steps: int = 25,
+    seed: int = 0,
+    batch_size: int = 16,
+    lora: str | None = None,
+) -> dict[str, Any]:
+    """`difftune sample`: writes PNGs, grid.png and sample.json; returns what sample.json holds.
+
+    Image i of a prompt is drawn with seed + i. Nothing is written before all images are made.
+    """
+    folder, method = outputs.unused(output_dir), guidance_named(guidance, None, guidance_options)
+    pipe, began = opened(model, lora), time.perf_counter()
+    jobs = [(p, seed + i) for p in prompt for i in range(num_images)]
+    made = generate(pipe, [p for p, _ in jobs], [s for _, s in jobs], method, num_inference_steps, batch_size)
+    batches = list(watched(made, len(jobs), "sample"))
+    found = {
+        "settings": {
+            "model": model,
+            "lora": lora,
+            "guidance": guidance,
+            "guidance_options": settings_of(method),
+            "prompt": list(prompt),
+            "num_images": num_images,
+            "num_inference_steps": num_inference_steps,
+            "seed": seed,
+            "batch_size": batch_size,
+            "scheduler": type(pipe.scheduler).__name__,
+        },
+        "images": list(_files(batches)),
+        "nfe": mean_nfe(batches),
+        "seconds": round(time.perf_counter() - began, 3),
+        "versions": versions(),
+    }
+    pictures = [picture for batch in batches for picture in pixels(batch.images)]
+    for about, picture in zip(_files(batches), pictures, strict=True):
+        outputs.write(folder / about["file"], outputs.png(picture))
+    outputs.write(folder / "grid.png", outputs.grid(pictures, num_images if len(prompt) > 1 else None))
+    outputs.write_json(folder / "sample.json", found)
+    return found
+
+
+def settings_of(guidance: Any) -> dict[str, Any]:
+    """A method's fields, which are its settings."""
+    return asdict(guidance)
+
+
+def _files(batches: Sequence[Batch]) -> Iterator[dict[str, Any]]:
+    """Of each image, in order: its file and what made it."""
+    jobs = [(prompt, seed, b.nfe) for b in batches for prompt, seed in zip(b.prompts, b.seeds, strict=True)]
+    for i, (prompt, seed, nfe) in enumerate(jobs):
+        yield {"file": f"{i:05d}-seed{seed}.png", "prompt": prompt, "seed": seed, "nfe": nfe}

@@ -1,0 +1,151 @@
+"""The embedded models, found by name; any other diffusers model by its folder or its name on the Hub."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewards.registry import unknown
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+ROOT = Path(__file__).parent.parent  # of the installed packages
+
+
+@dataclass(frozen=True)
+class Model:
+    """One embedded model: what it is, and where it lies under the packages' root."""
+
+    folder: str
+    summary: str
+    base: str | None = None  # the model that lends the parts which the folder lacks
+    pipeline: bool = True  # whether `load` makes a diffusers pipeline of it
+
+
+MODELS: dict[str, Model] = {
+    "tiny": Model("difftune/weights/tiny", "a small Stable Diffusion of the world of shapes, 64x64"),
+    "tiny-turbo": Model("difftune/weights/tiny-turbo", "tiny, distilled to 1-4 steps", base="tiny"),
+    "tiny-weak": Model("difftune/weights/tiny-weak", "a smaller UNet stopped early, for autoguidance", base="tiny"),
+    "tiny-clip": Model("rewards/weights/tiny-clip", "an open_clip model: text-image reward", pipeline=False),
+    "tiny-classifier": Model(
+        "rewards/weights/tiny-classifier", "a CNN over the colour and shape of one object", pipeline=False
+    ),
+}
+
+
+def path(name: str) -> Path:
+    """The folder of an embedded model. One that shares parts with another is put together in the user's cache
+    (`$XDG_CACHE_HOME/difftune`, by default ~/.cache/difftune) the first time.
+
+    Raises ValueError for an unknown name, FileNotFoundError where this installation lacks the weights.
+    """
+    if name not in MODELS:
+        raise ValueError(unknown("embedded model", name, MODELS))
+    own, base = ROOT / MODELS[name].folder, MODELS[name].base
+    if not own.is_dir():
+        raise FileNotFoundError(
+            f"model {name!r} is not in this installation ({own} is missing): reinstall difftune, "
+            "or train it with scripts/train_tiny.py"
+        )
+    return own if base is None else _assembled(name, own, path(base))
+
+
+def load(name_or_path: str | Path, **options: Any) -> "DiffusionPipeline":
+    """A diffusers pipeline in float32: an embedded name, a local folder, or a name on the Hub ("owner/name").
+
+    `options` go to `DiffusionPipeline.from_pretrained`. Raises ValueError, in one sentence, for a name that is none of
+    the three, a folder without a pipeline, and a Hub name that cannot be had.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    where = source(name_or_path)
+    options = {"torch_dtype": torch.float32} | options
+    if isinstance(where, Path):
+        return DiffusionPipeline.from_pretrained(where, **options)
+    try:
+        return DiffusionPipeline.from_pretrained(where, **options)
+    except OSError as error:  # huggingface_hub's and requests' errors are
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot load {where!r} from the Hub: {reason}; embedded: {_pipelines()}") from error
+
+
+def source(name_or_path: str | Path) -> Path | str:
+    """Where a pipeline's weights are: the folder, or the Hub name as it is; ValueError for anything else."""
+    name, folder = str(name_or_path), Path(name_or_path).expanduser()
+    if name in MODELS and not MODELS[name].pipeline:
+        raise ValueError(f"{name!r} is {MODELS[name].summary}, not a pipeline; embedded pipelines: {_pipelines()}")
+    if name in MODELS:
+        return path(name)
+    if (folder / "model_index.json").is_file():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{name!r} is no pipeline: it holds no model_index.json")
+    if isinstance(name_or_path, str) and name.count("/") == 1 and not name.startswith(("/", ".", "~")):
+        return name
+    raise ValueError(
+        f"{unknown('model', name, [n for n in MODELS if MODELS[n].pipeline])}, "
+        "a folder with a model_index.json, or owner/name on the Hub"
+    )
+
+
+def _pipelines() -> str:
+    return ", ".join(name for name, model in MODELS.items() if model.pipeline)
+
+
+def _assembled(name: str, own: Path, base: Path) -> Path:
+    """The base's folder with `own`'s parts in place of its own, in the cache, under a name that is their contents'."""
+    cache = cache_folder()
+    done = cache / f"{name}-{_digest(base, own)}"
+    if done.is_dir():
+        return done
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+    except OSError as error:
+        remedy = "set XDG_CACHE_HOME to a folder that can be written"
+        raise OSError(f"cannot write to {cache} ({error.strerror}): {remedy}") from error
+    try:
+        _merge(base, own, partial)
+        partial.rename(done)
+    except OSError:
+        if not done.is_dir():  # else another process was faster, and its folder is as good
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return done
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "difftune"
+
+
+def _digest(*folders: Path) -> str:
+    """Of the names and the contents of all files."""
+    sha = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+            sha.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode())
+            sha.update(file.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def _merge(base: Path, own: Path, target: Path) -> None:
+    """Copies base, replaces the parts that `own` has, and names their classes in model_index.json."""
+    shutil.copytree(base, target, dirs_exist_ok=True)
+    index = json.loads((target / "model_index.json").read_text())
+    for part in (part for part in sorted(own.iterdir()) if part.is_dir()):
+        shutil.rmtree(target / part.name, ignore_errors=True)
+        shutil.copytree(part, target / part.name)
+        index[part.name] = ["diffusers", _class_name(part)]
+    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _class_name(part: Path) -> str:
+    file = "scheduler_config.json" if part.name == "scheduler" else "config.json"
+    return json.loads((part / file).read_text())["_class_name"]

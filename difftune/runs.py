@@ -1,0 +1,176 @@
+"""What surrounds a recipe on the command line: its folder, metrics, checkpoints, resumption and signals.
+
+A recipe yields (metrics, state) after each optimiser step and knows nothing of this.
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from tqdm import tqdm
+
+from difftune import checkpoint, log, lora
+from difftune.checkpoint import Say, State
+from difftune.errors import UserError
+from difftune.outputs import write
+
+CONFIG, METRICS, CARD = "config.yaml", "metrics.jsonl", "README.md"
+Config = Any  # a recipe's dataclass: output_dir, max_train_steps, checkpointing_steps, checkpoints_total_limit, ...
+Steps = Iterator[tuple[dict[str, float], State]]
+
+# What may differ between a run and its resumption, which is exact for all else.
+FREE = {"max_train_steps", "checkpointing_steps", "checkpoints_total_limit"}
+FREE |= {"output_dir", "report_to", "resume_from_checkpoint"}
+
+
+def run(
+    config: Config, steps: Steps, state: State | None, pipe: Any, card: Callable[[dict[str, float]], str]
+) -> dict[str, Any]:
+    """Follow a recipe's `steps`, which go on from `state` and train the adapter of `pipe`; returns a summary.
+
+    `config.output_dir` gets metrics.jsonl, config.yaml, checkpoints, pytorch_lora_weights.safetensors and a model card.
+    SIGTERM and Ctrl-C save a checkpoint after the step that is under way, and end with 143 and 130.
+    """
+    folder, main = Path(config.output_dir), process().is_main_process
+    trackers = log.trackers(config.report_to, folder, asdict(config)) if main else []
+    done = 0 if state is None else state.step
+    first: dict[str, float] = {}
+    metrics: dict[str, float] = {} if state is None else dict(state.info["metrics"])
+    started = time.perf_counter()
+    process().wait_for_everyone()  # every process has seen the folder as it was
+    if main:
+        write(folder / CONFIG, settings_yaml(config))
+        log.rewind(folder / METRICS, done)
+    bar = tqdm(total=config.max_train_steps, initial=done, disable=not main)
+    with stopping() as stop, bar:
+        for metrics, now in steps:
+            first = first or metrics
+            if main:
+                report(folder, metrics, trackers, bar)
+            due = now.step % config.checkpointing_steps == 0 or now.step == config.max_train_steps
+            if main and (due or stop.number):
+                limit = config.checkpoints_total_limit
+                checkpoint.save(folder, now, limit, also=lambda path: lora.save(pipe, path))
+            if stop.number:
+                stop.leave(now.step)
+    if main:
+        lora.save(pipe, folder)
+        write(folder / CARD, card(metrics))
+    for tracker in trackers:
+        tracker.finish()
+    return {
+        "output_dir": str(folder),
+        "optimizer_steps": config.max_train_steps,
+        "reward_first": first.get("reward_mean"),
+        "reward_last": metrics.get("reward_mean"),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def process() -> PartialState:
+    """This process among those that were launched together; accelerate joins those on CPUs only if it is told."""
+    return PartialState(cpu=on_cpu())
+
+
+def on_cpu() -> bool:
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def starting_state(config: Config, say: Say | None = None) -> State | None:
+    """Where a run begins: None at step 0, else the state of the checkpoint that is to be resumed.
+
+    Raises UserError for a folder that holds something, unless it is a run of ours that is resumed with its settings.
+    """
+    say, folder = say or shown, Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --output_dir")
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if held and CONFIG not in held and not checkpoint.checkpoints(folder):
+        raise UserError(f"{folder} holds something else ({held[0]}): choose another --output_dir")
+    if held and not config.resume_from_checkpoint:
+        raise UserError(
+            f"{folder} holds a run: continue it with --resume_from_checkpoint latest, or choose another --output_dir"
+        )
+    state = checkpoint.resumed(folder, config.resume_from_checkpoint, say)
+    if state is not None:
+        same_run(config, state)
+        say(f"resuming from step {state.step}")
+    elif config.resume_from_checkpoint:
+        say(f"{folder} holds no whole checkpoint: starting from step 0")
+    return state
+
+
+def same_run(config: Config, state: State) -> None:
+    """UserError, naming the first, where settings are not those that the state was made with."""
+    now = asdict(config) | {"num_processes": process().num_processes}
+    then = {**state.info["config"], "num_processes": state.info["num_processes"]}
+    for name, value in now.items():
+        if name not in FREE and then.get(name) != value:
+            raise UserError(f"the checkpoint was made with {name}={then.get(name)!r}, not {value!r}: resume with that")
+    if config.max_train_steps < state.step:
+        raise UserError(f"the checkpoint is at step {state.step}, beyond max_train_steps={config.max_train_steps}")
+
+
+def settings_yaml(config: Config) -> str:
+    """The settings with the keys of the flags, as `--config` reads them."""
+    settings = asdict(config)
+    del settings["resume_from_checkpoint"]
+    settings |= {f"guidance.{key}": value for key, value in settings.pop("guidance_options").items()}
+    return yaml.safe_dump({key: value for key, value in settings.items() if value is not None}, sort_keys=False)
+
+
+def report(folder: Path, metrics: dict[str, float], trackers: Sequence[Any], bar: Any) -> None:
+    log.append(folder / METRICS, metrics)
+    for tracker in trackers:
+        tracker.log(metrics, step=int(metrics["step"]))
+    bar.set_postfix(reward=f"{metrics['reward_mean']:.4f}", refresh=False)
+    bar.update()
+
+
+class Stop:
+    """The signal that asked for the end, or 0."""
+
+    number: int = 0
+
+    def leave(self, step: int) -> None:
+        shown(f"stopped by {signal.Signals(self.number).name} after step {step}, which is saved")
+        if self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self.number)
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """SIGTERM and the first Ctrl-C raise a flag, so that the step under way is finished; a second Ctrl-C ends it."""
+    stop = Stop()
+
+    def ask(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and stop.number:
+            raise KeyboardInterrupt
+        stop.number = number
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals are the main thread's
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def shown(text: str) -> None:
+    """For people, once per run: stdout is for results."""
+    if process().is_main_process:
+        print(text, file=sys.stderr)

@@ -1,0 +1,53 @@
+"""Rewards of image files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from difftune.errors import RunError, UserError
+from rewards.compose import parse_rewards, weighted
+from rewards.registry import REWARDS
+
+
+def run(rewards: Sequence[str], prompts: Sequence[str], images: Sequence[str]) -> list[dict[str, Any]]:
+    """`difftune score`: {"image", "prompt", "rewards": {name: score}, "total"} of every file.
+
+    One prompt serves all images; more must be one per image. Raises UserError, before anything is scored, for a missing
+    prompt and for a file that is no image.
+    """
+    weights = parse_rewards(rewards)
+    texts = _one_each(prompts, images, [name for name in weights if REWARDS[name].needs_prompt])
+    pictures = [opened(path) for path in images]
+    reward = weighted(weights)
+    found = []
+    for path, text, picture in zip(images, texts, pictures, strict=True):
+        with torch.no_grad():
+            parts = reward.parts(picture[None], [text])
+        total = float(reward.total(parts))
+        found.append(
+            {"image": path, "prompt": text, "rewards": {n: float(s) for n, s in parts.items()}, "total": total}
+        )
+    return found
+
+
+def _one_each(prompts: Sequence[str], images: Sequence[str], needing: Sequence[str]) -> Sequence[str]:
+    if needing and not prompts:
+        raise UserError(f"reward {needing[0]!r} needs a prompt: give --prompt once, or once per image")
+    if len(prompts) not in (0, 1, len(images)):
+        raise UserError(f"{len(prompts)} prompts for {len(images)} images: give --prompt once, or once per image")
+    return prompts if len(prompts) == len(images) else [*prompts, ""][:1] * len(images)
+
+
+def opened(path: str | Path) -> Tensor:
+    """The picture of a file, (3, H, W) in [0, 1]."""
+    try:
+        with Image.open(path) as image:
+            x = np.asarray(image.convert("RGB"), np.float32) / 255
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+        raise RunError(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from error
+    return torch.from_numpy(x).permute(2, 0, 1)

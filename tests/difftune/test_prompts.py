@@ -1,0 +1,46 @@
+"""Training prompts: functions of an index."""
+
+from collections import Counter
+
+import pytest
+
+from difftune.errors import UserError
+from difftune.prompts import listed, prompts_named
+from rewards.shapes import CATEGORIES, category, content, held_out, parse
+
+
+def test_shapes_are_parsed_of_every_category_and_not_held_out():
+    prompts = prompts_named("shapes", seed=3)
+    captions = [parse(prompts(i)) for i in range(600)]
+    assert not {content(c) for c in captions} & held_out()
+    kinds = Counter(map(category, captions))
+    assert kinds.keys() == set(CATEGORIES)
+    assert min(kinds.values()) > 50  # of 100 expected
+
+
+def test_a_prompt_depends_on_seed_and_index_alone():
+    forward, backward = prompts_named("shapes", 1), prompts_named("shapes", 1)
+    ahead = [forward(i) for i in range(20)]
+    assert ahead == [backward(i) for i in reversed(range(20))][::-1]
+    assert ahead != [prompts_named("shapes", 2)(i) for i in range(20)]
+
+
+def test_a_file_is_read_once_per_epoch_in_a_new_order(tmp_path):
+    lines = [f"prompt {i}" for i in range(30)]
+    (tmp_path / "p.txt").write_text("\n\n".join(lines) + "\n  \n")
+    prompts = prompts_named(str(tmp_path / "p.txt"), 0)
+    epochs = [[prompts(30 * epoch + i) for i in range(30)] for epoch in range(2)]
+    assert all(sorted(epoch) == sorted(lines) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_an_empty_list_is_one_sentence(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UserError, match=r"empty\.txt has no prompt"):
+        prompts_named(str(tmp_path / "empty.txt"))
+    for name in ("absent.txt", "bytes.txt"):
+        with pytest.raises(UserError, match="cannot read the prompts"):
+            prompts_named(str(tmp_path / name))
+    with pytest.raises(UserError, match="is empty"):
+        listed([])

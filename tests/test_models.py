@@ -1,0 +1,119 @@
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+
+from difftune import models
+from tests import pipelines
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An installation whose embedded models are tiny random ones, and its cache."""
+    monkeypatch.setattr(models, "ROOT", tmp_path / "site")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights = tmp_path / "site" / "difftune" / "weights"
+    tiny = pipelines.sd()
+    tiny.save_pretrained(weights / "tiny")
+    with torch.no_grad():
+        tiny.unet.conv_in.weight.mul_(2)
+    tiny.unet.save_pretrained(weights / "tiny-turbo" / "unet")
+    LCMScheduler().save_pretrained(weights / "tiny-turbo" / "scheduler")
+    tiny.unet.save_pretrained(weights / "tiny-weak" / "unet")
+    return tmp_path
+
+
+def test_embedded_model_is_its_folder(root):
+    assert models.path("tiny") == root / "site/difftune/weights/tiny"
+
+
+def test_sibling_is_put_together_from_its_own_parts_and_the_base(root):
+    plain = models.load("tiny")
+    turbo = StableDiffusionPipeline.from_pretrained(models.path("tiny-turbo"))
+    assert isinstance(turbo.scheduler, LCMScheduler)
+    assert torch.equal(turbo.unet.conv_in.weight, 2 * plain.unet.conv_in.weight)
+    assert torch.equal(turbo.vae.quant_conv.weight, plain.vae.quant_conv.weight)
+    weak = models.load("tiny-weak")
+    assert isinstance(weak.scheduler, DDIMScheduler)
+    assert torch.equal(weak.unet.conv_in.weight, turbo.unet.conv_in.weight)
+    assert weak.unet.dtype == torch.float32
+    assert models.load("tiny-weak", torch_dtype=torch.float16).unet.dtype == torch.float16
+
+
+def test_sibling_is_put_together_once_and_again_when_its_parts_change(root):
+    first = models.path("tiny-weak")
+    marker = first / "marker"
+    marker.touch()
+    assert models.path("tiny-weak") == first and marker.exists()
+    config = root / "site/difftune/weights/tiny/vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    second = models.path("tiny-weak")
+    assert second != first
+    assert json.loads((second / "vae/config.json").read_text())["scaling_factor"] == 0.5
+
+
+def _path(site: Path, name: str) -> Path:
+    models.ROOT = site
+    return models.path(name)
+
+
+def test_processes_that_put_it_together_at_once_agree(root):
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        found = pool.starmap(_path, [(root / "site", "tiny-turbo")] * 8)
+    assert len(set(found)) == 1
+    assert [f.name for f in (root / "cache/difftune").iterdir()] == [found[0].name]  # and nothing half-made stays
+
+
+def test_a_loser_of_the_race_takes_the_winners_folder(root, monkeypatch):
+    done = models.path("tiny-weak")
+    merge = models._merge
+
+    def overtaken(base, own, target):
+        merge(base, own, target)
+        done.mkdir()
+        (done / "winner").touch()
+
+    for file in sorted(done.rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+    done.rmdir()
+    monkeypatch.setattr(models, "_merge", overtaken)
+    assert (models.path("tiny-weak") / "winner").exists()
+    assert list((root / "cache/difftune").iterdir()) == [done]
+
+
+def test_cache_that_cannot_be_written_names_the_remedy(root, monkeypatch):
+    (root / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / "file"))
+    with pytest.raises(OSError, match=r"cannot write to .*: set XDG_CACHE_HOME"):
+        models.path("tiny-turbo")
+
+
+def test_folder_of_ones_own(root):
+    assert models.source(root / "site/difftune/weights/tiny") == root / "site/difftune/weights/tiny"
+    assert models.load(str(root / "site/difftune/weights/tiny")).unet.config.in_channels == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("tiny-turb", r"no model 'tiny-turb' \(did you mean 'tiny-turbo'\?\); known: tiny, .*owner/name on the Hub"),
+        ("tiny-clip", r"'tiny-clip' is an open_clip model.*, not a pipeline; embedded pipelines: tiny, "),
+        ("./nowhere", r"no model './nowhere'"),
+        ("/", r"'/' is no pipeline: it holds no model_index.json"),
+        ("nobody/no-model", r"cannot load 'nobody/no-model' from the Hub: .+; embedded: tiny"),
+    ],
+)
+def test_what_is_no_model_gets_one_sentence(root, name, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        models.load(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_embedded_name_and_missing_weights(root):
+    with pytest.raises(ValueError, match="no embedded model 'small'"):
+        models.path("small")
+    with pytest.raises(FileNotFoundError, match=r"'tiny-clip' is not in this installation \(.*\): reinstall difftune"):
+        models.path("tiny-clip")
