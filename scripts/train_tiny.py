@@ -489,7 +489,7 @@ def export() -> None:
     model = train_clip().half()
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     half = [0.5, 0.5, 0.5]
-    preprocess = {"mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "squash"}
+    preprocess = {"mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "shortest"}
     config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     make_tokenizer().save_pretrained(folder)
