@@ -238,7 +238,7 @@ def caption_tokens() -> Tensor:
     return tokens([str(caption) for caption in scenes()[1]])
 
 
-def finished_vae(steps: int = 1500, batch: int = 32) -> AutoencoderKL:
+def finished_vae(steps: int = 800, batch: int = 32) -> AutoencoderKL:
     """The VAE with its decoder trained on, under slightly noisy latents; the encoder stays, and so do the latents."""
     vae = train_vae()
     for part in (vae.encoder, vae.quant_conv):
@@ -309,13 +309,13 @@ def pipeline() -> StableDiffusionPipeline:
 
 # ------------------------------------------------------------------------------------------------ tiny-turbo
 
-SOLVER_STEPS = 12
+SOLVER_STEPS = 8
 GUIDANCE = 5.0
-TRAJECTORIES = 12_000
+TRAJECTORIES = 10_000
 
 
 def trajectories(count: int = TRAJECTORIES, batch: int = 125) -> Iterator[dict[str, Tensor]]:
-    """The teacher's guided trajectories, parts on disk: x (B, 13, 4, 8, 8) from noise to data, t (12,), ids (B, 16)."""
+    """The teacher's guided trajectories, parts on disk: x (B, 9, 4, 8, 8) from noise to data, t (8,), ids (B, 16)."""
     folder = TRAIN / "trajectories"
     folder.mkdir(parents=True, exist_ok=True)
     pipe = None
@@ -355,7 +355,7 @@ def draw_caption(rng: np.random.Generator) -> shapes.Caption:
             return caption
 
 
-def train_turbo(steps: int = 3000, batch: int = 64) -> UNet2DConditionModel:
+def train_turbo(steps: int = 2200, batch: int = 64) -> UNet2DConditionModel:
     """`tiny-turbo`: maps any point of the teacher's trajectory to its end, half of the time from pure noise.
 
     Supervised consistency distillation (https://arxiv.org/abs/2310.04378, with the solver's own end point as the
