@@ -277,7 +277,7 @@ def denoising_loss(unet: nn.Module, text: nn.Module, batch: int = 64) -> Tensor:
     return (snr.clamp(max=5) / snr * (out - eps).square()).mean()
 
 
-def train_unet(steps: int = 4800) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+def train_unet(steps: int = 5500) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """`tiny`: the text encoder is trained with the UNet."""
     torch.manual_seed(SEED)
     unet, text = make_unet(), make_text_encoder()
