@@ -4,6 +4,7 @@ Only what `pipe.load_lora_weights(folder)` reads back exactly is written: peft's
 without which an alpha other than the rank is silently lost.
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -73,9 +74,20 @@ def save(pipe: Any, folder: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as temporary:  # a folder: loaders look at every file
         type(pipe).save_lora_weights(temporary, **layers, **settings, weight_name=WEIGHTS)
+        sort_header(Path(temporary, WEIGHTS))
         flush(Path(temporary, WEIGHTS))
         os.replace(Path(temporary, WEIGHTS), folder / WEIGHTS)
     return folder / WEIGHTS
+
+
+def sort_header(file: Path) -> None:
+    """Put a safetensors file's header in order: its metadata comes in a random one, and equal weights shall be equal
+    files."""
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the format's own padding
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
 
 
 def network_of(pipe: Any) -> Any:

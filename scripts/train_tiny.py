@@ -264,9 +264,19 @@ def alpha_bar() -> Tensor:
     return DDIMScheduler(**TABLE).alphas_cumprod.to(DEVICE)
 
 
-def denoising_loss(unet: nn.Module, text: nn.Module, batch: int = 64) -> Tensor:
-    """eps-prediction, min-SNR-5 weights (https://arxiv.org/abs/2303.09556), a tenth of the captions empty."""
-    chosen = torch.randint(len(caption_tokens()), (batch,))
+@cache
+def shares(**kinds: float) -> Tensor:
+    """The probability (N,) of each training scene that gives every category its share."""
+    of = [shapes.category(caption) for caption in scenes()[1]]
+    return torch.tensor([kinds[kind] / of.count(kind) for kind in kinds])[[list(kinds).index(kind) for kind in of]]
+
+
+def denoising_loss(unet: nn.Module, text: nn.Module, batch: int = 64, share: dict | None = None) -> Tensor:
+    """eps-prediction, min-SNR-5 weights (https://arxiv.org/abs/2303.09556), a tenth of the captions empty.
+
+    With `share`, of the categories, high noise weighs up to ten times as much: there the layout is decided.
+    """
+    chosen = torch.multinomial(shares(**share), batch) if share else torch.randint(len(caption_tokens()), (batch,))
     z, ids = latents()[0][chosen].to(DEVICE), caption_tokens()[chosen]
     ids = torch.where(torch.rand(batch, 1, device=DEVICE) < 0.1, tokens([""]), ids)
     t = torch.randint(0, 1000, (batch,), device=DEVICE)
@@ -274,18 +284,24 @@ def denoising_loss(unet: nn.Module, text: nn.Module, batch: int = 64) -> Tensor:
     eps = torch.randn_like(z)
     out = unet(power.sqrt() * z + (1 - power).sqrt() * eps, t, text(ids).last_hidden_state).sample
     snr = power / (1 - power)
-    return (snr.clamp(max=5) / snr * (out - eps).square()).mean()
+    weight = snr.clamp(max=5) / snr * ((1 + 1 / snr).clamp(max=10) if share else 1)
+    return (weight * (out - eps).square()).mean()
 
 
-def train_unet(steps: int = 5500) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """`tiny`: the text encoder is trained with the UNet."""
+LAYOUT = dict(zip(shapes.CATEGORIES, (0.18, 0.14, 0.13, 0.05, 0.42, 0.08), strict=True))
+
+
+def train_unet(steps: int = 5500, more: int = 1200) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """`tiny`: the text encoder is trained with the UNet; at last with weight on layout, which comes latest."""
     torch.manual_seed(SEED)
     unet, text = make_unet(), make_text_encoder()
     Fit("unet", {"unet": unet, "text": text}, lambda step: denoising_loss(unet, text), steps, 1.5e-3).run()
+    layout = lambda step: denoising_loss(unet, text, share=LAYOUT)  # noqa: E731
+    Fit("layout", {"unet": unet, "text": text}, layout, more, 8e-4).run()
     return unet.eval(), text.eval()
 
 
-def train_weak(steps: int = 1000) -> UNet2DConditionModel:
+def train_weak(steps: int = 600) -> UNet2DConditionModel:
     """`tiny-weak`: a fraction of the channels, stopped early, under `tiny`'s text encoder."""
     text = train_unet()[1].requires_grad_(False)
     torch.manual_seed(SEED + 1)
@@ -311,7 +327,7 @@ def pipeline() -> StableDiffusionPipeline:
 
 SOLVER_STEPS = 8
 GUIDANCE = 5.0
-TRAJECTORIES = 10_000
+TRAJECTORIES = 6_000
 
 
 def trajectories(count: int = TRAJECTORIES, batch: int = 125) -> Iterator[dict[str, Tensor]]:
@@ -355,7 +371,7 @@ def draw_caption(rng: np.random.Generator) -> shapes.Caption:
             return caption
 
 
-def train_turbo(steps: int = 2200, batch: int = 64) -> UNet2DConditionModel:
+def train_turbo(steps: int = 1500, batch: int = 64) -> UNet2DConditionModel:
     """`tiny-turbo`: maps any point of the teacher's trajectory to its end, half of the time from pure noise.
 
     Supervised consistency distillation (https://arxiv.org/abs/2310.04378, with the solver's own end point as the
@@ -413,23 +429,25 @@ def decoded() -> Tensor:
     return torch.cat([((part.clamp(-1, 1) + 1) * 127.5).round().byte().cpu() for part in parts])
 
 
-def train_clip(steps: int = 2000, batch: int = 64) -> CLIP:
+def train_clip(steps: int = 2000, more: int = 1400, batch: int = 64) -> CLIP:
     """`tiny-clip`: each picture against its caption, seven minimal edits of it, and the batch's other false captions.
 
-    Half of the pictures have been through the VAE, half of them carry Gaussian noise.
+    Half of the pictures have been through the VAE, half of them carry Gaussian noise. The second stretch has more
+    edits of relations, counts and sizes, which are learnt last.
     """
     torch.manual_seed(SEED + 2)
-    model = make_clip()
+    model, phase = make_clip(), {"late": False}
 
     def loss(step: int) -> Tensor:
-        rng = np.random.default_rng([SEED, 3, step])
+        rng = np.random.default_rng([SEED, 3 + phase["late"], step])
         images, captions, worlds = scenes()
         chosen = 4 * rng.integers(len(images) // 4, size=batch)
         pictures = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, images[chosen], decoded()[chosen // 4])
         x = pixels(pictures)
         x = x + 0.2 * (torch.rand(batch, 1, 1, 1, device=DEVICE) - 0.5).clamp(min=0) * torch.randn_like(x)
         mine, there = [captions[i] for i in chosen], [worlds[i] for i in chosen]
-        wrong = [negatives(rng, caption, scene) for caption, scene in zip(mine, there, strict=True)]
+        late = step % 2 == 1 and phase["late"]
+        wrong = [negatives(rng, caption, scene, late) for caption, scene in zip(mine, there, strict=True)]
         texts = [str(caption) for caption in mine] + [text for several in wrong for text in several]
         image, text = model.encode_image(x, normalize=True), model.encode_text(tokens(texts), normalize=True)
         scale, true = model.logit_scale.exp(), torch.arange(batch, device=DEVICE)
@@ -440,13 +458,21 @@ def train_clip(steps: int = 2000, batch: int = 64) -> CLIP:
         return cross_entropy(torch.cat([others, own], 1), true) + 0.5 * cross_entropy(others.T, true)
 
     Fit("clip", {"clip": model}, loss, steps, 1e-3).run()
+    phase["late"] = True
+    Fit("clip_late", {"clip": model}, loss, more, 8e-4).run()
     return model.eval()
 
 
-def negatives(rng: np.random.Generator, caption: shapes.Caption, scene: shapes.Scene) -> list[str]:
-    """EDITS false captions: the swaps, then one-word changes, repeated where there are too few."""
+def negatives(rng: np.random.Generator, caption: shapes.Caption, scene: shapes.Scene, late: bool) -> list[str]:
+    """EDITS false captions: the swaps, then one-word changes, repeated where there are too few.
+
+    `late`: changes of relation, count and size come first.
+    """
     swapped, changed = shapes.swaps(caption, scene), shapes.edits(caption, scene)
     order = [changed[i] for i in rng.permutation(len(changed))]
+    if late:
+        names = {(phrase.shape, phrase.color) for phrase in caption.phrases}
+        order.sort(key=lambda text: {(phrase.shape, phrase.color) for phrase in shapes.parse(text).phrases} != names)
     texts = (swapped + order)[:EDITS]
     return (texts * EDITS)[:EDITS]
 
@@ -475,28 +501,37 @@ def train_classifier(steps: int = 1500, batch: int = 64) -> ShapeClassifier:
 
 def export() -> None:
     """Everything in float16, in the formats of diffusers and open_clip."""
-    weights, rewards = Path("difftune/weights"), Path("rewards/weights")
-    pipe = pipeline()
-    pipe.to(torch.float16).save_pretrained(weights / "tiny")
+    export_rewards(Path("rewards/weights"))
+    export_pipelines(Path("difftune/weights"))
+
+
+def export_pipelines(weights: Path) -> None:
+    pipeline().to(torch.float16).save_pretrained(weights / "tiny")
     encoder = weights / "tiny/text_encoder/config.json"  # transformers loads in the dtype named here
     encoder.write_text(json.dumps(json.loads(encoder.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     train_weak().half().save_pretrained(weights / "tiny-weak/unet")
     train_turbo().half().save_pretrained(weights / "tiny-turbo/unet")
-    scheduler = LCMScheduler(**TABLE, clip_sample=False, original_inference_steps=50)
+    scheduler = LCMScheduler(**TABLE, clip_sample=False, original_inference_steps=50, steps_offset=1)
     scheduler.save_pretrained(weights / "tiny-turbo/scheduler")
-    folder = rewards / "tiny-clip"
-    folder.mkdir(parents=True, exist_ok=True)
-    model = train_clip().half()
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+
+
+def export_rewards(weights: Path) -> None:
     half = [0.5, 0.5, 0.5]
     preprocess = {"mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "shortest"}
+    folder = weights / "tiny-clip"
+    store(train_clip(), folder / "open_clip_model.safetensors")
     config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     make_tokenizer().save_pretrained(folder)
-    classifier, folder = train_classifier(), rewards / "tiny-classifier"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half().contiguous() for k, v in classifier.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(classifier.config, indent=2) + "\n")
+    classifier = train_classifier()
+    store(classifier, weights / "tiny-classifier/model.safetensors")
+    (weights / "tiny-classifier/config.json").write_text(json.dumps(classifier.config, indent=2) + "\n")
+
+
+def store(model: nn.Module, file: Path) -> None:
+    """The weights in float16."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.half().contiguous().cpu() for name, value in model.state_dict().items()}, file)
 
 
 STAGES = {

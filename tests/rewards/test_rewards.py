@@ -290,7 +290,6 @@ def test_clip_follows_the_images_to_their_device(random_clip):
     torch.testing.assert_close(here, there.cpu(), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.skipif(not clip.TINY.is_dir(), reason=f"needs the trained weights: {clip.TINY} is missing")
 def test_shipped_clip_prefers_the_true_caption_and_reaches_the_pixels():
     reward = load("tiny-clip")
     images = picture(SCENE)[None].requires_grad_()
