@@ -5,6 +5,7 @@ import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' tensors are tiny: threads would only wait for each other
 
 import pytest
 import torch
