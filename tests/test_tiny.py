@@ -15,7 +15,7 @@ from rewards import shapes
 from rewards.registry import load
 
 ROOT = Path(__file__).parents[1]
-SCALE = 5.0
+SCALE = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_oracle_survives_the_vae(check):
 
 
 def test_guidance_makes_tiny_follow_its_captions():
-    guided, free = (score("tiny", method, 15, 8) for method in (CFG(SCALE), GUIDANCE["none"]()))
+    guided, free = (score("tiny", method, 15, 10) for method in (CFG(SCALE), GUIDANCE["none"]()))
     assert guided["overall"] >= free["overall"]
     assert guided["overall"] >= 0.5
     assert guided["colors"] >= 0.75
