@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from difftune import evaluate, models, outputs
@@ -93,7 +92,7 @@ def grid(file: Path, scale: float) -> None:
     seeds = [evaluate.image_seed(0, prompt, 0) for prompt in prompts]
     made = generate(models.load("tiny"), prompts, seeds, GUIDANCE["cfg"](scale), 25, 32)
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(outputs.grid(pixels(torch.cat([batch.images for batch in made]))))).save(file)
+    outputs.write(file, outputs.grid(pixels(torch.cat([batch.images for batch in made]))))
 
 
 if __name__ == "__main__":
