@@ -5,6 +5,11 @@
 Stages run in the order given and leave their state in `train/`, so a stage that was stopped goes on where it was, and
 one that is finished is skipped. `export` writes float16 safetensors in diffusers' and open_clip's own formats to
 `difftune/weights/`. Every random number comes from (SEED, stage, step).
+
+    python scripts/train_tiny.py restore relations turbo export
+
+`restore` marks the stages behind the shipped models as finished, with the shipped weights (rounded to float16), so that
+later stages can be trained without the states of the earlier ones.
 """
 
 import argparse
@@ -29,8 +34,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from difftune import models
 from rewards import shapes
-from rewards.classifier import CLASSES, ShapeClassifier
+from rewards.classifier import CLASSES, ShapeClassifier, load_classifier
+from rewards.clip import CLIPScore
 from rewards.render import render
 
 SEED = 0
@@ -79,14 +86,20 @@ class Fit:
                 parameter.copy_(mean)
 
     def _save(self, parameters, average, optimizer, step) -> None:
+        states = [optimizer.state[p] for p in parameters]
+        means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        self.write(self.name, parameters, average, means, squares, step)
+
+    @staticmethod
+    def write(name, parameters, average, means, squares, step) -> None:
+        """The state of a stage after `step` steps, in `train/`."""
         tensors = {"step": torch.tensor(step)}
-        for i, (parameter, mean) in enumerate(zip(parameters, average, strict=True)):
-            state = optimizer.state[parameter]
-            tensors |= {f"p{i}": parameter, f"a{i}": mean, f"m{i}": state["exp_avg"], f"v{i}": state["exp_avg_sq"]}
+        for letter, values in zip("pamv", (parameters, average, means, squares), strict=True):
+            tensors |= {f"{letter}{i}": value for i, value in enumerate(values)}
         TRAIN.mkdir(exist_ok=True)
-        partial = TRAIN / f"{self.name}.partial"
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial)
-        partial.rename(TRAIN / f"{self.name}.safetensors")
+        partial = TRAIN / f"{name}.partial"
+        save_file({k: v.detach().clone().contiguous().cpu() for k, v in tensors.items()}, partial)
+        partial.rename(TRAIN / f"{name}.safetensors")
 
     def _resume(self, parameters, average, optimizer) -> int:
         file = TRAIN / f"{self.name}.safetensors"
@@ -496,7 +509,30 @@ def train_classifier(steps: int = 1500, batch: int = 64) -> ShapeClassifier:
     return model.eval()
 
 
-# ------------------------------------------------------------------------------------------------ export
+# ------------------------------------------------------------------------------------------------ restore and export
+
+
+def restore() -> None:
+    """States of finished stages made of the shipped weights; a stage that has a state keeps it."""
+    pipe = StableDiffusionPipeline.from_pretrained(models.path("tiny"))
+    denoiser = [pipe.unet, pipe.text_encoder]
+    clip, classifier = CLIPScore(models.path("tiny-clip")).model, load_classifier(models.path("tiny-classifier"))
+    weak = UNet2DConditionModel.from_pretrained(models.path("tiny-weak"), subfolder="unet")
+    shipped = {
+        "vae": ([pipe.vae], 2400),
+        "decoder": ([pipe.vae.decoder, pipe.vae.post_quant_conv], 800),
+        "unet": (denoiser, 5500),
+        "layout": (denoiser, 1200),
+        "weak": ([weak], 600),
+        "clip": ([clip], 2000),
+        "clip_late": ([clip], 1400),
+        "classifier": ([classifier], 1500),
+    }
+    for name, (modules, steps) in shipped.items():
+        if not (TRAIN / f"{name}.safetensors").exists():
+            parameters = [p for module in modules for p in module.parameters()]
+            zeros = [torch.zeros_like(p) for p in parameters]
+            Fit.write(name, parameters, parameters, zeros, zeros, steps)
 
 
 def export() -> None:
@@ -535,6 +571,7 @@ def store(model: nn.Module, file: Path) -> None:
 
 
 STAGES = {
+    "restore": restore,
     "vae": train_vae,
     "latents": latents,
     "decoder": finished_vae,
