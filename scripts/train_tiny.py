@@ -6,7 +6,7 @@ Stages run in the order given and leave their state in `train/`, so a stage that
 one that is finished is skipped. `export` writes float16 safetensors in diffusers' and open_clip's own formats to
 `difftune/weights/`. Every random number comes from (SEED, stage, step).
 
-    python scripts/train_tiny.py restore relations turbo export
+    python scripts/train_tiny.py restore unet turbo export
 
 `restore` marks the stages behind the shipped models as finished, with the shipped weights (rounded to float16), so that
 later stages can be trained without the states of the earlier ones.
@@ -16,10 +16,11 @@ import argparse
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,13 +39,14 @@ from difftune import models
 from rewards import shapes
 from rewards.classifier import CLASSES, ShapeClassifier, load_classifier
 from rewards.clip import CLIPScore
-from rewards.render import render
+from rewards.render import RESOLUTION, render
 
 SEED = 0
 TRAIN = Path("train")
 SCENES = 50_000
 KINDS = dict(zip(shapes.CATEGORIES, (0.12, 0.16, 0.20, 0.12, 0.22, 0.18), strict=True))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+COMPILE = False
 
 
 @dataclass
@@ -113,6 +115,11 @@ class Fit:
                 moments = {"exp_avg": tensors[f"m{i}"], "exp_avg_sq": tensors[f"v{i}"]}
                 optimizer.state[parameter] = {"step": tensors["step"].float().cpu(), **moments}
         return int(tensors["step"])
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """The module, or with `--compile` torch.compile's version of it: a quarter faster after some minutes."""
+    return torch.compile(module, dynamic=False) if COMPILE else module
 
 
 def one_cycle(t: float, warm: float = 0.05) -> float:
@@ -305,13 +312,135 @@ LAYOUT = dict(zip(shapes.CATEGORIES, (0.18, 0.14, 0.13, 0.05, 0.42, 0.08), stric
 
 
 def train_unet(steps: int = 5500, more: int = 1200) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """`tiny`: the text encoder is trained with the UNet; at last with weight on layout, which comes latest."""
+    """`tiny`: the text encoder is trained with the UNet. Relations come last, in stages of their own."""
     torch.manual_seed(SEED)
     unet, text = make_unet(), make_text_encoder()
     Fit("unet", {"unet": unet, "text": text}, lambda step: denoising_loss(unet, text), steps, 1.5e-3).run()
     layout = lambda step: denoising_loss(unet, text, share=LAYOUT)  # noqa: E731
     Fit("layout", {"unet": unet, "text": text}, layout, more, 8e-4).run()
+    train_relations(unet, text)
     return unet.eval(), text.eval()
+
+
+RELATED = (None, *shapes.RELATIONS)
+PARTS = {  # what a caption says, as classes; None: nothing
+    "relation": RELATED,
+    "first color": (None, *shapes.COLORS),
+    "first shape": tuple(shapes.SHAPES),
+    "second color": (None, *shapes.COLORS),
+    "second shape": (None, *shapes.SHAPES),
+    "count": (1, 2, 3),
+}
+
+
+class Reader(nn.Module):
+    """Reads what a caption says from the text encoder's last states, at its last noun and after.
+
+    The denoising loss alone let the embeddings of "left" and "right" fall together, where its gradient vanishes: the
+    distance between the two captions was 2 % of the states' norm. The reader sees the states under noise as large as
+    they are, and so keeps them apart.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(128, sum(map(len, PARTS.values())))
+        nouns = [*shapes.SHAPES, *(f"{shape}s" for shape in shapes.SHAPES)]
+        self.nouns = tokens(nouns)[:, 1]
+
+    def forward(self, states: Tensor, ids: Tensor, said: Tensor) -> Tensor:
+        """Cross-entropy of states (B, 16, 128) of token ids (B, 16), `said` (B, 6) being the classes."""
+        place = torch.arange(LENGTH, device=ids.device)
+        read = place >= (torch.isin(ids, self.nouns) * place).amax(1, keepdim=True)
+        noisy = states + states.detach().std() * torch.randn_like(states)
+        guesses = self.head(noisy)[read].split([len(classes) for classes in PARTS.values()], dim=-1)
+        truths = said[:, None].expand(-1, LENGTH, -1)[read]
+        losses = [cross_entropy(guess, truths[:, i]) for i, guess in enumerate(guesses)]
+        return torch.stack(losses).mean()
+
+
+def said(caption: shapes.Caption, relation: str | None = None) -> list[int]:
+    """The classes of a caption, in the order of `PARTS`."""
+    first, *rest = caption.phrases
+    second = rest[0] if rest else shapes.Phrase("")
+    values = (relation or caption.relation, first.color, first.shape, second.color, second.shape or None, len(rest) + 1)
+    return [classes.index(value) for classes, value in zip(PARTS.values(), values, strict=True)]
+
+
+class Lessons(NamedTuple):
+    """Captions of training scenes."""
+
+    scene: Tensor  # (N,), which
+    ids: Tensor  # (N, 16)
+    said: Tensor  # (N, 6)
+
+    def draw(self, count: int) -> "Lessons":
+        chosen = torch.randint(len(self.scene), (count,))
+        return Lessons(*(value[chosen.to(value.device)] for value in self))
+
+
+@cache
+def lessons() -> tuple[Lessons, Lessons, Lessons]:
+    """Of all captions; of those with a relation; and of one object, with the side of the picture that it is on said as
+    half a relation ("a red circle left of"), which is what is learnt first."""
+    _, captions, worlds = scenes()
+    whole = Lessons(torch.arange(SCENES), caption_tokens(), torch.tensor([said(c) for c in captions], device=DEVICE))
+    related = torch.tensor([i for i, caption in enumerate(captions) if caption.relation])
+    sides = [(i, side(scene)) for i, scene in enumerate(worlds) if len(scene.things) == 1 and side(scene)]
+    texts = [str(replace(captions[i], background=None)) + f" {where}" for i, where in sides]
+    classes = torch.tensor([said(captions[i], where) for i, where in sides], device=DEVICE)
+    halves = Lessons(torch.tensor([i for i, _ in sides]), tokens(texts), classes)
+    return whole, Lessons(*(value[related.to(value.device)] for value in whole)), halves
+
+
+def side(scene: shapes.Scene) -> str | None:
+    """Where the only object is from the middle, if that is plain to see."""
+    thing, middle = scene.things[0], RESOLUTION / 2
+    dx, dy = abs(thing.x - middle), abs(thing.y - middle)
+    if max(dx, dy) < max(4, 1.33 * min(dx, dy)):
+        return None
+    return shapes.relation(thing, replace(thing, x=middle, y=middle))
+
+
+def train_relations(unet: nn.Module, text: nn.Module, words: int = 500, places: int = 900, polish: int = 1200) -> None:
+    """First the text encoder learns what captions say, then the UNet where things are, then both everything."""
+    reader, network = Reader().to(DEVICE), compiled(unet)
+    modules = {"unet": unet, "text": text, "reader": reader}
+
+    def reading(step: int) -> Tensor:
+        batch = joined(part.draw(count) for part, count in zip(lessons(), (40, 48, 40), strict=True))
+        return reader(text(batch.ids).last_hidden_state, batch.ids, batch.said)
+
+    def placing(step: int) -> Tensor:
+        return denoising_and_reading((20, 22, 22), high=0.75, cap=40)
+
+    def polishing(step: int) -> Tensor:
+        return denoising_and_reading((44, 20, 0), high=0.3, cap=10)
+
+    def denoising_and_reading(counts: tuple[int, int, int], high: float, cap: float) -> Tensor:
+        batch = joined(part.draw(count) for part, count in zip(lessons(), counts, strict=True))
+        states = text(batch.ids).last_hidden_state
+        late = torch.rand(len(states)) < high
+        t = torch.where(late, torch.randint(600, 1000, late.shape), torch.randint(0, 1000, late.shape)).to(DEVICE)
+        empty = torch.rand(len(states), 1, 1, device=DEVICE) < 0.1
+        seen = torch.where(empty, text(tokens([""])).last_hidden_state, states)
+        return x0_loss(network, latents()[0][batch.scene].to(DEVICE), t, seen, cap) + 0.1 * reader(states, *batch[1:])
+
+    Fit("words", {"text": text, "reader": reader}, reading, words, 1e-3).run()
+    Fit("places", modules, placing, places, 1e-3).run()
+    Fit("polish", modules, polishing, polish, 8e-4).run()
+
+
+def joined(parts: Iterable[Lessons]) -> Lessons:
+    return Lessons(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def x0_loss(unet: nn.Module, z: Tensor, t: Tensor, states: Tensor, cap: float) -> Tensor:
+    """The error of eps, weighted by min-SNR-5, or of x0 where that is more (up to `cap`): layout is made there."""
+    power = alpha_bar()[t].view(-1, 1, 1, 1)
+    eps, snr = torch.randn_like(z), power / (1 - power)
+    out = unet(power.sqrt() * z + (1 - power).sqrt() * eps, t, states).sample
+    weight = snr.clamp(max=5) / snr * (1 / snr).clamp(1, cap)
+    return (weight * (out - eps).square()).mean()
 
 
 def train_weak(steps: int = 600) -> UNet2DConditionModel:
@@ -394,6 +523,7 @@ def train_turbo(steps: int = 1500, batch: int = 64) -> UNet2DConditionModel:
     text.requires_grad_(False)
     student = make_unet()
     student.load_state_dict(teacher.state_dict())
+    network = compiled(student)
     parts = list(trajectories())
     x, ids, times = torch.cat([p["x"] for p in parts]), torch.cat([p["ids"] for p in parts]), parts[0]["t"]
 
@@ -402,7 +532,7 @@ def train_turbo(steps: int = 1500, batch: int = 64) -> UNet2DConditionModel:
         at = torch.where(torch.rand(batch) < 0.5, 0, torch.randint(0, SOLVER_STEPS, (batch,)))
         start, end, t = x[chosen, at].to(DEVICE), x[chosen, -1].to(DEVICE), times[at].to(DEVICE)
         power = alpha_bar()[t].view(-1, 1, 1, 1)
-        eps = student(start, t, text(ids[chosen].to(DEVICE)).last_hidden_state).sample
+        eps = network(start, t, text(ids[chosen].to(DEVICE)).last_hidden_state).sample
         x0 = (start - (1 - power).sqrt() * eps) / power.sqrt()
         return ((x0 - end).square().flatten(1).sum(1) + 0.01).sqrt().mean()
 
@@ -586,5 +716,8 @@ STAGES = {
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="+", choices=STAGES)
-    for stage in parser.parse_args().stages:
+    parser.add_argument("--compile", action="store_true", help="compile the UNet, where a C++ compiler is at hand")
+    options = parser.parse_args()
+    COMPILE = options.compile
+    for stage in options.stages:
         STAGES[stage]()
