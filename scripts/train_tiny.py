@@ -513,7 +513,7 @@ def draw_caption(rng: np.random.Generator) -> shapes.Caption:
             return caption
 
 
-def train_turbo(steps: int = 1500, batch: int = 64) -> UNet2DConditionModel:
+def train_turbo(steps: int = 2000, batch: int = 64) -> UNet2DConditionModel:
     """`tiny-turbo`: maps any point of the teacher's trajectory to its end, half of the time from pure noise.
 
     Supervised consistency distillation (https://arxiv.org/abs/2310.04378, with the solver's own end point as the
@@ -572,14 +572,14 @@ def decoded() -> Tensor:
     return torch.cat([((part.clamp(-1, 1) + 1) * 127.5).round().byte().cpu() for part in parts])
 
 
-def train_clip(steps: int = 2000, more: int = 1400, batch: int = 64) -> CLIP:
+def train_clip(steps: int = 2000, more: int = 1400, last: int = 1000, batch: int = 64) -> CLIP:
     """`tiny-clip`: each picture against its caption, seven minimal edits of it, and the batch's other false captions.
 
-    Half of the pictures have been through the VAE, half of them carry Gaussian noise. The second stretch has more
+    Half of the pictures have been through the VAE, half of them carry Gaussian noise. The later stretches have more
     edits of relations, counts and sizes, which are learnt last.
     """
     torch.manual_seed(SEED + 2)
-    model, phase = make_clip(), {"late": False}
+    model, phase = make_clip(), {"late": 0}
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng([SEED, 3 + phase["late"], step])
@@ -589,7 +589,7 @@ def train_clip(steps: int = 2000, more: int = 1400, batch: int = 64) -> CLIP:
         x = pixels(pictures)
         x = x + 0.2 * (torch.rand(batch, 1, 1, 1, device=DEVICE) - 0.5).clamp(min=0) * torch.randn_like(x)
         mine, there = [captions[i] for i in chosen], [worlds[i] for i in chosen]
-        late = step % 2 == 1 and phase["late"]
+        late = step % 2 == 1 and phase["late"] > 0
         wrong = [negatives(rng, caption, scene, late) for caption, scene in zip(mine, there, strict=True)]
         texts = [str(caption) for caption in mine] + [text for several in wrong for text in several]
         image, text = model.encode_image(x, normalize=True), model.encode_text(tokens(texts), normalize=True)
@@ -601,8 +601,10 @@ def train_clip(steps: int = 2000, more: int = 1400, batch: int = 64) -> CLIP:
         return cross_entropy(torch.cat([others, own], 1), true) + 0.5 * cross_entropy(others.T, true)
 
     Fit("clip", {"clip": model}, loss, steps, 1e-3).run()
-    phase["late"] = True
+    phase["late"] = 1
     Fit("clip_late", {"clip": model}, loss, more, 8e-4).run()
+    phase["late"] = 6  # its random numbers are of a stream of their own
+    Fit("clip_last", {"clip": model}, loss, last, 8e-4).run()
     return model.eval()
 
 
@@ -647,15 +649,22 @@ def restore() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(models.path("tiny"))
     denoiser = [pipe.unet, pipe.text_encoder]
     clip, classifier = CLIPScore(models.path("tiny-clip")).model, load_classifier(models.path("tiny-classifier"))
-    weak = UNet2DConditionModel.from_pretrained(models.path("tiny-weak"), subfolder="unet")
+    names = ("tiny-weak", "tiny-turbo")
+    weak, turbo = (UNet2DConditionModel.from_pretrained(models.path(name), subfolder="unet") for name in names)
+    related = [*denoiser, Reader()]  # the reader is not shipped, and not needed once its stages are over
     shipped = {
         "vae": ([pipe.vae], 2400),
         "decoder": ([pipe.vae.decoder, pipe.vae.post_quant_conv], 800),
         "unet": (denoiser, 5500),
         "layout": (denoiser, 1200),
+        "words": ([pipe.text_encoder, related[-1]], 500),
+        "places": (related, 900),
+        "polish": (related, 1200),
         "weak": ([weak], 600),
+        "turbo": ([turbo], 2000),
         "clip": ([clip], 2000),
         "clip_late": ([clip], 1400),
+        "clip_last": ([clip], 1000),
         "classifier": ([classifier], 1500),
     }
     for name, (modules, steps) in shipped.items():
