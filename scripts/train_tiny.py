@@ -374,8 +374,10 @@ class Lessons(NamedTuple):
     said: Tensor  # (N, 6)
 
     def draw(self, count: int) -> "Lessons":
-        chosen = torch.randint(len(self.scene), (count,))
-        return Lessons(*(value[chosen.to(value.device)] for value in self))
+        return self.of(torch.randint(len(self.scene), (count,)))
+
+    def of(self, index: Tensor) -> "Lessons":
+        return Lessons(*(value[index.to(value.device)] for value in self))
 
 
 @cache
@@ -389,7 +391,7 @@ def lessons() -> tuple[Lessons, Lessons, Lessons]:
     texts = [str(replace(captions[i], background=None)) + f" {where}" for i, where in sides]
     classes = torch.tensor([said(captions[i], where) for i, where in sides], device=DEVICE)
     halves = Lessons(torch.tensor([i for i, _ in sides]), tokens(texts), classes)
-    return whole, Lessons(*(value[related.to(value.device)] for value in whole)), halves
+    return whole, whole.of(related), halves
 
 
 def side(scene: shapes.Scene) -> str | None:
@@ -401,8 +403,14 @@ def side(scene: shapes.Scene) -> str | None:
     return shapes.relation(thing, replace(thing, x=middle, y=middle))
 
 
-def train_relations(unet: nn.Module, text: nn.Module, words: int = 500, places: int = 900, polish: int = 1200) -> None:
-    """First the text encoder learns what captions say, then the UNet where things are, then both everything."""
+OPEN = dict(zip(shapes.CATEGORIES, (0.34, 0.24, 0.10, 0.06, 0.16, 0.10), strict=True))
+
+
+def train_relations(
+    unet: nn.Module, text: nn.Module, words: int = 500, places: int = 900, polish: int = 1200, open: int = 700
+) -> None:
+    """First the text encoder learns what captions say, then the UNet where things are, then both everything, and at
+    last, with weight on captions that leave colours open, to decide for one instead of blending."""
     reader, network = Reader().to(DEVICE), compiled(unet)
     modules = {"unet": unet, "text": text, "reader": reader}
 
@@ -411,13 +419,17 @@ def train_relations(unet: nn.Module, text: nn.Module, words: int = 500, places: 
         return reader(text(batch.ids).last_hidden_state, batch.ids, batch.said)
 
     def placing(step: int) -> Tensor:
-        return denoising_and_reading((20, 22, 22), high=0.75, cap=40)
+        batch = joined(part.draw(count) for part, count in zip(lessons(), (20, 22, 22), strict=True))
+        return denoising_and_reading(batch, high=0.75, cap=40)
 
     def polishing(step: int) -> Tensor:
-        return denoising_and_reading((44, 20, 0), high=0.3, cap=10)
+        batch = joined(part.draw(count) for part, count in zip(lessons()[:2], (44, 20), strict=True))
+        return denoising_and_reading(batch, high=0.3, cap=10)
 
-    def denoising_and_reading(counts: tuple[int, int, int], high: float, cap: float) -> Tensor:
-        batch = joined(part.draw(count) for part, count in zip(lessons(), counts, strict=True))
+    def opening(step: int) -> Tensor:
+        return denoising_and_reading(lessons()[0].of(torch.multinomial(shares(**OPEN), 64)), high=0.4, cap=20)
+
+    def denoising_and_reading(batch: Lessons, high: float, cap: float) -> Tensor:
         states = text(batch.ids).last_hidden_state
         late = torch.rand(len(states)) < high
         t = torch.where(late, torch.randint(600, 1000, late.shape), torch.randint(0, 1000, late.shape)).to(DEVICE)
@@ -428,6 +440,7 @@ def train_relations(unet: nn.Module, text: nn.Module, words: int = 500, places: 
     Fit("words", {"text": text, "reader": reader}, reading, words, 1e-3).run()
     Fit("places", modules, placing, places, 1e-3).run()
     Fit("polish", modules, polishing, polish, 8e-4).run()
+    Fit("open", modules, opening, open, 8e-4).run()
 
 
 def joined(parts: Iterable[Lessons]) -> Lessons:
@@ -468,7 +481,7 @@ def pipeline() -> StableDiffusionPipeline:
 # ------------------------------------------------------------------------------------------------ tiny-turbo
 
 SOLVER_STEPS = 8
-GUIDANCE = 5.0
+GUIDANCE = 3.0
 TRAJECTORIES = 6_000
 
 
@@ -513,7 +526,7 @@ def draw_caption(rng: np.random.Generator) -> shapes.Caption:
             return caption
 
 
-def train_turbo(steps: int = 2000, batch: int = 64) -> UNet2DConditionModel:
+def train_turbo(steps: int = 1600, batch: int = 64) -> UNet2DConditionModel:
     """`tiny-turbo`: maps any point of the teacher's trajectory to its end, half of the time from pure noise.
 
     Supervised consistency distillation (https://arxiv.org/abs/2310.04378, with the solver's own end point as the
@@ -660,8 +673,9 @@ def restore() -> None:
         "words": ([pipe.text_encoder, related[-1]], 500),
         "places": (related, 900),
         "polish": (related, 1200),
+        "open": (related, 700),
         "weak": ([weak], 600),
-        "turbo": ([turbo], 2000),
+        "turbo": ([turbo], 1600),
         "clip": ([clip], 2000),
         "clip_late": ([clip], 1400),
         "clip_last": ([clip], 1000),
