@@ -30,8 +30,7 @@ def sde_dpmpp_2m(predict: Predict, path: Path, now: Noise, then: Noise, noise: T
 
     x' = (sigma'/sigma) e^-h x + alpha' (1 - e^-2h) (x0 + h / (2 h_last) (x0 - x0_last)) + sigma' sqrt(1 - e^-2h) n.
 
-    Its first-order form, which the first and the last step take, is DDPM's step. The error of the mean is of order 2,
-    that of the variance of order 1.
+    Its first-order form, which the first and the last step take, is DDPM's step.
     """
     noise = drawn(noise)
     p = predict(path, now)

@@ -63,7 +63,7 @@ ORDERS = {  # global; in distribution for a stochastic step
     "unipc_1": 2,
     "unipc_2": 3,
     "ancestral": 1,
-    "sde_dpmpp_2m": 1,
+    "sde_dpmpp_2m": 2,
 }
 STOCHASTIC: set[Step] = {ancestral, sde_dpmpp_2m}
 
@@ -91,4 +91,3 @@ def sample(
         noise = gaussian(path.x, generator) if is_stochastic(step) else None
         path = step(predict, path, now, then, noise)
         yield path
-

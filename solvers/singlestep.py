@@ -50,13 +50,14 @@ def runge_kutta(
     step keeps what the first one wrote.
     """
     z = path.x / axis.scale(now)
+    said: list[Prediction] = []
     moves: list[Tensor] = []
     for at, row in stages:
-        p = predict(replace(path, x=axis.scale(at) * _moved(z, row, moves)) if row else path, at)
-        memory = p.memory if not row else memory
-        moves.append(_move(axis, p, at, now, then))
-    x = axis.scale(then) * _moved(z, weights, moves)
-    return end(path, x, then, Prediction(p.x0 + shift_of(p), p.eps, memory=memory))
+        stage = replace(path, x=axis.scale(at) * _moved(z, row, moves)) if row else path
+        said.append(predict(stage, at))
+        moves.append(_move(axis, said[-1], at, now, then))
+    x, p = axis.scale(then) * _moved(z, weights, moves), said[-1]
+    return end(path, x, then, Prediction(p.x0 + shift_of(p), p.eps, memory=said[0].memory))
 
 
 def heun(predict: Predict, path: Path, now: Noise, then: Noise, noise: Tensor | None = None) -> Path:
@@ -102,7 +103,7 @@ def dpm_2(predict: Predict, path: Path, now: Noise, then: Noise, noise: Tensor |
 
 
 def dpm_3(predict: Predict, path: Path, now: Noise, then: Noise, noise: Tensor | None = None) -> Path:
-    """DPM-Solver-3 (https://arxiv.org/abs/2206.00927, algorithm 2), at 1/3 and 2/3 of the step in lambda; in its letters
+    """DPM-Solver-3 (https://arxiv.org/abs/2206.00927), at 1/3 and 2/3 of the step in lambda; in its letters
 
     u2 = (alpha_2/alpha) x - sigma_2 (e^{2h/3} - 1) eps - 2 sigma_2 ((e^{2h/3} - 1) / (2h/3) - 1) D1,
     x' = (alpha'/alpha) x - sigma' (e^h - 1) eps - 3/2 sigma' ((e^h - 1) / h - 1) D2,      D = eps at the stage - eps.

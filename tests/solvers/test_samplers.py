@@ -1,30 +1,30 @@
 """Every sampler against closed forms and against diffusers."""
 
-from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 from math import log2
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
 from solvers.denoiser import Path, Prediction, predicted
 from solvers.exact import Gaussian, Mixture, bind
 from solvers.levels import Clock, levels_of, prediction_type
-from solvers.noise import Noise, cosine, flow, grid, noise, vp
+from solvers.multistep import deis, dpmpp_2m, sde_dpmpp_2m, unipc_1, unipc_2
+from solvers.noise import Noise, cosine, flow, grid, log_snr, noise, vp
 from solvers.samplers import (
     ORDERS,
     SAMPLERS,
     STOCHASTIC,
     ancestral,
-    dpmpp_2m,
     euler,
-    heun,
     is_stochastic,
     sample,
     transition,
 )
+from solvers.singlestep import dpm_2, heun3, midpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers under numpy 2
 
@@ -45,58 +45,107 @@ def last(step, predict, path, levels, generator=None):
 
 
 @cache
-def reference(schedule):
-    """The probability flow, by classical Runge-Kutta in tau."""
+def reference(start, stop):
+    """x, the probability flow's end by classical Runge-Kutta in tau, and the gradient of its squared norm."""
 
     def slope(w, tau):
-        at = flow(tau)
-        p = MIXTURE(Path(w), at)
+        p = MIXTURE(Path(w), flow(tau))
         return p.eps - p.x0
 
-    start, stop = grid(schedule, 1, 0.95, 0.05)
+    x = randn(4, 2).requires_grad_()
+    w = x / (start.alpha + start.sigma)
     ends = [at.sigma / (at.alpha + at.sigma) for at in (start, stop)]
-    w, taus = randn(4, 2) / (start.alpha + start.sigma), torch.linspace(*ends, 201, dtype=torch.float64)
-    for t, t_then in pairwise(taus):
+    for t, t_then in pairwise(torch.linspace(*ends, 601, dtype=torch.float64)):
         h = t_then - t
         a = slope(w, t)
         b = slope(w + h / 2 * a, t + h / 2)
         c = slope(w + h / 2 * b, t + h / 2)
         w = w + h / 6 * (a + 2 * b + 2 * c + slope(w + h * c, t_then))
-    return w * (stop.alpha + stop.sigma)
+    end = w * (stop.alpha + stop.sigma)
+    return x, end.detach(), torch.autograd.grad(end.square().sum(), x)[0]
+
+
+ENDS = {schedule: tuple(grid(schedule, 1, 0.95, 0.05)) for schedule in (flow, cosine)}
 
 
 @pytest.mark.parametrize("schedule", [flow, cosine])
 @pytest.mark.parametrize("name", ODE)
 def test_order(name, schedule):
+    x, exact, _ = reference(*ENDS[schedule])
     errors = []
     for n in (80, 160):
-        end = last(SAMPLERS[name], MIXTURE, Path(randn(4, 2)), grid(schedule, n, 0.95, 0.05))
-        errors.append((end.x - reference(schedule)).norm())
+        end = last(SAMPLERS[name], MIXTURE, Path(x.detach()), grid(schedule, n, 0.95, 0.05))
+        errors.append((end.x - exact).norm())
     assert log2(errors[0] / errors[1]) == pytest.approx(ORDERS[name], abs=0.15)
 
 
+def even(n):
+    """n + 1 VP levels, even in lambda."""
+    return [vp(torch.sigmoid(2 * snr)) for snr in torch.linspace(-2.6, 2.6, n + 1, dtype=torch.float64)]
+
+
+def slope(errors):
+    """Least-squares fit of -log(error) against log(N)."""
+    return -np.polyfit(np.log(list(errors)), np.log(list(errors.values())), 1)[0]
+
+
+ENDS[even] = tuple(even(1))
+
+
+@pytest.mark.parametrize("name", ODE)
+def test_order_of_the_run_and_of_its_gradient(name):
+    """Over N = 20 ... 160: the gradient of the discrete run converges as fast as the run."""
+    x, exact, gradient = reference(*ENDS[even])
+    errors, off = {}, {}
+    for n in (20, 40, 80, 160):
+        end = last(SAMPLERS[name], MIXTURE, Path(x), even(n)).x
+        errors[n] = (end - exact).norm().item()
+        off[n] = (torch.autograd.grad(end.square().sum(), x)[0] - gradient).norm().item()
+    assert slope(errors) == pytest.approx(ORDERS[name], abs=0.15)
+    assert slope(off) == pytest.approx(ORDERS[name], abs=0.15)
+
+
+SCALES = {"vp": lambda k: 1 / (1 + k**2).sqrt(), "ve": torch.ones_like, "flow": lambda k: 1 / (1 + k)}
+SIZES = {"vp": torch.hypot, "ve": lambda alpha, sigma: alpha, "flow": torch.add}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_all_coordinates_are_one(name):
+    """VP, VE and flow levels of the same ratios give the same run, and every stage stays in the step's coordinates."""
+    said = {}
+    for kind, scale in SCALES.items():
+        levels = [Noise(scale(k), k * scale(k)) for k in torch.tensor([20.0, 9.0, 2.0, 0.4, 0.0], dtype=torch.float64)]
+        sizes, path = [], Path(randn(4, 2) * (levels[0].alpha + levels[0].sigma))
+        predict = lambda p, at: sizes.append(SIZES[kind](*at)) or MIXTURE(p, at)  # noqa: E731, B023
+        for i, (now, then) in enumerate(pairwise(levels)):
+            path = SAMPLERS[name](predict, path, now, then, randn(4, 2, seed=i))
+        said[kind] = path.x
+        torch.testing.assert_close(torch.stack(sizes), torch.ones(len(sizes), dtype=torch.float64))
+    torch.testing.assert_close(said["vp"], said["ve"])
+    torch.testing.assert_close(said["vp"], said["flow"])
+
+
 def carried(step, levels, mean, std):
-    """Mean and deviation after a run on N(mean, std^2) data: each step is affine in x and in noise, so read it off."""
-    g, probe, one = (
-        bind(Gaussian(mean, std), {}),
-        torch.tensor([[0.0], [1.0], [0.0]]).double(),
-        torch.ones(3, 1).double(),
-    )
-    m, v = levels[0].alpha * mean, levels[0].alpha ** 2 * std**2 + levels[0].sigma ** 2
-    for now, then in pairwise(levels):
-        b, ab, bc = step(g, Path(probe), now, then, one * torch.tensor([[0.0], [0.0], [1.0]])).x[:, 0]
-        m, v = b + (ab - b) * m, (ab - b) ** 2 * v + (bc - b) ** 2
-    return m, v.sqrt()
+    """Mean and deviation after a run on N(mean, std^2) data: it is affine in x and in each noise, so read that off."""
+    x, *noises = torch.eye(len(levels) + 1, dtype=torch.float64)[1:, :, None]  # row 0: neither; 1: x; 2 ...: a noise
+    path = Path(x)
+    for fresh, (now, then) in zip(noises, pairwise(levels), strict=True):
+        path = step(bind(Gaussian(mean, std), {}), path, now, then, fresh)
+    base, gains = path.x[0, 0], path.x[1:, 0] - path.x[0, 0]
+    start = levels[0]
+    variance = gains[0] ** 2 * (start.alpha**2 * std**2 + start.sigma**2) + (gains[1:] ** 2).sum()
+    return base + gains[0] * start.alpha * mean, variance.sqrt()
 
 
 @pytest.mark.parametrize("schedule", [flow, cosine])
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if SAMPLERS[name] in STOCHASTIC])
 def test_order_in_distribution(name, schedule):
     mean, std, errors = torch.tensor(0.7, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64), []
+    stop = ENDS[schedule][1]
     for n in (80, 160):
-        m, s = carried(SAMPLERS[name], grid(schedule, n, 0.95, 0.0), mean, std)
-        errors.append((s - std).abs())
-        assert (m - mean).abs() < 0.02
+        m, s = carried(SAMPLERS[name], grid(schedule, n, 0.95, 0.05), mean, std)
+        errors.append((s - torch.hypot(stop.alpha * std, stop.sigma)).abs())
+        torch.testing.assert_close(m, stop.alpha * mean)
     assert log2(errors[0] / errors[1]) == pytest.approx(ORDERS[name], abs=0.15)
 
 
@@ -207,31 +256,83 @@ class Guide:
 
 
 @pytest.mark.parametrize("schedule", [flow, cosine])
-@pytest.mark.parametrize("stop", [0.4, 0.0])
-@pytest.mark.parametrize("step", [euler, heun])
-def test_shift_is_guidance_of_a_scale_that_follows_the_step(step, stop, schedule):
+@pytest.mark.parametrize("start, stop", [(0.7, 0.4), (0.7, 0.0), (1.0, 0.6)])
+@pytest.mark.parametrize("name", ODE)
+def test_shift_is_guidance_of_a_scale_that_follows_the_step(name, start, stop, schedule):
     """CFG++ of lambda is CFG of lambda / (1 - k'/k), k = sigma / alpha, in every stage of the step."""
-    now, then, x, scale = schedule(0.7), schedule(stop), randn(4, 2), 0.6
+    step, now, then, x, scale = SAMPLERS[name], schedule(start), schedule(stop), randn(4, 2), 0.6
     omega = scale / (1 - then.sigma / then.alpha * now.alpha / now.sigma)
     shifted = step(Guide(scale, True), Path(x), now, then)
-    torch.testing.assert_close(shifted.x, step(Guide(omega, False), Path(x), now, then).x)
+    torch.testing.assert_close(shifted.x, step(Guide(omega, False), Path(x), now, then).x, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("schedule", [flow, cosine])
+def test_shift_of_a_stochastic_step(schedule, eta):
+    """There k' is that of the mean: sqrt(sigma'^2 - std^2) / alpha'."""
+    now, then, x, fresh = schedule(0.7), schedule(0.4), randn(4, 2), randn(4, 2, seed=1)
+    _, std = transition(MIXTURE(Path(x), now), now, then, eta)
+    omega = 0.6 / (1 - (then.sigma**2 - std**2).sqrt() / then.alpha * now.alpha / now.sigma)
+    for step in (partial(ancestral, eta=eta), *([sde_dpmpp_2m] if eta == 1 else [])):
+        shifted = step(Guide(0.6, True), Path(x), now, then, fresh)
+        torch.testing.assert_close(shifted.x, step(Guide(omega, False), Path(x), now, then, fresh).x)
+
+
+ONE_CALL = [name for name in SAMPLERS if name not in ("heun", "midpoint", "rk4", "dpm_2", "dpm_3")]
+
+
+@pytest.mark.parametrize("name", ONE_CALL)
 @pytest.mark.parametrize("schedule", [flow, cosine])
 def test_shift_is_added_once(name, schedule):
     """A step adds alpha' times the shift to x and the shift to x0, and its history stays unshifted."""
-    step, levels, fresh = SAMPLERS[name], grid(schedule, 3), randn(4, 2, seed=2)
-    path = plain = Path(randn(4, 2))
+    step, levels, fresh = SAMPLERS[name], grid(schedule, 4), randn(4, 2, seed=2)
+    path = Path(randn(4, 2))
     for now, then in pairwise(levels):
         shift = torch.full((4, 2), 0.1, dtype=torch.float64)
         predict = lambda p, at: MIXTURE(p, at)._replace(shift=shift)  # noqa: E731, B023
         plain, path = step(MIXTURE, path, now, then, fresh), step(predict, path, now, then, fresh)
-        if name != "heun" or then.sigma == 0:
-            torch.testing.assert_close(path.x, plain.x + then.alpha * shift)
-            torch.testing.assert_close(path.x0, plain.x0 + shift)
-        torch.testing.assert_close(path.memory, plain.memory)
+        torch.testing.assert_close(path.x, plain.x + then.alpha * shift)
+        torch.testing.assert_close(path.x0, plain.x0 + shift)
+        histories = [{k: v for k, v in p.memory.items() if k != "unipc.shift"} for p in (path, plain)]
+        torch.testing.assert_close(*histories)
         assert path.x.isfinite().all()
+
+
+def written_unipc(order, x, levels, said):
+    """The last step of `levels` as UniPC's paper writes it: corrected where `said` tells the prediction at its end.
+
+    CFG of lambda / (1 - k'/k) = -lambda / B in both evaluations of the step; the history is unguided.
+    """
+    i = len(levels) - 2
+    (now, then), snr = levels[i:], [log_snr(at) for at in levels]
+    h = snr[i + 1] - snr[i]
+    b = (-h).expm1()
+    guided = [p.x0 - p.shift / b for p in said[i:]]
+    order, ratios, rises, weights = min(order, i + 1), [], [], [0.5]
+    if order == 2:
+        ratios.append((snr[i - 1] - snr[i]) / h)
+        rises.append((said[i - 1].x0 - said[i].x0) / ratios[-1])
+    if len(guided) == 2:
+        ratios.append(torch.ones_like(h))
+        rises.append(guided[1] - guided[0])
+    if len(ratios) == 2:
+        phi = b / -h - 1
+        right = torch.stack([phi / b, 2 * (phi / -h - 0.5) / b])
+        weights = torch.linalg.solve(torch.stack([torch.ones(2).double(), torch.stack(ratios)]), right)
+    rise = sum(weight * rise for weight, rise in zip(weights, rises, strict=False))
+    return then.sigma / now.sigma * x - then.alpha * b * (guided[0] + rise)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_shift_under_a_corrector(order):
+    guide, levels, said = Guide(0.6, True), even(6), []
+    path, x = Path(randn(4, 2)), randn(4, 2)
+    for i, (now, then) in enumerate(pairwise(levels)):
+        path = SAMPLERS[f"unipc_{order}"](guide, path, now, then)
+        said.append(guide(Path(x), now))
+        start = written_unipc(order, start, levels[: i + 1], said) if i else x  # noqa: F821
+        x = written_unipc(order, start, levels[: i + 2], said)
+        torch.testing.assert_close(path.x, x)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -322,14 +423,72 @@ def test_dpmpp_2m_is_dpm_solver_multistep(karras, space):
     compare(last(dpmpp_2m, Net(s, own=True), Path(x), levels_of(s)).x, theirs(s, x))
 
 
+def test_sde_dpmpp_2m_is_dpm_solver_multistep():
+    s = diffusers.DPMSolverMultistepScheduler(**SD, algorithm_type="sde-dpmsolver++")
+    s.set_timesteps(20)
+    x, noises, levels = randn(2, 3, dtype=torch.float32), randn(20, 2, 3, seed=1, dtype=torch.float32), levels_of(s)
+    path, predict, reference = Path(x), Net(s, own=True), x
+    for i, t in enumerate(s.timesteps):
+        path = sde_dpmpp_2m(predict, path, levels[i], levels[i + 1], noises[i])
+        reference = s.step(net(reference, t.float()), t, reference, variance_noise=noises[i]).prev_sample
+    compare(path.x, reference)
+
+
+NO_CORRECTOR = {"disable_corrector": [*range(20)]}
+MULTISTEP = {
+    "deis": (deis, diffusers.DEISMultistepScheduler, {"solver_order": 2}),
+    "unipc_1": (unipc_1, diffusers.UniPCMultistepScheduler, {"solver_order": 1}),
+    "unipc_2": (unipc_2, diffusers.UniPCMultistepScheduler, {"solver_order": 2}),
+    "deis of order 1": (euler, diffusers.DEISMultistepScheduler, {"solver_order": 1}),
+    "dpm++ of order 1": (euler, diffusers.DPMSolverMultistepScheduler, {"solver_order": 1}),
+    "uni-p of order 1": (euler, diffusers.UniPCMultistepScheduler, {"solver_order": 1, **NO_CORRECTOR}),
+    "uni-p of order 2": (dpmpp_2m, diffusers.UniPCMultistepScheduler, NO_CORRECTOR),
+}
+
+
+@pytest.mark.parametrize("space", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("case", MULTISTEP)
+def test_multistep_is_diffusers(case, space):
+    step, scheduler, options = MULTISTEP[case]
+    s, x = scheduler(**SD, **options, prediction_type=space), randn(2, 3, dtype=torch.float32)
+    s.set_timesteps(20)
+    compare(last(step, Net(s, own=True), Path(x), levels_of(s)).x, theirs(s, x))
+
+
+def test_dpm_2_is_k_diffusions():
+    """But for the last step, to sigma = 0, which theirs makes of infinities."""
+    s, x = diffusers.KDPM2DiscreteScheduler(**SD), randn(2, 3, dtype=torch.float32)
+    s.set_timesteps(20)
+    levels = levels_of(s)[:-1]
+    y = x / levels[0].alpha
+    for t in s.timesteps[: 2 * len(levels) - 2]:
+        y = s.step(net(s.scale_model_input(y, t), t), t, y).prev_sample
+    compare(last(dpm_2, Net(s), Path(x), levels).x, y * levels[-1].alpha)
+
+
 def test_every_sampler_declares_its_order():
     assert ORDERS.keys() == SAMPLERS.keys() and set(SAMPLERS.values()) >= STOCHASTIC
 
 
-def test_a_step_of_no_length_changes_nothing():
+@pytest.mark.parametrize("name", ODE)
+def test_a_step_of_no_length_changes_nothing(name):
     """Schedulers may end on one level twice; the history must survive it."""
-    at, path = noise(0.9, 0.3), Path(randn(2, 2))
-    for step in (euler, heun, dpmpp_2m):
-        torch.testing.assert_close(step(MIXTURE, path, at, at).x, path.x)
-    before = dpmpp_2m(MIXTURE, path, noise(0.8, 0.6), at)
-    torch.testing.assert_close(dpmpp_2m(MIXTURE, replace(before), at, at).x, before.x)
+    step, at = SAMPLERS[name], noise(0.9, 0.3)
+    path = step(MIXTURE, Path(randn(2, 2)), noise(0.8, 0.6), noise(0.85, 0.5))
+    path = once = step(MIXTURE, path, noise(0.85, 0.5), at)
+    for _ in range(2):
+        path = step(MIXTURE, path, at, at)
+    if not name.startswith("unipc"):  # which corrects the step before
+        torch.testing.assert_close(path.x, once.x)
+    assert step(MIXTURE, path, at, noise(1.0, 0.0)).x.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["dpm_2", "dpm_3"])
+def test_steps_that_have_no_middle_in_lambda(name):
+    """From pure noise and to data DPM-Solver is the Runge-Kutta method that it is at small h."""
+    plain = {"dpm_2": midpoint, "dpm_3": heun3}[name]
+    for now, then in ((flow(1.0), flow(0.8)), (cosine(1.0), cosine(0.8)), (flow(0.1), flow(0.0))):
+        ours = SAMPLERS[name](MIXTURE, Path(randn(2, 2)), now, then)
+        torch.testing.assert_close(ours.x, plain(MIXTURE, Path(randn(2, 2)), now, then).x, rtol=0, atol=0)
+    near, off = flow(0.5 - 1e-4), SAMPLERS[name](MIXTURE, Path(randn(2, 2)), flow(0.5), flow(0.5 - 1e-4)).x
+    torch.testing.assert_close(off, plain(MIXTURE, Path(randn(2, 2)), flow(0.5), near).x, rtol=0, atol=1e-11)
