@@ -50,6 +50,11 @@ class Path:
         x0 = None if self.x0 is None else self.x0[index]
         return Path(self.x[index], x0, {k: v[index] for k, v in self.memory.items()})
 
+    def detach(self) -> "Path":
+        """The same numbers, without a gradient."""
+        x0 = None if self.x0 is None else self.x0.detach()
+        return Path(self.x.detach(), x0, {k: v.detach() for k, v in self.memory.items()})
+
 
 class Predict(Protocol):
     """A denoiser bound to its conditions, guided or not: what a solver calls."""
