@@ -92,6 +92,19 @@ def test_gaussian_closed_form(gradient):
     torch.testing.assert_close(for_mean, torch.full_like(x, (1 - exact) * levels[-1].alpha.item()), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("name, error", [("rk4", 1e-6), ("dpm_3", 1e-4), ("unipc_2", 1e-4)])
+def test_gradients_of_the_exact_flow(name, error):
+    """x' = alpha' mu + sqrt(v'/v) (x - alpha mu): for x, the mean and the deviation of the data, in 80 steps."""
+    levels = [vp(torch.sigmoid(2 * snr)) for snr in torch.linspace(-2.6, 2.6, 81, dtype=torch.float64)]
+    x, mean = (torch.randn(1, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    std = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    data = Gaussian(mean, std)
+    end = rollout(SAMPLERS[name], bind(data, {}, [mean, std]), x, levels).x
+    exact = torch.autograd.grad(data.flow(x, levels[0], levels[-1]).square().sum(), (x, mean, std))
+    for ours, theirs in zip(torch.autograd.grad(end.square().sum(), (x, mean, std)), exact, strict=True):
+        assert (ours - theirs).norm() <= error * theirs.norm()
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("gradient", ["checkpoint", "truncated:5"])
@@ -136,7 +149,8 @@ def test_finite_differences(name):
 
 
 def test_forward_is_sample():
-    predict, x = bind(Gaussian(torch.zeros(2), 0.5), {}), torch.randn(3, 2)
+    mean, x = torch.zeros(2, requires_grad=True), torch.randn(3, 2)
+    predict = bind(Gaussian(mean, 0.5), {}, [mean])
     *_, last = sample(euler, predict, Path(x), LEVELS)
     for gradient in ("full", "checkpoint", "truncated:0", "truncated:3"):
         assert torch.equal(rollout(euler, predict, x, LEVELS, gradient).x, last.x)
