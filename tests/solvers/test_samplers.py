@@ -353,6 +353,16 @@ def test_memory_belongs_to_the_step(name):
         assert path.memory["other"].tolist() == [5, 6]
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_step_keeps_the_memory_of_its_first_stage(name):
+    def predict(path, at):
+        return MIXTURE(path, at)._replace(memory={"own.sigma": at.sigma.expand(len(path.x))})
+
+    now, then = flow(0.7), flow(0.4)
+    path = SAMPLERS[name](predict, Path(randn(2, 2)), now, then, randn(2, 2, seed=1))
+    assert path.memory["own.sigma"].tolist() == [now.sigma] * 2
+
+
 def net(x, t):
     """A network that no closed form knows, whose output depends on the timestep."""
     return (x + t / 300).tanh() + 0.2 * (t / 170).sin()
