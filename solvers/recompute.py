@@ -6,7 +6,7 @@ wrong in silence. Each such trap is an error here, which names the remedy.
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType
@@ -38,14 +38,20 @@ class Recomputed:
         return self.predict.tensors
 
     def __call__(self, path: Path, at: Noise) -> Prediction:
-        networks = tuple(reachable(self.predict, nn.Module))
-        before = stamp(self.predict.tensors, networks)
+        check = unchanged(self.predict, self.predict.tensors)
 
         def call(x: Tensor) -> Prediction:
-            _check_unchanged(before, stamp(self.predict.tensors, networks))
+            check()
             return self.predict(replace(path, x=x), at)
 
         return checkpoint(call, path.x, use_reentrant=False)
+
+
+def unchanged(predict: Predict, tensors: Sequence[Tensor] = ()) -> Callable[[], None]:
+    """A check, for later, that the networks of `predict` and these tensors are still as they are now."""
+    networks = tuple(reachable(predict, nn.Module))
+    before = stamp(tensors, networks)
+    return lambda: _check_unchanged(before, stamp(tensors, networks))
 
 
 class Stamp(NamedTuple):

@@ -171,7 +171,7 @@ def test_a_scheduler_is_no_step(kind):
         rollout("euler", Toy(), X, LEVELS)
 
 
-@pytest.mark.parametrize("gradient", ["full", "checkpoint", "truncated:2", "truncated:2:drtune"])
+@pytest.mark.parametrize("gradient", ["full", "checkpoint", "truncated:2", "truncated:2:drtune", "revolve:2"])
 def test_a_generator_inside_is_refused(gradient):
     generator = torch.Generator().manual_seed(0)
 
@@ -217,7 +217,7 @@ def test_a_stochastic_step_needs_its_noise():
             step(Toy(), Path(X), *LEVELS[:2])
 
 
-@pytest.mark.parametrize("gradient", ["full", "checkpoint", "truncated:3", "truncated:2:alignprop", "truncated:2:refl"])
+@pytest.mark.parametrize("gradient", ["full", "checkpoint", "revolve:2", "truncated:2:alignprop", "truncated:2:refl"])
 def test_nothing_that_requires_grad_is_an_error(gradient):
     frozen = Toy(torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"nothing .* requires grad.*requires_grad_\(\).*no_grad"):
@@ -266,6 +266,8 @@ CHANGES = {disabled: "adapters", rescaled: "adapters", removed: "adapters", trai
         *((change, "checkpoint") for change in CHANGES),
         (disabled, "truncated:1:alignprop"),
         (disabled, "truncated:1:drtune"),
+        (disabled, "revolve:1"),
+        (trained, "revolve:1"),
     ],
 )
 def test_a_network_that_changed_before_backward_is_an_error(tiny, conds, change, gradient):
