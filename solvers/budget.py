@@ -1,7 +1,7 @@
 """`memory_budget="6GiB"`: one step is measured, and the engine is set so that the predicted peak fits.
 
-With N steps, b images at a time, G and P what one step keeps and its peak in mode "full", S what a checkpointed step keeps
-(its latents), P' the peak of recomputing it, D and R those of the decoder and of the reward, all of one image,
+With N steps, b images at a time, G and P what one step keeps and its peak in mode "full", S what a checkpointed step
+keeps (its latents), P' the peak of recomputing it, D and R those of the decoder and of the reward, all of one image,
 
     peak(full)       = H + b max(N G + P - G,  N G + D,  N G + R)
     peak(checkpoint) = H + b max(N S + P',     N S + D,  N S + R)        revolve:k and truncated:k: k in place of N
@@ -48,7 +48,7 @@ def size_text(size: int) -> str:
 
 @dataclass(frozen=True)
 class Probe:
-    """Bytes of one image, measured on one step of the sampler; `held` are those of the whole run, whatever is chosen."""
+    """Bytes of one image, measured on one step of the sampler; `held` are the whole run's, whatever is chosen."""
 
     full: Memory
     checkpoint: Memory
@@ -75,8 +75,8 @@ def probe(
 ) -> Probe:
     """The first step of a run, measured for one image: x and the conditions of `predict` have one row.
 
-    decode: latents -> images, checkpointed; rewards: images -> scores. network, decoder: the diffusers models whose blocks
-    may be checkpointed. Costs three forwards and backwards of each, and leaves weights and random state as they are.
+    decode: latents -> images, checkpointed; rewards: images -> scores. network, decoder: the diffusers models whose
+    blocks may be checkpointed. Costs three forwards and backwards of each; weights and random state stay as they are.
     """
 
     def once(gradient: str) -> Function:
@@ -171,7 +171,8 @@ def planned(found: Probe, budget: str | int, steps: int, batch: int, gradient: s
     fits = [plan for plan in plans if plan.peak <= limit]
     if not fits:
         least = min(plans, key=lambda plan: (plan.peak, cost(plan)))
-        raise ValueError(f"memory_budget {budget} is too small: the least that does is {size_text(least.peak)}, as {least}")
+        enough = size_text(least.peak)
+        raise ValueError(f"memory_budget {budget} is too small: the least that does is {enough}, as {least}")
     return replace(fits[0], why=_reason(fits[0], plans[0], budget))
 
 

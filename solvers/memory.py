@@ -22,7 +22,7 @@ Function = Callable[[Tensor], Sequence[Tensor]]
 class LiveBytes(TorchDispatchMode):
     """A context that counts the bytes of tensors made inside it and still there: `now`, and `peak`, the most at once.
 
-    Each storage counts once, whatever views there are of it. What an operator allocates and frees by itself is not seen.
+    Each storage counts once, whatever views there are of it. What an operator allocates and frees itself is not seen.
     """
 
     def __init__(self):
@@ -103,12 +103,13 @@ def _random_state(device: torch.device) -> Iterator[None]:
 def block_checkpointing(*models: Any) -> Iterator[None]:
     """Within, each block of these diffusers models keeps only its input and is recomputed on the way back.
 
-    The gradients are the same bits. The backward pass must run within, too: a checkpointed call that is recomputed without
-    it saves other tensors than it did, which torch refuses. Raises ValueError for a model without such blocks.
+    The gradients are the same bits. The backward pass must run within, too: a checkpointed call that is recomputed
+    without it saves other tensors than it did, which torch refuses. Raises ValueError for a model without such blocks.
     """
     for model in models:
         if not has_blocks(model):
-            raise ValueError(f"{type(model).__name__} has no blocks that can be recomputed: leave block checkpointing off")
+            name = type(model).__name__
+            raise ValueError(f"{name} has no blocks that can be recomputed: leave block checkpointing off")
     before = [(module, dict(vars(module))) for model in models for module in _blocks(model)]
     try:
         for model in models:
