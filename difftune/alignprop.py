@@ -9,7 +9,7 @@ optimiser step. `train` is the algorithm, `run` what the command line does with 
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from difftune import checkpoint, lora, runs
 from difftune.checkpoint import Randomness, Say, State
 from difftune.configs import AlignPropConfig
+from difftune.engine import Engine, check_engine, held, kernels, one_at_a_time, plan_for, probe_step, scores_of, step_of
 from difftune.errors import RunError
 from difftune.models import load as load_model
 from difftune.named import (
@@ -36,7 +37,8 @@ from difftune.named import (
 )
 from difftune.prompts import Prompts, prompts_named
 from guidance.contract import Guidance
-from guidance.guided import guided
+from guidance.guided import GuidedPredict, guided
+from solvers.budget import Plan, Probe, probe
 from solvers.latent import LatentModel, NetworkDenoiser
 from solvers.noise import Noise
 from solvers.rollout import rollout
@@ -69,16 +71,21 @@ def kept_steps(config: AlignPropConfig, step: int) -> int:
     The suffix rule, which is the paper's: the last K steps carry gradient. (Its released code draws anew at every
     sampler step, and so keeps step i with probability (i + 1) / 51.)
     """
-    greatest = min(config.truncation_max, config.num_inference_steps)
-    return random.Random(f"{config.seed} {step}").randint(min(config.truncation_min, greatest), greatest)
+    most = greatest(config)
+    return random.Random(f"{config.seed} {step}").randint(min(config.truncation_min, most), most)
 
 
 def train(
-    config: AlignPropConfig, state: State | None = None, pipe: Any = None, reward: Reward | None = None
+    config: AlignPropConfig,
+    state: State | None = None,
+    pipe: Any = None,
+    reward: Reward | None = None,
+    say: Say | None = None,
 ) -> Iterator[tuple[Metrics, State]]:
     """Metrics and state after each optimiser step, from the step of `state` on.
 
-    pipe, reward: those that config names, unless given. The pipeline gets the adapter, and keeps it.
+    pipe, reward: those that config names, unless given. The pipeline gets the adapter, and keeps it. `say` is told what
+    was resolved: the gradient mode, the attention, the plan for a memory budget.
     Raises UserError for settings that cannot be, RunError where a reward or a gradient is not finite: the weights are
     then those of the state yielded last.
     """
@@ -101,37 +108,129 @@ def train(
     chain = Chain.of(config, pipe, Called(network, dtype))
     rate = learning_rates(config)
 
-    for step in range(state.step if state else 0, config.max_train_steps):
-        started = time.perf_counter()
-        gradient = config.gradient or f"truncated:{kept_steps(config, step)}"
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * rate(step)
-        network.train()
-        scores = []
-        for batch in range(config.gradient_accumulation_steps):
-            last = batch == config.gradient_accumulation_steps - 1
-            indices = samples(config, step, batch, rank, world)
-            with nullcontext() if last else accelerator.no_sync(network):
-                images, texts = chain(prompts, indices, gradient)
-                scores.append(scored(reward, images, texts, step))
-                loss = alignprop_loss(scores[-1], config.loss_coeff)
-                accelerator.backward(loss / config.gradient_accumulation_steps)
-        norm = clipped(accelerator, weights, config.max_grad_norm, step)
-        optimizer.step()
-        optimizer.zero_grad()
-        network.eval()
+    with running(config, chain, prompts, reward, weights, say) as plan:
+        reward = one_at_a_time(reward, plan)
+        for step in range(state.step if state else 0, config.max_train_steps):
+            started = time.perf_counter()
+            gradient = mode_of(config, plan, step)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * rate(step)
+            network.train()
+            parts = passes(config, plan, step, rank, world)
+            scores = []
+            for i, indices in enumerate(parts):
+                with nullcontext() if i == len(parts) - 1 else accelerator.no_sync(network):
+                    scores.append(backward(config, chain, prompts, reward, indices, gradient, accelerator, step))
+            norm = clipped(accelerator, weights, config.max_grad_norm, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            network.eval()
 
-        everyone = accelerator.gather(torch.cat(scores).detach())
-        metrics = {
-            "step": step + 1,
-            **statistics(everyone),
-            "loss": alignprop_loss(everyone, config.loss_coeff).item(),
-            "grad_norm": norm,
-            "lr": optimizer.param_groups[0]["lr"],
-            "K": carrying(gradient, config.num_inference_steps),
-            "seconds": time.perf_counter() - started,
-        }
-        yield metrics, snapshot(config, accelerator, step + 1, weights, optimizer, metrics)
+            everyone = accelerator.gather(torch.cat(scores).detach())
+            metrics = {
+                "step": step + 1,
+                **statistics(everyone),
+                "loss": alignprop_loss(everyone, config.loss_coeff).item(),
+                "grad_norm": norm,
+                "lr": optimizer.param_groups[0]["lr"],
+                "K": carrying(gradient, config.num_inference_steps),
+                "seconds": time.perf_counter() - started,
+            }
+            yield metrics, snapshot(config, accelerator, step + 1, weights, optimizer, metrics)
+
+
+@contextmanager
+def running(
+    config: AlignPropConfig,
+    chain: "Chain",
+    prompts: Prompts,
+    reward: Reward,
+    weights: Mapping[str, Tensor],
+    say: Say | None,
+) -> Iterator[Plan]:
+    """The engine as it is set for this run: kernels, and the plan, under its block checkpointing."""
+    pipe, network = chain.model.pipe, chain.model.network
+    with kernels(config.enable_xformers_memory_efficient_attention, config.deterministic, network) as found:
+        plan = planned(config, chain, prompts, reward, weights)
+        for name, line in Engine(plan, found, config.deterministic).lines(resolved(config, plan)).items():
+            (say or quiet)(f"{name}: {line}")
+        with plan.applied(network, pipe.vae):
+            yield plan
+
+
+def planned(
+    config: AlignPropConfig, chain: "Chain", prompts: Prompts, reward: Reward, weights: Mapping[str, Tensor]
+) -> Plan:
+    """The plan for the budget, from one step on the first sample.
+
+    Where every step carries gradient, the mode is the plan's to choose; else it is the greatest truncation.
+    """
+    gradient = config.gradient or (None if exact(config) else f"truncated:{greatest(config)}")
+
+    def measure() -> Probe:
+        texts, x, noise, predict = chain.begin(prompts, [0])
+        chain.model.network.train()
+        found = probe(
+            probe_step(gradient, chain.step),
+            predict,
+            x,
+            chain.levels,
+            noise,
+            network=chain.model.network,
+            decode=lambda x: chain.model.decode(x, checkpointed=True),
+            decoder=chain.model.pipe.vae,
+            rewards=scores_of(reward, texts),
+            held=held(chain.model, sum(weight.nbytes for weight in weights.values())),
+        )
+        chain.model.network.eval()
+        return found
+
+    return plan_for(config.memory_budget, gradient, config.num_inference_steps, config.train_batch_size, measure)
+
+
+def greatest(config: AlignPropConfig) -> int:
+    """The greatest K that is drawn."""
+    return min(config.truncation_max, config.num_inference_steps)
+
+
+def exact(config: AlignPropConfig) -> bool:
+    """Whether every step carries gradient, whatever K is drawn."""
+    return min(config.truncation_min, greatest(config)) == config.num_inference_steps
+
+
+def mode_of(config: AlignPropConfig, plan: Plan, step: int) -> str:
+    """The engine's mode in one optimiser step."""
+    if config.gradient is None and not (config.memory_budget and exact(config)):
+        return f"truncated:{kept_steps(config, step)}"
+    return plan.gradient
+
+
+def passes(config: AlignPropConfig, plan: Plan, step: int, rank: int, world: int) -> list[range]:
+    """The samples of each backward pass of one optimiser step, in one process."""
+    batches = (samples(config, step, batch, rank, world) for batch in range(config.gradient_accumulation_steps))
+    return [indices for batch in batches for indices in plan.split(batch)]
+
+
+def backward(
+    config: AlignPropConfig,
+    chain: "Chain",
+    prompts: Prompts,
+    reward: Reward,
+    indices: range,
+    gradient: str,
+    accelerator: Accelerator,
+    step: int,
+) -> Tensor:
+    """One backward pass: the gradient is added to the weights', the scores (B,) are returned."""
+    images, texts = chain(prompts, indices, gradient)
+    scores = scored(reward, images, texts, step)
+    share = len(indices) / config.train_batch_size / config.gradient_accumulation_steps
+    accelerator.backward(share * alignprop_loss(scores, config.loss_coeff))
+    return scores.detach()
+
+
+def quiet(line: str) -> None:
+    """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +254,14 @@ class Chain:
 
     def __call__(self, prompts: Prompts, indices: Sequence[int], gradient: str) -> tuple[Tensor, list[str]]:
         """Images (B, 3, H, W) in [0, 1] and their prompts. A sample's noise depends on the seed and its index alone."""
+        texts, x, noise, predict = self.begin(prompts, indices)
+        path = rollout(step_of(gradient, self.step), predict, x, self.levels, gradient, noise)
+        return self.model.decode(path.x, checkpointed=True), texts
+
+    def begin(
+        self, prompts: Prompts, indices: Sequence[int]
+    ) -> tuple[list[str], Tensor, list[Tensor] | None, GuidedPredict]:
+        """Prompts, initial noise, the noise of a stochastic sampler, and the guided network."""
         texts = [prompts(i) for i in indices]
         generators = [torch.Generator().manual_seed(mixed(self.seed, i)) for i in indices]
         with torch.no_grad():
@@ -162,9 +269,7 @@ class Chain:
             x = self.model.noise(len(texts), generators)
             steps = len(self.levels) - 1
             noise = [gaussian(x, generators) for _ in range(steps)] if is_stochastic(self.step) else None
-        predict = guided(self.denoiser, self.guidance, conds)
-        path = rollout(self.step, predict, x, self.levels, gradient, noise)
-        return self.model.decode(path.x, checkpointed=True), texts
+        return texts, x, noise, guided(self.denoiser, self.guidance, conds)
 
 
 @dataclass(frozen=True)
@@ -250,7 +355,7 @@ def statistics(scores: Tensor) -> Metrics:
 def carrying(gradient: str, steps: int) -> int:
     """How many sampler steps carry gradient in a mode of the engine."""
     name, _, option = gradient.partition(":")
-    return int(option) if name == "truncated" else steps
+    return int(option.partition(":")[0]) if name == "truncated" else steps
 
 
 # ------------------------------------------------------------------------------------------------ state
@@ -313,8 +418,8 @@ def run(
     state = runs.starting_state(config, show)
     reward = reward_named(config.reward) if reward is None else reward
     pipe = load_model(config.model) if pipe is None else pipe
-    (show or runs.shown)(f"gradient: {resolved(config)}")
-    return runs.run(config, train(config, state, pipe, reward), state, pipe, lambda last: card(config, last))
+    steps = train(config, state, pipe, reward, runs.resolving(config, show))
+    return runs.run(config, steps, state, pipe, lambda last: card(config, last))
 
 
 def check(config: AlignPropConfig, pipe: Any = None, reward: Reward | None = None) -> None:
@@ -329,19 +434,20 @@ def check(config: AlignPropConfig, pipe: Any = None, reward: Reward | None = Non
     sampler_named(config.sampler)
     guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
     if config.gradient is not None:
-        gradient_named(config.gradient, config.num_inference_steps)
+        gradient_named(config.gradient, config.num_inference_steps, config.sampler)
+    check_engine(config.memory_budget, config.enable_xformers_memory_efficient_attention)
     differentiable(config.reward if reward is None else reward)
     if pipe is None:
         model_named(config.model)
     prompts_named(config.prompts, config.seed)
 
 
-def resolved(config: AlignPropConfig) -> str:
+def resolved(config: AlignPropConfig, plan: Plan) -> str:
     """The engine's mode in words."""
-    if config.gradient is not None:
-        return config.gradient
-    greatest = min(config.truncation_max, config.num_inference_steps)
-    return f"truncated:K, K ~ U{{{min(config.truncation_min, greatest)}..{greatest}}} anew for each optimiser step"
+    if config.gradient is not None or (config.memory_budget and exact(config)):
+        return plan.gradient
+    most = greatest(config)
+    return f"truncated:K, K ~ U{{{min(config.truncation_min, most)}..{most}}} anew for each optimiser step"
 
 
 def card(config: AlignPropConfig, metrics: Metrics) -> str:

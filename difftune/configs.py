@@ -56,11 +56,19 @@ class AlignPropConfig:
     """Further options of the guidance method."""
 
     gradient: str | None = None
-    """A mode of the engine ("full", "checkpoint", "truncated:10") for every optimiser step; None draws K for each."""
+    """A mode of the engine for every optimiser step (full, checkpoint, revolve:8, truncated:10[:STYLE], adjoint:METHOD,
+    reversible:METHOD, lean); None draws K for each."""
     truncation_min: int = 1
     """Least K: the number of last sampler steps that carry gradient."""
     truncation_max: int = 10
     """Greatest K, at most num_inference_steps. K is uniform between the two, drawn once per optimiser step."""
+    memory_budget: str | None = None
+    """Bytes of the device that the run may take, weights included, as in 6GiB: block checkpointing and the images
+    at a time are chosen to fit. None: no limit, and nothing is measured."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """Let the network attend by xformers, if a probe on this GPU shows it no slower than SDPA, the default."""
+    deterministic: bool = False
+    """Use torch's deterministic algorithms, and stop where there is none."""
 
     rank: int = 4
     """Rank of the LoRA."""
@@ -130,8 +138,16 @@ class RenoConfig:
     """Short for guidance_options["scale"]; None is 5 for cfg, and the own default of any other method."""
     guidance_options: dict[str, Any] = field(default_factory=dict)
     """Further options of the guidance method."""
-    gradient: str = "checkpoint"
-    """Mode of the engine: "full", "checkpoint", "truncated:K"."""
+    gradient: str | None = None
+    """A mode of the engine (full, checkpoint, revolve:8, truncated:10[:STYLE], adjoint:METHOD, reversible:METHOD,
+    lean); None is checkpoint, or what memory_budget has room for."""
+    memory_budget: str | None = None
+    """Bytes of the device that the run may take, weights included, as in 6GiB: the mode, block checkpointing and the
+    images at a time are chosen to fit. None: no limit, and nothing is measured."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """Let the network attend by xformers, if a probe on this GPU shows it no slower than SDPA, the default."""
+    deterministic: bool = False
+    """Use torch's deterministic algorithms, and stop where there is none."""
 
     learning_rate: float | None = None
     """Of SGD with Nesterov momentum; None is 5 sqrt(D / 16384) for D latent elements, the paper's 5 at its D."""

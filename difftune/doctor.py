@@ -2,13 +2,14 @@
 
 import os
 import platform
-from importlib import metadata, util
+from importlib import metadata
 from typing import Any
 
 import torch
 
 from difftune import __version__
 from difftune.models import MODELS, path
+from solvers.attention import choose, obstacle
 
 LIBRARIES = ("difftune", "torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "torchdiffeq")
 OPTIONAL = ("xformers", "matplotlib", "tensorboard", "wandb", "trackio")
@@ -67,7 +68,7 @@ def runs(name: str, dtype: torch.dtype) -> bool:
 
 
 def attention() -> dict[str, str]:
-    """Backends of torch's attention, and whether xformers can be imported."""
+    """Backends of torch's attention; and xformers, forwards and backwards on this GPU, or what is in its way."""
     cuda = torch.backends.cuda
     kernels = {
         "flash": cuda.flash_sdp_enabled(),
@@ -80,13 +81,11 @@ def attention() -> dict[str, str]:
 
 
 def xformers() -> str:
-    if util.find_spec("xformers") is None:
-        return "not installed"
-    try:
-        import xformers.ops  # noqa: F401
-    except Exception as error:  # a wheel that does not match torch raises anything
-        return f"installed, unusable: {error}"
-    return "usable" if torch.cuda.is_available() else "installed, needs a GPU"
+    """What `--enable_xformers_memory_efficient_attention` would do here."""
+    if reason := obstacle():
+        return reason
+    found = choose("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+    return f"{'used' if found.backend == 'xformers' else 'not used'}: {found.why}"
 
 
 def models() -> dict[str, bool]:

@@ -2,16 +2,23 @@
 
 import inspect
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
+from difftune.engine import brings_solver, step_of
 from difftune.errors import UserError
 from difftune.models import source
 from guidance.contract import Guidance
 from guidance.methods import GUIDANCE
 from rewards.compose import WeightedSum, parse_rewards, weighted
 from rewards.registry import REWARDS, Reward, unknown
-from solvers.rollout import parse_gradient
-from solvers.samplers import SAMPLERS, Step
+from solvers.denoiser import Path, Prediction, predicted
+from solvers.noise import Noise, cosine, grid
+from solvers.rollout import parse_gradient, rollout
+from solvers.samplers import SAMPLERS, Step, euler
 
 Thing = TypeVar("Thing")
 
@@ -68,18 +75,41 @@ def model_named(name: str) -> str:
     return name
 
 
-def gradient_named(mode: str, steps: int) -> str:
-    """The engine's mode, if it is known and truncates to no more than `steps`."""
-    try:
-        parse_gradient(mode)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    name, _, option = mode.partition(":")
+def gradient_named(mode: str, steps: int, sampler: str = "euler") -> str:
+    """The engine's mode, if it is known, keeps a gradient, and runs: it is tried on one number, with as many steps."""
+    name, option = (mode.split(":") + [""])[:2]
     if name == "truncated" and not (option.isdecimal() and 1 <= int(option) <= steps):
         raise UserError(f"gradient {mode!r} wants the number of last steps that carry gradient, 1 to {steps}")
-    if name in ("full", "checkpoint") and option:
-        raise UserError(f"gradient mode {name!r} takes no option, got {option!r}")
+    if brings_solver(mode) and sampler != "euler":
+        raise UserError(f"gradient {mode!r} brings its own solver, and would not run sampler {sampler!r}: leave it out")
+    try:
+        parse_gradient(mode)
+        try_gradient(mode, steps)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return mode
+
+
+@dataclass(frozen=True)
+class OneNumber:
+    """eps - x0 = w x: the smallest network there is."""
+
+    weight: Tensor
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return (self.weight,)
+
+    def __call__(self, path: Path, at: Noise) -> Prediction:
+        return predicted("flow", path.x, at, self.weight * path.x)
+
+
+def try_gradient(mode: str, steps: int) -> None:
+    """Run and differentiate `steps` steps on one number, for what the engine says of the mode's options."""
+    predict, levels = OneNumber(torch.full((1, 1), 0.1, requires_grad=True)), grid(cosine, steps, 0.99, 0.0)
+    with torch.enable_grad():
+        path = rollout(step_of(mode, euler), predict, torch.ones(1, 1), levels, mode)
+        path.x.sum().backward()
 
 
 def member(kind: str, name: str, family: Mapping[str, Thing]) -> Thing:

@@ -12,7 +12,7 @@ where the network has seen noise.
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import lgamma, log, sqrt
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from difftune import runs
 from difftune.checkpoint import Say
 from difftune.configs import RenoConfig
+from difftune.engine import Engine, check_engine, held, kernels, one_at_a_time, plan_for, probe_step, scores_of, step_of
 from difftune.errors import RunError, UserError
 from difftune.models import load as load_model
 from difftune.named import (
@@ -37,11 +38,14 @@ from difftune.named import (
 )
 from difftune.outputs import grid, png, unused, write, write_json
 from guidance.contract import Guidance
-from guidance.guided import guided
+from guidance.guided import GuidedPredict, guided
 from guidance.methods import Plain
 from rewards.compose import WeightedSum
 from rewards.registry import Reward
+from solvers.budget import Plan, Probe, probe
+from solvers.denoiser import Cond
 from solvers.latent import LatentModel
+from solvers.noise import Noise
 from solvers.rollout import rollout
 from solvers.samplers import gaussian, is_stochastic
 
@@ -95,6 +99,7 @@ class Result(NamedTuple):
     noises_before: Tensor
     rewards_before: Tensor
     history: list[Iteration]
+    plan: Plan  # how the engine ran
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,9 @@ class ReNO:
     """Noise optimisation on a diffusers pipeline, which is left as it was.
 
     rewards: weights by name, or a differentiable reward. guidance: a method; none by default, as few-step models want.
-    learning_rate: of SGD with Nesterov momentum; None is 5 sqrt(D / 16384). gradient: a mode of `solvers.rollout`.
+    learning_rate: of SGD with Nesterov momentum; None is 5 sqrt(D / 16384). gradient: a mode of `solvers.rollout`; None
+    is "checkpoint", or what `memory_budget` ("6GiB", weights included) has room for: one step is measured, and mode,
+    block checkpointing and the prompts at a time are chosen to fit.
     Raises UserError for a reward that is unknown or not differentiable.
     """
 
@@ -114,13 +121,16 @@ class ReNO:
     regularization: float = 0.01
     grad_clip: float = 0.1
     momentum: float = 0.9
-    gradient: str = "checkpoint"
+    gradient: str | None = None
     sampler: str = "euler"
     progress: bool = True
+    memory_budget: str | None = None
 
     def __post_init__(self):
-        gradient_named(self.gradient, self.num_inference_steps)
         sampler_named(self.sampler)
+        if self.gradient is not None:
+            gradient_named(self.gradient, self.num_inference_steps, self.sampler)
+        check_engine(self.memory_budget, xformers=False)
         differentiable(self.rewards)
 
     def optimize(
@@ -135,15 +145,19 @@ class ReNO:
         The i-th prompt's noise is drawn with seed + i, whatever the batch; `generator` (one, or one per prompt)
         replaces that. Raises RunError where a reward or a gradient is not finite.
         """
-        steps = self.iterate(prompts, iterations, seed, generator)
+        objective = self._objective(prompts, iterations, seed, generator)
+        steps = self._iterate(objective, iterations)
         live = first = best = next(steps)
         history = [first.record]
         for live in tqdm(steps, "ReNO", iterations, initial=1, disable=not self.progress):
             history.append(live.record)
             best = better(best, live)
-        return Result(
-            best.images, best.noises, best.record.total, first.images, first.noises, first.record.total, history
-        )
+        after = (best.images, best.noises, best.record.total)
+        return Result(*after, first.images, first.noises, first.record.total, history, objective.plan)
+
+    def planned(self, prompts: Sequence[str]) -> Plan:
+        """How the engine runs for these prompts; measured where there is a memory budget."""
+        return self._objective(prompts, 1, 0, None).plan
 
     def iterate(
         self,
@@ -153,11 +167,9 @@ class ReNO:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Iterator[Live]:
         """Each iteration as it is made: image and reward of the present noise; the noise moves on in between."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        at_least(1, iterations=iterations, num_inference_steps=self.num_inference_steps)
-        if not prompts:
-            raise UserError("the list of prompts is empty: give at least one")
-        objective = self._objective(prompts, generator or [fresh(seed + i) for i in range(len(prompts))])
+        yield from self._iterate(self._objective(prompts, iterations, seed, generator), iterations)
+
+    def _iterate(self, objective: "Objective", iterations: int) -> Iterator[Live]:
         x = objective.noise.requires_grad_()
         rate = learning_rate(x[0].numel()) if self.learning_rate is None else self.learning_rate
         optimizer = torch.optim.SGD([x], rate, momentum=self.momentum, nesterov=self.momentum > 0)
@@ -169,7 +181,12 @@ class ReNO:
                 clip_each(x, self.grad_clip)
                 optimizer.step()
 
-    def _objective(self, prompts: list[str], generator: Any) -> "Objective":
+    def _objective(self, prompts: Sequence[str], iterations: int, seed: int, generator: Any) -> "Objective":
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        at_least(1, iterations=iterations, num_inference_steps=self.num_inference_steps)
+        if not prompts:
+            raise UserError("the list of prompts is empty: give at least one")
+        generator = generator or [fresh(seed + i) for i in range(len(prompts))]
         model = LatentModel(self.pipe)
         reward = reward_named(self.rewards) if isinstance(self.rewards, Mapping) else one_sum(self.rewards)
         with torch.no_grad():
@@ -177,7 +194,10 @@ class ReNO:
             x = model.noise(len(prompts), generator)
             stochastic = is_stochastic(sampler_named(self.sampler))
             fixed = [gaussian(x, generator) for _ in range(self.num_inference_steps)] if stochastic else None
-        return Objective(self, model, reward, prompts, conds, x, fixed)
+        whole = Plan(self.gradient or "checkpoint", len(prompts), len(prompts))
+        objective = Objective(self, model, reward, prompts, conds, x, fixed, whole)
+        plan = objective.planned()
+        return replace(objective, reward=one_at_a_time(reward, plan), plan=plan)
 
 
 @dataclass(frozen=True)
@@ -188,13 +208,23 @@ class Objective:
     model: LatentModel
     reward: WeightedSum
     prompts: list[str]
-    conds: Mapping[str, Any]
+    conds: Mapping[str, Cond]
     noise: Tensor  # (B, C, h, w), the initial one
     fixed: list[Tensor] | None  # what a stochastic sampler adds: drawn once, else the objective is random
+    plan: Plan
 
     def evaluate(self, x: Tensor, iteration: int, backward: bool) -> tuple[Tensor, Iteration, Tensor | None]:
         """Images, what is recorded of them, and the gradient of the loss, a sum over prompts, if asked for."""
-        with frozen(self.model.pipe), torch.set_grad_enabled(backward):
+        rows = self.plan.split(range(len(x)))
+        with frozen(self.model.pipe), self.plan.applied(self.model.network, self.model.pipe.vae):
+            found = [self.at(part)._evaluate(x[part.start : part.stop], iteration, backward) for part in rows]
+        gradients = [gradient for *_, gradient in found if gradient is not None]
+        images, record = torch.cat([images for images, *_ in found]), joined([record for _, record, _ in found])
+        return images, record, torch.cat(gradients) if gradients else None
+
+    def _evaluate(self, x: Tensor, iteration: int, backward: bool) -> tuple[Tensor, Iteration, Tensor | None]:
+        x = x.detach().requires_grad_(backward)
+        with torch.set_grad_enabled(backward):
             images = self.images(x)
             try:
                 parts = self.reward.parts(images, self.prompts)
@@ -214,11 +244,57 @@ class Objective:
 
     def images(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], differentiable in the noise x (B, C, h, w)."""
-        predict = guided(self.model.denoiser, self.settings.guidance or Plain(), self.conds)
-        levels = self.model.levels(self.settings.num_inference_steps)
-        step = sampler_named(self.settings.sampler)
-        path = rollout(step, predict, x, levels, self.settings.gradient, self.fixed)
+        step, gradient = sampler_named(self.settings.sampler), self.plan.gradient
+        path = rollout(step_of(gradient, step), self.predict, x, self.levels, gradient, self.fixed)
         return self.model.decode(path.x, checkpointed=True)
+
+    @property
+    def predict(self) -> GuidedPredict:
+        return guided(self.model.denoiser, self.settings.guidance or Plain(), self.conds)
+
+    @property
+    def levels(self) -> list[Noise]:
+        return self.model.levels(self.settings.num_inference_steps)
+
+    def at(self, rows: range) -> "Objective":
+        """The objective of some of the prompts."""
+        part = slice(rows.start, rows.stop)
+        conds = {branch: {key: value[part] for key, value in cond.items()} for branch, cond in self.conds.items()}
+        fixed = None if self.fixed is None else [noise[part] for noise in self.fixed]
+        return replace(self, prompts=self.prompts[part], conds=conds, noise=self.noise[part], fixed=fixed)
+
+    def planned(self) -> Plan:
+        """The plan for the memory budget, from one step for the first prompt."""
+        settings, first = self.settings, self.at(range(1))
+
+        def measure() -> Probe:
+            with frozen(self.model.pipe):
+                return probe(
+                    probe_step(settings.gradient, sampler_named(settings.sampler)),
+                    first.predict,
+                    first.noise,
+                    self.levels,
+                    first.fixed,
+                    network=self.model.network,
+                    decode=lambda x: self.model.decode(x, checkpointed=True),
+                    decoder=self.model.pipe.vae,
+                    rewards=scores_of(self.reward, first.prompts),
+                    held=held(self.model, 0) + self._results(),
+                )
+
+        steps = settings.num_inference_steps
+        return plan_for(settings.memory_budget, settings.gradient, steps, len(self.prompts), measure)
+
+    def _results(self) -> int:
+        """Bytes of the noises, their momenta and gradients, and of the first, the best and the present images."""
+        height, width = self.model.size()
+        return 8 * self.noise.nbytes + 6 * len(self.prompts) * 3 * height * width * 4
+
+
+def joined(records: Sequence[Iteration]) -> Iteration:
+    """What was recorded of parts of a batch, as of the whole."""
+    parts = {name: torch.cat([record.parts[name] for record in records]) for name in records[0].parts}
+    return Iteration(parts, *(torch.cat(values) for values in list(zip(*records, strict=True))[1:]))
 
 
 def one_sum(reward: Reward) -> WeightedSum:
@@ -278,8 +354,28 @@ def run(config: RenoConfig, show: Say | None = None, pipe: Any = None, reward: R
     """
     check(config, pipe, reward)
     folder = unused(config.output_dir)
-    started = time.perf_counter()
-    reno = ReNO(
+    started, say = time.perf_counter(), show or runs.shown
+    reno = configured(config, pipe, reward)
+    if torch.cuda.is_available() and pipe is None:
+        reno.pipe.to("cuda")
+    batches = range(0, len(config.prompt), config.batch_size)
+    texts = [config.prompt[start : start + config.batch_size] for start in batches]
+    network, exact = LatentModel(reno.pipe).network, config.deterministic
+    with kernels(config.enable_xformers_memory_efficient_attention, exact, network) as attention:
+        plan = reno.planned(texts[0])
+        engine = Engine(plan, attention, exact).lines(plan.gradient)
+        for name, line in engine.items():
+            say(f"{name}: {line}")
+        found = [reno.optimize(t, config.iterations, config.seed + i) for t, i in zip(texts, batches, strict=True)]
+    summary = {**summarised(config, found), "engine": engine, "seconds": time.perf_counter() - started}
+    for name, data in files(found):
+        write(folder / name, data)
+    write_json(folder / "optimize.json", summary)
+    return summary
+
+
+def configured(config: RenoConfig, pipe: Any, reward: Reward | None) -> ReNO:
+    return ReNO(
         load_model(config.model) if pipe is None else pipe,
         reward_named(config.reward) if reward is None else reward,
         config.num_inference_steps,
@@ -290,18 +386,8 @@ def run(config: RenoConfig, show: Say | None = None, pipe: Any = None, reward: R
         config.momentum,
         config.gradient,
         config.sampler,
+        memory_budget=config.memory_budget,
     )
-    if torch.cuda.is_available() and pipe is None:
-        reno.pipe.to("cuda")
-    (show or runs.shown)(f"gradient: {config.gradient}")
-    batches = range(0, len(config.prompt), config.batch_size)
-    texts = [config.prompt[start : start + config.batch_size] for start in batches]
-    found = [reno.optimize(t, config.iterations, config.seed + i) for t, i in zip(texts, batches, strict=True)]
-    summary = {**summarised(config, found), "seconds": time.perf_counter() - started}
-    for name, data in files(found):
-        write(folder / name, data)
-    write_json(folder / "optimize.json", summary)
-    return summary
 
 
 def check(config: RenoConfig, pipe: Any = None, reward: Reward | None = None) -> None:
@@ -314,7 +400,9 @@ def check(config: RenoConfig, pipe: Any = None, reward: Reward | None = None) ->
     at_least(0, grad_clip=config.grad_clip, momentum=config.momentum)
     sampler_named(config.sampler)
     guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
-    gradient_named(config.gradient, config.num_inference_steps)
+    if config.gradient is not None:
+        gradient_named(config.gradient, config.num_inference_steps, config.sampler)
+    check_engine(config.memory_budget, config.enable_xformers_memory_efficient_attention)
     differentiable(config.reward if reward is None else reward)
     if pipe is None:
         model_named(config.model)

@@ -113,12 +113,26 @@ def starting_state(config: Config, say: Say | None = None) -> State | None:
 def same_run(config: Config, state: State) -> None:
     """UserError, naming the first, where settings are not those that the state was made with."""
     now = asdict(config) | {"num_processes": process().num_processes}
-    then = {**state.info["config"], "num_processes": state.info["num_processes"]}
+    older = asdict(type(config)()) | state.info["config"]  # a setting that is newer than the checkpoint had its default
+    then = {**older, "num_processes": state.info["num_processes"]}
     for name, value in now.items():
         if name not in FREE and then.get(name) != value:
             raise UserError(f"the checkpoint was made with {name}={then.get(name)!r}, not {value!r}: resume with that")
     if config.max_train_steps < state.step:
         raise UserError(f"the checkpoint is at step {state.step}, beyond max_train_steps={config.max_train_steps}")
+
+
+def resolving(config: Config, show: Say | None) -> Say:
+    """What says a line to people and writes it, as a comment, at the head of the run's config.yaml."""
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        (show or shown)(line)
+        lines.append(f"# {line}\n")
+        if process().is_main_process:
+            write(Path(config.output_dir) / CONFIG, "".join(lines) + settings_yaml(config))
+
+    return say
 
 
 def settings_yaml(config: Config) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rewards.checks import checked
 from rewards.registry import Reward, entry, load
@@ -35,6 +36,21 @@ class WeightedSum:
         """The weighted sum (B,) of scores that `parts` returned."""
         first, *rest = [self.weights[name] * scores for name, scores in parts.items()]
         return sum(rest, first)
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """A reward that keeps no graph between forward and backward: it is computed again on the way back, the random state
+    as it was. Of several, one graph at a time is there; of one alone, nothing is saved."""
+
+    reward: Reward
+
+    @property
+    def differentiable(self) -> bool:
+        return self.reward.differentiable
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return checkpoint(self.reward, images, prompts, use_reentrant=False)
 
 
 def weighted(weights: Mapping[str, float]) -> WeightedSum:

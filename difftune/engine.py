@@ -1,0 +1,111 @@
+"""From a recipe's settings to the engine's: the gradient mode, the memory plan, the attention, and a line for each.
+
+Both recipes have the same four: `gradient`, `memory_budget`, `enable_xformers_memory_efficient_attention` and
+`deterministic`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from difftune.errors import UserError
+from rewards.compose import Recomputed, WeightedSum
+from solvers.attention import Verdict, attention, choose, deterministic, obstacle
+from solvers.budget import Plan, Probe, parse_size, planned, resident
+from solvers.latent import LatentModel
+from solvers.samplers import Step, euler
+
+OWN_SOLVER = ("adjoint", "reversible", "lean")  # modes that bring their own solver, and take no step
+
+DEFAULT = Verdict("sdpa", "the default")
+
+
+def check_engine(memory_budget: str | None, xformers: bool) -> None:
+    """UserError, before anything is loaded, for a size that is none, and where xformers cannot run."""
+    if memory_budget is not None:
+        _worded(partial(parse_size, memory_budget))
+    if xformers and (reason := obstacle()):
+        raise UserError(reason)
+
+
+def brings_solver(gradient: str) -> bool:
+    return gradient.partition(":")[0] in OWN_SOLVER
+
+
+def step_of(gradient: str, step: Step) -> Step | None:
+    """The step to run with: None for a mode that brings its own solver."""
+    return None if brings_solver(gradient) else step
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a recipe runs: what was planned, which attention, and whether kernels are deterministic."""
+
+    plan: Plan
+    attention: Verdict = DEFAULT
+    deterministic: bool = False
+
+    def lines(self, gradient: str) -> dict[str, str]:
+        """What was resolved, in words; `gradient` is the recipe's own word for the mode."""
+        found = {"gradient": gradient, "attention": f"{self.attention.backend} ({self.attention.why})"}
+        if self.plan.peak:
+            found["memory_budget"] = str(self.plan)
+        return found | ({"deterministic": "torch's deterministic algorithms"} if self.deterministic else {})
+
+
+def verdict(xformers: bool, network: Any) -> Verdict:
+    """xformers if it was asked for and serves on this GPU; SDPA otherwise, and why."""
+    return choose(network.device, network.dtype) if xformers else DEFAULT
+
+
+@contextmanager
+def kernels(xformers: bool, exact: bool, network: Any) -> Iterator[Verdict]:
+    """The attention that was asked for, on this network, and deterministic kernels; all as before afterwards."""
+    with ExitStack() as stack:
+        stack.enter_context(deterministic(exact))
+        found = verdict(xformers, network)
+        stack.enter_context(attention(network, found.backend))
+        yield found
+
+
+def plan_for(
+    memory_budget: str | None, gradient: str | None, steps: int, batch: int, measure: Callable[[], Probe]
+) -> Plan:
+    """The plan within the budget; without one, the whole batch at once, and "checkpoint" where no mode is given."""
+    if memory_budget is None:
+        return Plan(gradient or "checkpoint", batch, batch)
+    return _worded(lambda: planned(measure(), memory_budget, steps, batch, gradient))
+
+
+def probe_step(gradient: str | None, step: Step) -> Step:
+    """A step that calls the network as the mode does: euler for those that bring their own solver."""
+    return euler if gradient and brings_solver(gradient) else step
+
+
+def held(model: LatentModel, trained: int) -> int:
+    """Weights, gradients (as they are summed up and as they are stored) and AdamW's two moments."""
+    return resident(model.device, *model.pipe.components.values()) + 4 * trained
+
+
+def scores_of(reward: Any, prompts: Sequence[str]) -> list[Callable[[Tensor], Tensor]]:
+    """The reward as functions of the images alone, one for each member of a sum."""
+    members = reward.rewards.values() if isinstance(reward, WeightedSum) else [reward]
+    return [partial(lambda member, images: member(images, prompts), member) for member in members]
+
+
+def one_at_a_time(reward: Any, plan: Plan) -> Any:
+    """The reward, each member of a sum recomputed on the way back if that is planned."""
+    if not plan.rewards_apart:
+        return reward
+    return replace(reward, rewards={name: Recomputed(member) for name, member in reward.rewards.items()})
+
+
+def _worded(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except ValueError as error:
+        raise UserError(str(error)) from error
