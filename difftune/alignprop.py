@@ -167,7 +167,7 @@ def planned(
     """
     gradient = config.gradient or (None if exact(config) else f"truncated:{greatest(config)}")
 
-    def measure() -> Probe:
+    def measure(limit: int | None) -> Probe:
         texts, x, noise, predict = chain.begin(prompts, [0])
         chain.model.network.train()
         found = probe(
@@ -181,6 +181,7 @@ def planned(
             decoder=chain.model.pipe.vae,
             rewards=scores_of(reward, texts),
             held=held(chain.model, sum(weight.nbytes for weight in weights.values())),
+            limit=limit,
         )
         chain.model.network.eval()
         return found

@@ -73,12 +73,18 @@ def kernels(xformers: bool, exact: bool, network: Any) -> Iterator[Verdict]:
 
 
 def plan_for(
-    memory_budget: str | None, gradient: str | None, steps: int, batch: int, measure: Callable[[], Probe]
+    memory_budget: str | None, gradient: str | None, steps: int, batch: int, measure: Callable[[int | None], Probe]
 ) -> Plan:
-    """The plan within the budget; without one, the whole batch at once, and "checkpoint" where no mode is given."""
+    """The plan within the budget; without one, the whole batch at once, and "checkpoint" where no mode is given.
+
+    measure(limit) probes within a limit, or without one: where nothing fits, the least that would is to be named.
+    """
     if memory_budget is None:
         return Plan(gradient or "checkpoint", batch, batch)
-    return _worded(lambda: planned(measure(), memory_budget, steps, batch, gradient))
+    try:
+        return planned(measure(parse_size(memory_budget)), memory_budget, steps, batch, gradient)
+    except ValueError:
+        return _worded(lambda: planned(measure(None), memory_budget, steps, batch, gradient))
 
 
 def probe_step(gradient: str | None, step: Step) -> Step:

@@ -267,7 +267,7 @@ class Objective:
         """The plan for the memory budget, from one step for the first prompt."""
         settings, first = self.settings, self.at(range(1))
 
-        def measure() -> Probe:
+        def measure(limit: int | None) -> Probe:
             with frozen(self.model.pipe):
                 return probe(
                     probe_step(settings.gradient, sampler_named(settings.sampler)),
@@ -280,6 +280,7 @@ class Objective:
                     decoder=self.model.pipe.vae,
                     rewards=scores_of(self.reward, first.prompts),
                     held=held(self.model, 0) + self._results(),
+                    limit=limit,
                 )
 
         steps = settings.num_inference_steps

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from solvers.denoiser import Path, Predict
-from solvers.memory import Function, Memory, apart, block_checkpointing, has_blocks, measured
+from solvers.memory import UNBOUNDED, Function, Memory, apart, block_checkpointing, has_blocks, measured
 from solvers.noise import Noise
 from solvers.rollout import MODES, rollout
 from solvers.samplers import Step
@@ -72,23 +72,26 @@ def probe(
     decoder: Any = None,
     rewards: Sequence[Callable[[Tensor], Tensor]] = (),
     held: int = 0,
+    limit: int | None = None,
 ) -> Probe:
     """The first step of a run, measured for one image: x and the conditions of `predict` have one row.
 
     decode: latents -> images, checkpointed; rewards: images -> scores. network, decoder: the diffusers models whose
     blocks may be checkpointed. Costs three forwards and backwards of each; weights and random state stay as they are.
+    limit: the budget, which the probe itself keeps: what exceeds it is stopped, and is UNBOUNDED.
     """
+    room = None if limit is None else limit - held
 
     def once(gradient: str) -> Function:
         drawn = None if noise is None else noise[:1]
         return lambda x: _outputs(rollout(step, predict, x, levels[:2], gradient, drawn))
 
     inputs = x.nbytes + sum(t.nbytes for t in predict.tensors if not isinstance(t, nn.Parameter))
-    found = Probe(measured(once("full"), x), measured(once("checkpoint"), x), inputs=inputs, held=held)
+    found = Probe(measured(once("full"), x, room), measured(once("checkpoint"), x, room), inputs=inputs, held=held)
     if network is not None and has_blocks(network):
         with block_checkpointing(network):
-            found = replace(found, blocks=measured(once("checkpoint"), x))
-    return found if decode is None else _probe_images(found, x, decode, decoder, rewards)
+            found = replace(found, blocks=measured(once("checkpoint"), x, room))
+    return found if decode is None else _probe_images(found, x, decode, decoder, rewards, room)
 
 
 def _outputs(path: Path) -> list[Tensor]:
@@ -102,18 +105,20 @@ def _probe_images(
     decode: Callable[[Tensor], Tensor],
     decoder: Any,
     rewards: Sequence[Callable[[Tensor], Tensor]],
+    room: int | None,
 ) -> Probe:
     to_images: Function = lambda x: [decode(x)]  # noqa: E731
-    found = replace(found, decode=measured(to_images, x))
+    found = replace(found, decode=measured(to_images, x, room))
     if decoder is not None and has_blocks(decoder):
         with block_checkpointing(decoder):
-            found = replace(found, decode_blocks=measured(to_images, x))
+            found = replace(found, decode_blocks=measured(to_images, x, room))
     with torch.no_grad():
         images = decode(x)
     if rewards:
-        found = replace(found, reward=measured(lambda images: [f(images) for f in rewards], images))
+        found = replace(found, reward=measured(lambda images: [f(images) for f in rewards], images, room))
     if len(rewards) > 1:
-        found = replace(found, rewards_apart=measured(lambda images: [apart(f)(images) for f in rewards], images))
+        each: Function = lambda images: [apart(f)(images) for f in rewards]  # noqa: E731
+        found = replace(found, rewards_apart=measured(each, images, room))
     return found
 
 
@@ -247,4 +252,5 @@ def _reason(chosen: Plan, fastest: Plan, budget: str | int) -> str:
     peak = f" (predicted peak {size_text(chosen.peak)} of {budget}"
     if chosen is fastest:
         return peak + "; nothing is faster)"
-    return f"{peak}; the fastest, {fastest}, needs {size_text(fastest.peak)})"
+    needs = "more" if fastest.peak >= UNBOUNDED.peak else size_text(fastest.peak)
+    return f"{peak}; the fastest, {fastest}, needs {needs})"

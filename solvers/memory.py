@@ -4,6 +4,7 @@
 hooks of saved tensors do not see (a closure's tensors, a state that an autograd function keeps by itself).
 """
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,11 +24,13 @@ class LiveBytes(TorchDispatchMode):
     """A context that counts the bytes of tensors made inside it and still there: `now`, and `peak`, the most at once.
 
     Each storage counts once, whatever views there are of it. What an operator allocates and frees itself is not seen.
+    Raises OutOfMemoryError where there would be more than `limit`.
     """
 
-    def __init__(self):
+    def __init__(self, limit: int | None = None):
         super().__init__()
         self.now = self.peak = 0
+        self.limit = limit
         self._seen: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -45,6 +48,8 @@ class LiveBytes(TorchDispatchMode):
             self._seen[key] = weakref.ref(storage, lambda _: self._drop(key, size))
             self.now += size
             self.peak = max(self.peak, self.now)
+            if self.limit is not None and self.now > self.limit:
+                raise torch.OutOfMemoryError(f"{self.now} bytes, where {self.limit} are allowed")
 
     def _drop(self, key: int, size: int) -> None:
         del self._seen[key]
@@ -58,24 +63,27 @@ class Memory(NamedTuple):
     peak: int  # the most at once
 
 
-UNBOUNDED = Memory(2**62, 2**62)  # of what this device has no room for
+UNBOUNDED = Memory(2**62, 2**62)  # of what there is no room for
 
 
-def measured(function: Function, x: Tensor) -> Memory:
+def measured(function: Function, x: Tensor, limit: int | None = None) -> Memory:
     """What function(x) -> tensors needs, with the gradient with respect to x; parameters' gradients are left out.
 
-    Runs once, forwards and backwards, and leaves the random state as it was. UNBOUNDED where the device has no room.
+    Runs once, forwards and backwards, and leaves the random state as it was. UNBOUNDED where the device has no room for
+    it, or where it would take more than `limit`: then it is stopped.
     """
     x = x.detach().requires_grad_()
     with _random_state(x.device), torch.enable_grad():
         try:
-            return _measured(function, x)
+            return _measured(function, x, limit)
         except torch.OutOfMemoryError:
-            return UNBOUNDED
+            pass
+    gc.collect()  # what was stopped half-way is held by cycles
+    return UNBOUNDED
 
 
-def _measured(function: Function, x: Tensor) -> Memory:
-    with _peak(x.device) as peak, LiveBytes() as live:
+def _measured(function: Function, x: Tensor, limit: int | None) -> Memory:
+    with _peak(x.device) as peak, LiveBytes(limit) as live:
         outputs = [out for out in function(x) if out.requires_grad]
         kept = live.now
         torch.autograd.grad(outputs, x, [torch.ones_like(out) for out in outputs], allow_unused=True)

@@ -23,7 +23,7 @@ from solvers.budget import (
     size_text,
 )
 from solvers.latent import LatentModel
-from solvers.memory import LiveBytes, Memory
+from solvers.memory import UNBOUNDED, LiveBytes, Memory
 from solvers.rollout import rollout
 from solvers.samplers import euler
 from tests import pipelines
@@ -144,7 +144,7 @@ class Job:
             self.x = self.model.noise(batch, torch.Generator().manual_seed(0))
         self.levels = self.model.levels(steps)
 
-    def probe(self) -> Probe:
+    def probe(self, limit=None) -> Probe:
         return probe(
             euler,
             guided(self.model.denoiser, CFG(5.0), self.conds),
@@ -154,6 +154,7 @@ class Job:
             decode=lambda x: self.model.decode(x, checkpointed=True),
             decoder=self.pipe.vae,
             rewards=REWARDS,
+            limit=limit,
         )
 
     def gradient(self, plan):
@@ -202,6 +203,17 @@ def test_every_kind_of_plan_runs_within_its_prediction_and_gives_the_same_gradie
         expected = gradient if expected is None else expected
         assert 0.5 * plan.peak <= live.peak <= plan.peak, str(plan)
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_the_probe_keeps_the_budget_and_gives_up_on_what_does_not_fit(pipe, tiny):
+    limit = (tiny.blocks.peak + tiny.checkpoint.peak) // 2
+    job = Job(pipe, 4, 1)
+    with LiveBytes() as live:
+        found = job.probe(limit)
+    assert live.peak <= limit + tiny.inputs
+    assert found.full == found.checkpoint == UNBOUNDED
+    assert (found.blocks, found.decode, found.reward) == (tiny.blocks, tiny.decode, tiny.reward)
+    assert str(planned(found, limit, 4, 1)).endswith("the fastest, full, 1 of 1 images at a time, needs more)")
 
 
 @pytest.mark.parametrize("share", [0, 0.5])

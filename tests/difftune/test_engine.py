@@ -1,0 +1,245 @@
+"""The engine's settings as recipes take them: budgets that are kept, results that do not depend on them, errors."""
+
+import re
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from difftune import alignprop, doctor, engine, reno, runs
+from difftune.alignprop import train
+from difftune.cli import cli
+from difftune.configs import AlignPropConfig, RenoConfig
+from difftune.errors import UserError
+from difftune.named import gradient_named
+from difftune.reno import ReNO
+from rewards.compose import Recomputed, WeightedSum
+from rewards.simple import Brightness
+from solvers.attention import FLAG
+from solvers.budget import parameters_bytes, parse_size
+from solvers.memory import LiveBytes
+from solvers.rollout import MODES
+from tests import pipelines
+
+TOY = AlignPropConfig(
+    max_train_steps=1, train_batch_size=3, num_inference_steps=2, truncation_max=2, truncation_min=2, learning_rate=1e-2
+)
+PROMPTS = ["red circle", "blue square", "red square"]
+STRINGS = [
+    *("full", "checkpoint", "revolve:8", "revolve:1", "adjoint:euler", "adjoint:exact_endpoint", "lean"),
+    *("truncated:10", *(f"truncated:10:{style}" for style in ("draft", "alignprop", "draft_lv", "refl", "drtune"))),
+    *("reversible:bdia", "reversible:mccallum-foster:midpoint"),
+]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A second reward, whose graph is large."""
+
+    differentiable = True
+
+    def __call__(self, images, prompts):
+        return (3 * images).sin().exp().square().mean((1, 2, 3))
+
+
+SUM = WeightedSum({"brightness": Brightness(), "contrast": Contrast()}, {"brightness": 1.0, "contrast": 0.5})
+
+
+@pytest.fixture
+def toy(tmp_path) -> AlignPropConfig:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    return replace(TOY, prompts=str(tmp_path / "prompts.txt"), output_dir=str(tmp_path / "out"))
+
+
+def trained(config, reward=SUM) -> tuple[dict[str, torch.Tensor], list[str], int]:
+    """The first moments after one step, what was said, and the peak, weights included."""
+    said: list[str] = []
+    pipe = pipelines.sd()
+    weights = parameters_bytes(*pipe.components.values())
+    with LiveBytes() as live:
+        ((_, state),) = islice(train(config, None, pipe, reward, said.append), 1)
+    moments = {name: tensor for name, tensor in state.tensors.items() if name.startswith("adam.exp_avg.")}
+    return moments, said, live.peak + weights
+
+
+def test_a_budget_changes_no_gradient_and_is_kept(toy):
+    whole, said, peak = trained(toy)
+    assert said == ["gradient: truncated:K, K ~ U{2..2} anew for each optimiser step", "attention: sdpa (the default)"]
+    with pytest.raises(UserError, match="memory_budget 1KiB is too small") as error:
+        trained(replace(toy, memory_budget="1KiB"))
+    least = str(error.value).partition("the least that does is ")[2].partition(",")[0]
+    assert parse_size(least) < peak
+    scale = max(tensor.abs().max() for tensor in whole.values())
+    for budget in (least, "1GiB"):
+        parts, said, peak = trained(replace(toy, memory_budget=budget))
+        assert peak <= parse_size(budget)
+        assert all((parts[name] - whole[name]).abs().max() <= 1e-4 * scale for name in whole), said
+    assert "full, 3 of 3 images at a time (predicted peak" in said[2] and "nothing is faster" in said[2]
+    assert said[0] == "gradient: full"
+
+
+def test_a_mode_that_is_given_is_kept(toy):
+    """A drawn truncation too: its longest is what has to fit."""
+    _, said, _ = trained(replace(toy, truncation_min=1, memory_budget="1GiB"), Brightness())
+    assert "memory_budget: truncated:2, 3 of 3 images" in said[2]
+
+
+def test_what_was_resolved_is_written_and_read_back(toy, tmp_path):
+    config = replace(toy, gradient="checkpoint", memory_budget="1GiB", deterministic=True)
+    said: list[str] = []
+    alignprop.run(config, said.append, pipelines.sd(), Brightness())
+    text = (tmp_path / "out" / runs.CONFIG).read_text()
+    assert [line.removeprefix("# ") for line in text.splitlines() if line.startswith("#")] == said
+    assert [line.partition(":")[0] for line in said] == ["gradient", "attention", "memory_budget", "deterministic"]
+    settings = yaml.safe_load(text)
+    assert (settings["gradient"], settings["memory_budget"], settings["deterministic"]) == ("checkpoint", "1GiB", True)
+
+
+@dataclass(frozen=True)
+class Watching(Contrast):
+    """Writes down whether kernels are deterministic."""
+
+    seen: list
+
+    def __call__(self, images, prompts):
+        self.seen.append(torch.are_deterministic_algorithms_enabled())
+        return super().__call__(images, prompts)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_deterministic_holds_during_the_run_alone(toy, tmp_path, on):
+    reward = Watching([])
+    list(train(replace(toy, deterministic=on), None, pipelines.sd(), reward))
+    config = RenoConfig(prompt=PROMPTS[:1], iterations=1, deterministic=on, output_dir=str(tmp_path / "reno"))
+    reno.run(config, [].append, pipelines.sd(), reward)
+    assert set(reward.seen) == {on} and len(reward.seen) == 2
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_reno_within_a_budget_is_reno(tmp_path):
+    pipe, kept = pipelines.sd(), {}
+    weights = parameters_bytes(*pipe.components.values())
+    settings = ReNO(pipe, SUM, 2, progress=False, learning_rate=2.0)
+    whole = settings.optimize(PROMPTS, 3)
+    assert (whole.plan.gradient, whole.plan.micro_batch, whole.plan.peak) == ("checkpoint", 3, 0)
+    with pytest.raises(UserError, match="memory_budget 1KiB is too small") as error:
+        replace(settings, memory_budget="1KiB").optimize(PROMPTS, 3)
+    least = str(error.value).partition("the least that does is ")[2].partition(",")[0]
+    for budget in (least, "1GiB"):
+        with LiveBytes() as live:
+            found = replace(settings, memory_budget=budget).optimize(PROMPTS, 3)
+        kept[budget] = found.plan
+        assert live.peak + weights <= parse_size(budget)
+        assert torch.allclose(found.noises, whole.noises, atol=1e-4)
+        assert torch.allclose(found.history[1].grad_norm, whole.history[1].grad_norm, rtol=1e-3)
+        assert found.history[1].parts.keys() == whole.history[1].parts.keys()
+    assert kept["1GiB"].gradient == "full" and kept[least].micro_batch == 1 and kept[least].blocks
+
+
+def test_optimize_writes_what_was_resolved(tmp_path):
+    said: list[str] = []
+    config = RenoConfig(prompt=PROMPTS[:2], iterations=2, output_dir=str(tmp_path / "out"), memory_budget="1GiB")
+    summary = reno.run(config, said.append, pipelines.sd(), Brightness())
+    assert summary["engine"]["gradient"] == "full" and "full, 2 of 2 images" in summary["engine"]["memory_budget"]
+    assert said == [f"{name}: {line}" for name, line in summary["engine"].items()]
+
+
+@pytest.mark.parametrize("gradient", [s for s in STRINGS if s.partition(":")[0] in MODES])
+def test_the_engines_strings_are_accepted(gradient):
+    assert gradient_named(gradient, 10) == gradient
+
+
+@pytest.mark.parametrize(
+    ("gradient", "what"),
+    [
+        ("fool", "no gradient mode 'fool'; known: full, checkpoint"),
+        ("full:3", "'full' takes no option"),
+        ("truncated:11", "1 to 10"),
+        ("truncated:0", "1 to 10"),
+        ("truncated", "1 to 10"),
+    ],
+)
+def test_a_string_that_cannot_be_is_one_sentence(gradient, what):
+    with pytest.raises(UserError, match=what) as error:
+        gradient_named(gradient, 10)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mode_with_its_own_solver_takes_no_other_sampler():
+    with pytest.raises(UserError, match="'lean' brings its own solver, and would not run sampler 'heun'"):
+        gradient_named("lean", 10, "heun")
+
+
+@pytest.mark.parametrize("command", [["train", "alignprop"], ["optimize", "--prompt", "x"]])
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--memory_budget", "6 parsecs"], "cannot read the size '6 parsecs'"),
+        (["--gradient", "fool"], "no gradient mode 'fool'"),
+        ([FLAG], "xformers (is not installed|needs a CUDA GPU)"),
+    ],
+)
+def test_flags_are_checked_before_anything_is_loaded(monkeypatch, tmp_path, command, flags, what):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for recipe in (alignprop, reno):
+        monkeypatch.setattr(recipe, "load_model", lambda name: pytest.fail("loaded"))
+    done = CliRunner().invoke(cli, [*command, *flags, "--output_dir", str(tmp_path / "out")])
+    assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1
+    assert re.search(what, done.stderr), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_xformers_runs_where_the_probe_says_so(monkeypatch, toy, tmp_path):
+    """With stand-ins for the GPU: the network is switched for the run and switched back."""
+    used = []
+
+    class Switch:
+        def __init__(self, network, backend):
+            used.append(backend)
+
+        def __enter__(self):
+            used.append("on")
+
+        def __exit__(self, *_):
+            used.append("off")
+
+    monkeypatch.setattr(engine, "obstacle", lambda: None)
+    monkeypatch.setattr(engine, "choose", lambda device, dtype: engine.Verdict("xformers", "faster"))
+    monkeypatch.setattr(engine, "attention", Switch)
+    config = replace(toy, enable_xformers_memory_efficient_attention=True)
+    _, said, _ = trained(config)
+    assert used == ["xformers", "on", "off"] and said[1] == "attention: xformers (faster)"
+    monkeypatch.setattr(engine, "choose", lambda device, dtype: engine.Verdict("sdpa", "slower"))
+    settings = RenoConfig(
+        prompt=["x"], iterations=1, output_dir=str(tmp_path / "r"), enable_xformers_memory_efficient_attention=True
+    )
+    summary = reno.run(settings, [].append, pipelines.sd(), Brightness())
+    assert summary["engine"]["attention"] == "sdpa (slower)"
+
+
+def test_a_recomputed_reward_is_the_reward():
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    plain, again = Contrast(), Recomputed(Contrast())
+    assert again.differentiable
+    grads = [torch.autograd.grad(reward(images, ["", ""]).sum(), images)[0] for reward in (plain, again)]
+    assert torch.equal(*grads)
+
+
+def test_the_doctor_says_what_is_in_the_way_of_xformers_or_what_the_probe_found(monkeypatch):
+    monkeypatch.setattr(doctor, "obstacle", lambda: "xformers is not installed")
+    assert doctor.attention()["xformers"] == "xformers is not installed"
+    monkeypatch.setattr(doctor, "obstacle", lambda: None)
+    monkeypatch.setattr(doctor, "choose", lambda device, dtype: engine.Verdict("sdpa", "forward and backward: 1 ms"))
+    assert doctor.attention()["xformers"] == "not used: forward and backward: 1 ms"
+
+
+def test_a_checkpoint_older_than_a_setting_has_its_default(toy):
+    *_, (_, state) = train(toy, None, pipelines.sd(), Brightness())
+    for name in ("memory_budget", "deterministic", "enable_xformers_memory_efficient_attention"):
+        del state.info["config"][name]
+    runs.same_run(replace(toy, max_train_steps=2), state)
+    with pytest.raises(UserError, match="deterministic=False, not True"):
+        runs.same_run(replace(toy, deterministic=True), state)
