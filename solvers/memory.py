@@ -4,7 +4,6 @@
 hooks of saved tensors do not see (a closure's tensors, a state that an autograd function keeps by itself).
 """
 
-import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ class LiveBytes(TorchDispatchMode):
     """A context that counts the bytes of tensors made inside it and still there: `now`, and `peak`, the most at once.
 
     Each storage counts once, whatever views there are of it. What an operator allocates and frees itself is not seen.
-    Raises OutOfMemoryError where there would be more than `limit`.
+    Raises OutOfMemoryError at the first tensor that makes it more than `limit`.
     """
 
     def __init__(self, limit: int | None = None):
@@ -77,9 +76,7 @@ def measured(function: Function, x: Tensor, limit: int | None = None) -> Memory:
         try:
             return _measured(function, x, limit)
         except torch.OutOfMemoryError:
-            pass
-    gc.collect()  # what was stopped half-way is held by cycles
-    return UNBOUNDED
+            return UNBOUNDED
 
 
 def _measured(function: Function, x: Tensor, limit: int | None) -> Memory:

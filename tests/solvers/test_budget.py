@@ -210,7 +210,7 @@ def test_the_probe_keeps_the_budget_and_gives_up_on_what_does_not_fit(pipe, tiny
     job = Job(pipe, 4, 1)
     with LiveBytes() as live:
         found = job.probe(limit)
-    assert live.peak <= limit + tiny.inputs
+    assert live.peak <= limit + 2**16  # one tensor more, at which it stops
     assert found.full == found.checkpoint == UNBOUNDED
     assert (found.blocks, found.decode, found.reward) == (tiny.blocks, tiny.decode, tiny.reward)
     assert str(planned(found, limit, 4, 1)).endswith("the fastest, full, 1 of 1 images at a time, needs more)")
