@@ -22,7 +22,18 @@ from torch import Tensor, nn
 from difftune import checkpoint, lora, runs
 from difftune.checkpoint import Randomness, Say, State
 from difftune.configs import AlignPropConfig
-from difftune.engine import Engine, check_engine, held, kernels, one_at_a_time, plan_for, probe_step, scores_of, step_of
+from difftune.engine import (
+    Engine,
+    check_engine,
+    held,
+    kernels,
+    one_at_a_time,
+    plan_for,
+    probe_step,
+    scores_of,
+    step_of,
+    wants_noise,
+)
 from difftune.errors import RunError
 from difftune.models import load as load_model
 from difftune.named import (
@@ -42,7 +53,7 @@ from solvers.budget import Plan, Probe, probe
 from solvers.latent import LatentModel, NetworkDenoiser
 from solvers.noise import Noise
 from solvers.rollout import rollout
-from solvers.samplers import Step, gaussian, is_stochastic
+from solvers.samplers import Step, gaussian
 
 Metrics = dict[str, float]
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -168,7 +179,7 @@ def planned(
     gradient = config.gradient or (None if exact(config) else f"truncated:{greatest(config)}")
 
     def measure(limit: int | None) -> Probe:
-        texts, x, noise, predict = chain.begin(prompts, [0])
+        texts, x, noise, predict = chain.begin(prompts, [0], gradient)
         chain.model.network.train()
         found = probe(
             probe_step(gradient, chain.step),
@@ -255,12 +266,13 @@ class Chain:
 
     def __call__(self, prompts: Prompts, indices: Sequence[int], gradient: str) -> tuple[Tensor, list[str]]:
         """Images (B, 3, H, W) in [0, 1] and their prompts. A sample's noise depends on the seed and its index alone."""
-        texts, x, noise, predict = self.begin(prompts, indices)
+        texts, x, noise, predict = self.begin(prompts, indices, gradient)
         path = rollout(step_of(gradient, self.step), predict, x, self.levels, gradient, noise)
-        return self.model.decode(path.x, checkpointed=True), texts
+        copies = len(path.x) // len(x)  # draft_lv's, copy after copy
+        return self.model.decode(path.x, checkpointed=True), texts * copies
 
     def begin(
-        self, prompts: Prompts, indices: Sequence[int]
+        self, prompts: Prompts, indices: Sequence[int], gradient: str | None
     ) -> tuple[list[str], Tensor, list[Tensor] | None, GuidedPredict]:
         """Prompts, initial noise, the noise of a stochastic sampler, and the guided network."""
         texts = [prompts(i) for i in indices]
@@ -268,8 +280,8 @@ class Chain:
         with torch.no_grad():
             conds = self.model.encode(texts)
             x = self.model.noise(len(texts), generators)
-            steps = len(self.levels) - 1
-            noise = [gaussian(x, generators) for _ in range(steps)] if is_stochastic(self.step) else None
+            drawn, steps = wants_noise(gradient, self.step), len(self.levels) - 1
+            noise = [gaussian(x, generators) for _ in range(steps)] if drawn else None
         return texts, x, noise, guided(self.denoiser, self.guidance, conds)
 
 

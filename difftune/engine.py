@@ -17,7 +17,7 @@ from rewards.compose import Recomputed, WeightedSum
 from solvers.attention import Verdict, attention, choose, deterministic, obstacle
 from solvers.budget import Plan, Probe, parse_size, planned, resident
 from solvers.latent import LatentModel
-from solvers.samplers import Step, euler
+from solvers.samplers import Step, ancestral, euler, is_stochastic
 
 OWN_SOLVER = ("adjoint", "reversible", "lean")  # modes that bring their own solver, and take no step
 
@@ -39,6 +39,11 @@ def brings_solver(gradient: str) -> bool:
 def step_of(gradient: str, step: Step) -> Step | None:
     """The step to run with: None for a mode that brings its own solver."""
     return None if brings_solver(gradient) else step
+
+
+def wants_noise(gradient: str | None, step: Step) -> bool:
+    """Whether a run needs one tensor of noise a step: a stochastic step does, and `lean`'s memoryless sampler."""
+    return gradient == "lean" or is_stochastic(step)
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,10 @@ def plan_for(
 
 
 def probe_step(gradient: str | None, step: Step) -> Step:
-    """A step that calls the network as the mode does: euler for those that bring their own solver."""
-    return euler if gradient and brings_solver(gradient) else step
+    """A step that calls the network as the mode does, once for those that bring their own solver."""
+    if gradient and brings_solver(gradient):
+        return ancestral if gradient == "lean" else euler
+    return step
 
 
 def held(model: LatentModel, trained: int) -> int:

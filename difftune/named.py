@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from difftune.engine import brings_solver, step_of
+from difftune.engine import brings_solver, step_of, wants_noise
 from difftune.errors import UserError
 from difftune.models import source
 from guidance.contract import Guidance
@@ -75,8 +75,11 @@ def model_named(name: str) -> str:
     return name
 
 
-def gradient_named(mode: str, steps: int, sampler: str = "euler") -> str:
-    """The engine's mode, if it is known, keeps a gradient, and runs: it is tried on one number, with as many steps."""
+def gradient_named(mode: str, steps: int, sampler: str = "euler", of: str = "weights") -> str:
+    """The engine's mode, if it is known, gives a gradient `of` the weights or the noise, and runs.
+
+    It is tried on one number with as many steps, so that what the engine says of its options is said at once.
+    """
     name, option = (mode.split(":") + [""])[:2]
     if name == "truncated" and not (option.isdecimal() and 1 <= int(option) <= steps):
         raise UserError(f"gradient {mode!r} wants the number of last steps that carry gradient, 1 to {steps}")
@@ -84,7 +87,7 @@ def gradient_named(mode: str, steps: int, sampler: str = "euler") -> str:
         raise UserError(f"gradient {mode!r} brings its own solver, and would not run sampler {sampler!r}: leave it out")
     try:
         parse_gradient(mode)
-        try_gradient(mode, steps)
+        try_gradient(mode, steps, of)
     except ValueError as error:
         raise UserError(str(error)) from error
     return mode
@@ -104,12 +107,18 @@ class OneNumber:
         return predicted("flow", path.x, at, self.weight * path.x)
 
 
-def try_gradient(mode: str, steps: int) -> None:
-    """Run and differentiate `steps` steps on one number, for what the engine says of the mode's options."""
-    predict, levels = OneNumber(torch.full((1, 1), 0.1, requires_grad=True)), grid(cosine, steps, 0.99, 0.0)
+def try_gradient(mode: str, steps: int, of: str) -> None:
+    """Run and differentiate `steps` steps on one number. Raises ValueError where the mode does, or gives no gradient."""
+    weight, x = torch.full((1, 1), 0.1), torch.ones(1, 1)
+    wanted = {"weights": weight, "noise": x}[of].requires_grad_()
+    noise = torch.zeros(steps, 1, 1) if wants_noise(mode, euler) else None
     with torch.enable_grad():
-        path = rollout(step_of(mode, euler), predict, torch.ones(1, 1), levels, mode)
-        path.x.sum().backward()
+        levels = grid(cosine, steps, 0.99, 0.01)
+        path = rollout(step_of(mode, euler), OneNumber(weight), x, levels, mode, noise)
+    if not path.x.requires_grad:
+        raise ValueError(f"gradient {mode!r} gives no gradient of the {of}: use 'checkpoint'")
+    if torch.autograd.grad(path.x.sum(), wanted, allow_unused=True)[0] is None:
+        raise ValueError(f"gradient {mode!r} gives no gradient of the {of}: use 'checkpoint'")
 
 
 def member(kind: str, name: str, family: Mapping[str, Thing]) -> Thing:

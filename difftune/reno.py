@@ -24,7 +24,18 @@ from tqdm import tqdm
 from difftune import runs
 from difftune.checkpoint import Say
 from difftune.configs import RenoConfig
-from difftune.engine import Engine, check_engine, held, kernels, one_at_a_time, plan_for, probe_step, scores_of, step_of
+from difftune.engine import (
+    Engine,
+    check_engine,
+    held,
+    kernels,
+    one_at_a_time,
+    plan_for,
+    probe_step,
+    scores_of,
+    step_of,
+    wants_noise,
+)
 from difftune.errors import RunError, UserError
 from difftune.models import load as load_model
 from difftune.named import (
@@ -47,7 +58,7 @@ from solvers.denoiser import Cond
 from solvers.latent import LatentModel
 from solvers.noise import Noise
 from solvers.rollout import rollout
-from solvers.samplers import gaussian, is_stochastic
+from solvers.samplers import gaussian
 
 PAPER_RATE, PAPER_SIZE = 5.0, 16_384  # learning rate at D = 4 x 64 x 64
 
@@ -129,7 +140,7 @@ class ReNO:
     def __post_init__(self):
         sampler_named(self.sampler)
         if self.gradient is not None:
-            gradient_named(self.gradient, self.num_inference_steps, self.sampler)
+            gradient_named(self.gradient, self.num_inference_steps, self.sampler, "noise")
         check_engine(self.memory_budget, xformers=False)
         differentiable(self.rewards)
 
@@ -192,8 +203,8 @@ class ReNO:
         with torch.no_grad():
             conds = model.encode(prompts)
             x = model.noise(len(prompts), generator)
-            stochastic = is_stochastic(sampler_named(self.sampler))
-            fixed = [gaussian(x, generator) for _ in range(self.num_inference_steps)] if stochastic else None
+            drawn = wants_noise(self.gradient, sampler_named(self.sampler))
+            fixed = [gaussian(x, generator) for _ in range(self.num_inference_steps)] if drawn else None
         whole = Plan(self.gradient or "checkpoint", len(prompts), len(prompts))
         objective = Objective(self, model, reward, prompts, conds, x, fixed, whole)
         plan = objective.planned()
@@ -402,7 +413,7 @@ def check(config: RenoConfig, pipe: Any = None, reward: Reward | None = None) ->
     sampler_named(config.sampler)
     guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
     if config.gradient is not None:
-        gradient_named(config.gradient, config.num_inference_steps, config.sampler)
+        gradient_named(config.gradient, config.num_inference_steps, config.sampler, "noise")
     check_engine(config.memory_budget, config.enable_xformers_memory_efficient_attention)
     differentiable(config.reward if reward is None else reward)
     if pipe is None:

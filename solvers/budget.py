@@ -200,7 +200,7 @@ def candidates(found: Probe, steps: int, batch: int, gradient: str | None = None
 
 def predicted(found: Probe, plan: Plan, steps: int) -> Plan:
     """The plan with its peak and its calls."""
-    name, kept = plan.gradient.partition(":")[0], kept_steps(plan.gradient, steps)
+    name, kept, copies = plan.gradient.partition(":")[0], kept_steps(plan.gradient, steps), copies_of(plan.gradient)
     call = _measure(found.blocks if plan.blocks else found.checkpoint)
     decode = _measure(found.decode_blocks if plan.decoder_blocks else found.decode)
     reward = _measure(found.rewards_apart if plan.rewards_apart else found.reward)
@@ -208,7 +208,7 @@ def predicted(found: Probe, plan: Plan, steps: int) -> Plan:
         graph, work = kept * found.full.kept, found.full.peak - found.full.kept
     else:
         graph, work = kept * call.kept, call.peak
-    at_once = found.inputs + graph + decode.kept + max(work, decode.peak, reward.peak)
+    at_once = found.inputs + graph + copies * decode.kept + max(work, copies * max(decode.peak, reward.peak))
     calls = calls_of(plan.gradient, steps) + plan.blocks
     return replace(plan, peak=found.held + plan.micro_batch * at_once, calls=calls)
 
@@ -219,6 +219,13 @@ def kept_steps(gradient: str, steps: int) -> int:
     if name in ("revolve", "truncated"):
         return min(int(option), steps)
     return 2 if name == "reversible" else steps
+
+
+def copies_of(gradient: str) -> int:
+    """How many images a mode makes of one noise: truncated:K:draft_lv makes K."""
+    name, _, rest = gradient.partition(":")
+    kept, _, style = rest.partition(":")
+    return int(kept) if (name, style) == ("truncated", "draft_lv") else 1
 
 
 def calls_of(gradient: str, steps: int) -> float:

@@ -168,6 +168,25 @@ def test_a_string_that_cannot_be_is_one_sentence(gradient, what):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("gradient", [s for s in STRINGS if s.partition(":")[0] in MODES])
+def test_recipes_run_every_mode(toy, gradient):
+    """Two steps of AlignProp's sampler; a gradient reaches the adapter."""
+    config = replace(toy, gradient=gradient.replace("10", "1"), train_batch_size=1, max_train_steps=1)
+    ((metrics, _),) = train(config, None, pipelines.sd(), Brightness())
+    assert 0 < metrics["grad_norm"] < float("inf")
+
+
+@pytest.mark.parametrize("gradient", ["checkpoint", "truncated:10", "truncated:10:draft"])
+def test_noise_gets_a_gradient_through_all_steps(gradient):
+    assert gradient_named(gradient, 10, of="noise") == gradient
+
+
+def test_a_truncation_that_cuts_the_noise_off_is_refused_at_once():
+    pipe = pipelines.sd()
+    with pytest.raises(UserError, match="'checkpoint'"):
+        ReNO(pipe, {"brightness": 1.0}, 3, gradient="truncated:2")
+
+
 def test_a_mode_with_its_own_solver_takes_no_other_sampler():
     with pytest.raises(UserError, match="'lean' brings its own solver, and would not run sampler 'heun'"):
         gradient_named("lean", 10, "heun")

@@ -243,6 +243,7 @@ def test_modes_predicted_by_what_they_keep(tiny):
     assert peak("truncated:8:draft").peak == peak("checkpoint").peak == peak("adjoint:euler").peak
     assert peak("truncated:2").peak < peak("truncated:8").peak
     assert peak("reversible:bdia").peak == peak("truncated:2").peak
+    assert peak("truncated:2:draft_lv").peak > peak("truncated:2").peak
     assert peak("truncated:8").calls == 3.0 and peak("truncated:2").calls == 1.5
 
 
