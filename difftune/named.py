@@ -108,12 +108,12 @@ class OneNumber:
 
 
 def try_gradient(mode: str, steps: int, of: str) -> None:
-    """Run and differentiate `steps` steps on one number. Raises ValueError where the mode does, or gives no gradient."""
+    """Run and differentiate that many steps on one number. ValueError where the mode raises it or gives no gradient."""
     weight, x = torch.full((1, 1), 0.1), torch.ones(1, 1)
     wanted = {"weights": weight, "noise": x}[of].requires_grad_()
     noise = torch.zeros(steps, 1, 1) if wants_noise(mode, euler) else None
     with torch.enable_grad():
-        levels = grid(cosine, steps, 0.99, 0.01)
+        levels = grid(cosine, steps, 0.99, 0.0)
         path = rollout(step_of(mode, euler), OneNumber(weight), x, levels, mode, noise)
     if not path.x.requires_grad:
         raise ValueError(f"gradient {mode!r} gives no gradient of the {of}: use 'checkpoint'")
