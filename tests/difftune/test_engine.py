@@ -176,7 +176,7 @@ def test_recipes_run_every_mode(toy, gradient):
     assert 0 < metrics["grad_norm"] < float("inf")
 
 
-@pytest.mark.parametrize("gradient", ["checkpoint", "truncated:10", "truncated:10:draft"])
+@pytest.mark.parametrize("gradient", ["checkpoint", "truncated:10"])
 def test_noise_gets_a_gradient_through_all_steps(gradient):
     assert gradient_named(gradient, 10, of="noise") == gradient
 

@@ -1,0 +1,52 @@
+"""The gradient of every step, as it passes: its norm, and the step where it stops being finite."""
+
+import pytest
+import torch
+
+from solvers.denoiser import predicted
+from solvers.noise import cosine, grid
+from solvers.rollout import rollout
+from solvers.samplers import euler
+
+watch_gradients = pytest.importorskip("solvers.run", reason="needs the hook of solvers.run").watch_gradients
+
+
+class Sharp:
+    """eps = w x, whose gradient is infinite at one step's level alone."""
+
+    def __init__(self, level):
+        self.tensors, self.level = (torch.tensor(0.5, requires_grad=True),), level
+
+    def __call__(self, path, at):
+        zero = (path.x - path.x.detach()).abs().sqrt() if at is self.level else 0.0
+        return predicted("eps", path.x, at, self.tensors[0] * path.x + zero)
+
+
+LEVELS = grid(cosine, 5, 0.95, 0.0)
+
+
+@pytest.mark.parametrize("gradient", ["full", "checkpoint"])
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_gradient_that_is_not_finite_names_its_step(gradient, step):
+    norms = {}
+    with watch_gradients(norms.__setitem__):
+        end = rollout(euler, Sharp(LEVELS[step]), torch.ones(1, 2, requires_grad=True), LEVELS, gradient).x
+    with pytest.raises(FloatingPointError, match=f"not finite at step {step} of 5"):
+        end.sum().backward()
+    assert sorted(norms) == list(range(step + 1, 5)) and all(norm > 0 for norm in norms.values())
+
+
+@pytest.mark.parametrize("gradient", ["full", "checkpoint"])
+def test_norms_of_every_step_are_those_of_the_latents(gradient):
+    """eps = w x: each latent's gradient is a product of scalars."""
+    norms, x = {}, torch.ones(1, 4, requires_grad=True)
+    with watch_gradients(norms.__setitem__):
+        end = rollout(euler, Sharp(None), x, LEVELS, gradient).x
+    (at_start,) = torch.autograd.grad(end.sum(), x)
+    factor, expected = 1.0, {}
+    for i in reversed(range(5)):
+        now, then = LEVELS[i], LEVELS[i + 1]
+        factor *= (then.alpha / now.alpha + 0.5 * (then.sigma - now.sigma * then.alpha / now.alpha)).item()
+        expected[i] = abs(factor) * 2
+    assert norms == pytest.approx(expected, rel=1e-5)
+    assert norms[0] == pytest.approx(at_start.norm().item(), rel=1e-6)
