@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torchdiffeq import odeint_adjoint
 
 from difftune import lora, models
-from difftune.engine import step_of
+from difftune.engine import step_of, wants_noise
 from guidance.guided import GuidedPredict, guided
 from guidance.methods import CFG
 from solvers.attention import attention, choose, obstacle
@@ -40,7 +40,7 @@ from solvers.latent import LatentModel
 from solvers.memory import LiveBytes, block_checkpointing
 from solvers.noise import Noise
 from solvers.rollout import MODES, rollout
-from solvers.samplers import euler
+from solvers.samplers import euler, gaussian
 
 OPTIONS = {  # a mode that is not named here runs without an option
     "truncated": ("{half}", "5"),
@@ -90,7 +90,12 @@ def modes(steps: int) -> Iterator[str]:
 
 
 def ours(gradient: str) -> Run:
-    return lambda job: rollout(step_of(gradient, euler), job.predict, job.x, job.levels, gradient).x
+    def run(job: Job) -> Tensor:
+        generator, steps = torch.Generator(job.x.device).manual_seed(1), len(job.levels) - 1
+        noise = [gaussian(job.x, generator) for _ in range(steps)] if wants_noise(gradient, euler) else None
+        return rollout(step_of(gradient, euler), job.predict, job.x, job.levels, gradient, noise).x
+
+    return run
 
 
 def plain(job: Job) -> Tensor:

@@ -18,6 +18,7 @@ from difftune.named import gradient_named
 from difftune.reno import ReNO
 from rewards.compose import Recomputed, WeightedSum
 from rewards.simple import Brightness
+from solvers import rollout
 from solvers.attention import FLAG
 from solvers.budget import parameters_bytes, parse_size
 from solvers.memory import LiveBytes
@@ -30,7 +31,7 @@ TOY = AlignPropConfig(
 PROMPTS = ["red circle", "blue square", "red square"]
 STRINGS = [
     *("full", "checkpoint", "revolve:8", "revolve:1", "adjoint:euler", "adjoint:exact_endpoint", "lean"),
-    *("truncated:10", *(f"truncated:10:{style}" for style in ("draft", "alignprop", "draft_lv", "refl", "drtune"))),
+    *("truncated:10", *(f"truncated:10:{style}" for style in vars(rollout).get("STYLES", ()))),
     *("reversible:bdia", "reversible:mccallum-foster:midpoint"),
 ]
 
