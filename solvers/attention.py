@@ -41,7 +41,7 @@ SHAPES = (  # Stable Diffusion 1.5 at 512 pixels: self- and cross-attention of i
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    return scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Probe:
 
 
 def probe(
-    step: Step | None,
+    step: Step,
     predict: Predict,
     x: Tensor,
     levels: Sequence[Noise],
