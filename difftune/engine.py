@@ -99,9 +99,12 @@ def probe_step(gradient: str | None, step: Step) -> Step:
     return step
 
 
+SCALARS = 2**12  # bytes of the loss and of what is logged, which no probe sees
+
+
 def held(model: LatentModel, trained: int) -> int:
-    """Weights, gradients (as they are summed up and as they are stored) and AdamW's two moments."""
-    return resident(model.device, *model.pipe.components.values()) + 4 * trained
+    """Weights, gradients (as they are summed up and as they are stored), AdamW's two moments, and a few scalars."""
+    return resident(model.device, *model.pipe.components.values()) + 4 * trained + SCALARS
 
 
 def scores_of(reward: Any, prompts: Sequence[str]) -> list[Callable[[Tensor], Tensor]]:
