@@ -14,7 +14,7 @@ from difftune.models import source
 from guidance.contract import Guidance
 from guidance.methods import GUIDANCE
 from rewards.compose import WeightedSum, parse_rewards, weighted
-from rewards.registry import REWARDS, Reward, unknown
+from rewards.registry import REWARDS, Entry, Reward, entry, unknown
 from solvers.denoiser import Path, Prediction, predicted
 from solvers.noise import Noise, cosine, grid
 from solvers.rollout import parse_gradient, rollout
@@ -56,8 +56,15 @@ def differentiable(rewards: Sequence[str] | Mapping[str, float] | Reward) -> dic
     except ValueError as error:
         raise UserError(str(error)) from error
     for name in weights:
-        _refuse(name, REWARDS[known("reward", name, REWARDS)].differentiable)
+        _refuse(name, _entry(name).differentiable)
     return weights
+
+
+def _entry(name: str) -> Entry:
+    try:
+        return entry(name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _refuse(name: str, able: bool) -> None:

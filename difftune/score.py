@@ -11,7 +11,7 @@ from torch import Tensor
 
 from difftune.errors import RunError, UserError
 from rewards.compose import parse_rewards, weighted
-from rewards.registry import REWARDS
+from rewards.registry import entry
 
 
 def run(rewards: Sequence[str], prompts: Sequence[str], images: Sequence[str]) -> list[dict[str, Any]]:
@@ -21,7 +21,7 @@ def run(rewards: Sequence[str], prompts: Sequence[str], images: Sequence[str]) -
     prompt and for a file that is no image.
     """
     weights = parse_rewards(rewards)
-    texts = _one_each(prompts, images, [name for name in weights if REWARDS[name].needs_prompt])
+    texts = _one_each(prompts, images, [name for name in weights if entry(name).needs_prompt])
     pictures = [opened(path) for path in images]
     reward = weighted(weights)
     found = []

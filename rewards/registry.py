@@ -9,13 +9,16 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Make = TypeVar("Make", bound="Callable[..., Reward]")
+GROUP = "difftune.rewards"  # of entry points
 
 
 class Reward(Protocol):
@@ -38,15 +41,16 @@ class Entry:
     differentiable: bool
     range: tuple[float, float]  # nominal: what to expect, not a bound
     higher_is_better: bool = True
+    comparable_across_prompts: bool = True  # False: scores of one prompt rank, those of two do not
     resolution: int | None = None  # side in pixels of what it looks at; None: as it comes
     preprocessing: str = "none"
+    text_max_len: int | None = None  # in tokens; what is longer is cut
     licence: str = "Apache-2.0"  # of the weights, or of the code where there are none
     noncommercial: bool = False
     copyleft: bool = False  # AGPL and the like
-    hub_id: str | None = None  # None: computed, or embedded in this package
-    revision: str | None = None
-    sha256: str | None = None
-    memory_mb: int = 0  # of its weights
+    weights: tuple[str, ...] = ()  # what it downloads, by its names in lock.json; empty: computed, embedded or your own
+    memory_mb: int = 0  # of its weights, in float32
+    extra: str | None = None  # the extra of this distribution that it needs
 
 
 REWARDS: dict[str, Entry] = {
@@ -110,21 +114,55 @@ def register(name: str, summary: str, **facts: Any) -> Callable[[Make], Make]:
     return add
 
 
-def load(name: str, **options: Any) -> Reward:
-    """The reward of that name. Raises ValueError, in one sentence, for a name or an option that is not known."""
+def load(name: str, batch_size: int | None = None, gradient_checkpointing: bool = False, **options: Any) -> Reward:
+    """The reward of that name, or of "module:attribute" (`rewards.outside`).
+
+    With `batch_size`, so many images are scored at a time; with `gradient_checkpointing`, each of these parts is scored
+    again in the backward pass, so that no more than one part's graph is in memory. Neither changes a score. Raises
+    ValueError, in one sentence, for a name or an option that is not known.
+    """
     make = _imported(entry(name).make)
     known = list(inspect.signature(make).parameters)
     for option in options:
         if option not in known:
             raise ValueError(unknown(f"option of reward {name!r}", option, known))
-    return make(**options)
+    reward = make(**options)
+    if batch_size is None and not gradient_checkpointing:
+        return reward
+    batched: Callable[..., Reward] = _imported("rewards.batched:Batched")
+    return batched(reward, batch_size, gradient_checkpointing)
 
 
 def entry(name: str) -> Entry:
-    """What is known of a reward. Raises ValueError, in one sentence that names the nearest, for an unknown name."""
+    """What is known of a reward. Raises ValueError, in one sentence that names the nearest, for an unknown name.
+
+    A name that is not there may be another distribution's (an entry point), or "module:attribute".
+    """
+    if name not in REWARDS and ":" in name:
+        return _imported("rewards.outside:described")(name)
+    if name not in REWARDS:
+        plugins()
     if name not in REWARDS:
         raise ValueError(unknown("reward", name, REWARDS))
     return REWARDS[name]
+
+
+@cache
+def plugins() -> tuple[str, ...]:
+    """Loads the entry points of other distributions, once; one sentence for each that fails.
+
+    An entry point of the group `difftune.rewards` names a module, or something in one, whose import calls `register`.
+    """
+    return tuple(why for point in entry_points(group=GROUP) if (why := _failure(point)))
+
+
+def _failure(point: EntryPoint) -> str:
+    try:
+        point.load()
+    except Exception as error:  # another distribution's: whatever it raises must not take the others along
+        whose = point.dist.name if point.dist else "a distribution"
+        return f"reward {point.name!r} of {whose} cannot be loaded: {type(error).__name__}: {error}"
+    return ""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
@@ -135,7 +173,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"no {kind} {name!r}{guess}; known: {', '.join(names) or 'none'}"
 
 
-def _imported(make: str | Callable[..., Reward]) -> Callable[..., Reward]:
+def _imported(make: str | Callable[..., Any]) -> Callable[..., Any]:
     if callable(make):
         return make
     module, attribute = make.split(":")

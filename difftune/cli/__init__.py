@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib import import_module
+from math import isfinite
 from types import TracebackType
 from typing import Any
 
@@ -161,6 +162,84 @@ def _configured(ctx: click.Context, config: type) -> Any:
     name, settings = o.guidance_of(ctx)
     scale = settings.pop("scale", None)
     return config(**flags | {"guidance": name, "guidance_scale": scale, "guidance_options": settings})
+
+
+# ------------------------------------------------------------------------------------------------ rewards
+
+
+@cli.group(cls=click.Group)
+def rewards() -> None:
+    """The rewards that there are, and what they download."""
+
+
+@rewards.command("list", params=[o.JSON])
+def list_rewards(as_json: bool) -> None:
+    """Every reward, those of other distributions too: what it asks for and gives."""
+    from rewards.registry import REWARDS, plugins
+
+    for why in plugins():
+        click.echo(f"difftune: {why}", err=True)
+    found = [_facts(name, entry) for name, entry in sorted(REWARDS.items())]
+    header = ["name", "prompt", "gradient", "licence", "summary"]
+    rows = [[f["name"], _said(f["needs_prompt"]), _said(f["differentiable"]), f["licence"], f["summary"]] for f in found]
+    _print(found, as_json, _table([header, *rows]))
+
+
+@rewards.command("info", params=[o.JSON])
+@click.argument("name")
+def reward_info(name: str, as_json: bool) -> None:
+    """All that is known of a reward: NAME, or module:attribute."""
+    with redirect_stdout(sys.stderr):
+        found = _facts(name, _known_entry(name))
+        found["files"] = _locked(found.pop("weights"))
+    _print(found, as_json, "\n".join(f"{key}: {_fact(value)}" for key, value in found.items()))
+
+
+@rewards.command("prefetch")
+@click.argument("name", nargs=-1, required=True)
+@click.option("--model", metavar="HUB_ID", help="Of a reward that takes any model: the model to fetch.")
+def prefetch(name: Sequence[str], model: str | None) -> None:
+    """Download and verify all that the rewards need: then they load with HF_HUB_OFFLINE=1."""
+    with redirect_stdout(sys.stderr):
+        for one in name:
+            _known_entry(one)
+        from rewards.hub import prefetch as fetch
+        from rewards.hub import snapshot
+
+        files = [file for one in name for file in fetch(one)] + ([snapshot(model)] if model else [])
+    _print(None, False, "\n".join(map(str, files)) or "nothing to download")
+
+
+def _known_entry(name: str) -> Any:
+    from rewards.registry import entry
+
+    try:
+        return entry(name)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _facts(name: str, entry: Any) -> dict[str, Any]:
+    facts = {f.name: getattr(entry, f.name) for f in fields(entry) if f.name != "make"}
+    low, high = entry.range
+    return {"name": name, **facts, "range": [low, high] if isfinite(low) and isfinite(high) else None}
+
+
+def _locked(names: Sequence[str]) -> list[dict[str, Any]]:
+    """What lock.json says of those files."""
+    if not names:
+        return []
+    from rewards.hub import locks
+
+    return [asdict(locks()[name]) for name in names]
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "".join(f"\n  {line}" for item in value for line in _lines(item))
+    if isinstance(value, list):
+        return " to ".join(map(str, value)) or "none"
+    return _said(value) if isinstance(value, bool) else "none" if value is None else str(value)
 
 
 # ------------------------------------------------------------------------------------------------ what there is

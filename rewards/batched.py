@@ -1,0 +1,42 @@
+"""A reward in parts of a batch, for models that are larger than the memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rewards.checks import paired
+from rewards.registry import Reward
+
+
+@dataclass(frozen=True)
+class Batched:
+    """`reward`, on `batch_size` images at a time (None: all), recomputed in the backward pass if asked for.
+
+    Checkpointing keeps no activation of the forward pass: the peak is the graph of one part. Raises ValueError for a
+    batch size under 1.
+    """
+
+    reward: Reward
+    batch_size: int | None = None
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"the batch size of a reward is at least 1, not {self.batch_size}")
+
+    @property
+    def differentiable(self) -> bool:
+        return self.reward.differentiable
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        paired(images, prompts)
+        size = self.batch_size or len(images)
+        return torch.cat([self._part(images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)])
+
+    def _part(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if self.gradient_checkpointing and images.requires_grad and torch.is_grad_enabled():
+            return checkpoint(self.reward, images, prompts, use_reentrant=False)
+        return self.reward(images, prompts)

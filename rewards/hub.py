@@ -1,0 +1,182 @@
+"""Downloaded weights: what `lock.json` pins, hashed, never unpickled, and kept so that no network is needed again."""
+
+import hashlib
+import json
+import os
+import pickle
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rewards.registry import entry, unknown
+
+LOCKS = Path(__file__).parent / "lock.json"
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+SAFE = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]  # never a pickle
+TIMEOUT = 30.0  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class Lock:
+    """One pinned file. `evidence` says how far its hash is known: "hashed" by us from the file itself, "reported" by
+    others who hashed theirs, or "none": then the hash of the first download is kept, and later ones must have it."""
+
+    name: str
+    file: str
+    revision: str
+    evidence: str
+    sha256: str | None = None
+    bytes: int | None = None
+    hub_id: str | None = None
+    url: str | None = None  # where it is not on the Hub
+
+
+@cache
+def locks() -> Mapping[str, Lock]:
+    """Every pinned file by its name."""
+    return {name: Lock(name=name, **facts) for name, facts in json.loads(LOCKS.read_text()).items()}
+
+
+def weights(name: str) -> Path:
+    """The file of that name in `lock.json`, downloaded once, verified now; a pickle comes as safetensors.
+
+    Raises ValueError for a file whose hash is not what it must be, and FileNotFoundError where HF_HUB_OFFLINE is set
+    and it was never fetched.
+    """
+    if name not in locks():
+        raise ValueError(unknown("pinned file", name, locks()))
+    lock, record = locks()[name], _folder(name) / "record.json"
+    if not record.is_file():
+        _install(lock, record)
+    kept = json.loads(record.read_text())
+    if kept["source_sha256"] != (lock.sha256 or kept["source_sha256"]):
+        raise ValueError(_tampered(lock, record.parent, kept["source_sha256"]))
+    file = Path(kept["file"])
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is gone: remove {record.parent} to fetch {name} again")
+    found = sha256(file)
+    if found != kept["sha256"]:
+        raise ValueError(_tampered(lock, file, found))
+    return file
+
+
+def state(name: str) -> dict[str, Tensor]:
+    """The tensors of `weights(name)`, on the CPU."""
+    return read(weights(name))
+
+
+def read(file: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a pickle of tensors, which may lie under "state_dict".
+
+    A pickle is read with `weights_only=True`, which runs no code. Raises ValueError if it holds anything else.
+    """
+    if Path(file).suffix not in PICKLES:
+        return load_file(file)
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{file} holds more than tensors, and is not unpickled") from error
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{file} does not hold tensors by name")
+    return found
+
+
+def prefetch(reward: str) -> list[Path]:
+    """Fetches and verifies all that a reward downloads; then it loads without a network."""
+    return [weights(name) for name in entry(reward).weights]
+
+
+def snapshot(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model on the Hub, without its pickles; a folder is itself.
+
+    The first download pins the commit, so that the model does not change under a later run. Raises FileNotFoundError
+    where HF_HUB_OFFLINE is set and the model was never fetched.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    record = _folder("models") / f"{str(model).replace('/', '--')}@{revision or 'main'}.json"
+    pinned = json.loads(record.read_text())["revision"] if record.is_file() else revision
+    try:
+        folder = Path(huggingface_hub.snapshot_download(str(model), revision=pinned, allow_patterns=SAFE))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(_offline(str(model))) from error
+    _write(record, {"revision": folder.name})
+    return folder
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _install(lock: Lock, record: Path) -> None:
+    """Downloads, hashes, converts a pickle, and writes down what there is."""
+    source = _from_hub(lock) if lock.hub_id else _from_url(lock, record.parent / lock.file)
+    found = sha256(source)
+    if found != (lock.sha256 or _stated(source) or found):
+        raise ValueError(_tampered(lock, source, found))
+    file = _converted(source, record.parent / "model.safetensors") if source.suffix in PICKLES else source
+    _write(record, {"source_sha256": found, "file": str(file), "sha256": sha256(file), "revision": lock.revision})
+
+
+def _from_hub(lock: Lock) -> Path:
+    try:
+        return Path(huggingface_hub.hf_hub_download(lock.hub_id, lock.file, revision=lock.revision))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(_offline(f"{lock.hub_id}/{lock.file}")) from error
+
+
+def _from_url(lock: Lock, file: Path) -> Path:
+    assert lock.url and lock.bytes, f"{lock.name} in lock.json needs url and bytes"
+    if constants.HF_HUB_OFFLINE:
+        raise FileNotFoundError(_offline(lock.file))
+    with urllib.request.urlopen(lock.url, timeout=TIMEOUT) as answer:
+        content = answer.read(lock.bytes + 1)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    return file
+
+
+def _stated(file: Path) -> str | None:
+    """The hash that the Hub states of a large file: the name of its blob in the cache."""
+    blob = file.resolve().name
+    return blob if len(blob) == 64 else None
+
+
+def _converted(source: Path, file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    save_file({key: value.contiguous().clone() for key, value in read(source).items()}, partial)
+    return partial.replace(file)
+
+
+def _write(record: Path, facts: dict[str, Any]) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    partial = record.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(facts))
+    partial.replace(record)
+
+
+def _folder(name: str) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "difftune" / "rewards" / name
+
+
+def _tampered(lock: Lock, file: Path, found: str) -> str:
+    wanted = lock.sha256 or "that of its first download"
+    return f"{file} is not the file {lock.name!r} that was pinned: sha256 {found}, wanted {wanted}; remove it"
+
+
+def _offline(what: str) -> str:
+    return f"{what} is not in the cache and HF_HUB_OFFLINE is set: run `difftune rewards prefetch` with a network first"

@@ -1,0 +1,70 @@
+"""Rewards that the registry does not know: "module:attribute", or a plain callable of images and prompts."""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewards.registry import Entry
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A function of images and prompts as a reward; its scores are made float32."""
+
+    function: Callable[[Tensor, Sequence[str]], Tensor]
+    differentiable: bool
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.function(images, prompts).float()
+
+
+def plain(function: Callable[[Tensor, Sequence[str]], Tensor]) -> Plain:
+    """The function as a reward. It is differentiable if `function.differentiable` says so; where it says nothing, it is
+    tried on one picture of noise, with the prompt "a red circle". Raises ValueError for scores that are not (B,)."""
+    if "differentiable" in vars(function):
+        return Plain(function, bool(vars(function)["differentiable"]))
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scores = function(images, ["a red circle"])
+    if not isinstance(scores, Tensor) or scores.shape != (1,):
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"a reward gives scores (B,) for B images, not {shape} for one image")
+    return Plain(function, scores.requires_grad)
+
+
+@cache
+def described(name: str) -> Entry:
+    """The entry of "module:attribute": a class is made without arguments, a function of (images, prompts) is `plain`.
+
+    Modules of the working directory are found too. Raises ValueError if there is no such module or attribute.
+    """
+    thing = _found(name)
+    if inspect.isclass(thing):
+        make, able = thing, bool(thing.differentiable)
+    elif inspect.isroutine(thing):
+        reward = plain(thing)
+        make, able = (lambda: reward), reward.differentiable
+    else:
+        make, able = (lambda: thing), bool(thing.differentiable)
+    summary = (inspect.getdoc(thing) or "a reward of your own").splitlines()[0]
+    return Entry(make, summary, True, able, (float("-inf"), float("inf")), licence="unknown")
+
+
+def _found(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not look there
+    try:
+        found = vars(import_module(module))
+    except ImportError as error:
+        raise ValueError(f"cannot import the reward {name!r}: {error}") from error
+    if attribute not in found:
+        raise ValueError(f"the module {module!r} has no {attribute!r}, which the reward {name!r} names")
+    return found[attribute]

@@ -1,0 +1,172 @@
+"""Downloads: pinned, hashed, converted once, refused when tampered with, and none when offline."""
+
+import json
+import os
+import pickle
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rewards import hub
+from rewards.hub import Lock
+from rewards.registry import REWARDS
+
+TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A Hub of one repository, in a folder; counts its downloads."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    torch.save({"state_dict": TENSORS, }, folder / "model.pt")
+    save_file(TENSORS, folder / "model.safetensors")
+    calls = []
+
+    def download(repository, file, revision):
+        calls.append((repository, file, revision))
+        return str(folder / file)
+
+    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", download)
+    return folder, calls
+
+
+def lock(monkeypatch, file: str, sha256: str | None = None, **facts) -> None:
+    pinned = Lock("it", file, "abc", "reported" if sha256 else "none", sha256, hub_id="some/one", **facts)
+    monkeypatch.setattr(hub, "locks", lambda: {"it": pinned})
+
+
+@pytest.mark.parametrize("file", ["model.pt", "model.safetensors"])
+@pytest.mark.parametrize("known", [True, False])
+def test_download_is_pinned_hashed_and_made_once(store, monkeypatch, file, known):
+    folder, calls = store
+    lock(monkeypatch, file, hub.sha256(folder / file) if known else None)
+    for _ in range(2):
+        path = hub.weights("it")
+        assert path.suffix == ".safetensors"
+        assert all(torch.equal(load_file(path)[key], value) for key, value in TENSORS.items())
+    assert calls == [("some/one", file, "abc")]
+    record = json.loads((path.parents[1] / "it" / "record.json").read_text()) if file == "model.pt" else None
+    assert record is None or record["source_sha256"] == hub.sha256(folder / file)
+
+
+@pytest.mark.parametrize("file", ["model.pt", "model.safetensors"])
+def test_file_that_is_not_the_pinned_one_is_refused(store, monkeypatch, file):
+    lock(monkeypatch, file, "0" * 64)
+    with pytest.raises(ValueError, match=r"is not the file 'it' that was pinned: sha256 \w{64}, wanted 0{64}; remove it"):
+        hub.weights("it")
+    assert not (Path(os.environ["XDG_CACHE_HOME"]) / "difftune" / "rewards" / "it" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("file", ["model.pt", "model.safetensors"])
+def test_kept_file_that_was_tampered_with_is_refused(store, monkeypatch, file):
+    folder, _ = store
+    lock(monkeypatch, file, hub.sha256(folder / file))
+    path = hub.weights("it")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is not the file 'it' that was pinned"):
+        hub.weights("it")
+
+
+def test_file_without_a_known_hash_must_have_the_hash_that_the_hub_states(store, monkeypatch):
+    folder, _ = store
+    blob = folder / ("0" * 64)
+    (folder / "model.safetensors").rename(blob)
+    (folder / "model.safetensors").symlink_to(blob)
+    lock(monkeypatch, "model.safetensors")
+    with pytest.raises(ValueError, match="is not the file 'it' that was pinned"):
+        hub.weights("it")
+
+
+def test_pickle_that_runs_code_is_not_unpickled(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"a": Evil()}, tmp_path / "zipped.pt")
+    for file in ("evil.pt", "zipped.pt"):
+        with pytest.raises(ValueError, match="holds more than tensors, and is not unpickled"):
+            hub.read(tmp_path / file)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_pickle_of_something_else_is_refused(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="does not hold tensors by name"):
+        hub.read(tmp_path / "list.pt")
+
+
+@pytest.fixture
+def no_network(tmp_path, monkeypatch):
+    """Every socket that would leave this process raises."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    tried = []
+
+    def refuse(*arguments, **options):
+        tried.append(arguments)
+        raise AssertionError("a network call")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return tried
+
+
+@pytest.mark.parametrize("name", hub.locks())
+def test_nothing_is_asked_of_the_network_when_offline(no_network, name):
+    """Whether from the Hub or from a URL: one sentence with the remedy."""
+    with pytest.raises(FileNotFoundError, match=r"HF_HUB_OFFLINE is set: run `difftune rewards prefetch`"):
+        hub.weights(name)
+    assert no_network == []
+
+
+def test_model_of_the_hub_is_not_asked_for_when_offline(no_network):
+    with pytest.raises(FileNotFoundError, match="some/model is not in the cache and HF_HUB_OFFLINE is set"):
+        hub.snapshot("some/model")
+    assert no_network == []
+
+
+def test_what_was_fetched_loads_offline(store, no_network, monkeypatch):
+    folder, calls = store
+    lock(monkeypatch, "model.pt", hub.sha256(folder / "model.pt"))
+    hub.weights("it")
+    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", None)
+    assert set(hub.state("it")) == set(TENSORS)
+    assert no_network == []
+
+
+def test_model_of_the_hub_stays_at_the_commit_of_its_first_download(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+
+    def download(model, revision, allow_patterns):
+        asked.append(revision)
+        assert not any(pattern.endswith((".bin", ".pt", ".pth", ".ckpt")) for pattern in allow_patterns)
+        return str(tmp_path / "snapshots" / "a1b2")
+
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", download)
+    assert hub.snapshot("some/model") == hub.snapshot("some/model")
+    assert asked == [None, "a1b2"]
+    assert hub.snapshot(tmp_path) == tmp_path
+
+
+def test_lock_table_says_what_it_does_not_know():
+    """A hash or the word "none"; every file is of some reward, and every reward's file is there."""
+    for pinned in hub.locks().values():
+        assert (pinned.sha256 is None) == (pinned.evidence == "none")
+        assert pinned.evidence in ("hashed", "reported", "none")
+        assert pinned.sha256 is None or len(pinned.sha256) == 64
+        assert len(pinned.revision) == 40
+        assert (pinned.url is None) != (pinned.hub_id is None)
+    assert {name for entry in REWARDS.values() for name in entry.weights} == set(hub.locks())
+    with pytest.raises(ValueError, match=r"no pinned file 'hps-v21' \(did you mean 'hps-v2.1'\?\)"):
+        hub.weights("hps-v21")
