@@ -1,70 +1,213 @@
-"""Cosine similarity of pictures and captions, by any open_clip model that lies in a folder."""
+"""Cosine similarity of pictures and captions: CLIP models of open_clip and transformers, PickScore and HPS."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import open_clip
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPVisionConfig
 
+from rewards import hub
 from rewards.checks import paired
+from rewards.layouts import built, clip_from_open_clip, under
+from rewards.preprocess import Preprocess
 
 TINY = Path(__file__).parent / "weights" / "tiny-clip"
+FITS: dict[str, Literal["crop", "squash"]] = {"shortest": "crop", "squash": "squash"}  # open_clip's names for ours
+
+Tokenize = Callable[[Sequence[str]], Tensor]  # prompts -> ids (B, length)
+
+VIT_L: dict[str, Any] = {  # openai/clip-vit-large-patch14
+    "projection_dim": 768,
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "vision_config": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+}  # fmt: skip
+VIT_H: dict[str, Any] = {  # laion/CLIP-ViT-H-14-laion2B-s32B-b79K
+    "projection_dim": 1024,
+    "text_config": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "hidden_act": "gelu",
+    },
+    "vision_config": {
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+        "patch_size": 14, "hidden_act": "gelu",
+    },
+}  # fmt: skip
 
 
-class CLIPScore:
-    """cos(f(image), g(prompt)) in [-1, 1], without the logit scale (https://arxiv.org/abs/2104.08718).
-
-    `folder` holds an open_clip model in its own format (`open_clip_config.json`, `open_clip_model.safetensors`, the
-    tokenizer's files). The preprocessing is differentiable, the weights are frozen, and the model moves to the device
-    of the images. Raises FileNotFoundError if there is no model, ValueError for a preprocessing it does not know.
-    """
+class Cosine:
+    """scale cos(f(image), g(prompt)) by two frozen towers, which move to the device of the images."""
 
     differentiable = True
-
-    def __init__(self, folder: str | Path):
-        if not (Path(folder) / "open_clip_config.json").is_file():
-            raise FileNotFoundError(f"no open_clip model in {folder}: it has no open_clip_config.json")
-        name = f"local-dir:{folder}"
-        self.model = open_clip.create_model(name).eval().requires_grad_(False)
-        self.tokenizer = open_clip.get_tokenizer(name)
-        self.preprocess = self.model.visual.preprocess_cfg
-        for key, known in (("resize_mode", "shortest"), ("interpolation", "bicubic")):
-            if self.preprocess[key] != known:
-                raise ValueError(f"{folder}: {key} {self.preprocess[key]!r} is not supported, only {known!r}")
+    scale = 1.0
+    model: torch.nn.Module
+    tokenize: Tokenize
+    preprocess: Preprocess
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         paired(images, prompts)
-        return (self.image_features(images) * self.text_features(prompts, images.device)).sum(dim=1)
+        return self.scale * (self.image_features(images) * self.text_features(prompts, images.device)).sum(dim=1)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Of unit length, (B, 3, H, W) in [0, 1] -> (B, D)."""
+        """Of unit length, in float32, (B, 3, H, W) in [0, 1] -> (B, D)."""
         self.model.to(images.device)
-        size = self.preprocess["size"]
-        x = shortest_side(images.float(), size if isinstance(size, int) else size[0])
-        mean, std = (x.new_tensor(self.preprocess[key]).view(3, 1, 1) for key in ("mean", "std"))
-        return self.model.encode_image((x - mean) / std, normalize=True)
+        x = self.preprocess(images).to(next(self.model.parameters()).dtype)
+        return F.normalize(self._see(x).float(), dim=1)
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-        """Of unit length, (B, D)."""
-        return self.model.to(device).encode_text(self.tokenizer(list(prompts)).to(device), normalize=True)
+        """Of unit length, in float32, (B, D)."""
+        self.model.to(device)
+        return F.normalize(self._read(self.tokenize(list(prompts)).to(device)).float(), dim=1)
+
+    def _see(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _read(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
-def shortest_side(images: Tensor, size: int) -> Tensor:
-    """The shorter side resized to `size` (antialiased bicubic), then the centre cut out: (B, 3, H, W) -> (B, 3, s, s).
+class CLIPScore(Cosine):
+    """cos(f(image), g(prompt)) in [-1, 1], without the logit scale (https://arxiv.org/abs/2104.08718).
 
-    A picture of that size is left as it is. Unlike Pillow's, the result of a resize is not clipped to [0, 1].
+    `folder` holds an open_clip model in its own format (`open_clip_config.json`, `open_clip_model.safetensors`, the
+    tokenizer's files). Raises FileNotFoundError if there is no model, ValueError for a preprocessing it does not know.
     """
-    height, width = images.shape[-2:]
-    if min(height, width) != size:
-        shape = [side * size // min(height, width) for side in (height, width)]  # rounded down, as torchvision does
-        images = F.interpolate(images, shape, mode="bicubic", antialias=True)
-    top, left = (round((side - size) / 2) for side in images.shape[-2:])
-    return images[..., top : top + size, left : left + size]
+
+    def __init__(self, folder: str | Path, dtype: str = "float32"):
+        if not (Path(folder) / "open_clip_config.json").is_file():
+            raise FileNotFoundError(f"no open_clip model in {folder}: it has no open_clip_config.json")
+        name = f"local-dir:{folder}"
+        self.model = open_clip.create_model(name).to(_dtype(dtype)).eval().requires_grad_(False)
+        self.tokenize = open_clip.get_tokenizer(name)
+        self.preprocess = _open_clip_preprocess(self.model.visual.preprocess_cfg, folder)
+
+    def _see(self, x: Tensor) -> Tensor:
+        return self.model.encode_image(x)
+
+    def _read(self, ids: Tensor) -> Tensor:
+        return self.model.encode_text(ids)
+
+
+class TransformersCLIP(Cosine):
+    """scale cos(f(image), g(prompt)) by a CLIPModel of transformers."""
+
+    def __init__(self, model: CLIPModel, tokenize: Tokenize, preprocess: Preprocess, scale: float = 1.0):
+        self.model, self.tokenize, self.preprocess, self.scale = model, tokenize, preprocess, scale
+
+    def _see(self, x: Tensor) -> Tensor:
+        return self.model.visual_projection(self.model.vision_model(pixel_values=x).pooler_output)
+
+    def _read(self, ids: Tensor) -> Tensor:
+        return self.model.text_projection(self.model.text_model(input_ids=ids).pooler_output)
+
+
+def _dtype(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _open_clip_preprocess(config: Mapping[str, Any], folder: str | Path) -> Preprocess:
+    for key, known in (("resize_mode", FITS), ("interpolation", ("bicubic", "bilinear"))):
+        if config[key] not in known:
+            raise ValueError(f"{folder}: {key} {config[key]!r} is not supported, only {', '.join(known)}")
+    size = config["size"] if isinstance(config["size"], int) else config["size"][0]
+    return Preprocess(size, FITS[config["resize_mode"]], config["mean"], config["std"], config["interpolation"])
+
+
+# ------------------------------------------------------------------------------------------------ by name
 
 
 def tiny_clip(folder: str | Path = TINY) -> CLIPScore:
     """The CLIP of the world of shapes that comes with the package (`scripts/train_tiny.py` trains it)."""
     return CLIPScore(folder)
+
+
+def open_clip_score(model: str = "ViT-B-32", pretrained: str = "laion2b_s34b_b79k", dtype: str = "float32") -> Cosine:
+    """The CLIP score of any model of open_clip, by its name and pretrained tag, as `open_clip.list_pretrained()` has
+    them. Raises ValueError for a pair that open_clip does not know or has not on the Hub."""
+    config = open_clip.get_pretrained_cfg(model, pretrained)
+    repository = str(config.get("hf_hub", "")).rstrip("/") if config else ""
+    if repository.count("/") != 1:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none, and no model of that name"
+        raise ValueError(f"open_clip has no model {model!r} with tag {pretrained!r} on the Hub; its tags: {tags}")
+    return CLIPScore(hub.snapshot(repository), dtype)
+
+
+def clip_score(
+    model: str | None = None, weights: str | Path | None = None, sizes: Mapping[str, Any] = VIT_L, dtype: str = "float32"
+) -> TransformersCLIP:
+    """cos(f(image), g(prompt)) by openai/clip-vit-large-patch14, or by `model`: a folder or Hub id of a CLIPModel."""
+    if model is not None:
+        return _from_folder(hub.snapshot(model), dtype)
+    return _from_state(under(_state(weights, "clip-vit-l-14"), ""), sizes, dtype, Preprocess())
+
+
+def pickscore(
+    weights: str | Path | None = None, sizes: Mapping[str, Any] = VIT_H, dtype: str = "float32"
+) -> TransformersCLIP:
+    """PickScore v1: exp(logit_scale) cos(f(image), g(prompt)), about 18 to 24 (https://arxiv.org/abs/2305.01569).
+
+    `weights` is a local file in place of the pinned one, `sizes` its CLIPConfig.
+    """
+    reward = _from_state(under(_state(weights, "pickscore-v1"), ""), sizes, dtype, Preprocess())
+    reward.scale = float(reward.model.logit_scale.exp())
+    return reward
+
+
+def hps(
+    version: Literal["2", "2.1"] = "2.1",
+    weights: str | Path | None = None,
+    sizes: Mapping[str, Any] = VIT_H,
+    dtype: str = "float32",
+) -> TransformersCLIP:
+    """HPS v2 and v2.1: cos(f(image), g(prompt)), about 0.2 to 0.35 (https://arxiv.org/abs/2306.09341).
+
+    The longer side is resized and the picture padded with black, never cropped. Scores compare pictures of one prompt.
+    """
+    if version not in ("2", "2.1"):
+        raise ValueError(f"HPS has the versions 2 and 2.1, not {version!r}")
+    state = clip_from_open_clip(_state(weights, f"hps-v{version}"))
+    return _from_state(state, sizes, dtype, Preprocess(fit="pad"))
+
+
+def hps_v2(weights: str | Path | None = None, sizes: Mapping[str, Any] = VIT_H, dtype: str = "float32") -> Cosine:
+    """`hps` of version 2."""
+    return hps("2", weights, sizes, dtype)
+
+
+def _state(weights: str | Path | None, name: str) -> dict[str, Tensor]:
+    return hub.state(name) if weights is None else hub.read(weights)
+
+
+def _from_state(state: Mapping[str, Tensor], sizes: Mapping[str, Any], dtype: str, see: Preprocess) -> TransformersCLIP:
+    config = CLIPConfig(**sizes)
+    model = built(CLIPModel, config, state, dtype)
+    tokenize = open_clip.SimpleTokenizer(context_length=config.text_config.max_position_embeddings)
+    size = config.vision_config.image_size
+    return TransformersCLIP(model, tokenize, Preprocess(size, see.fit))
+
+
+def _from_folder(folder: Path, dtype: str) -> TransformersCLIP:
+    config = CLIPConfig.from_pretrained(folder)
+    state = under(hub.read(folder / "model.safetensors"), "")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    length = config.text_config.max_position_embeddings
+
+    def tokenize(prompts: Sequence[str]) -> Tensor:
+        return tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+
+    seen = Preprocess(config.vision_config.image_size)
+    return TransformersCLIP(built(CLIPModel, config, state, dtype), tokenize, seen)
+
+
+def vision_config(sizes: Mapping[str, Any]) -> CLIPVisionConfig:
+    """The image tower's part of a CLIPConfig, with the projection."""
+    return CLIPVisionConfig(**sizes["vision_config"], projection_dim=sizes["projection_dim"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from rewards import shapes
 from rewards.checks import eight_bit, paired
-from rewards.render import RESOLUTION
+from rewards.render import RESOLUTION, Scene
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,48 @@ class Oracle:
         paired(images, prompts)
         captions = [shapes.parse(prompt) for prompt in prompts]
         return [shapes.explain(c, shapes.read(image)) for c, image in zip(captions, _seen(images), strict=True)]
+
+
+@dataclass(frozen=True)
+class ObjectCount:
+    """-|objects in the picture - objects that the caption names|, 0 at best; what they are does not matter."""
+
+    differentiable = False
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        paired(images, prompts)
+        wanted = [len(shapes.parse(prompt).phrases) for prompt in prompts]
+        found = [len(shapes.read(image).things) for image in _seen(images)]
+        return -(torch.tensor(found) - torch.tensor(wanted)).abs().float().to(images.device)
+
+
+@dataclass(frozen=True)
+class Position:
+    """1 if some two objects fit the caption's and stand in its relation, else 0; other objects do not matter.
+
+    Raises ValueError for a caption without a relation.
+    """
+
+    differentiable = False
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        paired(images, prompts)
+        captions = [_placed(prompt) for prompt in prompts]
+        held = [_stands(c, shapes.read(image)) for c, image in zip(captions, _seen(images), strict=True)]
+        return torch.tensor(held, device=images.device).float()
+
+
+def _placed(prompt: str) -> shapes.Caption:
+    caption = shapes.parse(prompt)
+    if caption.relation is None:
+        raise ValueError(f"{prompt!r} places nothing: say where, as in 'a red circle left of a blue square'")
+    return caption
+
+
+def _stands(caption: shapes.Caption, scene: Scene) -> bool:
+    first, second = caption.phrases
+    pairs = permutations(scene.things, 2)
+    return any(first.fits(a) and second.fits(b) and shapes.relation(a, b) == caption.relation for a, b in pairs)
 
 
 def _seen(images: Tensor) -> list:

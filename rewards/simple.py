@@ -43,3 +43,23 @@ class Colorfulness:
 def _norm(x: Tensor) -> Tensor:
     """Length of each row, (B, ...) -> (B,); unlike sqrt's, its gradient at 0 is 0."""
     return torch.linalg.vector_norm(x.flatten(1), dim=1)
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """-mean |x - mirrored x|, in [-1, 0]; `mirror` is "left-right" or "top-bottom". Raises ValueError for another."""
+
+    mirror: str = "left-right"
+    differentiable = True
+
+    def __post_init__(self) -> None:
+        if self.mirror not in MIRRORS:
+            raise ValueError(f"pictures are mirrored {' or '.join(MIRRORS)}, not {self.mirror!r}")
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        paired(images, prompts)
+        x = images.float()
+        return -(x - x.flip(MIRRORS[self.mirror])).abs().mean(dim=(1, 2, 3))
+
+
+MIRRORS = {"left-right": 3, "top-bottom": 2}

@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rewards import hub
 from tests import pipelines
+from tests.rewards import checkpoints
 
 MEAN, STD = (0.5, 0.4, 0.6), (0.2, 0.3, 0.25)
 
@@ -30,3 +32,34 @@ def random_clip(tmp_path_factory) -> Path:
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     save_file({k: v.half() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, random_clip) -> dict[str, dict]:
+    """What `load` needs beyond the name to make a reward of a small random checkpoint of the published layout."""
+    folder = tmp_path_factory.mktemp("made")
+    clip = {"weights": checkpoints.clip_file(folder), "sizes": checkpoints.CLIP_SIZES}
+    hps = clip | {"weights": checkpoints.hps_file(folder)}
+    aesthetic = clip | {"predictor": checkpoints.aesthetic_file(folder)}
+    weights, vocabulary = checkpoints.image_reward(folder)
+    blip = {"vision": checkpoints.BLIP_VISION, "text": checkpoints.BLIP_TEXT}
+    return {
+        "tiny-clip": {"folder": random_clip},
+        "clip-score": clip,
+        "pickscore": clip,
+        "hps-v2": hps,
+        "hps-v2.1": hps,
+        "aesthetic": aesthetic,
+        "aesthetic-ava": aesthetic,
+        "imagereward": {"weights": weights, "vocabulary": vocabulary, **blip},
+        "classifier": {"model": checkpoints.timm_classifier(tmp_path_factory.mktemp("timm"))},
+        "open-clip": {},
+        "vlm": {"model": checkpoints.llava(tmp_path_factory.mktemp("llava"))},
+    }
+
+
+@pytest.fixture
+def options(made, random_clip, monkeypatch) -> dict[str, dict]:
+    """`made`, and a Hub that has one model of open_clip."""
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", lambda model, **_: str(random_clip))
+    return made
