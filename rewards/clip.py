@@ -1,6 +1,7 @@
 """Cosine similarity of pictures and captions: CLIP models of open_clip and transformers, PickScore and HPS."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,9 +189,15 @@ def _state(weights: str | Path | None, name: str) -> dict[str, Tensor]:
 def _from_state(state: Mapping[str, Tensor], sizes: Mapping[str, Any], dtype: str, see: Preprocess) -> TransformersCLIP:
     config = CLIPConfig(**sizes)
     model = built(CLIPModel, config, state, dtype)
-    tokenize = open_clip.SimpleTokenizer(context_length=config.text_config.max_position_embeddings)
+    tokenize = _tokenizer(config.text_config.max_position_embeddings)
     size = config.vision_config.image_size
     return TransformersCLIP(model, tokenize, Preprocess(size, see.fit))
+
+
+@cache
+def _tokenizer(length: int) -> open_clip.SimpleTokenizer:
+    """CLIP's own, whose vocabulary comes with open_clip."""
+    return open_clip.SimpleTokenizer(context_length=length)
 
 
 def _from_folder(folder: Path, dtype: str) -> TransformersCLIP:

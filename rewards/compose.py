@@ -1,13 +1,16 @@
 """Several rewards as one."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, sqrt
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rewards.checks import checked
+from rewards.checks import checked, paired
 from rewards.registry import Reward, entry, load
 
 
@@ -88,3 +91,124 @@ def _number(text: str, term: str) -> float:
     if not isfinite(number):
         raise ValueError(f"cannot read {term!r}: the weight after '=' is a finite number, as in tiny-clip=0.5")
     return number
+
+
+# ------------------------------------------------------------------------------------------------ one scale
+
+
+class Statistics(NamedTuple):
+    """Count, mean and sum of squared deviations of all scores so far; they are saved with a run."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def std(self) -> float:
+        """Of the scores, with count - 1; 1 where there are fewer than two, or where they are all equal."""
+        return sqrt(self.squares / (self.count - 1)) or 1.0 if self.count > 1 else 1.0
+
+
+def seen(scores: Tensor, before: Statistics | None = None) -> Statistics:
+    """`before` with these scores (B,) counted in (Chan et al., 1979): the same whatever the batches."""
+    before = before or Statistics()
+    x = scores.detach().double()
+    count = before.count + len(x)
+    delta = float(x.mean()) - before.mean
+    squares = before.squares + float(((x - x.mean()) ** 2).sum()) + delta**2 * before.count * len(x) / count
+    return Statistics(count, before.mean + delta * len(x) / count, squares)
+
+
+def normalised(
+    parts: Mapping[str, Tensor], statistics: Mapping[str, Statistics]
+) -> tuple[dict[str, Tensor], dict[str, Statistics]]:
+    """(scores - mean) / std of every reward, by the statistics with this batch counted in; and those statistics.
+
+    A constant reward becomes 0. The statistics carry no gradient.
+    """
+    now = {name: seen(scores, statistics.get(name)) for name, scores in parts.items()}
+    return {name: (scores - now[name].mean) / now[name].std for name, scores in parts.items()}, now
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """A reward kept in [low, high]; outside of it there is no gradient."""
+
+    reward: Reward
+    low: float = float("-inf")
+    high: float = float("inf")
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"a reward is clipped to [low, high], not to [{self.low}, {self.high}]")
+
+    @property
+    def differentiable(self) -> bool:
+        return self.reward.differentiable
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.reward(images, prompts).clamp(self.low, self.high)
+
+
+# ------------------------------------------------------------------------------------------------ several aims
+
+
+def non_dominated(scores: Tensor) -> Tensor:
+    """Which items of a batch no other dominates: scores (B, R), one column per reward -> (B,) bool.
+
+    a dominates b if it is at least as high in every reward, and higher in one (Parrot,
+    https://arxiv.org/abs/2401.05675). Equal items do not dominate each other. Scores need no common scale.
+    """
+    if scores.ndim != 2:
+        raise ValueError(f"the scores of a batch are (B, R), one column per reward, not {tuple(scores.shape)}")
+    a, b = scores[:, None], scores[None]
+    dominates = (a >= b).all(dim=2) & (a > b).any(dim=2)
+    return ~dominates.any(dim=0)
+
+
+def lagrangian(
+    parts: Mapping[str, Tensor], objective: str, floors: Mapping[str, float], multipliers: Mapping[str, float]
+) -> Tensor:
+    """(objective + sum_i m_i (reward_i - floor_i)) / (1 + sum_i m_i), (B,): what is maximised under constraints."""
+    slack = [multipliers[name] * (parts[name] - floor) for name, floor in floors.items()]
+    return sum(slack, parts[objective]) / (1 + sum(multipliers[name] for name in floors))
+
+
+def dual_ascent(
+    multipliers: Mapping[str, float], parts: Mapping[str, Tensor], floors: Mapping[str, float], rate: float = 0.1
+) -> dict[str, float]:
+    """m_i <- max(0, m_i + rate (floor_i - mean reward_i)): a reward under its floor gains weight, one above loses it."""
+    gaps = {name: floor - float(parts[name].detach().mean()) for name, floor in floors.items()}
+    return {name: max(0.0, multipliers.get(name, 0.0) + rate * gap) for name, gap in gaps.items()}
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Each prompt is scored by the reward of the first pattern (a regular expression) that it holds; else by `other`.
+
+    Raises ValueError, naming the prompt, where nothing serves it.
+    """
+
+    routes: Mapping[str, Reward]
+    other: Reward | None = None
+
+    @property
+    def differentiable(self) -> bool:
+        return all(reward.differentiable for reward in (*self.routes.values(), *([self.other] if self.other else [])))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        paired(images, prompts)
+        chosen = [self.route(prompt) for prompt in prompts]
+        scores = images.new_zeros(len(images), dtype=torch.float32)
+        for reward in {id(reward): reward for reward in chosen}.values():
+            rows = [i for i, other in enumerate(chosen) if other is reward]
+            at = torch.tensor(rows, device=images.device)
+            scores = scores.index_add(0, at, reward(images[at], [prompts[i] for i in rows]))
+        return scores
+
+    def route(self, prompt: str) -> Reward:
+        """The reward of a prompt."""
+        found = next((reward for pattern, reward in self.routes.items() if re.search(pattern, prompt)), self.other)
+        if found is None:
+            raise ValueError(f"no reward is for the prompt {prompt!r}: add a route, or a reward for all others")
+        return found

@@ -8,8 +8,8 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -118,7 +118,7 @@ REWARDS: dict[str, Entry] = {
         "how far the number of shapes is from the caption's, negated: exact, for evaluation",
         needs_prompt=True,
         differentiable=False,
-        range=(-20, 0),
+        range=(-60, 0),
         resolution=64,
         preprocessing=ORACLE,
     ),
@@ -255,6 +255,24 @@ REWARDS: dict[str, Entry] = {
         weights=("clip-vit-l-14", "aesthetic-v2-ava"),
         memory_mb=1220,
     ),
+    "text-exemplar": Entry(
+        "rewards.exemplar:TextExemplar",
+        "cosine between the picture and the mean of some texts, in the towers of any CLIP reward",
+        needs_prompt=False,
+        differentiable=True,
+        range=(-1, 1),
+        preprocessing="the encoder's",
+        licence="the encoder's",
+    ),
+    "remote": Entry(
+        "rewards.remote:Remote",
+        "the scores of `difftune rewards serve`, by its URL; on the command line the URL is the reward's name",
+        needs_prompt=True,
+        differentiable=False,
+        range=(float("-inf"), float("inf")),
+        preprocessing="rounded to 8 bits, sent as PNG",
+        licence="the server's",
+    ),
     "vlm": Entry(
         "rewards.vlm:VLMJudge",
         "probability that a vision-language model says yes: the picture shows the prompt, or beats a reference",
@@ -305,8 +323,10 @@ def load(name: str, batch_size: int | None = None, gradient_checkpointing: bool 
 def entry(name: str) -> Entry:
     """What is known of a reward. Raises ValueError, in one sentence that names the nearest, for an unknown name.
 
-    A name that is not there may be another distribution's (an entry point), or "module:attribute".
+    A name that is not there may be another distribution's (an entry point), "module:attribute", or the URL of a server.
     """
+    if name.startswith(("http://", "https://")):
+        return replace(REWARDS["remote"], make=partial(_imported("rewards.remote:Remote"), name))
     if name not in REWARDS and ":" in name:
         return _imported("rewards.outside:described")(name)
     if name not in REWARDS:

@@ -39,7 +39,7 @@ class Program(click.Group):
             _stop("interrupted", 130)
         except UserError as error:
             _stop(str(error), error.exit_code)
-        except (ValueError, OSError) as error:
+        except (ImportError, ValueError, OSError) as error:
             if not _raised_by_us(error.__traceback__):
                 raise
             _stop(str(error), RunError.exit_code)
@@ -208,6 +208,30 @@ def prefetch(name: Sequence[str], model: str | None) -> None:
 
         files = [file for one in name for file in fetch(one)] + ([snapshot(model)] if model else [])
     _print(None, False, "\n".join(map(str, files)) or "nothing to download")
+
+
+@rewards.command("serve", params=[o.JSON])
+@click.argument("name")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; elsewhere needs a token.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="0 takes a free one.")
+@click.option("--token", envvar="DIFFTUNE_REWARD_TOKEN", default="", help="What clients must know.")
+@click.option("--batch_size", type=o.AT_LEAST_ONE, help="Images that the reward scores at a time.")
+@click.option("--max_images", type=o.AT_LEAST_ONE, default=64, show_default=True, help="Images of one request.")
+@click.option("--device", default="cpu", show_default=True, help="Where the reward runs.")
+def serve(name: str, host: str, port: int, token: str, batch_size: int | None, max_images: int, device: str, as_json: bool) -> None:
+    """Serve a reward over HTTP, for `--reward http://HOST:PORT` elsewhere; Ctrl-C ends it.
+
+    The token is better given in DIFFTUNE_REWARD_TOKEN than on the command line, where other users see it.
+    """
+    with redirect_stdout(sys.stderr):
+        _known_entry(name)
+        from rewards.registry import load
+        from rewards.remote import Limits, Server
+
+        server = Server(load(name, batch_size), host, port, token, Limits(images=max_images), device)
+    _print({"url": server.url, "reward": name}, as_json, f"{name} at {server.url}")
+    with server:
+        server.serve_forever()
 
 
 def _known_entry(name: str) -> Any:

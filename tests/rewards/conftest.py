@@ -1,5 +1,7 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import open_clip
 import pytest
@@ -7,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from rewards import hub
+from rewards.registry import Reward, load
+from rewards.remote import Server
 from tests import pipelines
 from tests.rewards import checkpoints
 
@@ -54,12 +58,39 @@ def made(tmp_path_factory, random_clip) -> dict[str, dict]:
         "imagereward": {"weights": weights, "vocabulary": vocabulary, **blip},
         "classifier": {"model": checkpoints.timm_classifier(tmp_path_factory.mktemp("timm"))},
         "open-clip": {},
+        "text-exemplar": {"texts": ["a red circle", "a blue square"], "options": {"folder": random_clip}},
         "vlm": {"model": checkpoints.llava(tmp_path_factory.mktemp("llava"))},
     }
 
 
+@pytest.fixture(scope="session")
+def server():
+    """A server of brightness on this machine."""
+    with Server(load("brightness")) as server:
+        thread = Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
 @pytest.fixture
-def options(made, random_clip, monkeypatch) -> dict[str, dict]:
-    """`made`, and a Hub that has one model of open_clip."""
+def options(made, server, random_clip, monkeypatch) -> dict[str, dict]:
+    """`made`, a Hub that has one model of open_clip, and a server."""
     monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", lambda model, **_: str(random_clip))
-    return made
+    return made | {"remote": {"url": server.url}}
+
+
+LOADED: dict[str, Reward] = {}
+
+
+@pytest.fixture
+def loaded(options) -> Callable[[str], Reward]:
+    """Every reward of the registry by its name, made once: they have no state."""
+
+    def get(name: str) -> Reward:
+        if name not in LOADED:
+            LOADED[name] = load(name, **options.get(name, {}))
+        return LOADED[name]
+
+    return get

@@ -2,7 +2,18 @@ import pytest
 import torch
 
 from rewards.checks import checked, finite
-from rewards.compose import WeightedSum, parse_rewards, weighted
+from rewards.compose import (
+    Clipped,
+    Routed,
+    WeightedSum,
+    dual_ascent,
+    lagrangian,
+    non_dominated,
+    normalised,
+    parse_rewards,
+    seen,
+    weighted,
+)
 from rewards.registry import load
 
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -89,3 +100,123 @@ def test_terms_that_cannot_be_read(terms, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         parse_rewards(terms)
     assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------- one scale
+
+
+def test_statistics_are_those_of_all_scores_whatever_the_batches():
+    scores = torch.randn(30, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    statistics = None
+    for batch in scores.split([7, 1, 12, 10]):
+        statistics = seen(batch, statistics)
+    assert statistics.count == 30
+    assert statistics.mean == pytest.approx(float(scores.mean()), rel=1e-6)
+    assert statistics.std == pytest.approx(float(scores.std()), rel=1e-6)
+
+
+def test_normalised_rewards_have_one_scale():
+    parts = {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([100.0, 300.0, 200.0]), "c": torch.full((3,), 7.0)}
+    found, statistics = normalised(parts, {})
+    torch.testing.assert_close(found["a"], torch.tensor([-1.0, 0.0, 1.0]))
+    torch.testing.assert_close(found["b"], torch.tensor([-1.0, 1.0, 0.0]))
+    torch.testing.assert_close(found["c"], torch.zeros(3))
+    again, _ = normalised({"a": torch.tensor([2.0])}, statistics)
+    assert abs(float(again["a"])) < 1e-6
+
+
+def test_normalised_gradient_is_the_rewards_over_its_std():
+    scores = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
+    found, statistics = normalised({"a": scores}, {})
+    (gradient,) = torch.autograd.grad(found["a"].sum(), scores)
+    torch.testing.assert_close(gradient, torch.full((3,), 1 / statistics["a"].std))
+
+
+def test_clipped_reward_has_no_gradient_outside():
+    images = torch.stack([torch.full((3, 4, 4), value) for value in (0.1, 0.5, 0.9)]).requires_grad_()
+    reward = Clipped(load("brightness"), -0.6, -0.3)
+    scores = reward(images, PROMPTS)
+    torch.testing.assert_close(scores, torch.tensor([-0.6, -0.5, -0.3]))
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    assert gradient.flatten(1).abs().sum(1).gt(0).tolist() == [False, True, False]
+    assert reward.differentiable and not Clipped(load("jpeg"), 0).differentiable
+    with pytest.raises(ValueError, match=r"a reward is clipped to \[low, high\], not to \[1, 0\]"):
+        Clipped(load("jpeg"), 1, 0)
+
+
+# ---------------------------------------------------------------------------------------------- several aims
+
+
+def test_non_dominated_set_of_the_paper():
+    scores = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.2], [1.0, 0.0]])
+    assert non_dominated(scores).nonzero().flatten().tolist() == [0, 1, 2, 4]  # duplicates stay
+
+
+def swept(scores: torch.Tensor) -> list[bool]:
+    """Two rewards by sorting: going down the first, an item stays if its second is higher than all before."""
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i, 0], -scores[i, 1]))
+    kept, best, last = [False] * len(scores), float("-inf"), None
+    for i in order:
+        same = last is not None and torch.equal(scores[i], scores[last])
+        kept[i] = kept[last] if same else bool(scores[i, 1] > best)
+        best, last = max(best, float(scores[i, 1])), i
+    return kept
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_non_dominated_set_is_that_of_a_sorted_sweep(levels):
+    for seed in range(20):
+        scores = torch.randint(levels, (25, 2), generator=torch.Generator().manual_seed(seed)).float()
+        assert non_dominated(scores).tolist() == swept(scores)
+
+
+def test_non_dominated_set_ignores_scale_order_and_dominated_items():
+    scores = torch.rand(12, 3, generator=torch.Generator().manual_seed(0))
+    kept = non_dominated(scores)
+    assert 0 < kept.sum() < 12
+    assert torch.equal(non_dominated(torch.stack([scores[:, 0].exp(), 5 * scores[:, 1] - 9, scores[:, 2] ** 3], 1)), kept)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(non_dominated(scores[order]), kept[order])
+    more = torch.cat([scores, scores[kept][:1] - 0.1])
+    assert torch.equal(non_dominated(more), torch.cat([kept, torch.tensor([False])]))
+
+
+def test_non_dominated_set_of_one_reward_is_its_maxima():
+    assert non_dominated(torch.tensor([[1.0], [3.0], [3.0], [2.0]])).tolist() == [False, True, True, False]
+    with pytest.raises(ValueError, match=r"the scores of a batch are \(B, R\)"):
+        non_dominated(torch.ones(3))
+
+
+def test_dual_ascent_finds_the_constrained_optimum():
+    """max -x^2 under x >= 1: x = 1 with multiplier 2, and the Lagrangian's gradient vanishes there."""
+    x, multipliers = torch.zeros(1, requires_grad=True), {"floor": 0.0}
+    optimiser = torch.optim.SGD([x], lr=0.1)
+    for _ in range(600):
+        parts = {"aim": -(x**2), "floor": x}
+        optimiser.zero_grad()
+        (-lagrangian(parts, "aim", {"floor": 1.0}, multipliers)).sum().backward()
+        optimiser.step()
+        multipliers = dual_ascent(multipliers, parts, {"floor": 1.0}, rate=0.1)
+    assert x.item() == pytest.approx(1.0, abs=0.01)
+    assert multipliers["floor"] == pytest.approx(2.0, abs=0.05)
+
+
+def test_reward_above_its_floor_gets_no_weight():
+    parts = {"aim": torch.tensor([1.0, 2.0]), "kept": torch.tensor([5.0, 6.0])}
+    assert dual_ascent({"kept": 0.1}, parts, {"kept": 1.0}) == {"kept": 0.0}
+    assert torch.equal(lagrangian(parts, "aim", {"kept": 1.0}, {"kept": 0.0}), parts["aim"])
+
+
+def test_prompts_are_routed_to_their_rewards():
+    bright, colorful = load("brightness"), load("colorfulness")
+    reward = Routed({"^a": bright, "[bc]": colorful})
+    expected = torch.cat([bright(IMAGES[:1], ["a"]), colorful(IMAGES[1:], ["b", "c"])])
+    images = IMAGES.clone().requires_grad_()
+    scores = reward(images, PROMPTS)
+    torch.testing.assert_close(scores, expected)
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+    assert reward.differentiable and not Routed({"a": bright}, load("jpeg")).differentiable
+    torch.testing.assert_close(Routed({"b": bright}, colorful)(IMAGES, PROMPTS)[0], colorful(IMAGES, PROMPTS)[0])
+    with pytest.raises(ValueError, match="no reward is for the prompt 'd': add a route"):
+        reward(IMAGES, ["a", "b", "d"])

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import types
 from importlib import util
 
 import numpy as np
@@ -10,8 +11,9 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from scipy.fft import dctn
 
-from rewards import clip, shapes
+from rewards import clip, jpeg, ocr, shapes
 from rewards.oracle import Oracle
 from rewards.registry import REWARDS, load, register
 from rewards.render import Scene, Thing, render
@@ -74,10 +76,10 @@ BETTER = {  # a better picture, a worse one, and the prompt
 }
 DOWNLOADED = {  # or the user's own model
     "clip-score", "open-clip", "pickscore", "hps-v2", "hps-v2.1", "imagereward", "aesthetic", "aesthetic-ava",
-    "classifier", "vlm",
+    "classifier", "vlm", "text-exemplar", "remote",
 }  # fmt: skip
-SEEN = (DOWNLOADED | {"tiny-clip", "tiny-classifier"}) - {"vlm"}  # with a Preprocess
-WITH_DTYPE = DOWNLOADED
+SEEN = (DOWNLOADED | {"tiny-clip", "tiny-classifier"}) - {"vlm", "text-exemplar", "remote"}  # with a Preprocess
+WITH_DTYPE = DOWNLOADED - {"text-exemplar", "remote"}
 ROUGH = {"pickscore": 10.0}  # cosines times exp(logit_scale)
 
 
@@ -85,9 +87,9 @@ ROUGH = {"pickscore": 10.0}  # cosines times exp(logit_scale)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_image_is_scored_by_itself(name, options):
+def test_each_image_is_scored_by_itself(name, loaded):
     """Scores (B,) in float32 that do not depend on the rest of the batch or its order, nor change the second time."""
-    reward, images, words = load(name, **options.get(name, {})), noise_images(), prompts(name)
+    reward, images, words = loaded(name), noise_images(), prompts(name)
     scores = reward(images, words)
     assert scores.shape == (3,) and scores.dtype == torch.float32 and scores.isfinite().all()
     alone = torch.cat([reward(images[i : i + 1], words[i : i + 1]) for i in range(3)])
@@ -99,8 +101,8 @@ def test_each_image_is_scored_by_itself(name, options):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_scores_are_float32_from_images_of_any_float_dtype(name, options):
-    reward, words = load(name, **options.get(name, {})), prompts(name)
+def test_scores_are_float32_from_images_of_any_float_dtype(name, loaded):
+    reward, words = loaded(name), prompts(name)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         images = noise_images().to(dtype)
         scores = reward(images, words)
@@ -110,9 +112,9 @@ def test_scores_are_float32_from_images_of_any_float_dtype(name, options):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [(16, 16), (48, 48)])
-def test_black_white_and_noise_have_finite_scores(name, size, options):
+def test_black_white_and_noise_have_finite_scores(name, size, loaded):
     images = torch.stack([torch.zeros(3, *size), torch.ones(3, *size), noise_images(1, size[0])[0]]).requires_grad_()
-    scores = load(name, **options.get(name, {}))(images, prompts(name))
+    scores = loaded(name)(images, prompts(name))
     assert scores.isfinite().all()
     if scores.requires_grad:
         (gradient,) = torch.autograd.grad(scores.sum(), images)
@@ -121,8 +123,8 @@ def test_black_white_and_noise_have_finite_scores(name, size, options):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name in SEEN])
 @pytest.mark.parametrize("size", [16, 32, 100])
-def test_grey_is_one_half_before_it_is_normalised(name, size, options):
-    preprocess = load(name, **options.get(name, {})).preprocess
+def test_grey_is_one_half_before_it_is_normalised(name, size, loaded):
+    preprocess = loaded(name).preprocess
     pixels = preprocess.pixels(torch.full((1, 3, size, size), 0.5, dtype=torch.bfloat16))
     torch.testing.assert_close(pixels, torch.full_like(pixels, 0.5))
     mean, std = (torch.tensor(list(x)).view(1, 3, 1, 1) for x in (preprocess.mean, preprocess.std))
@@ -143,11 +145,11 @@ def test_every_reward_that_needs_no_download_has_a_better_picture():
 
 
 @pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if name in WITH_DTYPE])
-def test_weights_in_bfloat16_give_nearly_the_same_score(name, options):
+def test_weights_in_bfloat16_give_nearly_the_same_score(name, loaded, options):
     """Within a few roundings of bfloat16 (8 bits) of the spread of the scores; and a gradient."""
     arguments = options.get(name, {})
     images = noise_images(3, 32).requires_grad_()
-    exact = load(name, **arguments)(images, prompts(name))
+    exact = loaded(name)(images, prompts(name))
     rough = load(name, **arguments, dtype="bfloat16")(images, prompts(name))
     assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
     torch.testing.assert_close(rough, exact, rtol=0.1, atol=0.1 * ROUGH.get(name, 1.0))
@@ -156,9 +158,9 @@ def test_weights_in_bfloat16_give_nearly_the_same_score(name, options):
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_parts_and_checkpointing_change_nothing(name, options):
+def test_parts_and_checkpointing_change_nothing(name, loaded, options):
     images = noise_images().requires_grad_()
-    whole = load(name, **options.get(name, {}))(images, prompts(name))
+    whole = loaded(name)(images, prompts(name))
     parts = load(name, 2, True, **options.get(name, {}))(images, prompts(name))
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
     gradients = [torch.autograd.grad(scores.sum(), images)[0] for scores in (whole, parts)]
@@ -166,8 +168,8 @@ def test_parts_and_checkpointing_change_nothing(name, options):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_entry_tells_the_truth(name, options):
-    entry, reward = REWARDS[name], load(name, **options.get(name, {}))
+def test_entry_tells_the_truth(name, loaded):
+    entry, reward = REWARDS[name], loaded(name)
     assert reward.differentiable == entry.differentiable
     images = noise_images().requires_grad_()
     scores = reward(images, prompts(name))
@@ -182,15 +184,15 @@ def test_entry_tells_the_truth(name, options):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not REWARDS[name].needs_prompt])
-def test_prompt_is_not_looked_at_where_none_is_needed(name, options):
-    reward = load(name, **options.get(name, {}))
+def test_prompt_is_not_looked_at_where_none_is_needed(name, loaded):
+    reward = loaded(name)
     assert torch.equal(reward(noise_images(), PROMPTS), reward(noise_images(), [""] * 3))
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_gradient_is_the_finite_difference(name, options):
-    reward, images = load(name, **options.get(name, {})), noise_images().requires_grad_()
-    words, step = prompts(name), 0.005 if name in DOWNLOADED or name == "jpeg-proxy" else 0.02
+def test_gradient_is_the_finite_difference(name, loaded):
+    reward, images = loaded(name), noise_images().requires_grad_()
+    words, step = prompts(name), 0.005 if name in DOWNLOADED or name == "jpeg-proxy" else 0.01
     (gradient,) = torch.autograd.grad(reward(images, words).sum(), images)
     along = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     with torch.no_grad():
@@ -200,15 +202,15 @@ def test_gradient_is_the_finite_difference(name, options):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("words", [["a red circle"], "abc"])
-def test_images_and_prompts_must_pair(name, words, options):
+def test_images_and_prompts_must_pair(name, words, loaded):
     with pytest.raises(ValueError, match="3 images need a list of 3 prompts"):
-        load(name, **options.get(name, {}))(noise_images(), words)
+        loaded(name)(noise_images(), words)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_single_image_without_a_batch_is_refused(name, options):
+def test_single_image_without_a_batch_is_refused(name, loaded):
     with pytest.raises(ValueError, match=r"images are \(B, 3, H, W\) in \[0, 1\], not \(3, 16, 16\)"):
-        load(name, **options.get(name, {}))(noise_images()[0], PROMPTS)
+        loaded(name)(noise_images()[0], PROMPTS)
 
 
 # ---------------------------------------------------------------------------------------------- the registry
@@ -222,8 +224,8 @@ def test_listing_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("tiny-clp", {}, r"no reward 'tiny-clp' \(did you mean 'tiny-clip'\?\); known: brightness, .*"),
-        ("xyz", {}, r"no reward 'xyz'; known: brightness, "),
+        ("tiny-clp", {}, r"no reward 'tiny-clp' \(did you mean 'tiny-clip'\?\); known: aesthetic, .*"),
+        ("xyz", {}, r"no reward 'xyz'; known: aesthetic, "),
         ("jpeg", {"qualty": 9}, r"no option of reward 'jpeg' 'qualty' \(did you mean 'quality'\?\); known: quality"),
         ("oracle", {"a": 1}, r"no option of reward 'oracle' 'a'; known: none"),
     ],
@@ -298,6 +300,101 @@ def test_colorfulness_of_gray_is_zero_with_zero_gradient():
     (gradient,) = torch.autograd.grad(score.sum(), gray)
     assert score.item() == 0
     assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_jpeg_proxy_follows_the_size_of_the_file():
+    """Over pictures from flat to noise: correlated, and within a third of the size where it is more than the header."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = []
+    for side in (2, 4, 8, 16, 32, 64):
+        for contrast in (0.1, 0.5, 1.0):
+            coarse = torch.rand(1, 3, side, side, generator=generator)
+            pictures.append(0.5 + contrast * (torch.nn.functional.interpolate(coarse, (64, 64), mode="bilinear") - 0.5))
+    images, words = torch.cat(pictures), [""] * len(pictures)
+    for quality, correlation in ((95, 0.98), (75, 0.97), (40, 0.94)):
+        size, proxy = (load(name, quality=quality)(images, words) for name in ("jpeg", "jpeg-proxy"))
+        assert np.corrcoef(size, proxy)[0, 1] > correlation
+        if quality == 95:
+            large = size > 1.5
+            assert (((proxy - 0.623) / (size - 0.623))[large] - 1).abs().max() < 1 / 3
+
+
+def test_jpeg_proxy_uses_the_tables_and_the_transform_of_the_encoder():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", quality=60)
+    luma, chroma = Image.open(file).quantization.values()
+    assert list(luma) == jpeg.quantised(jpeg.LUMA, 60) and list(chroma) == jpeg.quantised(jpeg.CHROMA, 60)
+    blocks = torch.rand(1, 1, 8, 16, generator=torch.Generator().manual_seed(0))
+    expected = dctn(blocks[0, 0, :, 8:].numpy(), norm="ortho")
+    np.testing.assert_allclose(jpeg.dct_blocks(blocks)[0, 0, 0, 1].numpy(), expected, atol=1e-5)
+    pixels = (255 * noise_images(1, 16)[0].permute(1, 2, 0)).round().byte().numpy()
+    ycc = np.asarray(Image.fromarray(pixels).convert("YCbCr"), np.float32) - 128
+    ours = torch.cat(jpeg.ycc(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255), 1)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(ours, ycc, atol=1.01)
+    with pytest.raises(ValueError, match="the quality of a JPEG is 1 to 100, not 0"):
+        load("jpeg-proxy", quality=0)(noise_images(), PROMPTS)
+
+
+def test_symmetry_is_the_distance_from_the_mirror_image():
+    images = torch.zeros(1, 3, 4, 4)
+    images[..., :2] = 1  # the left half
+    assert load("symmetry")(images, [""]).item() == -1
+    assert load("symmetry", mirror="top-bottom")(images, [""]).item() == 0
+    assert load("symmetry")(torch.cat([images, images.flip(3)], 3), [""]).item() == 0
+    with pytest.raises(ValueError, match="mirrored left-right or top-bottom, not 'around'"):
+        load("symmetry", mirror="around")
+
+
+def test_objects_are_counted_whatever_they_are():
+    images = picture(SCENE)[None].expand(3, -1, -1, -1)
+    assert load("object-count")(images, [TRUE, "a green triangle", "three red circles"]).tolist() == [0, -1, -1]
+
+
+def test_position_needs_both_objects_in_their_places():
+    images = picture(SCENE)[None].expand(5, -1, -1, -1)
+    texts = [TRUE, "a red circle right of a blue square", "a blue square right of a red circle",
+             "a red circle left of a green square", "a circle left of a square"]  # fmt: skip
+    assert load("position")(images, texts).tolist() == [1, 0, 1, 0, 1]
+    third = Thing("triangle", "green", 32, 12, 8)
+    crowded = picture(Scene("white", (*SCENE.things, third)))[None]
+    assert load("position")(crowded, [TRUE]).item() == 1 and load("oracle")(crowded, [TRUE]).item() == 0
+    with pytest.raises(ValueError, match="'a red circle' places nothing: say where"):
+        load("position")(images[:1], ["a red circle"])
+
+
+def test_text_is_compared_without_spaces_and_case():
+    assert ocr.edit_distance("kitten", "sitting") == 3
+    assert ocr.edit_distance("", "abc") == ocr.edit_distance("abc", "") == 3
+    assert ocr.legible("HELLO world", "hello World") == 1
+    assert ocr.legible("say hello twice", "Hello") == 1
+    assert ocr.legible("hallo", "hello") == pytest.approx(0.8)
+    assert ocr.legible("", "hello") == ocr.legible("quite another text", "hi") == 0
+    assert ocr.quoted('a sign that says "Stop now"') == "Stop now"
+    assert ocr.quoted("a sign that says 'Stop', today's") == "Stop"
+    with pytest.raises(ValueError, match="'a sign' quotes no text to be read"):
+        ocr.quoted("a sign")
+
+
+def test_text_is_read_by_rapidocr(monkeypatch):
+    """Its engine is given (H, W, 3) in BGR, and its lines are joined; nothing read is no text."""
+    given = []
+
+    class Engine:
+        def __call__(self, picture):
+            given.append(picture)
+            return types.SimpleNamespace(txts=("HEL", "lo") if len(given) == 1 else None)
+
+    monkeypatch.setattr(ocr.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(ocr, "import_module", lambda name: types.SimpleNamespace(RapidOCR=Engine))
+    images = noise_images(2)
+    assert load("ocr")(images, ['"hello"'] * 2).tolist() == [1, 0]
+    np.testing.assert_array_equal(given[0], (255 * images[0]).round().byte().flip(0).permute(1, 2, 0).numpy())
+
+
+def test_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr(ocr.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs an extra: pip install 'difftune\[ocr\]'"):
+        load("ocr")
 
 
 # ---------------------------------------------------------------------------------------------- oracle

@@ -1,0 +1,252 @@
+"""A reward over HTTP: the same scores, and a clear status for everything that is not a request."""
+
+import base64
+import http.client
+import json
+import os
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from rewards.compose import parse_rewards, weighted
+from rewards.registry import load
+from rewards.remote import Limits, Remote, Server, png
+
+IMAGES = (255 * torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))).round() / 255
+PROMPTS = list("abcde")
+TOKEN = "secret"
+LIMITS = Limits(body=20_000, images=6, pixels=40_000, connections=64, seconds=0.5)
+
+
+class Slow:
+    """brightness after a while, and the most scored at a time."""
+
+    differentiable = False
+
+    def __init__(self, seconds: float = 0.0):
+        self.seconds, self.running, self.most = seconds, 0, 0
+
+    def __call__(self, images, prompts):
+        if "refuse" in prompts:
+            raise ValueError("cannot judge 'refuse'")
+        if "fail" in prompts:
+            raise KeyError("a secret of the server")
+        self.running += 1
+        self.most = max(self.most, self.running)
+        time.sleep(self.seconds)
+        self.running -= 1
+        return images.mean(dim=(1, 2, 3))
+
+
+@contextmanager
+def serving(reward=None, limits=LIMITS, token=TOKEN):
+    with Server(reward or Slow(), token=token, limits=limits) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def server():
+    with serving() as server:
+        yield server
+
+
+def ask(server, body: bytes, token: str = TOKEN, path: str = "/score", method: str = "POST", **headers) -> tuple[int, str]:
+    """Status and what is said."""
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=10)
+    connection.request(method, path, body, {"Authorization": f"Bearer {token}"} | headers)
+    answer = connection.getresponse()
+    said = answer.read().decode()
+    connection.close()
+    return answer.status, json.loads(said).get("error", said) if said.startswith("{") else said
+
+
+def body(images=(np.zeros((4, 4, 3), np.uint8),), prompts=None) -> bytes:
+    pictures = [base64.b64encode(png(x)).decode() for x in images]
+    return json.dumps({"images": pictures, "prompts": prompts or ["a"] * len(pictures)}).encode()
+
+
+def test_scores_are_those_of_the_reward(server):
+    reward = Remote(server.url, TOKEN, batch_size=2)
+    torch.testing.assert_close(reward(IMAGES, PROMPTS), IMAGES.mean(dim=(1, 2, 3)))
+    assert reward(IMAGES, PROMPTS).dtype == torch.float32
+    assert not reward.differentiable
+
+
+def test_images_of_different_sizes_keep_their_order(server):
+    images = [np.full((side, side, 3), 10 * side, np.uint8) for side in (4, 8, 4, 6)]
+    status, said = ask(server, body(images))
+    assert status == 200
+    np.testing.assert_allclose(json.loads(said)["scores"], [40 / 255, 80 / 255, 40 / 255, 60 / 255], atol=1e-6)
+
+
+def test_url_is_the_name_of_a_reward(server, monkeypatch):
+    monkeypatch.setenv("DIFFTUNE_REWARD_TOKEN", TOKEN)
+    assert parse_rewards([f"{server.url}=0.5"]) == {server.url: 0.5}
+    torch.testing.assert_close(weighted({server.url: 0.5})(IMAGES, PROMPTS), 0.5 * IMAGES.mean(dim=(1, 2, 3)))
+
+
+REQUESTS = {  # what is sent, and what is answered
+    "no json": ({"body": b"\x80\x04K\x01."}, 400, "the body is not JSON"),  # a pickle
+    "deep json": ({"body": b"[" * 9000}, 400, "the body is not JSON"),
+    "another json": ({"body": b"[1, 2]"}, 400, "the body is {images: "),
+    "numbers": ({"body": b'{"images": [1], "prompts": ["a"]}'}, 400, "the body is {images: "),
+    "nothing": ({"body": b'{"images": [], "prompts": []}'}, 400, "the body is {images: "),
+    "unpaired": ({"body": body(prompts=["a", "b"])}, 400, "1 images and 2 prompts"),
+    "no base64": ({"body": b'{"images": ["%%"], "prompts": ["a"]}'}, 400, "an image is not a PNG in base64"),
+    "no png": ({"body": b'{"images": ["aGVsbG8="], "prompts": ["a"]}'}, 400, "an image is not a PNG in base64"),
+    "half a png": (
+        {"body": json.dumps({"images": [base64.b64encode(png(np.random.default_rng(0).integers(
+            0, 255, (32, 32, 3), np.uint8))[:900]).decode()], "prompts": ["a"]}).encode()},
+        400, "an image is a PNG that is not whole",
+    ),
+    "too many pixels": ({"body": body([np.zeros((210, 210, 3), np.uint8)])}, 413, "images of 44100 pixels in one request"),
+    "too many in all": ({"body": body([np.zeros((150, 150, 3), np.uint8)] * 2)}, 413, "images of 45000 pixels"),
+    "too many images": ({"body": body([np.zeros((1, 1, 3), np.uint8)] * 7)}, 413, "7 images in one request: 6 is the limit"),
+    "too many bytes": ({"body": b"x" * 300_000}, 413, "300000 bytes in one request: 20000 is the limit"),
+    "wrong token": ({"body": body(), "token": "guess"}, 401, "the token is wrong"),
+    "wrong letters": ({"body": body(), "token": "\xe9"}, 401, "the token is wrong"),
+    "wrong path": ({"body": body(), "path": "/other"}, 404, "scores are at POST /score"),
+    "wrong method": ({"body": b"", "method": "GET"}, 404, "scores are at POST /score"),
+    "other method": ({"body": b"", "method": "DELETE"}, 501, "Unsupported method"),
+    "no length": ({"body": b"", "Content-Length": "x"}, 411, "a request says its Content-Length"),
+    "refused": ({"body": body(prompts=["refuse"])}, 422, "cannot judge 'refuse'"),
+    "failed": ({"body": body(prompts=["fail"])}, 500, "the reward failed: KeyError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REQUESTS)
+def test_what_is_no_request_has_a_status_and_a_sentence(server, what):
+    sent, status, sentence = REQUESTS[what]
+    found, said = ask(server, **sent)
+    assert found == status and sentence in said
+    assert "secret of the server" not in said
+    assert ask(server, body())[0] == 200  # and the server goes on
+
+
+def test_picture_of_another_format_is_refused(server):
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "BMP")
+    sent = {"images": [base64.b64encode(file.getvalue()).decode()], "prompts": ["a"]}
+    assert ask(server, json.dumps(sent).encode()) == (400, "an image is not a PNG in base64")
+
+
+def test_client_says_what_the_server_said(server):
+    with pytest.raises(ConnectionError, match=r"the reward server http://127.0.0.1:\d+ refused with 401: .*token is wrong"):
+        Remote(server.url, "guess")(IMAGES, PROMPTS)
+    with pytest.raises(ConnectionError, match="refused with 422: .*cannot judge"):
+        Remote(server.url, TOKEN)(IMAGES[:1], ["refuse"])
+
+
+def test_client_without_a_server_says_so():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(ConnectionError, match=f"no scores from the reward server http://127.0.0.1:{port}: "):
+        Remote(f"http://127.0.0.1:{port}")(IMAGES, PROMPTS)
+    with pytest.raises(ValueError, match="starts with http:// or https://, not 'ftp://a'"):
+        Remote("ftp://a")
+
+
+def test_client_waits_no_longer_than_its_timeout():
+    with serving(Slow(1.0)) as server:
+        start = time.monotonic()
+        with pytest.raises(ConnectionError, match="no scores from the reward server .*timed out"):
+            Remote(server.url, TOKEN, timeout=0.2)(IMAGES[:1], ["a"])
+        assert time.monotonic() - start < 0.9
+
+
+def test_server_that_others_can_reach_needs_a_token():
+    for host in ("0.0.0.0", "192.168.0.1", "example.org"):
+        with pytest.raises(ValueError, match=f"{host} can be reached from elsewhere: give a token"):
+            Server(Slow(), host)
+    with serving(token="") as server:
+        assert server.server_address[0] == "127.0.0.1"
+        assert ask(server, body(), token="")[0] == 200
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+def settled(count, before: int) -> bool:
+    """Whether a count is back where it was, within three seconds."""
+    for _ in range(60):
+        if count() <= before:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_fifty_clients_at_once_are_all_answered_and_nothing_is_left():
+    reward = Slow(0.005)
+    with serving(reward) as server:
+        files, threads = open_files(), threading.active_count()
+
+        def client(i: int) -> torch.Tensor:
+            return Remote(server.url, TOKEN)(IMAGES[i % 5 : i % 5 + 1], ["a"])
+
+        with ThreadPoolExecutor(50) as pool:
+            scores = torch.cat(list(pool.map(client, range(100))))
+        expected = IMAGES.mean(dim=(1, 2, 3))[torch.arange(100) % 5]
+        torch.testing.assert_close(scores, expected)
+        assert reward.most == 1  # one batch at a time
+        assert settled(threading.active_count, threads) and settled(open_files, files)
+
+
+def test_clients_beyond_the_limit_are_told_to_come_back():
+    with serving(Slow(0.3), Limits(connections=2)) as server:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: ask(server, body())[0], range(8)))
+        assert sorted(set(found)) == [200, 503] and found.count(200) >= 2
+        assert settled(lambda: 0 if ask(server, body())[0] == 200 else 1, 0)
+
+
+def test_clients_that_are_killed_or_silent_take_nothing_down(server):
+    files, threads = open_files(), threading.active_count()
+    for content in (b"", b"POST /sc", b"POST /score HTTP/1.1\r\nContent-Length: 900\r\n\r\n{", b"\x00" * 100 + b"\r\n\r\n"):
+        for linger in (False, True):
+            client = socket.create_connection(server.server_address[:2])
+            client.sendall(content)
+            if linger:  # a reset in place of an orderly end, as of a process that was killed
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+            client.close()
+    silent = [socket.create_connection(server.server_address[:2]) for _ in range(5)]
+    waiting = [socket.create_connection(server.server_address[:2]) for _ in range(2)]
+    for client in waiting:
+        client.sendall(b"POST /score HTTP/1.1\r\nAuthorization: Bearer secret\r\nContent-Length: 900\r\n\r\n{")
+    assert ask(server, body())[0] == 200
+    for client in silent + waiting:  # dropped after LIMITS.seconds
+        client.settimeout(5)
+        assert client.recv(1) == b""
+        client.close()
+    assert settled(threading.active_count, threads) and settled(open_files, files)
+    assert ask(server, body())[0] == 200
+
+
+def test_client_that_is_killed_while_it_waits_takes_nothing_down():
+    with serving(Slow(0.2)) as server:
+        threads = threading.active_count()
+        client = socket.create_connection(server.server_address[:2])
+        sent = body()
+        head = f"POST /score HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {len(sent)}\r\n\r\n"
+        client.sendall(head.encode() + sent)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+        client.close()
+        assert ask(server, body())[0] == 200
+        assert settled(threading.active_count, threads)
