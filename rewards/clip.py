@@ -141,7 +141,10 @@ def open_clip_score(model: str = "ViT-B-32", pretrained: str = "laion2b_s34b_b79
 
 
 def clip_score(
-    model: str | None = None, weights: str | Path | None = None, sizes: Mapping[str, Any] = VIT_L, dtype: str = "float32"
+    model: str | None = None,
+    weights: str | Path | None = None,
+    sizes: Mapping[str, Any] = VIT_L,
+    dtype: str = "float32",
 ) -> TransformersCLIP:
     """cos(f(image), g(prompt)) by openai/clip-vit-large-patch14, or by `model`: a folder or Hub id of a CLIPModel."""
     if model is not None:

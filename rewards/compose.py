@@ -177,7 +177,7 @@ def lagrangian(
 def dual_ascent(
     multipliers: Mapping[str, float], parts: Mapping[str, Tensor], floors: Mapping[str, float], rate: float = 0.1
 ) -> dict[str, float]:
-    """m_i <- max(0, m_i + rate (floor_i - mean reward_i)): a reward under its floor gains weight, one above loses it."""
+    """m_i <- max(0, m_i + rate (floor_i - mean reward_i)): one under its floor gains weight, one above loses it."""
     gaps = {name: floor - float(parts[name].detach().mean()) for name, floor in floors.items()}
     return {name: max(0.0, multipliers.get(name, 0.0) + rate * gap) for name, gap in gaps.items()}
 

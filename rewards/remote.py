@@ -34,8 +34,8 @@ ANSWER = 2**20  # bytes that a client reads of an answer
 class Remote:
     """The scores that the server at `url` gives, as PNG sees the pictures: in 8 bits.
 
-    `batch_size` images are sent at a time, and a part must be answered within `timeout` seconds. Raises ConnectionError,
-    in one sentence, where there is no answer or one that is no score.
+    `batch_size` images are sent at a time, and a part must be answered within `timeout` seconds. Raises
+    ConnectionError, in one sentence, where there is no answer or one that is no score.
     """
 
     url: str
@@ -52,7 +52,9 @@ class Remote:
         paired(images, prompts)
         pictures = [base64.b64encode(png(x)).decode() for x in eight_bit(images).permute(0, 2, 3, 1).cpu().numpy()]
         parts = range(0, len(images), self.batch_size)
-        scores = [s for i in parts for s in self._asked(pictures[i:][: self.batch_size], prompts[i:][: self.batch_size])]
+        scores = [
+            s for i in parts for s in self._asked(pictures[i:][: self.batch_size], prompts[i:][: self.batch_size])
+        ]
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def _asked(self, pictures: Sequence[str], prompts: Sequence[str]) -> list[float]:
@@ -127,7 +129,7 @@ class Server(ThreadingHTTPServer):
         host: str = "127.0.0.1",
         port: int = 0,
         token: str = "",
-        limits: Limits = Limits(),  # noqa: B008, frozen
+        limits: Limits = Limits(),
         device: str = "cpu",
     ):
         if not token and not _loopback(host):
@@ -184,7 +186,7 @@ class Server(ThreadingHTTPServer):
 
 
 def _loopback(host: str) -> bool:
-    return host == "localhost" or (host.replace(".", "").isdecimal() or ":" in host) and ip_address(host).is_loopback
+    return host == "localhost" or ((host.replace(".", "").isdecimal() or ":" in host) and ip_address(host).is_loopback)
 
 
 def _turned_away(request: socket.socket) -> None:

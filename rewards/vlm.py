@@ -22,9 +22,9 @@ class VLMJudge:
     Without `reference` the model is asked whether the picture shows the prompt. With it (one picture (3, H, W), or one
     for every prompt), it is asked whether the picture is better than the reference, in both orders, and
     r = (p(x, reference) + 1 - p(reference, x)) / 2, so that r(a, b) + r(b, a) = 1 (RewardDance,
-    https://arxiv.org/abs/2509.08826). Pictures pass through the model's own processor as tensors, one at a time, so that
-    no score depends on its neighbours; `differentiable` is found by trying. Raises ValueError if yes or no is not one
-    token of the model.
+    https://arxiv.org/abs/2509.08826). Pictures pass through the model's own processor as tensors, one at a time, so
+    that no score depends on its neighbours; `differentiable` is found by trying. Raises ValueError if yes or no is not
+    one token of the model.
     """
 
     def __init__(

@@ -181,7 +181,9 @@ def list_rewards(as_json: bool) -> None:
         click.echo(f"difftune: {why}", err=True)
     found = [_facts(name, entry) for name, entry in sorted(REWARDS.items())]
     header = ["name", "prompt", "gradient", "licence", "summary"]
-    rows = [[f["name"], _said(f["needs_prompt"]), _said(f["differentiable"]), f["licence"], f["summary"]] for f in found]
+    rows = [
+        [f["name"], _said(f["needs_prompt"]), _said(f["differentiable"]), f["licence"], f["summary"]] for f in found
+    ]
     _print(found, as_json, _table([header, *rows]))
 
 
@@ -218,7 +220,9 @@ def prefetch(name: Sequence[str], model: str | None) -> None:
 @click.option("--batch_size", type=o.AT_LEAST_ONE, help="Images that the reward scores at a time.")
 @click.option("--max_images", type=o.AT_LEAST_ONE, default=64, show_default=True, help="Images of one request.")
 @click.option("--device", default="cpu", show_default=True, help="Where the reward runs.")
-def serve(name: str, host: str, port: int, token: str, batch_size: int | None, max_images: int, device: str, as_json: bool) -> None:
+def serve(
+    name: str, host: str, port: int, token: str, batch_size: int | None, max_images: int, device: str, as_json: bool
+) -> None:
     """Serve a reward over HTTP, for `--reward http://HOST:PORT` elsewhere; Ctrl-C ends it.
 
     The token is better given in DIFFTUNE_REWARD_TOKEN than on the command line, where other users see it.

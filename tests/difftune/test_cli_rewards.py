@@ -49,7 +49,9 @@ def test_served_reward_scores_pictures_by_its_url(picture):  # noqa: F811
     """Another process serves it until it is interrupted."""
     command = [sys.executable, "-m", "difftune", "rewards", "serve", "brightness", "--port", "0", "--json"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as server:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as server:
         try:
             url = json.loads(server.stdout.readline())["url"]
             found = succeed("score", "--json", "--reward", url, "--prompt", "a", "--", picture).stdout
@@ -57,7 +59,9 @@ def test_served_reward_scores_pictures_by_its_url(picture):  # noqa: F811
         finally:
             server.send_signal(signal.SIGINT)
         assert server.wait(20) == 130
-    refuse(1, "score", "--reward", url, "--prompt", "a", "--", picture, saying=["no scores from the reward server", url])
+    refuse(
+        1, "score", "--reward", url, "--prompt", "a", "--", picture, saying=["no scores from the reward server", url]
+    )
 
 
 def test_server_for_others_needs_a_token():

@@ -129,8 +129,10 @@ def timm_classifier(folder: Path) -> Path:
     return folder
 
 
-VLM_WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>",
-             "<|vision_end|>", "yes", "no", "a", "red", "blue", "circle", "square", "picture", "image", "better"]  # fmt: skip
+VLM_WORDS = [
+    "<pad>", "<s>", "</s>", "<unk>", "<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
+    "yes", "no", "a", "red", "blue", "circle", "square", "picture", "image", "better",
+]  # fmt: skip
 TEXT_MODEL: dict[str, Any] = {
     "vocab_size": len(VLM_WORDS), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 2,

@@ -174,7 +174,9 @@ def test_non_dominated_set_ignores_scale_order_and_dominated_items():
     scores = torch.rand(12, 3, generator=torch.Generator().manual_seed(0))
     kept = non_dominated(scores)
     assert 0 < kept.sum() < 12
-    assert torch.equal(non_dominated(torch.stack([scores[:, 0].exp(), 5 * scores[:, 1] - 9, scores[:, 2] ** 3], 1)), kept)
+    assert torch.equal(
+        non_dominated(torch.stack([scores[:, 0].exp(), 5 * scores[:, 1] - 9, scores[:, 2] ** 3], 1)), kept
+    )
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     assert torch.equal(non_dominated(scores[order]), kept[order])
     more = torch.cat([scores, scores[kept][:1] - 0.1])

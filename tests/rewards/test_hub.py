@@ -23,7 +23,12 @@ def store(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "hub"
     folder.mkdir()
-    torch.save({"state_dict": TENSORS, }, folder / "model.pt")
+    torch.save(
+        {
+            "state_dict": TENSORS,
+        },
+        folder / "model.pt",
+    )
     save_file(TENSORS, folder / "model.safetensors")
     calls = []
 
@@ -57,7 +62,9 @@ def test_download_is_pinned_hashed_and_made_once(store, monkeypatch, file, known
 @pytest.mark.parametrize("file", ["model.pt", "model.safetensors"])
 def test_file_that_is_not_the_pinned_one_is_refused(store, monkeypatch, file):
     lock(monkeypatch, file, "0" * 64)
-    with pytest.raises(ValueError, match=r"is not the file 'it' that was pinned: sha256 \w{64}, wanted 0{64}; remove it"):
+    with pytest.raises(
+        ValueError, match=r"is not the file 'it' that was pinned: sha256 \w{64}, wanted 0{64}; remove it"
+    ):
         hub.weights("it")
     assert not (Path(os.environ["XDG_CACHE_HOME"]) / "difftune" / "rewards" / "it" / "model.safetensors").exists()
 
@@ -136,7 +143,7 @@ def test_model_of_the_hub_is_not_asked_for_when_offline(no_network):
 
 
 def test_what_was_fetched_loads_offline(store, no_network, monkeypatch):
-    folder, calls = store
+    folder, _ = store
     lock(monkeypatch, "model.pt", hub.sha256(folder / "model.pt"))
     hub.weights("it")
     monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", None)

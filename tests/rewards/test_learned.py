@@ -56,14 +56,18 @@ def test_hps_is_the_plain_cosine_of_padded_pictures(hps):
 
 
 def test_hps_has_two_versions(made):
-    assert torch.equal(load("hps-v2", **made["hps-v2"])(IMAGES, PROMPTS), clip.hps("2", **made["hps-v2"])(IMAGES, PROMPTS))
+    assert torch.equal(
+        load("hps-v2", **made["hps-v2"])(IMAGES, PROMPTS), clip.hps("2", **made["hps-v2"])(IMAGES, PROMPTS)
+    )
     with pytest.raises(ValueError, match="HPS has the versions 2 and 2.1, not '3'"):
         clip.hps("3", **made["hps-v2"])
 
 
 @torch.no_grad()
 def test_pickscore_is_the_scaled_cosine_of_transformers_clip(made, tmp_path):
-    model = built(CLIPModel, clip.CLIPConfig(**checkpoints.CLIP_SIZES), clip._state(made["pickscore"]["weights"], "") | {})
+    model = built(
+        CLIPModel, clip.CLIPConfig(**checkpoints.CLIP_SIZES), clip._state(made["pickscore"]["weights"], "") | {}
+    )
     found = model(pixel_values=Preprocess(32)(IMAGES), input_ids=clip._tokenizer(16)(PROMPTS))
     expected = found.logits_per_image.diagonal()
     torch.testing.assert_close(load("pickscore", **made["pickscore"])(IMAGES, PROMPTS), expected, rtol=1e-6, atol=1e-5)
@@ -98,7 +102,9 @@ def test_weights_that_do_not_fit_are_refused(what):
 
 
 def test_open_clip_model_that_is_not_there_lists_its_tags():
-    with pytest.raises(ValueError, match="no model 'ViT-B-32' with tag 'xyz' on the Hub; its tags: .*laion2b_s34b_b79k"):
+    with pytest.raises(
+        ValueError, match="no model 'ViT-B-32' with tag 'xyz' on the Hub; its tags: .*laion2b_s34b_b79k"
+    ):
         clip.open_clip_score("ViT-B-32", "xyz")
 
 
@@ -173,7 +179,9 @@ def hps_transform(image: Image.Image) -> torch.Tensor:
     small = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
     canvas = Image.new("RGB", (224, 224))
     canvas.paste(small, tuple((224 - side) // 2 for side in small.size))
-    return v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(CLIP_MEAN, CLIP_STD)])(canvas)
+    return v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(CLIP_MEAN, CLIP_STD)])(
+        canvas
+    )
 
 
 def clip_transform(image: Image.Image) -> torch.Tensor:
@@ -211,7 +219,10 @@ def test_preprocessing_of_transformers_configurations():
     assert (ours(x[None]) - theirs).abs().mean() < 0.02
     squash = transformers_preprocess(facts | {"size": {"height": 32, "width": 32}, "resample": 2})
     assert squash == Preprocess(32, "squash", CLIP_MEAN, CLIP_STD, "bilinear")
-    assert transformers_preprocess(facts | {"size": {"shortest_edge": 224}, "crop_pct": 0.875, "resample": 3}).crop == 0.875
+    assert (
+        transformers_preprocess(facts | {"size": {"shortest_edge": 224}, "crop_pct": 0.875, "resample": 3}).crop
+        == 0.875
+    )
     with pytest.raises(ValueError, match="an image processor with size .* is not supported"):
         transformers_preprocess(facts | {"size": {"longest_edge": 32}})
 
@@ -279,10 +290,9 @@ def test_judge_is_the_probability_of_yes(judge):
     reward = VLMJudge(judge)
     images = (255 * F.interpolate(IMAGES, (24, 24))).round() / 255
     for image, prompt, score in zip(images, PROMPTS, reward(images, PROMPTS), strict=True):
-        text = reward.processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": reward.question.format(prompt=prompt)}]}],
-            tokenize=False, add_generation_prompt=True,
-        )  # fmt: skip
+        ask = [{"type": "image"}, {"type": "text", "text": reward.question.format(prompt=prompt)}]
+        chat = [{"role": "user", "content": ask}]
+        text = reward.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         inputs = reward.processor(text=[text], images=[[pil(image)]], return_tensors="pt")
         logits = reward.model(**inputs).logits[0, -1]
         yes, no = logits[checkpoints.VLM_WORDS.index("yes")], logits[checkpoints.VLM_WORDS.index("no")]

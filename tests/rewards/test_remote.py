@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from rewards.compose import parse_rewards, weighted
-from rewards.registry import load
 from rewards.remote import Limits, Remote, Server, png
 
 IMAGES = (255 * torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))).round() / 255
@@ -62,7 +61,9 @@ def server():
         yield server
 
 
-def ask(server, body: bytes, token: str = TOKEN, path: str = "/score", method: str = "POST", **headers) -> tuple[int, str]:
+def ask(
+    server, body: bytes, token: str = TOKEN, path: str = "/score", method: str = "POST", **headers
+) -> tuple[int, str]:
     """Status and what is said."""
     connection = http.client.HTTPConnection(*server.server_address[:2], timeout=10)
     connection.request(method, path, body, {"Authorization": f"Bearer {token}"} | headers)
@@ -72,7 +73,14 @@ def ask(server, body: bytes, token: str = TOKEN, path: str = "/score", method: s
     return answer.status, json.loads(said).get("error", said) if said.startswith("{") else said
 
 
-def body(images=(np.zeros((4, 4, 3), np.uint8),), prompts=None) -> bytes:
+def black(side: int) -> np.ndarray:
+    return np.zeros((side, side, 3), np.uint8)
+
+
+SMALL = [black(4)]
+
+
+def body(images=SMALL, prompts=None) -> bytes:
     pictures = [base64.b64encode(png(x)).decode() for x in images]
     return json.dumps({"images": pictures, "prompts": prompts or ["a"] * len(pictures)}).encode()
 
@@ -111,9 +119,9 @@ REQUESTS = {  # what is sent, and what is answered
             0, 255, (32, 32, 3), np.uint8))[:900]).decode()], "prompts": ["a"]}).encode()},
         400, "an image is a PNG that is not whole",
     ),
-    "too many pixels": ({"body": body([np.zeros((210, 210, 3), np.uint8)])}, 413, "images of 44100 pixels in one request"),
-    "too many in all": ({"body": body([np.zeros((150, 150, 3), np.uint8)] * 2)}, 413, "images of 45000 pixels"),
-    "too many images": ({"body": body([np.zeros((1, 1, 3), np.uint8)] * 7)}, 413, "7 images in one request: 6 is the limit"),
+    "too many pixels": ({"body": body([black(210)])}, 413, "images of 44100 pixels in one request"),
+    "too many in all": ({"body": body([black(150)] * 2)}, 413, "images of 45000 pixels"),
+    "too many images": ({"body": body([black(1)] * 7)}, 413, "7 images in one request: 6 is the limit"),
     "too many bytes": ({"body": b"x" * 300_000}, 413, "300000 bytes in one request: 20000 is the limit"),
     "wrong token": ({"body": body(), "token": "guess"}, 401, "the token is wrong"),
     "wrong letters": ({"body": body(), "token": "\xe9"}, 401, "the token is wrong"),
@@ -147,7 +155,9 @@ def test_picture_of_another_format_is_refused(server):
 
 
 def test_client_says_what_the_server_said(server):
-    with pytest.raises(ConnectionError, match=r"the reward server http://127.0.0.1:\d+ refused with 401: .*token is wrong"):
+    with pytest.raises(
+        ConnectionError, match=r"the reward server http://127.0.0.1:\d+ refused with 401: .*token is wrong"
+    ):
         Remote(server.url, "guess")(IMAGES, PROMPTS)
     with pytest.raises(ConnectionError, match="refused with 422: .*cannot judge"):
         Remote(server.url, TOKEN)(IMAGES[:1], ["refuse"])
@@ -219,7 +229,12 @@ def test_clients_beyond_the_limit_are_told_to_come_back():
 
 def test_clients_that_are_killed_or_silent_take_nothing_down(server):
     files, threads = open_files(), threading.active_count()
-    for content in (b"", b"POST /sc", b"POST /score HTTP/1.1\r\nContent-Length: 900\r\n\r\n{", b"\x00" * 100 + b"\r\n\r\n"):
+    for content in (
+        b"",
+        b"POST /sc",
+        b"POST /score HTTP/1.1\r\nContent-Length: 900\r\n\r\n{",
+        b"\x00" * 100 + b"\r\n\r\n",
+    ):
         for linger in (False, True):
             client = socket.create_connection(server.server_address[:2])
             client.sendall(content)
