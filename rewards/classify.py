@@ -107,7 +107,7 @@ def _timm_labels(config: Mapping[str, Any]) -> Sequence[str]:
         about = config.get("label_descriptions", {})
         return [about.get(name, name) for name in config["label_names"]]
     if config["num_classes"] == IMAGENET:
-        return ImageNetInfo().label_descriptions()
+        return list(ImageNetInfo().label_descriptions())
     return [str(i) for i in range(config["num_classes"])]
 
 

@@ -47,7 +47,7 @@ class Cosine:
 
     differentiable = True
     scale = 1.0
-    model: torch.nn.Module
+    model: Any  # a network of open_clip or transformers
     tokenize: Tokenize
     preprocess: Preprocess
 

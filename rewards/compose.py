@@ -71,16 +71,25 @@ def weighted(weights: Mapping[str, float]) -> WeightedSum:
 def parse_rewards(terms: Sequence[str]) -> dict[str, float]:
     """Weights by name from the command line: ["tiny-clip=0.5", "jpeg"] -> {"tiny-clip": 0.5, "jpeg": 1.0}.
 
+    A name may have options, which stay in it: "jpeg[quality=40]=0.5" -> {"jpeg[quality=40]": 0.5}.
+
     Raises ValueError, in one sentence, for an unknown name, a weight that is no finite number, a name given twice.
     """
     weights: dict[str, float] = {}
     for term in terms:
-        name, _, weight = term.partition("=")
+        name, equals, weight = _divided(term)
         entry(name)
         if name in weights:
             raise ValueError(f"reward {name!r} is given twice: give it once, with one weight")
-        weights[name] = _number(weight, term) if "=" in term else 1.0
+        weights[name] = _number(weight, term) if equals else 1.0
     return weights
+
+
+def _divided(term: str) -> tuple[str, str, str]:
+    """NAME, "=" and WEIGHT, or NAME alone; what stands in brackets belongs to the name."""
+    name, bracket, after = term.rpartition("]")
+    plain, equals, weight = after.partition("=")
+    return name + bracket + plain, equals, weight
 
 
 def _number(text: str, term: str) -> float:
@@ -97,26 +106,26 @@ def _number(text: str, term: str) -> float:
 
 
 class Statistics(NamedTuple):
-    """Count, mean and sum of squared deviations of all scores so far; they are saved with a run."""
+    """Number, mean and sum of squared deviations of all scores so far; they are saved with a run."""
 
-    count: int = 0
+    number: int = 0
     mean: float = 0.0
     squares: float = 0.0
 
     @property
     def std(self) -> float:
-        """Of the scores, with count - 1; 1 where there are fewer than two, or where they are all equal."""
-        return sqrt(self.squares / (self.count - 1)) or 1.0 if self.count > 1 else 1.0
+        """Of the scores, with number - 1; 1 where there are fewer than two, or where they are all equal."""
+        return sqrt(self.squares / (self.number - 1)) or 1.0 if self.number > 1 else 1.0
 
 
 def seen(scores: Tensor, before: Statistics | None = None) -> Statistics:
     """`before` with these scores (B,) counted in (Chan et al., 1979): the same whatever the batches."""
     before = before or Statistics()
     x = scores.detach().double()
-    count = before.count + len(x)
+    number = before.number + len(x)
     delta = float(x.mean()) - before.mean
-    squares = before.squares + float(((x - x.mean()) ** 2).sum()) + delta**2 * before.count * len(x) / count
-    return Statistics(count, before.mean + delta * len(x) / count, squares)
+    squares = before.squares + float(((x - x.mean()) ** 2).sum()) + delta**2 * before.number * len(x) / number
+    return Statistics(number, before.mean + delta * len(x) / number, squares)
 
 
 def normalised(

@@ -15,6 +15,7 @@ from rewards.preprocess import Preprocess
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the scores of its own training pairs
 LENGTH = 35  # of the prompt, in tokens
+PARTS = ("weight", "bias")
 VISION: dict[str, Any] = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu",
@@ -72,9 +73,7 @@ class ImageReward:
 def head(layers: Mapping[str, Tensor]) -> nn.Sequential:
     """The linear layers `N.weight`, `N.bias` by rising N, frozen, in float32."""
     order = sorted({int(key.split(".")[0]) for key in layers})
-    stack = nn.Sequential(*[nn.Linear(*reversed(layers[f"{n}.weight"].shape)) for n in order])
+    shapes = [layers[f"{n}.weight"].shape for n in order]
+    stack = nn.Sequential(*[nn.Linear(into, out) for out, into in shapes])
     stack.load_state_dict({f"{i}.{part}": layers[f"{n}.{part}"].float() for i, n in enumerate(order) for part in PARTS})
     return stack.eval().requires_grad_(False)
-
-
-PARTS = ("weight", "bias")

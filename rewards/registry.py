@@ -5,8 +5,10 @@ Listing imports nothing heavy: an entry names its class as "module:Class", and `
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -302,17 +304,21 @@ def register(name: str, summary: str, **facts: Any) -> Callable[[Make], Make]:
 
 
 def load(name: str, batch_size: int | None = None, gradient_checkpointing: bool = False, **options: Any) -> Reward:
-    """The reward of that name, or of "module:attribute" (`rewards.outside`).
+    """The reward of that name, or of "module:attribute" (`rewards.outside`); options may stand in the name (`spelled`).
 
     With `batch_size`, so many images are scored at a time; with `gradient_checkpointing`, each of these parts is scored
     again in the backward pass, so that no more than one part's graph is in memory. Neither changes a score. Raises
-    ValueError, in one sentence, for a name or an option that is not known.
+    ValueError, in one sentence, for a name or an option that is not known, and for one that is missing.
     """
-    make = _imported(entry(name).make)
-    known = list(inspect.signature(make).parameters)
+    plain, written = spelled(name)
+    make, options = _imported(entry(plain).make), written | options
+    known = inspect.signature(make).parameters
     for option in options:
         if option not in known:
-            raise ValueError(unknown(f"option of reward {name!r}", option, known))
+            raise ValueError(unknown(f"option of reward {plain!r}", option, known))
+    for option, about in known.items():
+        if about.default is about.empty and option not in options:
+            raise ValueError(f"reward {plain!r} needs the option {option!r}: write {plain}[{option}=...]")
     reward = make(**options)
     if batch_size is None and not gradient_checkpointing:
         return reward
@@ -320,11 +326,35 @@ def load(name: str, batch_size: int | None = None, gradient_checkpointing: bool 
     return batched(reward, batch_size, gradient_checkpointing)
 
 
+def spelled(name: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options of "name[key=value, key=value]", as the command line has them.
+
+    A value is a Python literal (a number, a list, quoted text) or else the text itself. Raises ValueError for an option
+    without "=".
+    """
+    plain, bracket, inside = name.partition("[")
+    if not bracket or not name.endswith("]"):
+        return name, {}
+    pairs = [pair.partition("=") for pair in re.split(r",\s*(?=\w+=)", inside[:-1])]
+    for key, equals, _ in pairs:
+        if not equals:
+            raise ValueError(f"cannot read {key!r} in {name!r}: options are KEY=VALUE, as in jpeg[quality=40]")
+    return plain, {key.strip(): _literal(value) for key, _, value in pairs}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def entry(name: str) -> Entry:
     """What is known of a reward. Raises ValueError, in one sentence that names the nearest, for an unknown name.
 
     A name that is not there may be another distribution's (an entry point), "module:attribute", or the URL of a server.
     """
+    name, _ = spelled(name)
     if name.startswith(("http://", "https://")):
         return replace(REWARDS["remote"], make=partial(_imported("rewards.remote:Remote"), name))
     if name not in REWARDS and ":" in name:

@@ -150,7 +150,8 @@ class Server(ThreadingHTTPServer):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
+        host, self.server_port = self.server_address[:2]
+        self.server_name = str(host)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self.free.acquire(blocking=False):
@@ -211,8 +212,8 @@ class Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "difftune", ""
 
     def setup(self) -> None:
-        self.timeout = self.server.limits.seconds
         super().setup()
+        self.connection.settimeout(self.server.limits.seconds)
 
     def do_GET(self) -> None:
         self._answer(404, {"error": "scores are at POST /score"})

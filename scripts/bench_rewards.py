@@ -97,7 +97,7 @@ def measure(name: str, batch: int, side: int, repeats: int) -> None:
                 if backward:
                     scores.sum().backward()
             seconds.append(time.perf_counter() - began)
-        found.append(f"{batch / min(seconds[1:]):9.2f} images/s {peak():8.0f} MB")
+        found.append(f"{batch / min(seconds[1:] or seconds):9.2f} images/s {peak():8.0f} MB")
     print(f"{'  '.join(found)}  (loaded: {start:.0f} MB)", flush=True)
 
 
@@ -106,7 +106,7 @@ if __name__ == "__main__":
     parser.add_argument("reward", nargs="*", default=list(REWARDS), help=f"of {', '.join(REWARDS)}")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--side", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2, help="After a first run; 0 counts the first.")
     given = parser.parse_args()
     print(f"batch {given.batch}, {given.side} x {given.side}, float32, {torch.get_num_threads()} threads")
     for name in given.reward:

@@ -14,7 +14,7 @@ from rewards.compose import (
     seen,
     weighted,
 )
-from rewards.registry import load
+from rewards.registry import load, spelled
 
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b", "c"]
@@ -85,6 +85,32 @@ def test_terms_of_the_command_line():
     assert parse_rewards(terms) == {"tiny-clip": 0.5, "jpeg": 1.0, "brightness": -0.01}
 
 
+def test_options_stand_in_brackets_after_the_name():
+    terms = ["jpeg[quality=40]=-0.1", "brightness[target=0.25]", "symmetry[mirror=top-bottom]=2"]
+    weights = parse_rewards(terms)
+    assert weights == {"jpeg[quality=40]": -0.1, "brightness[target=0.25]": 1.0, "symmetry[mirror=top-bottom]": 2.0}
+    parts = weighted(weights).parts(IMAGES, PROMPTS)
+    assert torch.equal(parts["jpeg[quality=40]"], load("jpeg", quality=40)(IMAGES, PROMPTS))
+    assert torch.equal(parts["symmetry[mirror=top-bottom]"], load("symmetry", mirror="top-bottom")(IMAGES, PROMPTS))
+    texts = "text-exemplar[texts=['a red circle', 'a, b'], encoder=tiny-clip]"
+    assert spelled(texts) == ("text-exemplar", {"texts": ["a red circle", "a, b"], "encoder": "tiny-clip"})
+    assert parse_rewards([f"{texts}=3"]) == {texts: 3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("jpeg[qualty=40]", r"no option of reward 'jpeg' 'qualty' \(did you mean 'quality'\?\)"),
+        ("jpeg[40]", r"cannot read '40' in 'jpeg\[40\]': options are KEY=VALUE"),
+        ("jpg[quality=40]", r"no reward 'jpg' \(did you mean 'jpeg'\?\)"),
+        ("vlm", r"reward 'vlm' needs the option 'model': write vlm\[model=...\]"),
+    ],
+)
+def test_options_that_are_not_known_or_missing_are_named(name, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load(name)
+
+
 @pytest.mark.parametrize(
     ("terms", "sentence"),
     [
@@ -110,7 +136,7 @@ def test_statistics_are_those_of_all_scores_whatever_the_batches():
     statistics = None
     for batch in scores.split([7, 1, 12, 10]):
         statistics = seen(batch, statistics)
-    assert statistics.count == 30
+    assert statistics.number == 30
     assert statistics.mean == pytest.approx(float(scores.mean()), rel=1e-6)
     assert statistics.std == pytest.approx(float(scores.std()), rel=1e-6)
 
