@@ -46,15 +46,11 @@ def described(name: str) -> Entry:
     Modules of the working directory are found too. Raises ValueError if there is no such module or attribute.
     """
     thing = _found(name)
-    if inspect.isclass(thing):
-        make, able = thing, bool(thing.differentiable)
-    elif inspect.isroutine(thing):
-        reward = plain(thing)
-        make, able = (lambda: reward), reward.differentiable
-    else:
-        make, able = (lambda: thing), bool(thing.differentiable)
     summary = (inspect.getdoc(thing) or "a reward of your own").splitlines()[0]
-    return Entry(make, summary, True, able, (float("-inf"), float("inf")), licence="unknown")
+    reward = plain(thing) if inspect.isroutine(thing) else thing
+    make: Callable[..., Any] = thing if isinstance(thing, type) else lambda: reward
+    anything = (float("-inf"), float("inf"))
+    return Entry(make, summary, True, bool(reward.differentiable), anything, licence="unknown")
 
 
 def _found(name: str) -> Any:
