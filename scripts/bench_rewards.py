@@ -116,4 +116,5 @@ if __name__ == "__main__":
         work.start()
         work.join()
         if work.exitcode:
-            print(f"{name:16} ended with {work.exitcode}: it needs more memory than there is, most likely", flush=True)
+            why = "killed, most likely for want of memory" if work.exitcode == -9 else f"failed with {work.exitcode}"
+            print(f"{name:16} {why}", flush=True)
