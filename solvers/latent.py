@@ -37,9 +37,9 @@ class NetworkDenoiser:
         x, at = self.own(x, at)
         dtype = self.network.dtype
         cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in cond.items()}
-        timestep = self.clock(at) * self.family.timestep_scale
-        out = self.family.call(self.network, self.family.pack(x.to(dtype)), timestep, cond)
-        return predicted(self.prediction_type, x, at, self.family.unpack(out, x))
+        assert self.family.call is not None  # LatentModel refuses a family without
+        out = self.family.call(self.network, x.to(dtype), self.clock(at), cond)
+        return predicted(self.prediction_type, x, at, out)
 
     def own(self, x: Tensor, at: Noise) -> tuple[Tensor, Noise]:
         """(x, at) in the coordinates that the network was trained in: both divided by sqrt(alpha^2 + sigma^2), or by
@@ -62,17 +62,19 @@ class NetworkDenoiser:
 class LatentModel:
     """A pipeline of `FAMILIES`. Components are read anew at each use, so a replaced scheduler or network is followed.
 
-    `embedded_guidance` is the guidance scale told to a network distilled over scales (LCM); no other takes one.
-    Raises ValueError for an unknown pipeline, one with a ControlNet, and a network that takes more than latents.
+    `embedded_guidance` is the guidance scale told to a network distilled over scales (LCM, FLUX.1 dev); no other takes
+    one. Raises ValueError for an unknown pipeline, a family that only `attach` knows, a pipeline with a ControlNet, and
+    a network that takes more than latents.
     """
 
     pipe: Any
     embedded_guidance: float | None = None
 
     def __post_init__(self):
-        family_of(self.pipe)
+        if self.family.encode is None:
+            raise ValueError(f"LatentModel does not know {_name(self.pipe)} (family {self.family.name}); use attach")
         if "controlnet" in self.pipe.components:
-            raise ValueError(f"{type(self.pipe).__name__}: LatentModel would leave the ControlNet out; use attach")
+            raise ValueError(f"{_name(self.pipe)}: LatentModel would leave the ControlNet out; use attach")
         takes, has = self.network.config.in_channels, self.pipe.vae.config.latent_channels
         if takes % has:
             raise ValueError(f"the network takes {takes} channels, more than the latents' {has}; use attach")
@@ -102,23 +104,27 @@ class LatentModel:
         """The parameters of the network."""
         return self.network.parameters()
 
-    def levels(self, steps: int, **options: Any) -> list[Noise]:
-        """The `steps + 1` levels of the pipeline's scheduler; options as in `levels_of`."""
-        return levels_of(self.pipe.scheduler, steps, **options)
+    def levels(self, steps: int, height: int | None = None, width: int | None = None, **options: Any) -> list[Noise]:
+        """The `steps + 1` levels of the pipeline's scheduler, as the pipeline lays them out for the image's size (FLUX
+        and SD3 shift them by it); options, as in `levels_of`, win."""
+        laid_out = self.family.options(self.pipe, self.shape(height, width)[1:], steps)
+        return levels_of(self.pipe.scheduler, steps, **{**laid_out, **options})
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) of an image in pixels; the pipeline's own by default."""
-        sample = self.network.config.sample_size
+        sample = self.family.size(self.network)
         rows, columns = (sample, sample) if isinstance(sample, int) else sample
         factor = self.pipe.vae_scale_factor
         return height or rows * factor, width or columns * factor
 
     def shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a height x width image; ValueError unless the VAE's factor divides both."""
+        """(C, h, w) of the latents of a height x width image; ValueError unless the VAE's factor, times the side of the
+        network's patches, divides both."""
         height, width = self.size(height, width)
         factor = self.pipe.vae_scale_factor
-        if height % factor or width % factor:
-            raise ValueError(f"{height} x {width} pixels: both must be multiples of {factor}")
+        multiple = factor * self.family.patch
+        if height % multiple or width % multiple:
+            raise ValueError(f"{height} x {width} pixels: both must be multiples of {multiple}")
         return self.pipe.vae.config.latent_channels, height // factor, width // factor
 
     def noise(
@@ -133,7 +139,8 @@ class LatentModel:
             if len(generator) != batch:
                 raise ValueError(f"{len(generator)} generators for a batch of {batch}: pass one, or one per sample")
         shape = (batch, *self.shape(height, width))
-        return widen(randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype))
+        dtype = torch.float32 if self.family.draws_float32 else self.dtype
+        return widen(randn_tensor(shape, generator=generator, device=self.device, dtype=dtype))
 
     def encode(
         self,
@@ -150,6 +157,7 @@ class LatentModel:
         if isinstance(negative_prompts, str):
             negative_prompts = [negative_prompts] * len(prompts)
         negatives = None if negative_prompts is None else list(negative_prompts)
+        assert self.family.encode is not None
         return self.family.encode(self.pipe, prompts, negatives, self.size(height, width), self.embedded_guidance)
 
     def decode(self, latents: Tensor, checkpointed: bool = False) -> Tensor:
@@ -164,7 +172,7 @@ class LatentModel:
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, C, h, w), the mode of the VAE's posterior, of images (B, 3, H, W) in [0, 1]."""
-        z = widen(self._vae(lambda vae, x: vae.encode(x).latent_dist.mode(), 2 * images - 1))
+        z = widen(self._vae(_mode, 2 * images - 1))
         mean, std, scale = self._statistics(z)
         return (z - mean) * scale / std
 
@@ -187,6 +195,16 @@ class LatentModel:
             weights = {f"vae.{name}": weight.float() for name, weight in vae.named_parameters()}
             return functional_call(_Holder(vae), weights, (function, x.float()))
         return function(vae, x.to(vae.dtype))
+
+
+def _name(pipe: Any) -> str:
+    return type(pipe).__name__
+
+
+def _mode(vae: Any, x: Tensor) -> Tensor:
+    """The mode of the posterior; a VAE without one (Sana's) gives the latents themselves."""
+    posterior = vae.encode(x, return_dict=False)[0]
+    return posterior if isinstance(posterior, Tensor) else posterior.mode()
 
 
 class _Holder(nn.Module):

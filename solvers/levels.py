@@ -127,6 +127,11 @@ def _ddpm(scheduler: Scheduler) -> list[Noise]:
     return _powers(scheduler, scheduler.timesteps, scheduler.one)
 
 
+def _lcm(scheduler: Scheduler) -> list[Noise]:
+    """The last step gives clean data, whatever `final_alpha_cumprod` is."""
+    return _powers(scheduler, scheduler.timesteps, torch.tensor(1.0))
+
+
 def _pndm(scheduler: Scheduler) -> list[Noise]:
     """PNDM's `timesteps` list network calls, some of them twice; the grid is underneath."""
     grid = torch.from_numpy(np.sort(scheduler._timesteps)).flip(0)
@@ -154,7 +159,7 @@ READERS: dict[str, Callable[[Scheduler], list[Noise]]] = {
     "DDIMParallelScheduler": _ddim,
     "DDPMScheduler": _ddpm,
     "DDPMParallelScheduler": _ddpm,
-    "LCMScheduler": _ddim,
+    "LCMScheduler": _lcm,
     "TCDScheduler": _ddim,
     "PNDMScheduler": _pndm,
     "EulerDiscreteScheduler": _sigmas,
