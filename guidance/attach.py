@@ -5,27 +5,33 @@
     handle.nfe
 
 All that `attach` installs is a wrapper of `pipe.progress_bar`. The with-block that a pipeline opens around its
-denoising loop is one run: entering it hooks the denoiser and wraps two methods of the scheduler, leaving it (also by an
+denoising loop is one run: entering it hooks the denoiser and wraps the scheduler's `step`, leaving it (also by an
 exception) undoes that. So nothing leaks from one run to the next, a scheduler that was replaced is followed, and
 a pipeline that shares these objects stays stock.
+
+Within a run the denoiser only writes down what it is asked, and answers with a stand-in. The scheduler's `step` then has
+all branches of the step at hand, whether the pipeline stacked them or called for them in turn, and the latents
+themselves: there the method is run, and what it does not ask for is never evaluated.
 """
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
-from guidance.calls import Call
+from guidance.calls import Asked, Call, recorded
 from guidance.contract import Combined, Guidance, convert, drive
 from guidance.evaluate import Counter
 from guidance.where import Where, locator
 from solvers.denoiser import Memory, Path, widen
-from solvers.families import Family, family_of
+from solvers.families import CONTROLNET, Family, family_of, packed, unpacked
 from solvers.levels import prediction_type
 from solvers.noise import Noise
 
@@ -35,17 +41,17 @@ HOOK = "difftune"
 def attach(pipe: Any, guidance: Guidance, networks: Mapping[str, nn.Module] | None = None) -> "Handle":
     """Make `pipe` follow `guidance` until the handle is detached; the handle is also a context manager.
 
-    networks: those that a method names beside the pipeline's own, {"weak": unet}. The pipeline's `guidance_scale` only
-    decides whether it prepares the unconditional branch (> 1); the method's own scale guides. Its `guidance_rescale`
-    stays in force.
+    networks: those that a method names beside the pipeline's own, {"weak": unet}. The scale that the pipeline is called
+    with only decides whether it prepares the unconditional branch (> 1); the method's own scale guides, and a warning
+    says so once where they differ. What the pipeline does to its guided prediction stays in force: `guidance_rescale`,
+    SD3's skip-layer call, Qwen-Image's norm.
 
     Raises ValueError for a pipeline of no known family, a scheduler that is not in `guidance.where.SCHEDULERS`, and a
     pipeline that is attached to already. During a run: for a branch that the pipeline did not prepare, an unknown
-    network or patch, and a CFG++ shift that the scheduler or `guidance_rescale` cannot take.
+    network or patch, a number of denoiser calls that is not the family's, a network with diffusers' caching on, and a
+    CFG++ shift that the scheduler, or what the pipeline does to its guided prediction, cannot take.
     """
     family = family_of(pipe)
-    if not family.batched:
-        raise ValueError(f"{type(pipe).__name__} evaluates its branches one by one, which attach cannot do yet")
     locator(pipe.scheduler)
     if is_attached(pipe):
         raise ValueError(f"this {type(pipe).__name__} is attached to already; detach that handle first")
@@ -64,6 +70,7 @@ class Handle:
     def __init__(self, pipe: Any, family: Family, guidance: Guidance, networks: Mapping[str, nn.Module]):
         self.pipe, self.family, self.guidance, self.networks = pipe, family, guidance, networks
         self.counter = Counter()
+        self.said = False  # that the method's scale wins
         self._bar, self._replaced = pipe.progress_bar, vars(pipe).get("progress_bar")
         pipe.progress_bar = self._progress_bar
 
@@ -91,14 +98,21 @@ class Handle:
     @contextmanager
     def _run(self, bar: AbstractContextManager[Any]) -> Iterator[Any]:
         self.counter = Counter()
-        run, scheduler = Run(self), self.pipe.scheduler
+        run, parts = Run(self), self.pipe.components
         with ExitStack() as stack:
             for name in self.family.denoisers:
-                stack.enter_context(_hooked(self.pipe.components[name], run.forward))
-            if hasattr(scheduler, "scale_model_input"):  # as the pipelines ask: flow schedulers have none
-                stack.enter_context(_wrapped(scheduler, "scale_model_input", run.scale_model_input))
-            stack.enter_context(_wrapped(scheduler, "step", run.step))
+                if parts[name] is not None:  # Wan's second expert
+                    _refuse_cache(parts[name])
+                    stack.enter_context(_hooked(parts[name], run.forward))
+            if "controlnet" in parts:
+                stack.enter_context(_hooked(parts["controlnet"], run.control_forward))
+            stack.enter_context(_wrapped(self.pipe.scheduler, "step", run.step))
             yield stack.enter_context(bar)
+
+
+def _refuse_cache(network: nn.Module) -> None:
+    if isinstance(network, CacheMixin) and network.is_cache_enabled:
+        raise ValueError(f"{type(network).__name__} caches between steps, which attach cannot follow: disable_cache()")
 
 
 class Stage(NamedTuple):
@@ -111,49 +125,77 @@ class Stage(NamedTuple):
 
 
 class Run:
-    """One denoising loop of a pipeline. Between two calls of the scheduler: `stage` from scale_model_input on, `made`
-    from the denoiser's forward on; while a step lasts, `first` is what its first call made."""
+    """One denoising loop of a pipeline. `calls`, `extra` and `control` are what was asked of the networks since the last
+    call of the scheduler; while a step of several stages lasts, `first` is what its first call made."""
 
     def __init__(self, handle: Handle):
         self.handle, self.pipe, self.scheduler = handle, handle.pipe, handle.pipe.scheduler
+        self.family = handle.family
         self.locate, self.space = locator(self.scheduler), prediction_type(self.scheduler)
         self.x0: Tensor | None = None
         self.memory: Memory = {}
-        self.stage: Stage | None = None
-        self.made: Combined | None = None
         self.first: Combined | None = None
+        self._forget()
 
-    @property
-    def branches(self) -> tuple[str, ...]:
-        """What the pipeline stacks along the batch."""
-        return self.handle.family.order if self.pipe.do_classifier_free_guidance else ("cond",)
-
-    def scale_model_input(self, original: Callable[..., Tensor], sample: Tensor, timestep: Tensor) -> Tensor:
-        scaled = original(sample, timestep)  # first: it sets the step index of the schedulers that scale
-        if self.stage is None:  # a ControlNet in guess mode scales once more, without the unconditional half
-            self.stage = self._look(sample, timestep)
-        return scaled
-
-    def _look(self, sample: Tensor, timestep: Tensor) -> Stage:
-        here, x = self.locate(self.scheduler, timestep), sample.chunk(len(self.branches))[0]
-        alpha, sigma = here.at
-        norm = alpha + sigma if self.space == "flow" else torch.hypot(alpha, sigma)
-        return Stage(Path(widen(x) / norm, self.x0, self.memory), Noise(alpha / norm, sigma / norm), here)
+    def _forget(self) -> None:
+        self.calls: list[Call] = []
+        self.extra: list[Call] = []
+        self.control: Call | None = None
 
     def forward(self, network: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Tensor]:
-        """In place of the denoiser's own: what the method makes of its branches, as the answer for every branch."""
-        if self.made is not None:
-            raise ValueError(f"{type(self.pipe).__name__} called its denoiser twice in a step; attach cannot follow it")
-        handle = self.handle
-        call = Call(handle.family, self.branches, network, original, args, kwargs, handle.networks, handle.counter)
-        if self.stage is None:  # flow schedulers do not scale, so the network reads x itself
-            self.stage = self._look(call.sample, call.timestep.flatten()[0])
-        path, at, here = self.stage
-        made = drive(handle.guidance, lambda wanted: call.answer(wanted, path.x), path, at, self.space, self.space)
+        """In place of the denoiser's own: the call is written down."""
+        call = recorded(network, original, args, kwargs, self.family.batch_first)
+        kind = self.extra if self.family.extra and self.family.extra in call.shared else self.calls
+        kind.append(call)
+        return (stand_in(call.sample, self.family.batched, uncond=kind is self.calls and len(kind) == 2),)
+
+    def control_forward(self, network: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """In place of a ControlNet's own: as `forward`, with residuals that `Asked` replaces."""
+        self.control = recorded(network, original, args, kwargs, CONTROLNET)
+        return [], self.control.sample[:, :0]
+
+    def step(
+        self, original: Callable[..., Any], model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **more: Any
+    ) -> Any:
+        """One ordinary step with the method's prediction, plus the shift."""
+        branches = self._branches(sample)
+        grid = self.family.grid and self.family.grid(self.calls[0].shared)
+        stage = self._look(unpacked(sample, grid) if grid else sample, timestep)
+        handle, x = self.handle, stage.path.x
+        asked = Asked(self.family, branches, self.calls, self.control, x, handle.networks, handle.counter)
+        made = drive(handle.guidance, asked.answer, stage.path, stage.at, self.space, self.space)
         if made.shift is not None:
-            self._allow_shift(here)
-        self.made = made._replace(out=self._rescaled(made, call.cond))
-        return (torch.cat([self.made.out] * len(self.branches)),)
+            self._allow_shift(stage.where)
+        made = self._finished(made, asked)
+        if len(branches) > 1:
+            self._say_scale(model_output)
+        first, self.first = self.first or made, None if stage.where.last else self.first or made
+        if stage.where.last:
+            self.memory = {**self.memory, **first.memory}
+            self.x0 = _clean(stage, made, self.space)
+        self._forget()
+        layout = packed if grid else lambda x: x
+        return _moved(original(layout(made.out), timestep, sample, *args, **more), stage.where, first, made, layout)
+
+    def _branches(self, sample: Tensor) -> tuple[str, ...]:
+        """What the pipeline stacked along the batch, or called for in turn."""
+        name, order, calls = type(self.pipe).__name__, self.family.order, self.calls
+        known = (1,) if self.family.batched else (1, len(order))
+        if len(calls) not in known or len(self.extra) > 1:
+            raise ValueError(
+                f"{name} called its denoiser {len(calls) + len(self.extra)} times in a step, and attach"
+                f" knows it with {' or '.join(map(str, known))}"
+            )
+        count = len(calls[0]) // len(sample) if self.family.batched else len(calls)
+        if count not in (1, len(order)):
+            raise ValueError(f"{name} stacks {count} branches, and attach knows 1 or {len(order)} ({', '.join(order)})")
+        return order if count > 1 else ("cond",)
+
+    def _look(self, sample: Tensor, timestep: Tensor) -> Stage:
+        here = self.locate(self.scheduler, torch.as_tensor(timestep))
+        alpha, sigma = here.at
+        norm = alpha + sigma if self.space == "flow" else torch.hypot(alpha, sigma)
+        return Stage(Path(widen(sample) / norm, self.x0, self.memory), Noise(alpha / norm, sigma / norm), here)
 
     def _allow_shift(self, here: Where) -> None:
         method, name = type(self.handle.guidance).__name__, type(self.scheduler).__name__
@@ -162,30 +204,46 @@ class Run:
         if self.scheduler.config.get("clip_sample") or self.scheduler.config.get("thresholding"):
             raise ValueError(f"{method} shifts x0, which {name} clips; set clip_sample=False and thresholding=False")
 
-    def _rescaled(self, made: Combined, cond: Tensor | None) -> Tensor:
-        """The guided prediction with the pipeline's `guidance_rescale`, which some pipelines do not have."""
-        phi = getattr(self.pipe, "guidance_rescale", 0.0) if len(self.branches) > 1 else 0.0
-        if not phi > 0:
-            return made.out
-        if made.shift is not None or cond is None:
+    def _finished(self, made: Combined, asked: Asked) -> Combined:
+        """With what the pipeline does to its guided prediction."""
+        after = self.family.after
+        if after is None or len(asked.branches) == 1 or not after.active(self.pipe, len(self.extra)):
+            return made
+        if made.shift is not None or asked.cond is None:
             method = type(self.handle.guidance).__name__
-            raise ValueError(f"{method} has no guided prediction to rescale: call the pipeline with guidance_rescale=0")
-        return rescaled(made.out, cond, phi)
+            raise ValueError(f"{method} has no guided prediction for the pipeline's {after.name}: {after.remedy}")
+        extra = [call.repeated()[0] for call in self.extra]
+        for answer in extra:
+            self.handle.counter.add(len(answer))
+        return made._replace(out=after.apply(self.pipe, made.out, asked.cond, extra))
 
-    def step(
-        self, original: Callable[..., Any], model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **more: Any
-    ) -> Any:
-        """One ordinary step with the method's prediction, plus the shift."""
-        stage, made = self.stage, self.made
-        if stage is None or made is None:
-            raise ValueError(f"{type(self.pipe).__name__} called scheduler.step before its denoiser")
-        first = self.first or made
-        result = original(made.out, timestep, sample, *args, **more)
-        if stage.where.last:
-            self.memory = {**self.memory, **first.memory}
-            self.x0 = _clean(stage, made, self.space)
-        self.stage, self.made, self.first = None, None, None if stage.where.last else first
-        return _moved(result, stage.where, first.shift, made.shift)
+    def _say_scale(self, model_output: Tensor) -> None:
+        """Once: that the method's scale wins over the one that the pipeline was called with."""
+        own = vars(self.handle.guidance).get("scale")
+        if self.handle.said or not isinstance(own, int | float):
+            return
+        theirs, error = scale_in(model_output)
+        if abs(theirs - own) > error:
+            self.handle.said = True
+            method = type(self.handle.guidance).__name__
+            warnings.warn(f"{method} guides with its own scale {own:g}; the pipeline's {theirs:g} is ignored")
+
+
+def stand_in(sample: Tensor, batched: bool, uncond: bool) -> Tensor:
+    """A denoiser's answer, like `sample`, from which `scale_in` can tell what the pipeline does with it: along the last
+    dimension (1, 0, 0, ...) for the conditional branch, and (0, 1, 0, ...) for the unconditional one."""
+    out = torch.zeros_like(sample)
+    half = len(out) // 2 if batched else len(out) * uncond
+    out[half:, ..., 0] = 1
+    out[:half, ..., 1] = 1
+    return out
+
+
+def scale_in(model_output: Tensor) -> tuple[float, float]:
+    """(s, its round-off) for a multiple of (s, 1 - s, 0, ...): what CFG of scale s makes of `stand_in`."""
+    a, b = model_output[(0,) * (model_output.ndim - 1)][:2].tolist()
+    scale = a / (a + b) if a + b else float("inf")
+    return scale, 4 * torch.finfo(model_output.dtype).eps * (1 + abs(scale)) ** 2
 
 
 def _clean(stage: Stage, made: Combined, space: str) -> Tensor:
@@ -194,21 +252,14 @@ def _clean(stage: Stage, made: Combined, space: str) -> Tensor:
     return x0 if made.shift is None else x0 + made.shift
 
 
-def _moved(result: Any, here: Where, first: Tensor | None, shift: Tensor | None) -> Any:
+def _moved(result: Any, here: Where, first: Combined, made: Combined, layout: Callable[[Tensor], Tensor]) -> Any:
     """A scheduler's result, moved by CFG++'s shift: its sample, and its x0 where it tells one."""
-    if first is None or shift is None or here.weights is None:
+    if first.shift is None or made.shift is None or here.weights is None:
         return result
-    move = here.then.alpha * (here.weights[0] * first + here.weights[1] * shift)
+    move = layout(here.then.alpha * (here.weights[0] * first.shift + here.weights[1] * made.shift))
     sample, *rest = result if isinstance(result, tuple) else result.values()
-    values = [(sample + move).to(sample.dtype), *((x0 + shift).to(x0.dtype) for x0 in rest)]
+    values = [(sample + move).to(sample.dtype), *((x0 + layout(made.shift)).to(x0.dtype) for x0 in rest)]
     return tuple(values) if isinstance(result, tuple) else type(result)(*values)
-
-
-def rescaled(out: Tensor, cond: Tensor, phi: float) -> Tensor:
-    """phi * out * std(cond) / std(out) + (1 - phi) * out (https://arxiv.org/abs/2305.08891), as diffusers rounds it."""
-    axes = list(range(1, out.ndim))
-    matched = out * (cond.std(dim=axes, keepdim=True) / out.std(dim=axes, keepdim=True))
-    return phi * matched + (1 - phi) * out
 
 
 @contextmanager

@@ -1,73 +1,136 @@
-"""A pipeline's call of its denoiser, taken apart so that it can be repeated for any branch."""
+"""What a pipeline asked of its denoiser in one step, taken apart so that it can be answered for any branch."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from guidance.contract import Answers, Branch, Request
 from guidance.evaluate import Counter, Inputs, each, evaluate
-from solvers.families import Family
+from solvers.families import Family, unpacked
+
+RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")  # of a ControlNet, for a UNet
 
 
-@dataclass
+@dataclass(frozen=True)
 class Call:
-    """One forward that a pipeline asked for, for the branches that it stacked along the batch."""
+    """One forward as a pipeline asked for it: its arguments with a row per sample, and the others, by dotted names."""
 
-    family: Family
-    branches: tuple[str, ...]
     network: nn.Module
     forward: Callable[..., Any]  # of the network, as the pipeline calls it
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    rows: Inputs
+    shared: Inputs
+    sample: Tensor  # what the network reads, of all branches in it
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def repeated(self, **changed: Any) -> Any:
+        """What the pipeline's very own call gives, some keyword arguments changed."""
+        return self.forward(*self.args, **{**self.kwargs, **changed})
+
+
+def recorded(
+    network: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, batch_first: Sequence[str]
+) -> Call:
+    """A call, whose arguments may change later: the pipelines reuse dictionaries."""
+    rows, shared = sorted_out(named(network, args, kwargs), batch_first)
+    return Call(network, forward, args, kwargs, rows, shared, rows[batch_first[0]])
+
+
+@dataclass
+class Asked:
+    """The calls of one step: one for the branches stacked along its batch, or one for each branch in turn."""
+
+    family: Family
+    branches: tuple[str, ...]  # that the pipeline prepared
+    calls: Sequence[Call]
+    control: Call | None  # of the ControlNet, whose answer the calls are given
+    x: Tensor  # (B, C, ...), and every answer is like it
     networks: Mapping[str, nn.Module]  # others that a method may name
     counter: Counter
-    cond: Tensor | None = None  # the conditional answer (B, ...), once it was asked for in all rows
+    cond: Tensor | None = None  # the conditional answer, once it was asked for in all rows
 
-    def __post_init__(self):
-        arguments = named(self.network, self.args, self.kwargs)
-        self.rows, self.shared = sorted_out(arguments, self.family.batch_first)
-        self.timestep = arguments["timestep"]
-
-    @property
-    def sample(self) -> Tensor:
-        """What the network reads, of all branches."""
-        return self.rows[self.family.batch_first[0]]
-
-    def answer(self, request: Request, blank: Tensor) -> Answers:
-        """The answers (B, ...), like `blank` where nothing is evaluated.
+    def answer(self, request: Request) -> Answers:
+        """The answers (B, C, ...), NaN where nothing is evaluated.
 
         Where they are exactly what the pipeline stacked, its very own call gives them, so that they are bit-equal.
         """
-        if sorted(map(plain, request.values())) == sorted(self.branches):
+        if self.family.batched and sorted(map(plain, request.values())) == sorted(self.branches):
             answers = self._stock(request)
-        else:
-            answers = evaluate(request, self._inputs, self._run, blank.to(self.sample.dtype), self.counter)
+        elif self.family.batched:
+            answers = self._evaluated(request, self.calls[0])
+        else:  # never stacked, which would take more memory than the pipeline does
+            answers = {}
+            for name, branch in request.items():
+                answers |= self._evaluated({name: branch}, self._place(branch)[0])
         self.cond = next((answers[name] for name, branch in request.items() if plain(branch) == "cond"), self.cond)
         return answers
 
     def _stock(self, request: Request) -> Answers:
-        out = self.forward(*self.args, **self.kwargs)[0]
+        residuals = {} if self.control is None else dict(zip(RESIDUALS, self._stock_residuals(), strict=True))
+        out = self.calls[0].repeated(**residuals)[0]
         self.counter.add(len(out))
-        parts = dict(zip(self.branches, out.chunk(len(self.branches)), strict=True))
+        parts = dict(zip(self.branches, self._predicted(out).chunk(len(self.branches)), strict=True))
         return {name: parts[plain(branch)] for name, branch in request.items()}
 
-    def _inputs(self, branch: Branch) -> Inputs:
-        """The batch-first arguments (B, ...) of one branch."""
-        position = self._position(branch.cond if isinstance(branch.cond, str) else "cond")
-        inputs = each(lambda v: v.chunk(len(self.branches))[position], self.rows)
-        return inputs if isinstance(branch.cond, str) else {**inputs, **self._override(branch.cond)}
+    def _stock_residuals(self) -> tuple[Any, Any]:
+        """Those of all branches; in guess mode the ControlNet sees the conditional one alone, the other's are zero."""
+        assert self.control is not None
+        down, mid = self.control.repeated()
+        if self._guessing:
+            down, mid = each(lambda d: torch.cat([torch.zeros_like(d), d]), (list(down), mid))
+        return down, mid
 
-    def _position(self, cond: str) -> int:
-        if cond in self.branches:
-            return self.branches.index(cond)
-        if cond in self.family.order:
-            raise ValueError(f"the method needs the branch {cond!r}: call the pipeline with guidance_scale > 1")
-        raise ValueError(f"no condition {cond!r} in family {self.family.name}; known: {', '.join(self.family.order)}")
+    @property
+    def _guessing(self) -> bool:
+        return self.control is not None and len(self.control) < len(self.calls[0])
+
+    def _evaluated(self, request: Request, call: Call) -> Answers:
+        blank = self._predicted(self.x.to(call.sample.dtype), read=False)
+        return evaluate(request, self._inputs, partial(self._run, call), blank, self.counter)
+
+    def _predicted(self, out: Tensor, read: bool = True) -> Tensor:
+        """The part of a network's answer that predicts, in the layout of the latents."""
+        grid = self.family.grid
+        return self.family.prediction(unpacked(out, grid(self.calls[0].shared)) if grid and read else out, self.x)
+
+    def _inputs(self, branch: Branch) -> Inputs:
+        """The batch-first arguments (B, ...) of one branch, and those of its ControlNet under "control"."""
+        call, position, count = self._place(branch)
+        rows = {name: value for name, value in call.rows.items() if self.control is None or name not in RESIDUALS}
+        inputs = each(lambda v: v.chunk(count)[position], rows)
+        if self.control is not None and not (self._guessing and self.branches[position] == "uncond"):
+            parts, part = (1, 0) if self._guessing else (count, position)
+            inputs["control"] = each(lambda v: v.chunk(parts)[part], self.control.rows)
+        return inputs if isinstance(branch.cond, str) else _merged(inputs, self._override(branch.cond))
+
+    def _place(self, branch: Branch) -> tuple[Call, int, int]:
+        """The call that holds a branch, its position along the batch, and how many lie there."""
+        cond = branch.cond if isinstance(branch.cond, str) else "cond"
+        if cond not in self.branches:
+            raise ValueError(self._missing(cond))
+        position = self.branches.index(cond)
+        return (self.calls[0], position, len(self.branches)) if self.family.batched else (self.calls[position], 0, 1)
+
+    def _missing(self, cond: str) -> str:
+        family, network = self.family, self.calls[0].network
+        if cond not in family.order:
+            return f"no condition {cond!r} in family {family.name}; known: {', '.join(family.order)}"
+        told = unwrap_module(network).config.get(family.embeds)
+        if told and family.batched:
+            name = f"{type(unwrap_module(network)).__name__} is guidance-distilled ({family.embeds}={told})"
+            return f"{name}, so its pipeline never evaluates {cond!r}: attach a method that needs 'cond' alone"
+        distilled = f", of this guidance-distilled model ({family.embeds}={told}) too" if told else ""
+        return f"the method needs the branch {cond!r}{distilled}: call the pipeline with {family.prepare}"
 
     def _override(self, cond: Mapping[str, Tensor]) -> Inputs:
         """A `Cond`, whose keys are the last parts of the dotted names, under those names."""
@@ -76,12 +139,22 @@ class Call:
             raise ValueError(f"the network takes no {', '.join(unknown)}; known: {', '.join(places)}")
         return {places[key]: value for key, value in cond.items()}
 
-    def _run(self, network: str, patch: str | None, inputs: Inputs) -> Tensor:
+    def _run(self, call: Call, network: str, patch: str | None, inputs: Inputs) -> Tensor:
         if network != "main" and network not in self.networks:
             raise ValueError(f"the method evaluates network {network!r}: pass networks={{{network!r}: ...}} to attach")
-        forward, module = (self.forward, self.network) if network == "main" else (self.networks[network],) * 2
+        forward, module = (call.forward, call.network) if network == "main" else (self.networks[network],) * 2
+        inputs = {**inputs, **self._residuals(inputs.get("control"))}
+        inputs.pop("control", None)
         with self._patched(module, patch):
-            return forward(**nested({**self.shared, **inputs, "return_dict": False}))[0]
+            return self._predicted(forward(**nested({**call.shared, **inputs, "return_dict": False}))[0])
+
+    def _residuals(self, inputs: Inputs | None) -> Inputs:
+        if self.control is None:
+            return {}
+        if inputs is None:
+            return dict.fromkeys(RESIDUALS)
+        arguments = nested({**self.control.shared, **inputs, "return_dict": False})
+        return dict(zip(RESIDUALS, self.control.forward(**arguments), strict=True))
 
     def _patched(self, network: nn.Module, patch: str | None) -> AbstractContextManager[Any]:
         if patch is None:
@@ -105,7 +178,7 @@ def named(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return dict(arguments)
 
 
-def sorted_out(arguments: Mapping[str, Any], batch_first: tuple[str, ...]) -> tuple[Inputs, Inputs]:
+def sorted_out(arguments: Mapping[str, Any], batch_first: Sequence[str]) -> tuple[Inputs, Inputs]:
     """The arguments that have a row per sample, and the others, both under dotted names."""
     flat: Inputs = {}
     for name, value in arguments.items():
@@ -120,5 +193,16 @@ def nested(flat: Inputs) -> Inputs:
     arguments: Inputs = {}
     for name, value in flat.items():
         parent, _, key = name.rpartition(".")
-        (arguments.setdefault(parent, {}) if parent else arguments)[key] = value
+        if parent:
+            arguments[parent] = {**(arguments.get(parent) or {}), key: value}
+        else:
+            arguments[name] = value
     return arguments
+
+
+def _merged(inputs: Inputs, override: Inputs) -> Inputs:
+    """`inputs` with some arguments replaced, those of the ControlNet of the same names too."""
+    merged = {**inputs, **override}
+    if "control" in inputs:
+        merged["control"] = {name: override.get(name, value) for name, value in inputs["control"].items()}
+    return merged

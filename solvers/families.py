@@ -291,8 +291,10 @@ def rescaled(out: Tensor, cond: Tensor, phi: float) -> Tensor:
 
 
 def norm_matched(out: Tensor, cond: Tensor) -> Tensor:
-    """Tokens of `out` with the norms of those of `cond`."""
-    return out * (torch.norm(cond, dim=-1, keepdim=True) / torch.norm(out, dim=-1, keepdim=True))
+    """(B, C, h, w) whose tokens have the norms of those of `cond`, 0 / 0 included, as in the pipeline."""
+    tokens, like = packed(out), packed(cond)
+    matched = tokens * (torch.norm(like, dim=-1, keepdim=True) / torch.norm(tokens, dim=-1, keepdim=True))
+    return unpacked(matched, (out.shape[-2] // 2, out.shape[-1] // 2))
 
 
 RESCALE = After(
@@ -314,6 +316,17 @@ NORM = After(
     "it cannot be switched off; use another method",
 )
 
+CONTROLNET = (
+    "sample",
+    "encoder_hidden_states",
+    "controlnet_cond",  # a list for several ControlNets
+    "control_type",
+    "timestep_cond",
+    "class_labels",
+    "attention_mask",
+    "added_cond_kwargs.text_embeds",
+    "added_cond_kwargs.time_ids",
+)
 
 _TASKS = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint")
 _SD = [f"StableDiffusion{task}Pipeline" for task in _TASKS]
