@@ -9,9 +9,9 @@ denoising loop is one run: entering it hooks the denoiser and wraps the schedule
 exception) undoes that. So nothing leaks from one run to the next, a scheduler that was replaced is followed, and
 a pipeline that shares these objects stays stock.
 
-Within a run the denoiser only writes down what it is asked, and answers with a stand-in. The scheduler's `step` then has
-all branches of the step at hand, whether the pipeline stacked them or called for them in turn, and the latents
-themselves: there the method is run, and what it does not ask for is never evaluated.
+Within a run the denoiser only writes down what it is asked, and answers with a stand-in. The scheduler's `step` then
+has all branches at hand, whether the pipeline stacked them or called for them in turn, and the latents themselves:
+there the method is run, and what it does not ask for is never evaluated.
 """
 
 import functools
@@ -125,8 +125,8 @@ class Stage(NamedTuple):
 
 
 class Run:
-    """One denoising loop of a pipeline. `calls`, `extra` and `control` are what was asked of the networks since the last
-    call of the scheduler; while a step of several stages lasts, `first` is what its first call made."""
+    """One denoising loop of a pipeline. `calls`, `extra` and `control` are what was asked of the networks since the
+    last call of the scheduler; while a step of several stages lasts, `first` is what its first call made."""
 
     def __init__(self, handle: Handle):
         self.handle, self.pipe, self.scheduler = handle, handle.pipe, handle.pipe.scheduler
@@ -145,9 +145,11 @@ class Run:
     def forward(self, network: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Tensor]:
         """In place of the denoiser's own: the call is written down."""
         call = recorded(network, original, args, kwargs, self.family.batch_first)
-        kind = self.extra if self.family.extra and self.family.extra in call.shared else self.calls
-        kind.append(call)
-        return (stand_in(call.sample, self.family.batched, uncond=kind is self.calls and len(kind) == 2),)
+        if self.family.extra and self.family.extra in call.shared:
+            self.extra.append(call)
+            return (stand_in(call.sample, unconditional=0),)
+        self.calls.append(call)
+        return (stand_in(call.sample, len(call) // 2 if self.family.batched else len(call) * (len(self.calls) == 2)),)
 
     def control_forward(self, network: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """In place of a ControlNet's own: as `forward`, with residuals that `Asked` replaces."""
@@ -167,7 +169,7 @@ class Run:
         if made.shift is not None:
             self._allow_shift(stage.where)
         made = self._finished(made, asked)
-        if len(branches) > 1:
+        if len(branches) > 1 and asked.guided:
             self._say_scale(model_output)
         first, self.first = self.first or made, None if stage.where.last else self.first or made
         if stage.where.last:
@@ -226,16 +228,17 @@ class Run:
         if abs(theirs - own) > error:
             self.handle.said = True
             method = type(self.handle.guidance).__name__
-            warnings.warn(f"{method} guides with its own scale {own:g}; the pipeline's {theirs:g} is ignored")
+            warnings.warn(
+                f"{method} guides with its own scale {own:g}; the pipeline's {theirs:g} is ignored", stacklevel=2
+            )
 
 
-def stand_in(sample: Tensor, batched: bool, uncond: bool) -> Tensor:
+def stand_in(sample: Tensor, unconditional: int) -> Tensor:
     """A denoiser's answer, like `sample`, from which `scale_in` can tell what the pipeline does with it: along the last
-    dimension (1, 0, 0, ...) for the conditional branch, and (0, 1, 0, ...) for the unconditional one."""
+    dimension (0, 1, 0, ...) in the first, `unconditional` rows, and (1, 0, 0, ...) in the others."""
     out = torch.zeros_like(sample)
-    half = len(out) // 2 if batched else len(out) * uncond
-    out[half:, ..., 0] = 1
-    out[:half, ..., 1] = 1
+    out[unconditional:, ..., 0] = 1
+    out[:unconditional, ..., 1] = 1
     return out
 
 

@@ -58,12 +58,14 @@ class Asked:
     networks: Mapping[str, nn.Module]  # others that a method may name
     counter: Counter
     cond: Tensor | None = None  # the conditional answer, once it was asked for in all rows
+    guided: bool = False  # whether anything else was asked for
 
     def answer(self, request: Request) -> Answers:
         """The answers (B, C, ...), NaN where nothing is evaluated.
 
         Where they are exactly what the pipeline stacked, its very own call gives them, so that they are bit-equal.
         """
+        places = {name: self._place(branch) for name, branch in request.items()}
         if self.family.batched and sorted(map(plain, request.values())) == sorted(self.branches):
             answers = self._stock(request)
         elif self.family.batched:
@@ -71,8 +73,9 @@ class Asked:
         else:  # never stacked, which would take more memory than the pipeline does
             answers = {}
             for name, branch in request.items():
-                answers |= self._evaluated({name: branch}, self._place(branch)[0])
+                answers |= self._evaluated({name: branch}, places[name][0])
         self.cond = next((answers[name] for name, branch in request.items() if plain(branch) == "cond"), self.cond)
+        self.guided |= any(plain(branch) != "cond" for branch in request.values())
         return answers
 
     def _stock(self, request: Request) -> Answers:

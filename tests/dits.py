@@ -81,8 +81,8 @@ def shaken(network, deviation=0.1):
 HEADS = {"attention_head_dim": 8, "num_attention_heads": 2}
 
 
-def sd3(scheduler=None, **config):
-    size = {"sample_size": LATENT, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2, **HEADS}
+def sd3(scheduler=None, channels=4, **config):
+    size = {"sample_size": LATENT, "in_channels": channels, "out_channels": channels, "num_layers": 2, **HEADS}
     texts = {"joint_attention_dim": TEXT, "caption_projection_dim": 16, "pooled_projection_dim": 2 * WIDTH}
     return built(
         diffusers.StableDiffusion3Pipeline,
@@ -90,7 +90,7 @@ def sd3(scheduler=None, **config):
             diffusers.SD3Transformer2DModel(**size, **texts, **{"pos_embed_max_size": 16, **config})
         ),
         scheduler=scheduler or flow(),
-        vae=lambda: vae(shift_factor=0.1, scaling_factor=1.5),
+        vae=lambda: vae(shift_factor=0.1, scaling_factor=1.5, latent_channels=channels),
         text_encoder=clip,
         text_encoder_2=clip,
         text_encoder_3=t5,
