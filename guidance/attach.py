@@ -135,6 +135,7 @@ class Run:
         self.x0: Tensor | None = None
         self.memory: Memory = {}
         self.first: Combined | None = None
+        self.compared: set[nn.Module] = set()  # networks whose scale was compared with the method's, once a run
         self._forget()
 
     def _forget(self) -> None:
@@ -222,8 +223,10 @@ class Run:
     def _say_scale(self, model_output: Tensor) -> None:
         """Once: that the method's scale wins over the one that the pipeline was called with."""
         own = vars(self.handle.guidance).get("scale")
-        if self.handle.said or not isinstance(own, int | float):
+        network = self.calls[0].network
+        if self.handle.said or network in self.compared or not isinstance(own, int | float):
             return
+        self.compared.add(network)
         theirs, error = scale_in(model_output)
         if abs(theirs - own) > error:
             self.handle.said = True

@@ -26,6 +26,7 @@ def pixels(channels=3, seed=5):
 IMAGE = {"image": pixels(), "strength": 0.7}
 MASKED = {**IMAGE, "mask_image": pixels(1).round()}
 HINT, BESIDE = {"image": pixels(seed=6)}, {"control_image": pixels(seed=6)}
+MODE = {"control_image": [pixels(seed=6)], "control_mode": [1]}
 
 
 def controlnet(pipe, seed=0):
@@ -69,12 +70,12 @@ VARIANTS = {
     "sdxl-controlnet-inpaint": Variant(
         "sdxl", sdxl, "StableDiffusionXLControlNetInpaint", {**MASKED, **BESIDE}, controlnet
     ),
-    "sdxl-union": Variant(
-        "sdxl",
-        sdxl,
-        "StableDiffusionXLControlNetUnion",
-        {"control_image": [pixels(seed=6)], "control_mode": [1]},
-        union,
+    "sdxl-union": Variant("sdxl", sdxl, "StableDiffusionXLControlNetUnion", MODE, union),
+    "sdxl-union-img2img": Variant(
+        "sdxl", sdxl, "StableDiffusionXLControlNetUnionImg2Img", {**IMAGE, **MODE}, union, ("Euler",)
+    ),
+    "sdxl-union-inpaint": Variant(
+        "sdxl", sdxl, "StableDiffusionXLControlNetUnionInpaint", {**MASKED, **MODE}, union, ("Euler",)
     ),
     "sd3-img2img": Variant("sd3", sd3, "StableDiffusion3Img2Img", IMAGE, None, FLOW),
     "sd3-inpaint": Variant("sd3", partial(sd3, channels=16), "StableDiffusion3Inpaint", MASKED, None, FLOW[:1]),
