@@ -43,8 +43,8 @@ def attach(pipe: Any, guidance: Guidance, networks: Mapping[str, nn.Module] | No
 
     networks: those that a method names beside the pipeline's own, {"weak": unet}. The scale that the pipeline is called
     with only decides whether it prepares the unconditional branch (> 1); the method's own scale guides, and a warning
-    says so once where they differ. What the pipeline does to its guided prediction stays in force: `guidance_rescale`,
-    SD3's skip-layer call, Qwen-Image's norm.
+    says so once where a caller chose another. What the pipeline does to its guided prediction stays in force:
+    `guidance_rescale`, SD3's skip-layer call, Qwen-Image's norm.
 
     Raises ValueError for a pipeline of no known family, a scheduler that is not in `guidance.where.SCHEDULERS`, and a
     pipeline that is attached to already. During a run: for a branch that the pipeline did not prepare, an unknown
@@ -228,12 +228,20 @@ class Run:
             return
         self.compared.add(network)
         theirs, error = scale_in(model_output)
-        if abs(theirs - own) > error:
+        if min(abs(theirs - known) for known in (own, *_defaults(self.pipe))) > error:  # nobody chose the default
             self.handle.said = True
             method = type(self.handle.guidance).__name__
             warnings.warn(
                 f"{method} guides with its own scale {own:g}; the pipeline's {theirs:g} is ignored", stacklevel=2
             )
+
+
+def _defaults(pipe: Any) -> Iterator[float]:
+    """The scales that a pipeline guides with where its caller says nothing."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    for name in ("guidance_scale", "true_cfg_scale"):
+        if name in parameters and parameters[name].default:
+            yield parameters[name].default
 
 
 def stand_in(sample: Tensor, unconditional: int) -> Tensor:

@@ -160,12 +160,7 @@ class Asked:
         return dict(zip(RESIDUALS, self.control.forward(**arguments), strict=True))
 
     def _patched(self, network: nn.Module, patch: str | None) -> AbstractContextManager[Any]:
-        if patch is None:
-            return nullcontext()
-        known = self.family.patches
-        if patch not in known:
-            raise ValueError(f"family {self.family.name} has no patch {patch!r}; known: {', '.join(known) or 'none'}")
-        return known[patch](network)
+        return nullcontext() if patch is None else self.family.patched(network, patch)
 
 
 def plain(branch: Branch) -> str:

@@ -71,7 +71,17 @@ class Family:
     extra: str = ""  # the argument that marks an additional, conditional call within a step
     embeds: str = "guidance_embeds"  # the network's setting that says that it is told a guidance scale
     prepare: str = "guidance_scale > 1"  # how a user has the pipeline prepare the unconditional branch
-    patches: Mapping[str, Callable[[Any], AbstractContextManager[Any]]] = field(default_factory=dict)
+    patches: Mapping[str, Callable[..., AbstractContextManager[Any]]] = field(default_factory=dict)
+
+    def patched(self, network: Any, name: str) -> AbstractContextManager[Any]:
+        """A context in which the network runs with a named change; settings follow the name, as in "nag:2.5:0.25".
+
+        Raises ValueError, listing the known, for another name.
+        """
+        kind, *settings = name.split(":")
+        if kind not in self.patches:
+            raise ValueError(f"family {self.name} has no patch {kind!r}; known: {', '.join(self.patches) or 'none'}")
+        return self.patches[kind](network, *settings)
 
 
 def keywords(batch_first: Sequence[str], cond: Cond) -> dict[str, Any]:

@@ -52,10 +52,7 @@ class NetworkDenoiser:
 
     def patched(self, name: str) -> AbstractContextManager[Any]:
         """A context in which the network runs with a named change; ValueError, listing the known, for another name."""
-        patches = self.family.patches
-        if name not in patches:
-            raise ValueError(f"family {self.family.name} has no patch {name!r}; known: {', '.join(patches) or 'none'}")
-        return patches[name](self.network)
+        return self.family.patched(self.network, name)
 
 
 @dataclass(frozen=True)
