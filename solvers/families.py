@@ -221,7 +221,7 @@ def encode_flux(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[
     """T5's hidden states (B, L, D), CLIP's pooled one (B, P), and the embedded guidance scale (B,) where it is told."""
     told = guidance_told(pipe.transformer, "guidance_embeds", embedded_guidance)
     more = {"guidance": torch.full([len(prompts)], embedded_guidance, device=pipe._execution_device)} if told else {}
-    conds = {}
+    conds: dict[str, Cond] = {}
     for branch, texts in {"cond": prompts, "uncond": negatives or [""] * len(prompts)}.items():
         hidden, pooled, _ = pipe.encode_prompt(texts, None)
         conds[branch] = {"encoder_hidden_states": hidden, "pooled_projections": pooled, **more}

@@ -49,21 +49,21 @@ class Variant(NamedTuple):
     name: str
     call: dict
     net: object = None
-    schedulers: tuple = ("DDIM", "Euler")
+    schedulers: tuple = ("Euler",)
 
 
 NINE = {"in_channels": 9}
-FLOW = ("flow Euler", "flow Euler by size")
+BOTH, FLOW = ("DDIM", "Euler"), ("flow Euler", "flow Euler by size")
 VARIANTS = {
-    "sd-inpaint": Variant("sd", sd, "StableDiffusionInpaint", MASKED),
+    "sd-inpaint": Variant("sd", sd, "StableDiffusionInpaint", MASKED, None, BOTH),
     "sd-inpaint-9": Variant("sd", partial(sd, unet_config=NINE), "StableDiffusionInpaint", MASKED),
-    "sd-controlnet": Variant("sd", sd, "StableDiffusionControlNet", HINT, controlnet),
+    "sd-controlnet": Variant("sd", sd, "StableDiffusionControlNet", HINT, controlnet, BOTH),
     "sd-controlnet-img2img": Variant("sd", sd, "StableDiffusionControlNetImg2Img", {**IMAGE, **BESIDE}, controlnet),
     "sd-controlnet-inpaint": Variant("sd", sd, "StableDiffusionControlNetInpaint", {**MASKED, **BESIDE}, controlnet),
-    "sdxl-img2img": Variant("sdxl", sdxl, "StableDiffusionXLImg2Img", IMAGE),
-    "sdxl-inpaint": Variant("sdxl", sdxl, "StableDiffusionXLInpaint", MASKED),
+    "sdxl-img2img": Variant("sdxl", sdxl, "StableDiffusionXLImg2Img", IMAGE, None, BOTH),
+    "sdxl-inpaint": Variant("sdxl", sdxl, "StableDiffusionXLInpaint", MASKED, None, BOTH),
     "sdxl-inpaint-9": Variant("sdxl", partial(sdxl, unet_config=NINE), "StableDiffusionXLInpaint", MASKED),
-    "sdxl-controlnet": Variant("sdxl", sdxl, "StableDiffusionXLControlNet", HINT, controlnet),
+    "sdxl-controlnet": Variant("sdxl", sdxl, "StableDiffusionXLControlNet", HINT, controlnet, BOTH),
     "sdxl-controlnet-img2img": Variant(
         "sdxl", sdxl, "StableDiffusionXLControlNetImg2Img", {**IMAGE, **BESIDE}, controlnet
     ),
@@ -71,12 +71,8 @@ VARIANTS = {
         "sdxl", sdxl, "StableDiffusionXLControlNetInpaint", {**MASKED, **BESIDE}, controlnet
     ),
     "sdxl-union": Variant("sdxl", sdxl, "StableDiffusionXLControlNetUnion", MODE, union),
-    "sdxl-union-img2img": Variant(
-        "sdxl", sdxl, "StableDiffusionXLControlNetUnionImg2Img", {**IMAGE, **MODE}, union, ("Euler",)
-    ),
-    "sdxl-union-inpaint": Variant(
-        "sdxl", sdxl, "StableDiffusionXLControlNetUnionInpaint", {**MASKED, **MODE}, union, ("Euler",)
-    ),
+    "sdxl-union-img2img": Variant("sdxl", sdxl, "StableDiffusionXLControlNetUnionImg2Img", {**IMAGE, **MODE}, union),
+    "sdxl-union-inpaint": Variant("sdxl", sdxl, "StableDiffusionXLControlNetUnionInpaint", {**MASKED, **MODE}, union),
     "sd3-img2img": Variant("sd3", sd3, "StableDiffusion3Img2Img", IMAGE, None, FLOW),
     "sd3-inpaint": Variant("sd3", partial(sd3, channels=16), "StableDiffusion3Inpaint", MASKED, None, FLOW[:1]),
     "flux-img2img": Variant("flux", flux, "FluxImg2Img", IMAGE, None, FLOW[:1]),
