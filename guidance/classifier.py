@@ -176,8 +176,8 @@ class ClassifierGuidance:
         if at.alpha == 0:
             return Guided(x0, memory=kept)
         weight = float(at.sigma**2 / (at.alpha * torch.hypot(at.alpha, at.sigma))) * self._boost(at)
-        gradient = self._gradient(x0, target)
-        return Guided(x0 + strength(self.scale, at, path.x) * weight * gradient, memory=kept)
+        push = weight * self._gradient(x0, target)
+        return Guided(x0 + strength(self.scale, at, path.x) * push, memory=kept)
 
     def _boost(self, at: Noise) -> float:
         return 1 + self.middle * sin(2 * atan2(float(at.sigma), float(at.alpha)))
