@@ -37,9 +37,9 @@ class AdaptiveGuidance:
         steps = path.memory.get("ag.steps", nobody) + 1
         preds = yield {"cond": Branch("cond"), "uncond": Branch("uncond", rows=~settled)}
         crossed = settled | self._crosses(preds, at) & (steps >= self.min_cfg_steps)
-        c, u = preds["cond"], preds["uncond"]
-        guided = u + strength(self.scale, at, path.x) * (c - u)
-        out = chosen(~(crossed if self.crossing == "cond" else settled), guided, c)
+        c = preds["cond"]
+        u = chosen(~(crossed if self.crossing == "cond" else settled), preds["uncond"], c)
+        out = u + strength(self.scale, at, path.x) * (c - u)  # c itself where u is
         return Guided(out, memory={"ag.settled": crossed, "ag.steps": steps})
 
     def _crosses(self, preds: Preds, at: Noise) -> Tensor:

@@ -30,11 +30,10 @@ class CFGZeroStar:
         steps = path.memory.get("cfg_zero.step", torch.zeros(len(path.x), device=path.x.device))
         active = self._active(steps, at)
         preds = yield {"cond": Branch("cond", active), "uncond": Branch("uncond", active)}
-        c, u = preds["cond"], preds["uncond"]
+        c, u = (chosen(active, preds[name], torch.zeros_like(preds[name])) for name in ("cond", "uncond"))
         scaled = projection_weight(c, u).to(u.dtype) * u
         out = scaled + strength(self.scale, at, path.x) * (c - scaled)
-        kept = {"cfg_zero.step": steps + 1} if self.zero_steps else {}
-        return Guided(chosen(active, out, torch.zeros_like(out)), memory=kept)
+        return Guided(out, memory={"cfg_zero.step": steps + 1} if self.zero_steps else {})
 
     def _active(self, steps: Tensor, at: Noise) -> Tensor | None:
         """The rows (B,) that are past their zeroed steps; None for all."""
