@@ -28,9 +28,9 @@ def cosines() -> torch.Tensor:
     """(T, B), along the CFG run."""
     found, path = [], start()
     for now, then in zip(LEVELS, LEVELS[1:], strict=False):
-        c, u = (BLOBS(path.x, now, CONDS[name]).eps for name in ("cond", "uncond"))
+        c, u = (BLOBS(path.x, now, TWO[name]).eps for name in ("cond", "uncond"))
         found.append(cosine(c, u))
-        path = euler(predict(CFG()), path, now, then)
+        path = euler(predict(CFG(), TWO), path, now, then)
     return torch.stack(found)
 
 
@@ -40,7 +40,7 @@ def test_cost_is_t_plus_the_steps_that_evaluated_both(crossing):
     early = cosines()[:6].amax(0).sort().values
     threshold = float(early[1] + early[2]) / 2
     method = AdaptiveGuidance(threshold=threshold, crossing=crossing)
-    paths, nfe = run(method)
+    paths, nfe = run(method, TWO)
     settled = torch.stack([p.memory["ag.settled"] for p in paths])  # (T, B), after each step
     both = 1 + (~settled).sum(0).clamp(max=T - 1)
     assert nfe == B * T + int(both.sum()) and len(set(both.tolist())) > 1

@@ -22,6 +22,11 @@ def net():
     return unet()
 
 
+@pytest.fixture(scope="module")
+def pipes():
+    return {"sd": sd(), "sdxl": sdxl()}
+
+
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -112,13 +117,13 @@ METHODS = [PAG(2.0), SLG(2.0), SEG(2.0), SEG(2.0, sigma=1.0), NASA(0.3, NEGATIVE
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
-@pytest.mark.parametrize("make", (sd, sdxl))
+@pytest.mark.parametrize("name", ("sd", "sdxl"))
 @torch.no_grad()
-def test_in_a_pipeline_and_in_our_loop(make, method):
+def test_in_a_pipeline_and_in_our_loop(pipes, name, method):
     """Both call the network alike; a pipeline at guidance_scale 1 is enough, and a scale of 0 changes no bit."""
-    if make is sdxl and hasattr(method, "negative"):
+    if name == "sdxl" and hasattr(method, "negative"):
         method = type(method)(method.scale, randn(1, 7, 32))
-    pipe = make()
+    pipe = pipes[name]
     options = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent"}
 
     def images() -> torch.Tensor:
