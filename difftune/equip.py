@@ -1,6 +1,6 @@
 """What a guidance method only names, found for a pipeline and its prompts: classifiers, weaker networks, negatives.
 
-`PARTS` has one function per method that needs something; a method whose fields hold the things themselves stays as it is.
+`PARTS` has one function per method that needs something; a method whose fields hold the things themselves stays.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -99,8 +99,8 @@ def _gfcg(pipe: Any, method: GFCG, prompts: Sequence[str]) -> Found:
     networks = {} if method.network == "main" else _networks(pipe, method.network)
     if not isinstance(method.classify, str):
         return method, networks
-    classes = LatentModel(pipe).encode(TEXTS)["cond"]
-    return replace(method, classify=_classifier(pipe, method.classify), classes=classes, target=targets(prompts)), networks
+    classify, classes = _classifier(pipe, method.classify), LatentModel(pipe).encode(TEXTS)["cond"]
+    return replace(method, classify=classify, classes=classes, target=targets(prompts)), networks
 
 
 def _classifier_guidance(pipe: Any, method: ClassifierGuidance, prompts: Sequence[str]) -> Found:

@@ -19,9 +19,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {"cfg": {"scale": 5.0}}  # where a recipe'
 
 
 def guidance_named(name: str, scale: float | None = None, options: Mapping[str, Any] | None = None) -> Guidance:
-    """The method with its options; `scale` is short for options["scale"] and wins. "interval:apg" is APG in Interval."""
+    """The method with its options, of which `scale` is one and wins; "interval:apg" is APG in an Interval."""
     kinds = guidance_kinds(name)
-    innermost = name.rpartition(":")[2]
+    innermost = next(known for known, kind in GUIDANCE.items() if kind is kinds[-1])
     settings: list[dict[str, Any]] = [{} for _ in kinds]
     settings[-1] |= DEFAULTS.get(innermost, {})
     for key, value in {**(options or {}), **({} if scale is None else {"scale": scale})}.items():
@@ -48,8 +48,8 @@ def guidance_kinds(name: str) -> list[Callable[..., Guidance]]:
 
 
 def guidance_field(name: str, key: str) -> tuple[int, str]:
-    """(depth, option) of a setting: "low" and "scale" are the outermost method's that has such an option, "method.scale"
-    is one of the method inside."""
+    """(depth, option) of a setting: "low" is the outermost method's that has such an option, "method.scale" one of the
+    method inside."""
     *inwards, option = key.split(".")
     kinds = guidance_kinds(name)
     depths = [len(inwards)] if inwards else range(len(kinds))

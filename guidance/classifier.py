@@ -68,8 +68,8 @@ class GFCG:
     its own) and the defaults are ours. It is the largest term of c - u = sum_k p_k (c - model(x | k)), and for two
     classes "miss" is CFG of 1 + scale.
 
-    classify: x0 (B, ...) -> logits (B, K); classes: the conditions of the K classes, tensors (K, ...); target: the class
-    (B,) of each sample.
+    classify: x0 (B, ...) -> logits (B, K); classes: the conditions of the K classes, tensors (K, ...); target: the
+    class (B,) of each sample.
     """
 
     scale: Scale = 2.0
@@ -151,10 +151,10 @@ class ClassifierGuidance:
     g = d/dx0 (joint f_target - log sum_k exp(joint discount f_k)),    f = classify(x0), x0 detached from the network,
     score += strength g, which is x0 += strength sigma^2 / alpha g in the coordinates with alpha^2 + sigma^2 = 1.
 
-    discount = 1 is log p(target | x0), discount = 0 the gradient of the joint logit alone. strength = scale (1 + middle
-    sin(pi t)), t = 2/pi atan(sigma / alpha): the paper's extra term for the middle of a run, as a function of the level
-    (its own, gamma = 0.3, is a multiple of the largest posterior variance). For DDPM's step, score += s g moves the mean
-    by s beta g / sqrt(1 - beta). At alpha = 0, where x0 says nothing yet, the prediction is left as it is.
+    discount = 1 is log p(target | x0), discount = 0 the gradient of the joint logit alone. strength = scale (1 +
+    middle sin(pi t)), t = 2/pi atan(sigma / alpha): the paper's extra term for the middle of a run, as a function of
+    the level (its own, gamma = 0.3, is a multiple of the largest posterior variance). For DDPM's step, score += s g
+    moves the mean by s beta g / sqrt(1 - beta). At alpha = 0, where x0 says nothing yet, the prediction stays.
 
     classify: x0 (B, ...) -> logits (B, K), differentiable; see `smoothed`. target: the class (B,) of each sample.
     """

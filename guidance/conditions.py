@@ -18,8 +18,8 @@ class MultiCondition:
     slow: out = u + sum_i scale_i (model(x | condition_i) - u), N + 1 evaluations, a scale for each;
     fast: out = u + scale (c - u), where `cond` has all conditions at once: 2 evaluations.
 
-    conds: named conditions of `guided`, or tensors of their own (on a pipeline). scales: one each; `scale` for all where
-    none is given. fast equals slow only where the conditions contribute independently.
+    conds: named conditions of `guided`, or tensors of their own (on a pipeline). scales: one each; `scale` for all
+    where none is given. fast equals slow only where the conditions contribute independently.
     """
 
     scale: Scale = 7.5

@@ -103,12 +103,12 @@ def null_text_inversion(
     latents: Tensor,
     conds: Mapping[str, Cond],
     levels: Sequence[Noise],
-    options: NullText = NullText(),  # noqa: B008  # frozen
+    options: NullText = NullText(),  # frozen
 ) -> tuple[NullTextInversion, Path]:
     """The method whose run from the returned noise gives `latents` back (https://arxiv.org/abs/2211.09794).
 
-    The pivot is the DDIM inversion with the condition alone. Down from its end, each step's embedding, warm-started from
-    the step before, is fitted by Adam to bring the CFG step to the pivot: a mean squared error, in float32.
+    The pivot is the DDIM inversion with the condition alone. Down from its end, each step's embedding, warm-started
+    from the step before, is fitted by Adam to bring the CFG step to the pivot: a mean squared error, in float32.
     """
     pivots = _upwards(guided(denoise, Plain(), conds), latents, levels)[::-1]
     targets = [*(p.x for p in pivots[1:]), widen(latents)]

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def vendi(features: Tensor) -> Tensor:
-    """The score () of features (N, D) under their cosine similarity, in float64: 1 for copies, N for orthogonal ones."""
+    """The score () of features (N, D) under cosine similarity, in float64: 1 for copies, N for orthogonal ones."""
     if features.ndim != 2 or len(features) == 0:
         raise ValueError(f"vendi wants features (N, D), not {tuple(features.shape)}")
     x = F.normalize(features.double(), dim=1)

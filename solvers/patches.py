@@ -31,7 +31,8 @@ def places(network: nn.Module, layers: str, kind: type, ending: str = "") -> lis
     for start in starts:
         if not any(_under(name, start) for name in found):
             known = ", ".join(dict.fromkeys(name.partition(".attentions")[0] for name in found)) or "none"
-            raise ValueError(f"no {kind.__name__} under {start!r} in {type(network).__name__}; there are under: {known}")
+            owner = type(network).__name__
+            raise ValueError(f"no {kind.__name__} under {start!r} in {owner}; there are under: {known}")
     return [module for name, module in found.items() if any(_under(name, start) for start in starts)]
 
 
@@ -174,7 +175,7 @@ class Away:
         negative_scale: Tensor | None = None,
     ) -> Tensor:
         if negative_hidden_states is None or negative_scale is None:
-            raise ValueError("this patch wants negative_hidden_states (B, L, D) and negative_scale (B,) in the condition")
+            raise ValueError("this patch wants negative_hidden_states (B, L, D) and negative_scale (B,) as conditions")
         query = attn.to_q(hidden_states)
         positive = _attended(attn, query, encoder_hidden_states, attention_mask)
         negative = _attended(attn, query, negative_hidden_states.to(query.dtype), None)
@@ -206,7 +207,8 @@ def _attended(attn: Any, query: Tensor, text: Tensor, mask: Tensor | None) -> Te
         text = attn.norm_encoder_hidden_states(text)
     q, k, v = (_heads(attn, part) for part in (query, attn.to_k(text), attn.to_v(text)))
     if mask is not None:
-        mask = attn.prepare_attention_mask(mask, text.shape[1], len(text)).view(len(text), attn.heads, -1, text.shape[1])
+        batch, length = text.shape[:2]
+        mask = attn.prepare_attention_mask(mask, length, batch).view(batch, attn.heads, -1, length)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 

@@ -12,7 +12,7 @@ from solvers.denoiser import Path
 from solvers.noise import cosine as cosine_schedule
 from solvers.noise import grid, vp
 from solvers.samplers import euler, heun, sample
-from tests.guidance.toy import B, BLOBS, CONDS, MEANS, SHAPE, labels, predict, start
+from tests.guidance.toy import BLOBS, CONDS, MEANS, SHAPE, B, labels, predict, start
 
 T = 12
 LEVELS = grid(cosine_schedule, T, start=0.95, stop=0.01)

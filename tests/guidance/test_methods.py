@@ -15,13 +15,13 @@ from solvers.noise import cosine, flow, grid
 from solvers.samplers import SAMPLERS, euler, heun, sample
 from tests.guidance.toy import (
     ALIKE,
-    B,
     BLOBS,
     CONDS,
     LEVELS,
     MEANS,
     SHAPE,
     STD,
+    B,
     Toy,
     example,
     labels,

@@ -59,7 +59,8 @@ def test_vendi():
     """n copies are one item, n orthogonal ones are n, two at cosine 0.5 are 1.7547653506."""
     assert float(vendi(torch.ones(5, 3))) == pytest.approx(1)
     assert float(vendi(torch.eye(5))) == pytest.approx(5)
-    assert float(vendi(torch.tensor([[1.0, 0.0], [0.5, 0.75**0.5]], dtype=torch.float64))) == pytest.approx(1.7547653506, abs=1e-9)
+    slanted = torch.tensor([[1.0, 0.0], [0.5, 0.75**0.5]], dtype=torch.float64)
+    assert float(vendi(slanted)) == pytest.approx(1.7547653506, abs=1e-9)
     x = features()
     assert float(vendi(x)) == pytest.approx(float(vendi(3 * x.flip(0)))) and 1 < vendi(x) < 50
     assert float(vendi_of(torch.eye(4))) == pytest.approx(4)
