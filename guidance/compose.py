@@ -34,7 +34,7 @@ class Interval:
 
     def __post_init__(self):
         reasons: dict[type, str | None] = {
-            CFGpp: "it needs the unconditional prediction at every step; give it a scale that is Between(..., outside=0)",
+            CFGpp: "it needs the unconditional prediction at every step; give it a scale of Between(..., outside=0)",
             LinearAG: "its fit is of all the steps of a run",
             NullTextInversion: "its embeddings are for one scale at all steps",
             CFGZeroStar: None if _no_zero_step(self.method) else "its zeroed step is the run's first; set zero_steps=0",

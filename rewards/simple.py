@@ -57,7 +57,7 @@ LUMA = (0.299, 0.587, 0.114)  # of Rec. 601
 
 @dataclass(frozen=True)
 class Contrast:
-    """RMS contrast, the standard deviation of luma (Rec. 601) over a picture, in [0, 0.5]; a flat one has gradient 0."""
+    """RMS contrast, the standard deviation of luma (Rec. 601), in [0, 0.5]; a flat picture has gradient 0."""
 
     differentiable = True
 
