@@ -91,7 +91,7 @@ class GFCG:
     def guide(self, path: Path, at: Noise) -> Guide:
         uncond = {} if self.cfg_scale is None else {"uncond": Branch("uncond")}
         preds = yield {"cond": Branch("cond"), **uncond}
-        target = path.memory.get("gfcg.target", self._target(path.x))
+        target = target_of("GFCG", self.target, path, "gfcg.target")
         rival, confusion = self._judged(preds.to("cond", "x0"), target)
         s, rows = self._strengths(confusion, at, path.x)
         reference = torch.where(confusion > 0.5, rival, target) if self.network != "main" else rival
@@ -131,12 +131,12 @@ class GFCG:
         classes = given("GFCG", "classes", self.classes, "the conditions of the classes, tensors (K, ...)")
         return {name: value[index.to(value.device)] for name, value in classes.items()}
 
-    def _target(self, x: Tensor) -> Tensor:
-        return target_of("GFCG", self.target, x)
 
-
-def target_of(owner: str, target: Tensor | None, x: Tensor) -> Tensor:
-    """The classes (B,) of the samples x (B, ...)."""
+def target_of(owner: str, target: Tensor | None, path: Path, key: str) -> Tensor:
+    """The class (B,) of each sample: once known, it follows the sample in the path's memory under `key`."""
+    if key in path.memory:
+        return path.memory[key]
+    x = path.x
     classes = given(owner, "target", target, "the class (B,) of each sample")
     if classes.shape not in ((), x.shape[:1]):
         raise ValueError(f"{owner} has {len(classes)} targets for {len(x)} samples: pass one each")
@@ -171,7 +171,7 @@ class ClassifierGuidance:
     def guide(self, path: Path, at: Noise) -> Guide:
         preds = yield {"cond": Branch("cond")}
         x0 = preds.to("cond", "x0")
-        target = path.memory.get("classifier.target", target_of("ClassifierGuidance", self.target, path.x))
+        target = target_of("ClassifierGuidance", self.target, path, "classifier.target")
         kept = {"classifier.target": target}
         if at.alpha == 0:
             return Guided(x0, memory=kept)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from guidance.adaptive import LinearFit, Recorded, cosine, fit_linear_ag
+from guidance.attach import attach
 from guidance.guided import guided
 from guidance.methods import CFG, AdaptiveGuidance, LinearAG, Plain
 from solvers.denoiser import Path
@@ -13,6 +14,7 @@ from solvers.noise import cosine as cosine_schedule
 from solvers.noise import grid, vp
 from solvers.samplers import euler, heun, sample
 from tests.guidance.toy import BLOBS, CONDS, MEANS, SHAPE, B, labels, predict, start
+from tests.pipelines import sd
 
 T = 12
 LEVELS = grid(cosine_schedule, T, start=0.95, stop=0.01)
@@ -129,3 +131,26 @@ def test_linear_ag_is_refused_where_it_cannot_be():
     with pytest.raises(ValueError, match="LinearAG evaluates step 1 with 0 steps before it"):
         run(LinearAG(3.0, fit), TWO, LEVELS[1:])
     assert replace(LinearAG(3.0, fit), scale=2.0).fit is fit and MEANS.shape[1:] == SHAPE
+
+
+@torch.no_grad()
+def test_attached_to_a_pipeline_it_costs_what_it_says():
+    """NFE = T + (steps that evaluated both) of each sample, and until the first sample settles every bit is CFG's."""
+    pipe = sd()
+    method = AdaptiveGuidance(3.0, threshold=-1.0, min_cfg_steps=3)
+    options = {"num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "latent"}
+
+    def images(stop: int) -> torch.Tensor:
+        def interrupt(pipe, i, t, kwargs):
+            pipe._interrupt = i >= stop
+            return kwargs
+
+        seeded = torch.Generator().manual_seed(1)
+        return pipe(["a red circle", "blue"], generator=seeded, callback_on_step_end=interrupt, **options).images
+
+    stock = images(1)
+    with attach(pipe, method):
+        assert torch.equal(images(1), stock)
+    with attach(pipe, method) as handle:
+        images(9)
+        assert handle.nfe == 2 * (6 + 3) and handle.counter.calls == 6
