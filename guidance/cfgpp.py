@@ -15,7 +15,9 @@ README_RATIO = 12.5  # the authors' README: lambda in [0, 1] is about CFG in [1,
 
 @dataclass(frozen=True)
 class CFGpp:
-    """x' = alpha' (x0_u + scale (x0_c - x0_u)) + sigma' eps_u, whatever the solver.
+    """CFG++: the clean estimate is guided, the noise that is put back is not (https://arxiv.org/abs/2406.08070):
+
+    x' = alpha' (x0_u + scale (x0_c - x0_u)) + sigma' eps_u, whatever the solver.
 
     The step is the solver's own on the unconditional prediction; alpha' (x0_guided - x0_u) is added to its result. For
     flows this is the authors' later form. scale in [0, 1]: 0 is unconditional; 1 is what distilled models want.
