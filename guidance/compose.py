@@ -15,6 +15,7 @@ from guidance.contract import Branch, Guidance, Guide, Guided, within
 from guidance.negative import NAG, NASA
 from guidance.project import CFGZeroStar
 from solvers.denoiser import Path
+from solvers.families import rescaled
 from solvers.noise import Noise
 
 
@@ -74,19 +75,14 @@ class Rescale:
         made, preds = yield from within(self.method, path, at)
         phi = strength(self.phi, at, path.x)
         if made.data is not None:
-            return made._replace(data=rescaled(made.data, preds["cond"], phi))
-        return made._replace(out=rescaled(made.out, preds["cond"], phi))
+            return made._replace(data=matched(made.data, preds["cond"], phi))
+        return made._replace(out=matched(made.out, preds["cond"], phi))
 
 
-def rescaled(out: Tensor, cond: Tensor, phi: float | Tensor) -> Tensor:
-    """phi * out * std(cond) / std(out) + (1 - phi) * out (https://arxiv.org/abs/2305.08891), as diffusers rounds it.
-
-    A constant prediction, as CFG-Zero*'s zeroed step, stays.
-    """
-    axes = list(range(1, out.ndim))
-    std = out.std(dim=axes, keepdim=True)
-    matched = out * (cond.std(dim=axes, keepdim=True) / std)
-    return torch.where(std > 0, phi * matched + (1 - phi) * out, out)
+def matched(out: Tensor, cond: Tensor, phi: float | Tensor) -> Tensor:
+    """`rescaled`, but a constant prediction, as CFG-Zero*'s zeroed step, stays."""
+    spread = out.std(dim=list(range(1, out.ndim)), keepdim=True) > 0
+    return torch.where(spread, rescaled(out, cond, phi), out)
 
 
 def refuse(outer: Any, reasons: dict[type, str | None]) -> None:

@@ -296,7 +296,7 @@ def shift(config: Any, tokens: int, highest: float) -> float:
     return tokens * slope + (low - slope * few)
 
 
-def rescaled(out: Tensor, cond: Tensor, phi: float) -> Tensor:
+def rescaled(out: Tensor, cond: Tensor, phi: float | Tensor) -> Tensor:
     """phi * out * std(cond) / std(out) + (1 - phi) * out (https://arxiv.org/abs/2305.08891), as diffusers rounds it."""
     axes = list(range(1, out.ndim))
     matched = out * (cond.std(dim=axes, keepdim=True) / out.std(dim=axes, keepdim=True))

@@ -247,6 +247,6 @@ def test_flow_euler_by_hand(monkeypatch):
     close(ours, x)
 
 
-def close(a: Tensor, b: Tensor, tolerance: float = 2e-6) -> None:
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> None:
     error = float((a - b).abs().max() / b.abs().max())
     assert error < tolerance, error

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from guidance.cfg import dot
 from guidance.classifier import RULES, rival_of, smoothed
-from guidance.compose import rescaled
+from guidance.compose import matched
 from guidance.contract import drive
 from guidance.dynamic import _best
 from guidance.frequency import low
@@ -158,7 +158,7 @@ def test_rescale():
     close(out.flatten(1).std(1), C.flatten(1).std(1))
     cfg = U + 5 * (C - U)
     close(made(Rescale(CFG(5.0), phi=0.3)).out, 0.3 * out + 0.7 * cfg)
-    assert torch.equal(rescaled(torch.zeros_like(C), C, 0.7), torch.zeros_like(C))
+    assert torch.equal(matched(torch.zeros_like(C), C, 0.7), torch.zeros_like(C))
 
 
 def test_rescale_around_a_method_with_a_space_of_its_own():
@@ -168,7 +168,7 @@ def test_rescale_around_a_method_with_a_space_of_its_own():
     answers = {"cond": C, "uncond": U}
     inner = drive(method, lambda asked: answers, Path(x), AT, "eps", "eps").out
     outer = drive(Rescale(method, phi=1.0), lambda asked: answers, Path(x), AT, "eps", "eps").out
-    close(outer, rescaled(inner, C, 1.0), 1e-10)
+    close(outer, matched(inner, C, 1.0), 1e-10)
 
 
 # ------------------------------------------------------------------------------------------------ FDG, Perp-Neg
