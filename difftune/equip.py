@@ -83,7 +83,8 @@ def _networks(pipe: Any, name: str) -> dict[str, Any]:
         raise UserError(
             f"the weaker network {name!r} does not fit {type(pipe).__name__}: name another with --guidance.network"
         )
-    return {name: network.to(own.device, own.dtype)}
+    network = network.to(own.device)
+    return {name: network if network.dtype == own.dtype else network.to(own.dtype)}
 
 
 @cache
