@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from difftune import models, outputs
 from difftune.doctor import versions
+from difftune.equip import equipped, prepared
 from difftune.errors import UserError
 from difftune.lora import WEIGHTS
 from difftune.named import guidance_named, model_named
@@ -38,8 +39,12 @@ def generate(
     steps: int = 25,
     batch_size: int = 16,
 ) -> Iterator[Batch]:
-    """One image per (prompt, seed), batch by batch. An image's noise is that of its own seed, whatever the batch."""
+    """One image per (prompt, seed), batch by batch. An image's noise is that of its own seed, whatever the batch.
+
+    What a method needs and only names (a classifier, a weaker network, a negative prompt) is found by `difftune.equip`.
+    """
     pipe.set_progress_bar_config(disable=True)
+    guidance = prepared(pipe, guidance, prompts, steps)
     for start in range(0, len(prompts), batch_size):
         chosen = slice(start, start + batch_size)
         yield _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), guidance, steps)
@@ -47,7 +52,8 @@ def generate(
 
 def _batch(pipe: Any, prompts: list[str], seeds: list[int], guidance: Guidance, steps: int) -> Batch:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with attach(pipe, guidance) as handle:
+    method, networks = equipped(pipe, guidance, prompts)
+    with attach(pipe, method, networks) as handle:
         images = pipe(prompts, generator=generators, num_inference_steps=steps, output_type="pt").images
     return Batch(finite(images.float().cpu(), "a generated picture"), prompts, seeds, handle.nfe / len(prompts))
 

@@ -1,7 +1,7 @@
 """What settings name, as objects: one sentence for every name or option that is not known."""
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,12 +26,55 @@ DEFAULTS: dict[str, dict[str, Any]] = {"cfg": {"scale": 5.0}}  # where a recipe'
 
 
 def guidance_named(name: str, scale: float | None = None, options: Mapping[str, Any] | None = None) -> Guidance:
-    """The method with its options; `scale` is short for options["scale"] and wins."""
-    method = member("guidance method", name, GUIDANCE)
-    given = {**(options or {}), **({} if scale is None else {"scale": scale})}
-    for option in given:
-        known(f"option of guidance {name!r}", option, inspect.signature(method).parameters)
-    return method(**{**DEFAULTS.get(name, {}), **given})
+    """The method with its options, of which `scale` is one and wins; "interval:apg" is APG in an Interval."""
+    kinds = guidance_kinds(name)
+    innermost = next(known for known, kind in GUIDANCE.items() if kind is kinds[-1])
+    settings: list[dict[str, Any]] = [{} for _ in kinds]
+    settings[-1] |= DEFAULTS.get(innermost, {})
+    for key, value in {**(options or {}), **({} if scale is None else {"scale": scale})}.items():
+        depth, option = guidance_field(name, key)
+        settings[depth][option] = value
+    try:
+        method = kinds[-1](**settings[-1])
+        for kind, given in zip(kinds[-2::-1], settings[-2::-1], strict=True):
+            method = kind(method=method, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return method
+
+
+def guidance_kinds(name: str) -> list[Callable[..., Guidance]]:
+    """The methods of a name from the outside inwards; one that holds another and names none holds CFG."""
+    parts = name.split(":")
+    kinds = [member("guidance method", part, GUIDANCE) for part in parts]
+    for part, kind in zip(parts[:-1], kinds, strict=False):
+        if "method" not in _options(kind):
+            holders = ", ".join(n for n, k in GUIDANCE.items() if "method" in _options(k))
+            raise UserError(f"in {name!r}, {part} can hold no other method; these can: {holders}")
+    return [*kinds, GUIDANCE["cfg"]] if "method" in _options(kinds[-1]) else kinds
+
+
+def guidance_field(name: str, key: str) -> tuple[int, str]:
+    """(depth, option) of a setting: "low" is the outermost method's that has such an option, "method.scale" one of the
+    method inside."""
+    *inwards, option = key.split(".")
+    kinds = guidance_kinds(name)
+    depths = [len(inwards)] if inwards else range(len(kinds))
+    for depth in depths if set(inwards) <= {"method"} else []:
+        if depth < len(kinds) and option != "method" and option in _options(kinds[depth]):
+            return depth, option
+    names = {option for kind in kinds for option in _options(kind)} - {"method"}
+    raise UserError(unknown(f"option of guidance {name!r}", key, names))
+
+
+def takes_scale(name: str) -> bool:
+    """Whether a scale means something to the method."""
+    kinds = guidance_kinds(name)
+    return kinds[-1] is not GUIDANCE["none"] and any("scale" in _options(kind) for kind in kinds)
+
+
+def _options(method: Callable[..., Guidance]) -> Collection[str]:
+    return inspect.signature(method).parameters
 
 
 def sampler_named(name: str) -> Step:

@@ -8,6 +8,7 @@ A method is a generator. It yields the evaluations that it wants, is sent the an
 It never learns whether a diffusers pipeline (`guidance.attach`) or our own loop (`guidance.guided`) runs it.
 """
 
+import functools
 from collections.abc import Callable, Generator, Mapping
 from typing import NamedTuple, Protocol
 
@@ -42,6 +43,12 @@ class Preds(dict[str, Tensor]):
     def to(self, name: str, space: str) -> Tensor:
         """The answer as "x0", "eps", "v" or "flow", (B, ...), in float32 or better: for measuring."""
         return widen(convert(self[name], self.space, space, self._x, self._at))
+
+    def in_space(self, space: str) -> "Preds":
+        """All of them in another space."""
+        other = Preds(space, self._x, self._at)
+        other.update({name: convert(out, self.space, space, self._x, self._at) for name, out in self.items()})
+        return other
 
 
 class Guided(NamedTuple):
@@ -126,6 +133,27 @@ def drive(guidance: Guidance, evaluate: Evaluate, path: Path, at: Noise, space: 
     return Combined(out, shift, reply.memory)
 
 
+def within(guidance: Guidance, path: Path, at: Noise) -> Generator[Request, Preds, tuple[Guided, Preds]]:
+    """Run a method inside another one, whose space it is handed: what it made and all answers, both in that space.
+
+    A method with a space of its own goes there and back by the difference from its branch "cond", as in `drive`.
+    Raises ValueError where it asks for no "cond".
+    """
+    guide = guidance.guide(path, at)
+    reply, preds, own = _advance(guide, None), None, None
+    while isinstance(reply, Mapping):
+        preds = yield reply
+        own = preds if guidance.space in ("any", "output", preds.space) else preds.in_space(guidance.space)
+        reply = _advance(guide, own)
+    if preds is None or own is None or "cond" not in preds:
+        raise ValueError(f"{type(guidance).__name__} asks for no branch 'cond', which the method around it needs")
+    if own is preds:
+        return reply, preds
+    slope = line(preds.space, own.space, at)[1]
+    back = functools.partial(_restored, guidance, raw=preds, preds=own, complete=["cond"], slope=slope)
+    return reply._replace(out=back(reply.out), data=None if reply.data is None else back(reply.data)), preds
+
+
 def own_space(guidance: Guidance, space: str, output: str) -> str:
     """The space in which a method sees answers that come in `space`, from a network that emits `output`."""
     if guidance.space not in (*SPACES, "any", "output"):
@@ -149,7 +177,7 @@ def _settled(branch: Branch) -> Branch:
 
 
 def _restored(
-    guidance: Guidance, out: Tensor, raw: Answers, preds: Preds, complete: list[str], slope: Tensor
+    guidance: Guidance, out: Tensor, raw: Mapping[str, Tensor], preds: Preds, complete: list[str], slope: Tensor
 ) -> Tensor:
     if not complete:
         name = type(guidance).__name__

@@ -1,7 +1,7 @@
 """Evaluating branches: one forward for all that share a network and a patch, NaN for the rows that nobody asked for."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -55,9 +55,11 @@ def each(f: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested mappings, lists and tuples."""
+    """All tensors in nested mappings, lists, tuples and dataclasses."""
     if isinstance(value, Tensor):
         yield value
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_in(vars(value))
     elif isinstance(value, (Mapping, list, tuple)):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(part)

@@ -284,6 +284,20 @@ REWARDS: dict[str, Entry] = {
         preprocessing="the model's own processor, on tensors",
         licence="the model's",
     ),
+    "saturation": Entry(
+        "rewards.simple:Saturation",
+        "mean saturation of HSV: 0 gray, 1 pure colours",
+        needs_prompt=False,
+        differentiable=True,
+        range=(0, 1),
+    ),
+    "contrast": Entry(
+        "rewards.simple:Contrast",
+        "RMS contrast, the standard deviation of luma: 0 flat, 0.5 black and white in halves",
+        needs_prompt=False,
+        differentiable=True,
+        range=(0, 0.5),
+    ),
 }
 
 

@@ -40,6 +40,34 @@ class Colorfulness:
         return spread + 0.3 * _norm(mean)
 
 
+@dataclass(frozen=True)
+class Saturation:
+    """Mean saturation of HSV, (max - min) / max over the channels of a pixel, in [0, 1]; black has none."""
+
+    differentiable = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        paired(images, prompts)
+        high, low = images.float().amax(1), images.float().amin(1)
+        return torch.where(high > 0, (high - low) / high.clamp(min=1e-6), 0.0).mean(dim=(1, 2))
+
+
+LUMA = (0.299, 0.587, 0.114)  # of Rec. 601
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """RMS contrast, the standard deviation of luma (Rec. 601), in [0, 0.5]; a flat picture has gradient 0."""
+
+    differentiable = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        paired(images, prompts)
+        x = images.float()
+        luma = (x * x.new_tensor(LUMA).view(3, 1, 1)).sum(1)
+        return _norm(luma - luma.mean(dim=(1, 2), keepdim=True)) / luma[0].numel() ** 0.5
+
+
 def _norm(x: Tensor) -> Tensor:
     """Length of each row, (B, ...) -> (B,); unlike sqrt's, its gradient at 0 is 0."""
     return torch.linalg.vector_norm(x.flatten(1), dim=1)

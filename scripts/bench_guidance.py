@@ -1,26 +1,86 @@
-"""attach(pipe, CFG) beside the stock pipeline, and our own loop beside both: seconds per image, as ratios of one run.
+"""Guidance methods on `tiny`: what they cost, what they reach, where they fail.
 
-    python scripts/bench_guidance.py [--model tiny] [--steps 25] [--batch 8] [--repeats 5]
+    python scripts/bench_guidance.py [overhead sweep classes adaptive inversion] [--quick] [--output_dir FOLDER]
+
+overhead   attach(pipe, CFG) beside the stock pipeline, and our own loop beside both: seconds per image
+sweep      ShapeEval, Fréchet distance, saturation and diversity over scales, all methods at one number of evaluations
+classes    the same on the prompts of the classifier's classes, for GFCG
+adaptive   adaptive guidance against CFG, paired: score, evaluations, seconds of the denoising loop
+inversion  PSNR of rendered pictures after inversion and sampling, CFG against CFG++ at paired scales
+
+Every result is a file of --output_dir, and one that is there is not measured again, so that a run can go on; --quick is
+a smoke test of all parts. All intervals are 95 %, over prompts (over pictures for PSNR).
 """
 
 import argparse
+import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path as File
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from difftune import models
+from difftune import evaluate, models, outputs
+from difftune.compare import at_cfg_scale
+from difftune.equip import TEXTS
+from difftune.generate import generate
+from difftune.named import guidance_named, takes_scale
 from guidance.attach import attach
+from guidance.contract import Guidance
 from guidance.guided import guided
-from guidance.methods import CFG
+from guidance.invert import edit
+from guidance.methods import CFG, AdaptiveGuidance, CFGpp
+from rewards import shapes
+from rewards.classifier import load_classifier
+from rewards.frechet import frechet
+from rewards.registry import load
+from rewards.render import render
+from rewards.vendi import vendi
 from solvers.denoiser import Path
 from solvers.latent import LatentModel
 from solvers.samplers import euler, sample
 
+METHODS = ("none", "cfg", "cfgpp", "apg", "ag", "interval", "autoguidance")
+PAIRS = ((0.2, 2.0), (0.4, 5.0), (0.6, 7.5), (0.8, 9.0), (1.0, 12.5))  # CFG++ and CFG scales that are compared
+SHRINKAGE = 0.01  # of the covariances: the features are many for the pictures
 
-def timed(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each; the runs take turns, so that a drift of the machine falls on all."""
+
+class Size(NamedTuple):
+    """How much is measured."""
+
+    scales: tuple[float, ...] = (1.5, 2.5, 4.0, 6.0, 9.0, 13.0)
+    evaluations: int = 50  # an image may cost
+    images: int = 4  # of a prompt
+    prompts: int | None = None  # of each category; None: all
+    steps: int = 25
+    repeats: int = 30
+    pictures: int = 64  # that are inverted
+    inversion_steps: int = 50
+    adaptive_images: int = 12  # of a prompt
+    resamples: int = 200
+
+
+QUICK = Size((2.0,), 4, 2, 1, 2, 1, 2, 2, 1, 20)
+
+
+def cell(folder: File, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of that name: read, or measured and written."""
+    file = folder / f"{name}.json"
+    if not file.is_file():
+        outputs.write_json(file, measure())
+    found = json.loads(file.read_text())
+    print(name, json.dumps({key: value for key, value in found.items() if key != "holds"}), flush=True)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ overhead
+def timed(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each; the runs take turns, so that a drift of the machine falls on all. The first turn warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
@@ -28,17 +88,16 @@ def timed(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, floa
             run()
             if turn:
                 seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 @torch.no_grad()
-def main(model: str, steps: int, batch: int, repeats: int) -> None:
-    pipe = models.load(model)
-    pipe.set_progress_bar_config(disable=True)
+def overhead(size: Size, batch: int = 4) -> dict[str, Any]:
+    pipe = _pipe()
     prompts, latent = ["a red circle left of a blue square"] * batch, LatentModel(pipe)
 
     def stock() -> object:
-        return pipe(prompts, num_inference_steps=steps, guidance_scale=5.0, output_type="pt").images
+        return pipe(prompts, num_inference_steps=size.steps, guidance_scale=5.0, output_type="pt").images
 
     def attached() -> object:
         with attach(pipe, CFG(5.0)):
@@ -46,19 +105,170 @@ def main(model: str, steps: int, batch: int, repeats: int) -> None:
 
     def own() -> object:
         predict = guided(latent.denoiser, CFG(5.0), latent.encode(prompts))
-        *_, path = sample(euler, predict, Path(latent.noise(batch)), latent.levels(steps))
+        *_, path = sample(euler, predict, Path(latent.noise(batch)), latent.levels(size.steps))
         return latent.decode(path.x)
 
-    found = timed({"stock pipeline": stock, "attach(CFG)": attached, "own loop": own}, repeats)
-    print(f"{model}, {steps} steps, batch {batch}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for name, seconds in found.items():
-        print(f"{name:16} {1000 * seconds / batch:8.1f} ms an image   {seconds / found['stock pipeline']:.3f} of stock")
+    found = timed({"stock": stock, "attached": attached, "own": own}, size.repeats)
+    ratios = {name: [a / b for a, b in zip(found[name], found["stock"], strict=True)] for name in ("attached", "own")}
+    return {
+        "batch": batch,
+        "pairs": size.repeats,
+        "ms_per_image": {name: 1000 * statistics.median(s) / batch for name, s in found.items()},
+        "median_ratio": {name: statistics.median(values) for name, values in ratios.items()},
+    }
+
+
+# ------------------------------------------------------------------------------------------------ sweep
+class Set(NamedTuple):
+    """Prompts, and the features of a rendered picture for each of their images."""
+
+    entries: list[dict[str, str]]
+    features: Tensor  # (prompts, images, D)
+
+
+def prompts_of(name: str, size: Size) -> Set:
+    classes = [{"prompt": text, "category": "one_object"} for text in TEXTS[: size.prompts and 2 * size.prompts]]
+    entries = classes if name == "classes" else evaluate.entries_of(size.prompts)
+    rng = np.random.default_rng([0, len(entries)])
+    captions = [shapes.parse(e["prompt"]) for e in entries for _ in range(size.images)]
+    pictures = [torch.from_numpy(render(shapes.draw_scene(rng, caption))).permute(2, 0, 1) for caption in captions]
+    return Set(entries, features(torch.stack(pictures)).view(len(entries), size.images, -1))
+
+
+@torch.no_grad()
+def features(images: Tensor) -> Tensor:
+    classifier = load_classifier()
+    return torch.cat([classifier.features(part.float()) for part in images.split(64)])
+
+
+def steps_for(pipe: Any, method: Guidance, prompts: Sequence[str], size: Size) -> int:
+    """As many steps as the evaluations allow, by what a pilot batch cost per step."""
+    pilot = list(prompts[:8])
+    cost = next(iter(generate(pipe, pilot, range(len(pilot)), method, size.steps))).nfe / size.steps
+    return max(1, round(size.evaluations / cost))
+
+
+def measured(name: str, scale: float | None, given: Set, size: Size) -> dict[str, Any]:
+    """One method at one scale: scores and their intervals."""
+    pipe, prompts = _pipe(), [e["prompt"] for e in given.entries]
+    method = guidance_named(name) if scale is None else at_cfg_scale(name, scale, pipe, size.steps)
+    steps = steps_for(pipe, method, prompts, size)
+    if scale is not None:  # CFG++'s scale depends on the number of steps
+        method = at_cfg_scale(name, scale, pipe, steps)
+    made = evaluate.evaluate(pipe, method, given.entries, size.images, steps)
+    seen = features(made.images).view(given.features.shape)
+    saturation = load("saturation")(made.images, [""] * len(made.images)).view(-1, size.images).mean(1).tolist()
+    return {
+        "guidance": name,
+        "scale": scale,
+        "steps": steps,
+        "nfe": made.nfe,
+        "seconds": made.seconds,
+        "score": asdict(evaluate.scores(made.results)["overall"]),
+        "frechet": _distance(seen, given.features, size.resamples),
+        "saturation": asdict(evaluate.estimate(saturation)),
+        "diversity": asdict(evaluate.estimate([float(vendi(f)) for f in seen], (1.0, float(size.images)))),
+        "holds": [r.holds for r in made.results],
+    }
+
+
+def _distance(seen: Tensor, real: Tensor, resamples: int) -> dict[str, float]:
+    """The Fréchet distance with a bootstrap over prompts."""
+
+    def of(index: Any) -> float:
+        return float(frechet(seen[index].flatten(0, 1), real[index].flatten(0, 1), SHRINKAGE))
+
+    rng = np.random.default_rng(0)
+    draws = [of(rng.integers(len(seen), size=len(seen))) for _ in range(resamples)]
+    return {"score": of(slice(None)), "low": float(np.quantile(draws, 0.025)), "high": float(np.quantile(draws, 0.975))}
+
+
+def sweep(folder: File, size: Size, kind: str, methods: Sequence[str]) -> None:
+    given = prompts_of(kind, size)
+    for name in methods:
+        for scale in size.scales if takes_scale(name) else (None,):
+            label = f"{kind}-{name}" if scale is None else f"{kind}-{name}-{scale:g}"
+
+            def measure(name: str = name, scale: float | None = scale) -> dict[str, Any]:
+                return measured(name, scale, given, size)
+
+            cell(folder, label, measure)
+
+
+# ------------------------------------------------------------------------------------------------ adaptive guidance
+def adaptive(size: Size, scale: float, threshold: float) -> dict[str, Any]:
+    """AG against CFG: the paired difference in score, evaluations, and seconds of batches of 16 in turns."""
+    pipe, entries = _pipe(), evaluate.entries_of(size.prompts)
+    methods = {"cfg": CFG(scale), "ag": AdaptiveGuidance(scale, threshold)}
+    made = {n: evaluate.evaluate(pipe, m, entries, size.adaptive_images, size.steps) for n, m in methods.items()}
+    change = evaluate.differences(made["ag"].results, made["cfg"].results)["overall"]
+    seconds = timed({n: lambda m=m: _loop(pipe, m, size.steps) for n, m in methods.items()}, size.repeats)  # type: ignore[misc]
+    return {
+        "threshold": threshold,
+        "scale": scale,
+        "images": len(made["ag"].results),
+        "difference": asdict(change),
+        "nfe": {name: e.nfe for name, e in made.items()},
+        "nfe_saved": 1 - made["ag"].nfe / made["cfg"].nfe,
+        "time_saved": 1 - statistics.median(seconds["ag"]) / statistics.median(seconds["cfg"]),
+    }
+
+
+@torch.no_grad()
+def _loop(pipe: Any, method: Guidance, steps: int) -> None:
+    prompts = [e["prompt"] for e in evaluate.entries_of(3)][:16]
+    with attach(pipe, method):
+        pipe(prompts, generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="latent")
+
+
+# ------------------------------------------------------------------------------------------------ inversion
+@torch.no_grad()
+def inversion(size: Size, method: Guidance) -> dict[str, Any]:
+    """PSNR against what the VAE alone makes of the pictures."""
+    latent, rng = LatentModel(_pipe()), np.random.default_rng(1)
+    captions, scenes = zip(*(shapes.draw(rng) for _ in range(size.pictures)), strict=True)
+    pictures = torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2).float()
+    levels = latent.levels(size.inversion_steps)
+    found: list[float] = []
+    for i in range(0, size.pictures, 16):
+        z, conds = latent.encode_images(pictures[i : i + 16]), latent.encode([str(c) for c in captions[i : i + 16]])
+        again = latent.decode(edit(latent.denoiser, method, z, conds, conds, levels))
+        error = ((again - latent.decode(z)) ** 2).flatten(1).mean(1)
+        found += (-10 * error.clamp(min=1e-10).log10()).tolist()
+    return asdict(evaluate.estimate(found, (0.0, 100.0))) | {"pictures": size.pictures, "steps": size.inversion_steps}
+
+
+def invert_all(folder: File, size: Size) -> None:
+    for lam, omega in PAIRS[: 1 if size is QUICK else None]:
+        cell(folder, f"inversion-cfgpp-{lam:g}", lambda lam=lam: inversion(size, CFGpp(lam)))  # type: ignore[misc]
+        cell(folder, f"inversion-cfg-{omega:g}", lambda omega=omega: inversion(size, CFG(omega)))  # type: ignore[misc]
+
+
+def _pipe() -> Any:
+    pipe = models.load("tiny")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def main(parts: Sequence[str], quick: bool, output_dir: str, scale: float, threshold: float) -> None:
+    size, folder = QUICK if quick else Size(), File(output_dir)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, results in {folder}")
+    todo: dict[str, Callable[[], object]] = {
+        "overhead": lambda: cell(folder, "overhead", lambda: overhead(size)),
+        "sweep": lambda: sweep(folder, size, "shapeeval", METHODS),
+        "classes": lambda: sweep(folder, size, "classes", ("none", "cfg", "gfcg")),
+        "adaptive": lambda: cell(folder, f"adaptive-{threshold:g}", lambda: adaptive(size, scale, threshold)),
+        "inversion": lambda: invert_all(folder, size),
+    }
+    for part in parts or (todo if quick else ["overhead"]):
+        todo[part]()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("parts", nargs="*", help="overhead (the default), sweep, classes, adaptive, inversion")
+    parser.add_argument("--quick", action="store_true", help="all parts, as small as can be")
+    parser.add_argument("--output_dir", default="runs/bench_guidance")
+    parser.add_argument("--scale", type=float, default=2.5, help="of `adaptive`")
+    parser.add_argument("--threshold", type=float, default=AdaptiveGuidance.threshold, help="of `adaptive`")
     main(**vars(parser.parse_args()))

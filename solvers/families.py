@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from solvers.denoiser import Cond
+from solvers.patches import UNET_PATCHES, Patch
 
 
 class Encode(Protocol):
@@ -71,7 +72,7 @@ class Family:
     extra: str = ""  # the argument that marks an additional, conditional call within a step
     embeds: str = "guidance_embeds"  # the network's setting that says that it is told a guidance scale
     prepare: str = "guidance_scale > 1"  # how a user has the pipeline prepare the unconditional branch
-    patches: Mapping[str, Callable[..., AbstractContextManager[Any]]] = field(default_factory=dict)
+    patches: Mapping[str, Patch] = field(default_factory=dict)
 
     def patched(self, network: Any, name: str) -> AbstractContextManager[Any]:
         """A context in which the network runs with a named change; settings follow the name, as in "nag:2.5:0.25".
@@ -204,6 +205,8 @@ UNET = (
     "down_block_additional_residuals",  # a tuple: one entry per ControlNet output
     "mid_block_additional_residual",
     "down_intrablock_additional_residuals",  # a tuple: T2I-Adapter
+    "cross_attention_kwargs.negative_hidden_states",  # of NASA and NAG, for their patches
+    "cross_attention_kwargs.negative_scale",
 )
 
 
@@ -293,7 +296,7 @@ def shift(config: Any, tokens: int, highest: float) -> float:
     return tokens * slope + (low - slope * few)
 
 
-def rescaled(out: Tensor, cond: Tensor, phi: float) -> Tensor:
+def rescaled(out: Tensor, cond: Tensor, phi: float | Tensor) -> Tensor:
     """phi * out * std(cond) / std(out) + (1 - phi) * out (https://arxiv.org/abs/2305.08891), as diffusers rounds it."""
     axes = list(range(1, out.ndim))
     matched = out * (cond.std(dim=axes, keepdim=True) / out.std(dim=axes, keepdim=True))
@@ -359,6 +362,7 @@ _unet = partial(
     call=partial(call_network, UNET),
     after=RESCALE,
     embeds="time_cond_proj_dim",
+    patches=UNET_PATCHES,
 )
 _transformer = partial(Family, denoisers=("transformer",), batched=True, order=("uncond", "cond"))
 _in_sequence = partial(

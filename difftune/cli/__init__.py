@@ -118,6 +118,27 @@ def evaluate(ctx: click.Context, **flags: Any) -> None:
     _print(found, as_json, _eval_table(found))
 
 
+@cli.command(
+    cls=o.Command,
+    params=[o.CONFIG, o.MODEL, o.LORA, o.METHODS, o.SCALES, o.PROMPT, o.REWARDS, o.STEPS, o.SEED, o.BATCH_SIZE]
+    + [o.OUTPUT_DIR, o.JSON],
+)
+@click.option("--num_images", type=o.AT_LEAST_ONE, default=4, show_default=True, help="Images of each prompt.")
+def compare(as_json: bool, **flags: Any) -> None:
+    """Guidance methods side by side on the same seeds: grid.png, compare.json and a table.
+
+    A scale is CFG's; cfgpp and gfcg are given the one of their own that corresponds to it.
+    """
+    with redirect_stdout(sys.stderr):
+        _spoken(flags["prompt"])
+        if flags["reward"]:
+            _known_rewards(flags["reward"])
+        from difftune.compare import run
+
+        found = run(**flags)
+    _print(found, as_json, _compare_table(found["rows"]))
+
+
 @cli.command(cls=o.Command, params=[o.CONFIG, o.REWARD, o.JSON])
 @click.option("--prompt", multiple=True, metavar="TEXT", help="One for all images, or one per image.")
 @click.argument("image", nargs=-1, required=True)
@@ -384,6 +405,15 @@ def _eval_table(found: dict[str, Any]) -> str:
     for name, e in ((n, e) for n, e in found.items() if isinstance(e, dict) and "score" in e):
         rows.append([name, *_interval(e), *(_change(difference[name]) if name in difference else [])])
     return _table(rows) + f"\n{found['nfe']:g} NFE per image, {found['seconds']:.0f} s"
+
+
+def _compare_table(rows: Sequence[dict[str, Any]]) -> str:
+    scores = [key for key in rows[0] if key not in ("guidance", "cfg_scale", "options", "nfe", "seconds")]
+    table = [["guidance", "scale", *scores, "NFE", "seconds"]]
+    for r in rows:
+        scale = "" if r["cfg_scale"] is None else f"{r['cfg_scale']:g}"
+        table.append([r["guidance"], scale, *(f"{r[s]:.4f}" for s in scores), f"{r['nfe']:g}", f"{r['seconds']:.2f}"])
+    return _table(table)
 
 
 def _interval(e: dict[str, float]) -> list[str]:

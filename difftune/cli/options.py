@@ -167,32 +167,42 @@ def _listed(value: Any) -> list[str]:
 
 def guidance_of(ctx: click.Context) -> tuple[str, dict[str, Any]]:
     """The chosen guidance method and its settings, each in its field's type; the command line wins over the file."""
-    from guidance.methods import GUIDANCE
-
     chosen = ctx.params
-    name = known("guidance method", chosen["guidance"], GUIDANCE)
+    name = chosen["guidance"]
     given = dict(pair.partition("=")[::2] for pair in chosen["guidance_options"])
     settings = {key: str(value) for key, value in ctx.meta.get(FILE_SETTINGS, {}).items()} | given
     explicit = ctx.get_parameter_source("guidance_scale") in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
     if chosen["guidance_scale"] is not None and (explicit or "scale" not in settings):
         settings["scale"] = str(chosen["guidance_scale"])
-    return name, _typed(name, GUIDANCE[name], settings)
+    return name, _typed(name, settings)
 
 
-def _typed(owner: str, method: Any, settings: Mapping[str, str]) -> dict[str, Any]:
-    hints, names = get_type_hints(method), [f.name for f in fields(method)]
-    for key in settings:
-        known(f"option of guidance {owner!r}", key, names)
+def _typed(name: str, settings: Mapping[str, str]) -> dict[str, Any]:
+    from difftune.named import guidance_field, guidance_kinds
+
+    methods = guidance_kinds(name)
+    places = {key: guidance_field(name, key) for key in settings}
+    hints = {key: get_type_hints(methods[depth])[field] for key, (depth, field) in places.items()}
     return {key: _converted(key, value, hints[key]) for key, value in settings.items()}
 
 
 def _converted(key: str, value: str, hint: Any) -> Any:
+    """A setting in its field's type; the values of a tuple are separated by semicolons, `none` is None."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    kind = next((k for k in (bool, int, float, str) if k in kinds), str)
+    if get_origin(hint) is tuple:
+        return tuple(_converted(key, part.strip(), get_args(hint)[0]) for part in value.split(";"))
+    if value.lower() == "none" and type(None) in kinds:
+        return None
+    kind = _click_type(hint) if get_origin(hint) is Literal else next((k for k in BASIC if k in kinds), None)
+    if kind is None:
+        raise click.UsageError(f"{DOTTED}{key} is an object, which can be set from Python alone")
     try:
         return click.types.convert_type(kind).convert(value, None, None)
     except click.BadParameter as error:
         raise click.UsageError(f"{DOTTED}{key}: {error.message}") from error
+
+
+BASIC = (bool, int, float, str)
 
 
 # ------------------------------------------------------------------------------------------------ shared by commands
@@ -214,13 +224,26 @@ MODEL = click.Option(
 )
 LORA = click.Option(["--lora"], metavar="FOLDER", help="Load the LoRA that training wrote there.")
 GUIDANCE: list[click.Parameter] = [
-    click.Option(["--guidance"], metavar="NAME", default="cfg", show_default=True, help="One of `difftune methods`."),
+    click.Option(
+        ["--guidance"],
+        metavar="NAME",
+        default="cfg",
+        show_default=True,
+        help="One of `difftune methods`; interval:apg is APG in an interval.",
+    ),
     click.Option([DOTTED + "KEY", "guidance_options"], metavar="VALUE", multiple=True, help="One of its settings."),
     click.Option(["--guidance_scale"], type=float, help="Short for --guidance.scale."),
 ]
 REWARD = Values(
     ["--reward"], metavar="NAME[=WEIGHT] ...", required=True, help="Of `difftune methods`; weight 1 if not given."
 )
+REWARDS = Values(
+    ["--reward"], metavar="NAME ...", help="Scores beside saturation and contrast; the oracle where it can judge."
+)
+METHODS = Values(
+    ["--guidance"], metavar="NAME ...", default=["cfg"], show_default=True, help="Methods of `difftune methods`."
+)
+SCALES = Values(["--scales"], metavar="W ...", type=float, default=[5.0], show_default=True, help="CFG scales.")
 PROMPT = Values(["--prompt"], metavar="TEXT ...", required=True, help="One prompt or several.")
 STEPS = click.Option(
     ["--num_inference_steps", "--steps", "num_inference_steps"],

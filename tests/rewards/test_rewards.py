@@ -73,6 +73,8 @@ BETTER = {  # a better picture, a worse one, and the prompt
     "brightness": lambda: (gray(0.9), gray(0.1), ""),
     "colorfulness": lambda: (NOISE, gray(0.5), ""),
     "symmetry": lambda: (gray(0.5), NOISE, ""),
+    "saturation": lambda: (scene(CIRCLE), gray(0.5), ""),
+    "contrast": lambda: (NOISE, gray(0.5), ""),
 }
 DOWNLOADED = {  # or the user's own model
     "clip-score", "open-clip", "pickscore", "hps-v2", "hps-v2.1", "imagereward", "aesthetic", "aesthetic-ava",

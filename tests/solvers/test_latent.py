@@ -267,8 +267,8 @@ def test_what_is_not_supported_is_refused_by_name():
     parts = {**pipe.components, "controlnet": None, "requires_safety_checker": False}
     with pytest.raises(ValueError, match="ControlNet"):
         LatentModel(StableDiffusionControlNetPipeline(**parts))
-    with pytest.raises(ValueError, match="no patch 'pag'; known: none"):
-        model.denoiser.patched("pag")
+    with pytest.raises(ValueError, match="no patch 'cat'; known: pag, slg, seg, nasa, nag"):
+        model.denoiser.patched("cat")
     with pytest.raises(ValueError, match="3 generators for a batch of 2"):
         model.noise(2, [seeded()] * 3)
     with pytest.raises(ValueError, match="17 x 16 pixels.* 2"):

@@ -1,0 +1,22 @@
+"""Every method has its page, and the page names its settings and defaults."""
+
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+
+from guidance.methods import GUIDANCE
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_page(name):
+    page, overview = (DOCS / "guidance" / f"{name}.md").read_text(), (DOCS / "guidance.md").read_text()
+    assert page.startswith(f"# {name}: ") and f"(guidance/{name}.md)" in overview
+    if name in ("none", "null-text"):
+        return
+    for field in fields(GUIDANCE[name]):
+        assert f"`{field.name}`" in page, field.name
+        if isinstance(field.default, float) and field.default is not MISSING:
+            assert f"{field.default:g}" in page, (field.name, field.default)
