@@ -182,6 +182,23 @@ TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 @cache
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids and merges, the same in every process: the BPE trainer breaks ties by chance, so they are kept on disk, and
+    `restore` puts those of the shipped tokenizer there."""
+    file = TRAIN / "vocabulary.json"
+    if not file.exists():
+        keep_vocabulary(*learnt_vocabulary())
+    vocab, merges = json.loads(file.read_text())
+    return vocab, [(first, second) for first, second in merges]
+
+
+def keep_vocabulary(vocab: dict[str, int], merges: list) -> None:
+    TRAIN.mkdir(exist_ok=True)
+    partial = TRAIN / "vocabulary.partial"
+    partial.write_text(json.dumps([vocab, merges]))
+    partial.rename(TRAIN / "vocabulary.json")
+
+
+def learnt_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """CLIP's layout: every byte, every byte that ends a word, the merges that make a token of each word, two marks."""
     letters = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     names = [chr(i) for i in (*letters, *range(256, 512 - len(letters)))]
@@ -660,6 +677,9 @@ def train_classifier(steps: int = 1500, batch: int = 64) -> ShapeClassifier:
 def restore() -> None:
     """States of finished stages made of the shipped weights; a stage that has a state keeps it."""
     pipe = StableDiffusionPipeline.from_pretrained(models.path("tiny"))
+    if not (TRAIN / "vocabulary.json").exists():
+        learnt = json.loads((models.path("tiny") / "tokenizer/tokenizer.json").read_text())["model"]
+        keep_vocabulary(learnt["vocab"], learnt["merges"])
     denoiser = [pipe.unet, pipe.text_encoder]
     clip, classifier = CLIPScore(models.path("tiny-clip")).model, load_classifier(models.path("tiny-classifier"))
     names = ("tiny-weak", "tiny-turbo")
