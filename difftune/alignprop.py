@@ -237,7 +237,10 @@ def backward(
     images, texts = chain(prompts, indices, gradient)
     scores = scored(reward, images, texts, step)
     share = len(indices) / config.train_batch_size / config.gradient_accumulation_steps
-    accelerator.backward(share * alignprop_loss(scores, config.loss_coeff))
+    try:
+        accelerator.backward(share * alignprop_loss(scores, config.loss_coeff))
+    except FloatingPointError as error:  # of a sweep, or of a run that is watched
+        raise RunError(f"step {step + 1}: {error}; checkpoints are as they were") from error
     return scores.detach()
 
 

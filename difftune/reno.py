@@ -244,7 +244,7 @@ class Objective:
             total = self.reward.total(parts)
             away = regularizer(x)
             loss = (self.settings.regularization * away - total.to(away)).sum()
-            gradient = torch.autograd.grad(loss, x)[0] if backward else None
+            gradient = self._gradient(loss, x, iteration) if backward else None
         norm = torch.zeros(len(x)) if gradient is None else gradient.flatten(1).norm(dim=1)
         if not norm.isfinite().all():
             of = self.prompts[int(norm.isfinite().int().argmin())]
@@ -252,6 +252,12 @@ class Objective:
         recorded = {name: scores.detach().cpu() for name, scores in parts.items()}
         record = Iteration(recorded, total.detach().cpu(), away.detach().cpu(), norm.cpu())
         return images.detach(), record, gradient
+
+    def _gradient(self, loss: Tensor, x: Tensor, iteration: int) -> Tensor:
+        try:
+            return torch.autograd.grad(loss, x)[0]
+        except FloatingPointError as error:  # of a sweep, or of a run that is watched
+            raise RunError(f"iteration {iteration + 1}: {error}") from error
 
     def images(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], differentiable in the noise x (B, C, h, w)."""

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from solvers.denoiser import Path
 from solvers.noise import Noise, log_snr
-from solvers.ode import TABLEAUX, Flow, Tableau, between, clean, first, increment, scale, tau, weighted
+from solvers.ode import TABLEAUX, Flow, Tableau, clean, first, increment, scale, tau, weighted
 from solvers.revolve import replayed
 from solvers.run import Run, no_noise, no_step, observe
 from solvers.samplers import euler, renoise
+from solvers.singlestep import between
 from solvers.sweep import Down, Gradients, Totals, given, plus, pulled, swept
 
 

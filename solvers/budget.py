@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from math import ceil, comb
+from math import ceil
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from solvers.denoiser import Path, Predict
 from solvers.memory import UNBOUNDED, Function, Memory, apart, block_checkpointing, has_blocks, measured
 from solvers.noise import Noise
-from solvers.rollout import MODES, rollout
+from solvers.revolve import repeated
+from solvers.rollout import rollout
 from solvers.samplers import Step
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -234,20 +235,12 @@ def calls_of(gradient: str, steps: int) -> float:
     if name == "full":
         return 2.0
     if name == "revolve":
-        return 2 + (plain_forwards(steps, int(option)) + 1) / steps  # the last step, too, is first run plainly
+        return 2 + (repeated(steps, int(option)) + 1) / steps  # the last step, too, is first run plainly
     return 1 + 2 * int(option) / steps if name == "truncated" else 3.0
 
 
-def plain_forwards(steps: int, slots: int) -> int:
-    """T(N, c) = r N - C(c + r, r - 1), with r least such that C(c + r, c) >= N: the forwards beside the N that are
-    differentiated, with c states stored, the first pass included (https://doi.org/10.1145/347837.347846)."""
-    r = next(r for r in range(steps + 1) if comb(slots + r, slots) >= steps)
-    return r * steps - comb(slots + r, r - 1) if r else 0
-
-
 def _modes(steps: int) -> list[str]:
-    revolve = [f"revolve:{slots}" for slots in range(1, steps)] if "revolve" in MODES else []
-    return ["full", "checkpoint", *revolve]
+    return ["full", "checkpoint", *(f"revolve:{slots}" for slots in range(1, steps))]
 
 
 def _measure(memory: Memory | None) -> Memory:

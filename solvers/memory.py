@@ -145,8 +145,10 @@ def offloaded(device: torch.device | str, gradient: str = "checkpoint") -> Itera
     """Around a rollout: the latents that it keeps for the backward pass wait in the host's memory, not the device's.
 
     Yields a sentence that says what is done; on a CPU it is nothing, as the latents are there already. ValueError for
-    "full", which keeps whole graphs: recompute those instead.
+    "full", which keeps whole graphs, and for the sweeps that hold their states where autograd does not see them.
     """
+    if gradient.partition(":")[0] in ("revolve", "lean") or gradient == "adjoint:exact_endpoint":
+        raise ValueError(f"gradient mode {gradient!r} holds its states on the device: offload with 'checkpoint'")
     if gradient.partition(":")[0] == "full":
         raise ValueError("gradient mode 'full' keeps whole graphs, not latents: offload with 'checkpoint'")
     if torch.device(device).type == "cpu":

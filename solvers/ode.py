@@ -18,6 +18,7 @@ from solvers.denoiser import Path, Predict, Prediction
 from solvers.noise import Noise
 from solvers.recompute import NoGenerator
 from solvers.run import Run, check_listed
+from solvers.singlestep import between
 from solvers.sweep import RandomState
 
 
@@ -47,19 +48,6 @@ def scale(at: Noise) -> Tensor:
 
 def tau(at: Noise) -> Tensor:
     return at.sigma / scale(at)
-
-
-def between(now: Noise, then: Noise, part: float) -> Noise:
-    """The level `part` of the way from now to then in tau, on the straight line between the two levels.
-
-    That line is the path itself for flows (alpha + sigma = 1) and for VE (alpha = 1); elsewhere only the scale differs.
-    """
-    if part in (0.0, 1.0):
-        return then if part else now
-    t = tau(now) + part * (tau(then) - tau(now))
-    rise, total = then.sigma - now.sigma, scale(then) - scale(now)
-    s = (t * scale(now) - now.sigma) / (rise - t * total)
-    return Noise(now.alpha + s * (then.alpha - now.alpha), now.sigma + s * rise)
 
 
 @dataclass(frozen=True)

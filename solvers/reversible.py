@@ -24,9 +24,10 @@ from torch import Tensor
 
 from solvers.denoiser import Path, Predict, widen
 from solvers.noise import Noise
-from solvers.ode import TABLEAUX, Checked, Flow, between, clean, increment, scale, tau
+from solvers.ode import TABLEAUX, Checked, Flow, clean, increment, scale, tau
 from solvers.run import Run, no_noise, no_step, observe
 from solvers.samplers import renoise
+from solvers.singlestep import between
 from solvers.sweep import Down, Gradients, Totals, given, pulled, swept, vjp
 
 Pair = tuple[Tensor, Tensor]
@@ -158,7 +159,7 @@ class Invert:
     def _check_drift(self, x: Tensor, pair: Pair, end: Tensor) -> None:
         drift = ((self.sampler.noise(pair) - x).norm() / torch.maximum(x.norm(), end.norm())).item()
         if not drift <= DRIFT:
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"the inverse run misses its start by {drift:.1e} (relative), so its gradient is wrong: the network has"
                 " changed since the run, or is too stiff for this method; use 'checkpoint' with a step, or more steps"
             )

@@ -6,7 +6,7 @@ and graphs upstream of the conditions see ordinary gradients.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -60,17 +60,15 @@ class Totals:
 
 @dataclass(frozen=True)
 class Ambient:
-    """The autocast setting of a device. Weights are not cached: a copy made without a graph would stand in for one
-    with a graph, and the weight would get no gradient."""
+    """The autocast setting of a device, off included. Weights are not cached: where torch caches under no_grad too, a
+    copy made without a graph would stand in for one with a graph, and the weight would get no gradient."""
 
     device: str
     enabled: bool
     dtype: torch.dtype
 
     def __call__(self) -> AbstractContextManager[Any]:
-        if not self.enabled:
-            return nullcontext()
-        return torch.autocast(self.device, self.dtype, cache_enabled=False)
+        return torch.autocast(self.device, self.dtype, enabled=self.enabled, cache_enabled=False)
 
 
 def ambient(device: str) -> Ambient:

@@ -282,6 +282,14 @@ def test_what_is_not_finite_ends_the_run_and_the_last_checkpoint_stays(toy, tmp_
     assert not (out / lora.WEIGHTS).exists()
 
 
+def test_a_sweep_that_is_not_finite_names_its_step(toy, tmp_path):
+    out = tmp_path / "out"
+    config = replace(toy, output_dir=str(out), checkpointing_steps=1, gradient="revolve:2")
+    with pytest.raises(RunError, match="step 3: the gradient is not finite at step .*checkpoints are as they were"):
+        alignprop.run(config, pipe=pipelines.sd(), reward=Broken(0))
+    assert checkpoint.latest(out).name == "checkpoint-2"
+
+
 @pytest.mark.parametrize(
     ("more", "what"),
     [

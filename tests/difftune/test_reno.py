@@ -193,6 +193,18 @@ def test_what_is_not_finite_is_named(pipe, monkeypatch):
         quiet(pipe).optimize(PROMPTS, 2)
 
 
+class Kinked(Linear):
+    """A finite score whose gradient is not."""
+
+    def __call__(self, images, prompts):
+        return super().__call__(images, prompts) + (0 * images).sqrt().mean(dim=(1, 2, 3))
+
+
+def test_a_sweep_that_is_not_finite_names_its_step(pipe):
+    with pytest.raises(RunError, match="iteration 1: the gradient is not finite at step 0 of 1"):
+        replace(quiet(pipe, Kinked()), gradient="revolve:1").optimize(PROMPTS, 2)
+
+
 def test_what_cannot_be_is_refused_by_name(pipe):
     for rewards, what in (
         ({"jpeg": 1.0}, "'jpeg' is not differentiable.*brightness"),

@@ -192,7 +192,7 @@ def test_a_reward_apart_has_the_same_gradient_and_keeps_nothing():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_offloaded_latents_give_the_same_bits(pipe, device):
-    """"meta" stands for a device that is no CPU: what is saved is copied to the host, and comes back."""
+    """ "meta" stands for a device that is no CPU: what is saved is copied to the host, and comes back."""
     job, moved = Job(pipe), []
     plain = job.gradients("checkpoint")
     with offloaded(device) as said:
@@ -206,3 +206,6 @@ def test_offloaded_latents_give_the_same_bits(pipe, device):
 def test_offload_wants_latents():
     with pytest.raises(ValueError, match="whole graphs"), offloaded("cuda", "full"):
         pass
+    for mode in ("revolve:8", "lean", "adjoint:exact_endpoint"):
+        with pytest.raises(ValueError, match=f"'{mode}' holds its states on the device"), offloaded("cuda", mode):
+            pass

@@ -6,7 +6,9 @@ import torch
 from difftune.models import load
 from guidance.guided import guided
 from guidance.methods import CFG
+from solvers.denoiser import predicted
 from solvers.latent import LatentModel
+from solvers.noise import cosine, grid
 from solvers.rollout import rollout
 from solvers.samplers import SAMPLERS, euler
 from tests import pipelines
@@ -35,18 +37,39 @@ def job(pipe, steps, prompt="red circle"):
     return guided(model.denoiser, CFG(5.0), conds), x.float().requires_grad_(), model.levels(steps)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("dtype", HALVES)
-def test_the_state_stays_in_float32(name, dtype):
-    pipe = pipelines.sd().to(dtype=dtype)
-    predict, x, levels = job(pipe, 2)
-    seen, noise = Seen(predict), torch.randn(2, *x.shape)
+class Toy:
+    """A flow network in half precision."""
+
+    def __init__(self, dtype):
+        torch.manual_seed(0)
+        self.body = torch.nn.Linear(4, 4).to(dtype)
+        self.tensors = (*self.body.parameters(),)
+
+    def __call__(self, path, at):
+        return predicted("flow", path.x, at, self.body(path.x.to(self.body.weight.dtype)).tanh())
+
+
+def check_float32(name, predict, x, levels):
+    """State, memory and gradient of a run."""
+    seen, noise = Seen(predict), torch.randn(len(levels) - 1, *x.shape)
     path = rollout(SAMPLERS[name], seen, x, levels, "checkpoint", noise)
     assert path.x.dtype == path.x0.dtype == torch.float32
     assert seen.dtypes <= {torch.float32, torch.float64} and torch.float32 in seen.dtypes
     (gradient,) = torch.autograd.grad(path.x.sum(), x)
     assert gradient.dtype == torch.float32 and gradient.isfinite().all()
-    assert pipe.unet.dtype == dtype
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_state_stays_in_float32(name, dtype):
+    check_float32(name, Toy(dtype), torch.randn(2, 4).requires_grad_(), grid(cosine, 4, 0.95))
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+def test_the_state_of_a_pipeline_stays_in_float32(name):
+    pipe = pipelines.sd().to(dtype=torch.bfloat16)
+    check_float32(name, *job(pipe, 2))
+    assert pipe.unet.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", HALVES)

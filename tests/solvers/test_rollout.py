@@ -93,6 +93,17 @@ def test_gaussian_closed_form(gradient):
     torch.testing.assert_close(for_mean, torch.full_like(x, (1 - exact) * levels[-1].alpha.item()), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("gradient", ["full", "checkpoint", "revolve:1"])
+def test_one_step_to_data_is_the_posterior_gradient(gradient):
+    """Of L(x0(x)), which posterior sampling (https://arxiv.org/abs/2209.14687) takes at every step."""
+    x, mean = (torch.randn(1, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    predict, at = bind(Gaussian(mean, 0.5), {}, [mean]), LEVELS[2]
+    ends = predict(Path(x), at).x0, rollout(euler, predict, x, [at, LEVELS[-1]], gradient).x
+    posterior, ours = (torch.autograd.grad((end**3).sum(), (x, mean)) for end in ends)
+    for a, b in zip(ours, posterior, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("name, error", [("rk4", 1e-6), ("dpm_3", 1e-4), ("unipc_2", 1e-4)])
 def test_gradients_of_the_exact_flow(name, error):
     """x' = alpha' mu + sqrt(v'/v) (x - alpha mu): for x, the mean and the deviation of the data, in 80 steps."""

@@ -5,10 +5,8 @@ import torch
 
 from solvers.denoiser import predicted
 from solvers.noise import cosine, grid
-from solvers.rollout import rollout
+from solvers.rollout import rollout, watch_gradients
 from solvers.samplers import euler
-
-watch_gradients = pytest.importorskip("solvers.run", reason="needs the hook of solvers.run").watch_gradients
 
 
 class Sharp:
