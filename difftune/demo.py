@@ -34,7 +34,7 @@ class Budget:
     model: str = "tiny"
     turbo: str = "tiny-turbo"
     reward: str = "tiny-clip"
-    guidance_scale: float = 2.0
+    guidance_scale: float = 3.0
     steps: int = 25  # of the sampler
     prompts_per_category: int = 10
     images_per_prompt: int = 1

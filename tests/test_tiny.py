@@ -15,7 +15,7 @@ from rewards import shapes
 from rewards.registry import load
 
 ROOT = Path(__file__).parents[1]
-SCALE = 2.0
+SCALE = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,14 @@ def test_oracle_survives_the_vae(check):
 
 def test_guidance_makes_tiny_follow_its_captions():
     guided, free = (score("tiny", method, 15, 10) for method in (CFG(SCALE), GUIDANCE["none"]()))
-    assert guided["overall"] >= free["overall"]
-    assert guided["overall"] >= 0.5
+    assert guided["overall"] >= free["overall"] + 0.1
+    assert guided["overall"] >= 0.6
     assert guided["colors"] >= 0.75
+    assert guided["position"] >= 0.5
 
 
 def test_turbo_follows_captions_in_four_steps():
-    assert score("tiny-turbo", GUIDANCE["none"](), 4, 10)["overall"] >= 0.3
+    assert score("tiny-turbo", GUIDANCE["none"](), 4, 10)["overall"] >= 0.4
 
 
 def test_clip_ranks_the_true_caption_first(check):
@@ -97,8 +98,9 @@ def test_everything_in_full(check):
     assert check.ranked_first(1000) >= 0.83
     guided, free = (check.shapeeval("tiny", *m, 25, 4) for m in (("cfg", {"scale": SCALE}), ("none", {})))
     assert guided["overall"] >= 0.55
-    assert guided["overall"] > free["overall"]
+    assert guided["overall"] > free["overall"] + 0.1
+    assert guided["position"] >= 0.5
     assert guided["colors"] >= 0.85
     turbo = {k: check.shapeeval("tiny-turbo", "none", {}, k, 4)["overall"] for k in (1, 4)}
-    assert turbo[1] >= 0.1
-    assert turbo[4] >= 0.4
+    assert turbo[1] >= 0.15
+    assert turbo[4] >= 0.45
