@@ -3,6 +3,7 @@
 import dis
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -254,6 +255,7 @@ def serve(
         from rewards.remote import Limits, Server
 
         server = Server(load(name, batch_size), host, port, token, Limits(images=max_images), device)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
     _print({"url": server.url, "reward": name}, as_json, f"{name} at {server.url}")
     with server:
         server.serve_forever()

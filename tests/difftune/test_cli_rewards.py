@@ -45,12 +45,17 @@ def test_function_of_the_working_directory_scores_pictures(picture, tmp_path, mo
     refuse(2, "score", "--reward", "my_rewards:blue", "--", picture, saying=["has no 'blue'"])
 
 
+def deaf():
+    """As a shell starts what it runs in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def test_served_reward_scores_pictures_by_its_url(picture):  # noqa: F811
     """Another process serves it until it is interrupted."""
     command = [sys.executable, "-m", "difftune", "rewards", "serve", "brightness", "--port", "0", "--json"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=deaf
     ) as server:
         try:
             url = json.loads(server.stdout.readline())["url"]
@@ -58,7 +63,11 @@ def test_served_reward_scores_pictures_by_its_url(picture):  # noqa: F811
             assert json.loads(found)[0]["total"] == pytest.approx(-0.8)
         finally:
             server.send_signal(signal.SIGINT)
-        assert server.wait(20) == 130
+            try:
+                code = server.wait(20)
+            finally:
+                server.kill()
+        assert code == 130
     refuse(
         1, "score", "--reward", url, "--prompt", "a", "--", picture, saying=["no scores from the reward server", url]
     )
