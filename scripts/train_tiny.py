@@ -336,6 +336,7 @@ def train_unet(steps: int = 5500, more: int = 1200) -> tuple[UNet2DConditionMode
     layout = lambda step: denoising_loss(unet, text, share=LAYOUT)  # noqa: E731
     Fit("layout", {"unet": unet, "text": text}, layout, more, 8e-4).run()
     train_relations(unet, text)
+    train_choices(unet, text)
     return unet.eval(), text.eval()
 
 
@@ -460,6 +461,22 @@ def train_relations(
     Fit("open", modules, opening, open, 8e-4).run()
 
 
+def train_choices(unet: nn.Module, text: nn.Module, steps: int = 2600) -> None:
+    """What takes the UNet longest: to choose one colour or place where the caption leaves it open. The text encoder
+    stays, so that `tiny-weak` may be trained before."""
+    text.requires_grad_(False)
+    network, empty = compiled(unet), tokens([""])
+
+    def loss(step: int) -> Tensor:
+        chosen = lessons()[0].of(torch.multinomial(shares(**OPEN), 64))
+        t = torch.where(torch.rand(64) < 0.4, torch.randint(500, 1000, (64,)), torch.randint(0, 1000, (64,)))
+        ids = torch.where(torch.rand(64, 1, device=DEVICE) < 0.1, empty, chosen.ids)
+        states = text(ids).last_hidden_state
+        return x0_loss(network, latents()[0][chosen.scene].to(DEVICE), t.to(DEVICE), states, cap=20)
+
+    Fit("choices", {"unet": unet}, loss, steps, 1e-3).run()
+
+
 def joined(parts: Iterable[Lessons]) -> Lessons:
     return Lessons(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
@@ -543,7 +560,7 @@ def draw_caption(rng: np.random.Generator) -> shapes.Caption:
             return caption
 
 
-def train_turbo(steps: int = 1600, batch: int = 64) -> UNet2DConditionModel:
+def train_turbo(steps: int = 2600, batch: int = 64) -> UNet2DConditionModel:
     """`tiny-turbo`: maps any point of the teacher's trajectory to its end, half of the time from pure noise.
 
     Supervised consistency distillation (https://arxiv.org/abs/2310.04378, with the solver's own end point as the
@@ -566,7 +583,7 @@ def train_turbo(steps: int = 1600, batch: int = 64) -> UNet2DConditionModel:
         x0 = (start - (1 - power).sqrt() * eps) / power.sqrt()
         return ((x0 - end).square().flatten(1).sum(1) + 0.01).sqrt().mean()
 
-    Fit("turbo", {"unet": student}, loss, steps, 5e-4).run()
+    Fit("turbo", {"unet": student}, loss, steps, 8e-4).run()
     return student.eval()
 
 
@@ -694,8 +711,9 @@ def restore() -> None:
         "places": (related, 900),
         "polish": (related, 1200),
         "open": (related, 700),
+        "choices": ([pipe.unet], 2600),
         "weak": ([weak], 600),
-        "turbo": ([turbo], 1600),
+        "turbo": ([turbo], 2600),
         "clip": ([clip], 2000),
         "clip_late": ([clip], 1400),
         "clip_last": ([clip], 1000),
