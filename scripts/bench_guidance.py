@@ -196,16 +196,15 @@ def sweep(folder: File, size: Size, kind: str, methods: Sequence[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ adaptive guidance
-def adaptive(size: Size, scale: float, threshold: float) -> dict[str, Any]:
+def adaptive(size: Size, ag: AdaptiveGuidance) -> dict[str, Any]:
     """AG against CFG: the paired difference in score, evaluations, and seconds of batches of 16 in turns."""
     pipe, entries = _pipe(), evaluate.entries_of(size.prompts)
-    methods = {"cfg": CFG(scale), "ag": AdaptiveGuidance(scale, threshold)}
+    methods = {"cfg": CFG(ag.scale), "ag": ag}
     made = {n: evaluate.evaluate(pipe, m, entries, size.adaptive_images, size.steps) for n, m in methods.items()}
     change = evaluate.differences(made["ag"].results, made["cfg"].results)["overall"]
     seconds = timed({n: lambda m=m: _loop(pipe, m, size.steps) for n, m in methods.items()}, size.repeats)  # type: ignore[misc]
     return {
-        "threshold": threshold,
-        "scale": scale,
+        **asdict(ag),
         "images": len(made["ag"].results),
         "difference": asdict(change),
         "nfe": {name: e.nfe for name, e in made.items()},
@@ -239,7 +238,7 @@ def inversion(size: Size, method: Guidance) -> dict[str, Any]:
 
 
 def invert_all(folder: File, size: Size) -> None:
-    for lam, omega in PAIRS[: 1 if size is QUICK else None]:
+    for lam, omega in PAIRS[: 1 if size.pictures == QUICK.pictures else None]:
         cell(folder, f"inversion-cfgpp-{lam:g}", lambda lam=lam: inversion(size, CFGpp(lam)))  # type: ignore[misc]
         cell(folder, f"inversion-cfg-{omega:g}", lambda omega=omega: inversion(size, CFG(omega)))  # type: ignore[misc]
 
@@ -250,14 +249,15 @@ def _pipe() -> Any:
     return pipe
 
 
-def main(parts: Sequence[str], quick: bool, output_dir: str, scale: float, threshold: float) -> None:
-    size, folder = QUICK if quick else Size(), File(output_dir)
+def main(parts: Sequence[str], quick: bool, output_dir: str, ag: AdaptiveGuidance, size: Size) -> None:
+    folder = File(output_dir)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, results in {folder}")
+    label = f"adaptive-{ag.scale:g}-{ag.threshold:g}-{ag.min_cfg_steps}"
     todo: dict[str, Callable[[], object]] = {
         "overhead": lambda: cell(folder, "overhead", lambda: overhead(size)),
         "sweep": lambda: sweep(folder, size, "shapeeval", METHODS),
         "classes": lambda: sweep(folder, size, "classes", ("none", "cfg", "gfcg")),
-        "adaptive": lambda: cell(folder, f"adaptive-{threshold:g}", lambda: adaptive(size, scale, threshold)),
+        "adaptive": lambda: cell(folder, label, lambda: adaptive(size, ag)),
         "inversion": lambda: invert_all(folder, size),
     }
     for part in parts or (todo if quick else ["overhead"]):
@@ -269,6 +269,18 @@ if __name__ == "__main__":
     parser.add_argument("parts", nargs="*", help="overhead (the default), sweep, classes, adaptive, inversion")
     parser.add_argument("--quick", action="store_true", help="all parts, as small as can be")
     parser.add_argument("--output_dir", default="runs/bench_guidance")
-    parser.add_argument("--scale", type=float, default=2.5, help="of `adaptive`")
+    parser.add_argument("--scales", type=float, nargs="+", help="CFG scales of `sweep` and `classes`")
+    parser.add_argument("--evaluations", type=int, help="of an image in `sweep` and `classes`")
+    parser.add_argument("--images", type=int, help="of a prompt in `sweep` and `classes`")
+    parser.add_argument("--prompts", type=int, help="of each category; all without it")
+    parser.add_argument("--scale", type=float, default=3.0, help="of `adaptive`")
     parser.add_argument("--threshold", type=float, default=AdaptiveGuidance.threshold, help="of `adaptive`")
-    main(**vars(parser.parse_args()))
+    parser.add_argument("--min_cfg_steps", type=int, default=1, help="of `adaptive`")
+    parser.add_argument("--adaptive_images", type=int, help="of a prompt in `adaptive`")
+    options = vars(parser.parse_args())
+    ag = AdaptiveGuidance(
+        *(options.pop(name) for name in ("scale", "threshold")), min_cfg_steps=options.pop("min_cfg_steps")
+    )
+    sizes = {name: options.pop(name) for name in ("scales", "evaluations", "images", "prompts", "adaptive_images")}
+    size = QUICK if options["quick"] else Size()
+    main(**options, ag=ag, size=size._replace(**{name: value for name, value in sizes.items() if value is not None}))
