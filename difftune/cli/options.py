@@ -20,6 +20,7 @@ ALIASES = {
     "num_inference_steps": ["--steps"],
 }
 METAVARS = {"model": "NAME|FOLDER|HUB_ID", "reward": "NAME[=WEIGHT] ...", "guidance": "NAME", "output_dir": "FOLDER"}
+EXAMPLES = Path(__file__).parent.parent / "examples"
 DOTTED = "--guidance."  # the key is whatever follows
 FILE_SETTINGS = "difftune.guidance"  # where a context keeps the guidance.KEY of its file
 
@@ -136,11 +137,17 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
     ctx.meta[FILE_SETTINGS] = settings
 
 
+def config_file(name: str) -> Path:
+    """The file of that path, or, where there is none, the example of that name."""
+    example = EXAMPLES / f"{name.removesuffix('.yaml')}.yaml"
+    return example if not Path(name).exists() and Path(name).name == name and example.is_file() else Path(name)
+
+
 def _mapping(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(Path(path).read_text())
+        found = yaml.safe_load(config_file(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise click.UsageError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
@@ -214,7 +221,7 @@ CONFIG = click.Option(
     is_eager=True,
     expose_value=False,
     callback=read_config,
-    help="YAML file with the same keys; flags win.",
+    help="YAML file with the same keys, or the name of one in difftune/examples; flags win.",
 )
 MODEL = click.Option(
     ["--model", "--pretrained_model_name_or_path", "model"],
