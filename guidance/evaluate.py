@@ -1,6 +1,6 @@
 """Evaluating branches: one forward for all that share a network and a patch, NaN for the rows that nobody asked for."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ class Counter:
     rows: int = 0
     calls: int = 0
 
-    def add(self, rows: int) -> None:
+    def add(self, rows: int, wanted: Sequence[Tensor | None] = ()) -> None:
+        """One forward of that many rows; `wanted` are the `Branch.rows` of the branches that share it."""
         self.rows += rows
         self.calls += 1
 
@@ -39,7 +40,7 @@ def evaluate(
     answers = {name: torch.full_like(blank, torch.nan) for name in request.keys() - jobs.keys()}
     for (network, patch, _), names in _groups(request, jobs).items():
         out = call(network, patch, _joined([jobs[name] for name in names]))
-        counter.add(len(out))
+        counter.add(len(out), [request[name].rows for name in names])
         parts = out.split([_size(request[name], blank) for name in names])
         answers |= {n: _spread(part, request[n].rows) for n, part in zip(names, parts, strict=True)}
     return {name: answers[name] for name in request}
