@@ -31,7 +31,7 @@ class State(NamedTuple):
     """All that a resumed run needs."""
 
     step: int  # optimiser steps done
-    tensors: Mapping[str, Tensor]  # names carry their owner: "lora.*", "adam.*", "rng.*"
+    tensors: Mapping[str, Tensor]  # names carry their owner: "weights.*", "optimizer.*", "rng.*"
     info: Mapping[str, Any]  # what JSON holds: data cursor, settings, statistics
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 
 def documented(config: type) -> type:
-    """The dataclass, where `metadata["help"]` of each field is the docstring below it."""
+    """The dataclass, where `metadata["help"]` of each field is the docstring below it, or below the one it replaces."""
     (tree,) = ast.parse(inspect.getsource(config)).body
     assert isinstance(tree, ast.ClassDef)
-    texts = {
+    texts = {f.name: f.metadata["help"] for base in config.__mro__[1:-1] for f in fields(base)}
+    texts |= {
         name.target.id: ast.literal_eval(text.value)
         for name, text in pairwise(tree.body)
         if isinstance(name, ast.AnnAssign) and isinstance(name.target, ast.Name) and isinstance(text, ast.Expr)
@@ -24,19 +25,19 @@ def documented(config: type) -> type:
 
 @documented
 @dataclass(frozen=True)
-class AlignPropConfig:
-    """AlignProp: fine-tune a LoRA on a differentiable reward, through the sampler (https://arxiv.org/abs/2310.03739)."""
+class TrainingConfig:
+    """What every recipe that trains a model is told."""
 
     model: str = "tiny"
     """An embedded model (tiny, tiny-turbo), a folder in diffusers' format, or a model's id on the hub."""
     reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
-    """What to raise: NAME or NAME=WEIGHT, one or several; their weighted sum. Each must be differentiable."""
-    output_dir: str = "runs/alignprop"
+    """What to raise: NAME or NAME=WEIGHT, one or several; their weighted sum."""
+    output_dir: str = "runs/train"
     """Folder of the run; it must be empty, unless the run is resumed."""
     prompts: str = "shapes"
     """Training prompts: a text file with one per line, or "shapes", captions of the world without ShapeEval's."""
     seed: int = 0
-    """Of the LoRA's first weights, the prompts, the noise and the truncation."""
+    """Of the LoRA's first weights, the prompts, the noise, and all that a recipe draws."""
     max_train_steps: int = 100
     """Optimiser steps."""
     train_batch_size: int = 8
@@ -47,24 +48,13 @@ class AlignPropConfig:
     num_inference_steps: int = 25
     """Steps of the sampler."""
     sampler: str = "euler"
-    """Sampler that is differentiated; euler is DDIM."""
+    """Sampler of the images that are trained on; euler is DDIM."""
     guidance: str = "cfg"
     """Guidance method of the sampler, in training as in use."""
     guidance_scale: float | None = None
     """Short for guidance_options["scale"]; None is 5 for cfg, and the own default of any other method."""
     guidance_options: dict[str, Any] = field(default_factory=dict)
     """Further options of the guidance method."""
-
-    gradient: str | None = None
-    """A mode of the engine for every optimiser step (full, checkpoint, revolve:8, truncated:10[:STYLE], adjoint:METHOD,
-    reversible:METHOD, lean); None draws K for each."""
-    truncation_min: int = 1
-    """Least K: the number of last sampler steps that carry gradient."""
-    truncation_max: int = 10
-    """Greatest K, at most num_inference_steps. K is uniform between the two, drawn once per optimiser step."""
-    memory_budget: str | None = None
-    """Bytes of the device that the run may take, weights included, as in 6GiB: block checkpointing and the images
-    at a time are chosen to fit. None: no limit, and nothing is measured."""
     enable_xformers_memory_efficient_attention: bool = False
     """Let the network attend by xformers, if a probe on this GPU shows it no slower than SDPA, the default."""
     deterministic: bool = False
@@ -78,7 +68,7 @@ class AlignPropConfig:
     """Probability that an input of a LoRA layer is dropped in training."""
 
     learning_rate: float = 1e-3
-    """Of AdamW, after the warm-up."""
+    """Of the optimiser, after the warm-up."""
     lr_scheduler: str = "constant_with_warmup"
     """Shape of the learning rate over the optimiser steps, a name of diffusers.optimization."""
     lr_warmup_steps: int = 0
@@ -93,8 +83,8 @@ class AlignPropConfig:
     """Added to the root of AdamW's mean of squared gradients."""
     max_grad_norm: float = 1.0
     """The gradient's norm over all weights is clipped to this."""
-    loss_coeff: float = 1.0
-    """The loss is -loss_coeff * mean reward. AdamW does not feel it; the clip and float16's range do."""
+    max_skipped_steps: int = 10
+    """Optimiser steps that a run may skip because a reward or a gradient was not finite; one more ends it."""
     mixed_precision: str = "no"
     """Precision of the frozen networks: "no" (float32), "bf16" or "fp16". The LoRA is always float32."""
 
@@ -106,6 +96,33 @@ class AlignPropConfig:
     """The word "latest", or a checkpoint's folder: go on from there, exactly as if the run had not been interrupted."""
     report_to: str = "none"
     """A tracker of accelerate ("tensorboard", "wandb", ...) beside metrics.jsonl."""
+
+
+@documented
+@dataclass(frozen=True)
+class AlignPropConfig(TrainingConfig):
+    """AlignProp: fine-tune a LoRA on a differentiable reward, through the sampler (https://arxiv.org/abs/2310.03739)."""
+
+    reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
+    """What to raise: NAME or NAME=WEIGHT, one or several; their weighted sum. Each must be differentiable."""
+    output_dir: str = "runs/alignprop"
+    seed: int = 0
+    """Of the LoRA's first weights, the prompts, the noise and the truncation."""
+    sampler: str = "euler"
+    """Sampler that is differentiated; euler is DDIM."""
+
+    gradient: str | None = None
+    """A mode of the engine for every optimiser step (full, checkpoint, revolve:8, truncated:10[:STYLE], adjoint:METHOD,
+    reversible:METHOD, lean); None draws K for each."""
+    truncation_min: int = 1
+    """Least K: the number of last sampler steps that carry gradient."""
+    truncation_max: int = 10
+    """Greatest K, at most num_inference_steps. K is uniform between the two, drawn once per optimiser step."""
+    memory_budget: str | None = None
+    """Bytes of the device that the run may take, weights included, as in 6GiB: block checkpointing and the images
+    at a time are chosen to fit. None: no limit, and nothing is measured."""
+    loss_coeff: float = 1.0
+    """The loss is -loss_coeff * mean reward. AdamW does not feel it; the clip and float16's range do."""
 
 
 @documented

@@ -7,12 +7,14 @@ without which an alpha other than the rank is silently lost.
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from difftune.checkpoint import flush
@@ -62,6 +64,24 @@ def load(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(tensors[name])
+
+
+@contextmanager
+def off(network: nn.Module) -> Iterator[None]:
+    """The network as it was before its adapters, bit for bit; they are back at the end, also after an exception.
+
+    No weight's `requires_grad` changes, unlike under `network.disable_adapters()`: a graph that was built before is
+    differentiated as if nothing had happened.
+    """
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def save(pipe: Any, folder: str | Path) -> Path:

@@ -147,7 +147,8 @@ def report(folder: Path, metrics: dict[str, float], trackers: Sequence[Any], bar
     log.append(folder / METRICS, metrics)
     for tracker in trackers:
         tracker.log(metrics, step=int(metrics["step"]))
-    bar.set_postfix(reward=f"{metrics['reward_mean']:.4f}", refresh=False)
+    if "reward_mean" in metrics:  # a step that was skipped has none
+        bar.set_postfix(reward=f"{metrics['reward_mean']:.4f}", refresh=False)
     bar.update()
 
 

@@ -14,21 +14,25 @@ def paired(images: Tensor, prompts: Sequence[str]) -> None:
         raise ValueError(f"{len(images)} images need a list of {len(images)} prompts, not {prompts!r}")
 
 
+class NotFinite(ValueError):
+    """A reward, or a gradient, is infinite or not a number."""
+
+
 def finite(values: Tensor, what: str) -> Tensor:
-    """`values` (B, ...), unless a row holds a NaN or an infinity: then a ValueError that names `what` and the rows."""
+    """`values` (B, ...), unless a row holds a NaN or an infinity: then a NotFinite that names `what` and the rows."""
     bad = ~values.detach().isfinite().flatten(1).all(1) if values.ndim > 1 else ~values.detach().isfinite()
     if bad.any():
         rows = ", ".join(map(str, bad.nonzero().flatten().tolist()))
-        raise ValueError(f"{what} is not finite at index {rows} of the batch")
+        raise NotFinite(f"{what} is not finite at index {rows} of the batch")
     return values
 
 
 def checked(scores: Tensor, name: str, prompts: Sequence[str] | None = None) -> Tensor:
-    """`scores` (B,), unless one is not finite: then a ValueError that names the reward, the indices and the prompts."""
+    """`scores` (B,), unless one is not finite: then a NotFinite that names the reward, the indices and the prompts."""
     bad = (~scores.detach().isfinite()).nonzero().flatten().tolist()
     if bad:
         of = ", ".join(f"{i} ({prompts[i]!r})" if prompts is not None else str(i) for i in bad)
-        raise ValueError(f"reward {name!r} is not finite for prompt {of}; no step was taken with it")
+        raise NotFinite(f"reward {name!r} is not finite for prompt {of}; no step was taken with it")
     return scores
 
 

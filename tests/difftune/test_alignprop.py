@@ -15,16 +15,23 @@ import torch
 import yaml
 
 from difftune import alignprop, checkpoint, log, lora, runs
-from difftune.alignprop import Called, Chain, alignprop_loss, kept_steps, samples, train
+from difftune.alignprop import alignprop_loss, kept_steps, train
+from difftune.chain import Chain
 from difftune.checkpoint import State
 from difftune.configs import AlignPropConfig
 from difftune.errors import RunError, UserError
+from difftune.training import Called, mixed, samples
 from rewards.simple import Brightness
 from solvers.latent import LatentModel
 from tests import pipelines
 
 TOY = AlignPropConfig(
-    max_train_steps=4, train_batch_size=2, num_inference_steps=3, truncation_max=3, learning_rate=1e-2
+    max_train_steps=4,
+    train_batch_size=2,
+    num_inference_steps=3,
+    truncation_max=3,
+    learning_rate=1e-2,
+    max_skipped_steps=0,
 )
 BRIGHT = Brightness()
 
@@ -103,7 +110,7 @@ def adapted():
 
 
 def test_gradient_of_all_steps_is_autograds_through_a_loop_by_hand(adapted):
-    seeds = [torch.Generator().manual_seed(alignprop.mixed(TOY.seed, i)) for i in (0, 1)]
+    seeds = [torch.Generator().manual_seed(mixed(TOY.seed, i)) for i in (0, 1)]
     by_hand = gradients(adapted, "", x=LatentModel(adapted).noise(2, seeds))
     ours = gradients(adapted, "truncated:3")
     scale = max(g.abs().max() for g in by_hand.values())
@@ -169,7 +176,7 @@ def test_accumulated_gradients_equal_those_of_the_joined_batch(toy):
     split = final(
         replace(toy, train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=1, learning_rate=1e-3)
     )
-    moments = [k for k in joined.tensors if k.startswith("adam.exp_avg.")]
+    moments = [k for k in joined.tensors if k.startswith("optimizer.exp_avg.")]
     scale = max(joined.tensors[k].abs().max() for k in moments)
     for name in moments:  # a tenth of the first gradient; Adam's own first step is only its sign
         assert (joined.tensors[name] - split.tensors[name]).abs().max() <= 1e-5 * scale
@@ -381,7 +388,7 @@ def test_two_processes_equal_one_on_the_joined_batch(toy, tmp_path):
     two = checkpoint.load(tmp_path / "two" / "checkpoint-1")
     one = final(replace(config, train_batch_size=4))
     assert two.info["num_processes"] == 2 and two.info["cursor"] == 4
-    moments = [k for k in one.tensors if k.startswith("adam.exp_avg.")]
+    moments = [k for k in one.tensors if k.startswith("optimizer.exp_avg.")]
     scale = max(one.tensors[k].abs().max() for k in moments)
     for name in moments:
         assert (one.tensors[name] - two.tensors[name]).abs().max() <= 1e-5 * scale

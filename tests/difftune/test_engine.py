@@ -61,7 +61,7 @@ def trained(config, reward=SUM) -> tuple[dict[str, torch.Tensor], list[str], int
     weights = parameters_bytes(*pipe.components.values())
     with LiveBytes() as live:
         ((_, state),) = islice(train(config, None, pipe, reward, said.append), 1)
-    moments = {name: tensor for name, tensor in state.tensors.items() if name.startswith("adam.exp_avg.")}
+    moments = {name: tensor for name, tensor in state.tensors.items() if name.startswith("optimizer.exp_avg.")}
     return moments, said, live.peak + weights
 
 

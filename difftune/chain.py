@@ -1,0 +1,60 @@
+"""From prompts and numbered noise to images, under a recipe's guidance and sampler."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difftune.configs import TrainingConfig
+from difftune.engine import step_of, wants_noise
+from difftune.named import guidance_named, sampler_named
+from difftune.prompts import Prompts
+from difftune.training import Called, mixed
+from guidance.contract import Guidance
+from guidance.guided import GuidedPredict, guided
+from solvers.latent import LatentModel, NetworkDenoiser
+from solvers.noise import Noise
+from solvers.rollout import rollout
+from solvers.samplers import Step, gaussian
+
+
+@dataclass(frozen=True)
+class Chain:
+    """From prompts and noise to images, differentiable in the network's weights."""
+
+    model: LatentModel
+    denoiser: NetworkDenoiser
+    guidance: Guidance
+    step: Step
+    levels: Sequence[Noise]
+    seed: int
+
+    @classmethod
+    def of(cls, config: TrainingConfig, pipe: Any, network: Called) -> "Chain":
+        model = LatentModel(pipe)
+        guidance = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+        denoiser = replace(model.denoiser, network=network)
+        levels = model.levels(config.num_inference_steps)
+        return cls(model, denoiser, guidance, sampler_named(config.sampler), levels, config.seed)
+
+    def __call__(self, prompts: Prompts, indices: Sequence[int], gradient: str) -> tuple[Tensor, list[str]]:
+        """Images (B, 3, H, W) in [0, 1] and their prompts. A sample's noise depends on the seed and its index alone."""
+        texts, x, noise, predict = self.begin(prompts, indices, gradient)
+        path = rollout(step_of(gradient, self.step), predict, x, self.levels, gradient, noise)
+        copies = len(path.x) // len(x)  # draft_lv's, copy after copy
+        return self.model.decode(path.x, checkpointed=True), texts * copies
+
+    def begin(
+        self, prompts: Prompts, indices: Sequence[int], gradient: str | None
+    ) -> tuple[list[str], Tensor, list[Tensor] | None, GuidedPredict]:
+        """Prompts, initial noise, the noise of a stochastic sampler, and the guided network."""
+        texts = [prompts(i) for i in indices]
+        generators = [torch.Generator().manual_seed(mixed(self.seed, i)) for i in indices]
+        with torch.no_grad():
+            conds = self.model.encode(texts)
+            x = self.model.noise(len(texts), generators)
+            drawn, steps = wants_noise(gradient, self.step), len(self.levels) - 1
+            noise = [gaussian(x, generators) for _ in range(steps)] if drawn else None
+        return texts, x, noise, guided(self.denoiser, self.guidance, conds)

@@ -1,0 +1,359 @@
+"""What every recipe shares: the weights that are trained, their optimiser, one step of it, and a run's whole state.
+
+A recipe is a Config, a loss and a generator; it calls these functions, and none of them calls it back:
+
+    run = begin(config, state, pipe)
+    for step in range(run.done, config.max_train_steps):
+        metrics = attempt(config, run, step, lambda: gradients_and_update(...))
+        yield metrics, snapshot(config, run, step + 1, metrics)
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from difftune import checkpoint, lora, runs
+from difftune.checkpoint import Randomness, State
+from difftune.configs import TrainingConfig
+from difftune.engine import check_engine
+from difftune.errors import RunError
+from difftune.named import at_least, guidance_named, known, model_named, sampler_named
+from difftune.prompts import prompts_named
+from rewards.checks import NotFinite
+
+Metrics = dict[str, float]
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+class Reward(Protocol):
+    """`rewards.registry.Reward`, or anything like it."""
+
+    @property
+    def differentiable(self) -> bool: ...
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Called:
+    """The network that accelerate prepared: under DDP, gradients meet only where the wrapper itself is called."""
+
+    prepared: nn.Module
+    dtype: torch.dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.prepared(*args, **kwargs)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.prepared.parameters()
+
+
+@dataclass(frozen=True)
+class Reference(Called):
+    """The same network without its adapter: the model that training began with.
+
+    The adapter is off inside the call alone, so that a call which is recomputed on the way back is without it too, and
+    no weight's `requires_grad` changes. Nothing is differentiated.
+    """
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with lora.off(self.prepared):
+            return self.prepared(*args, **kwargs)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return iter(())
+
+
+@dataclass
+class Training:
+    """What a run trains and with what; made by `begin`."""
+
+    pipe: Any
+    accelerator: Accelerator
+    network: Called
+    weights: Mapping[str, Tensor]  # trained, by name
+    optimizer: Any
+    rate: Callable[[int], float]  # the learning rate's factor
+    done: int = 0  # optimiser steps before this process began
+    skipped: int = 0  # of them and since, how many were not finite
+    own: State = field(default_factory=lambda: State(0, {}, {}))  # what a recipe gave `snapshot`, of the resumed state
+
+    @property
+    def reference(self) -> Reference:
+        """The network as it was before training, to be called as `network` is."""
+        return Reference(self.network.prepared, self.network.dtype)
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        return self.accelerator.num_processes
+
+    @contextmanager
+    def learning(self, last: bool = True) -> Iterator[None]:
+        """Around a forward and its backward pass: dropout is on, and the processes' gradients meet in the `last`."""
+        network = self.network.prepared
+        network.train()
+        try:
+            with nullcontext() if last else self.accelerator.no_sync(network):
+                yield
+        finally:
+            network.eval()
+
+
+def begin(config: TrainingConfig, state: State | None, pipe: Any) -> Training:
+    """The pipeline on its device with an adapter to train, as it is at step 0 or as `state` has it.
+
+    The pipeline keeps the adapter. Raises UserError if the state is of other settings, which it names.
+    """
+    accelerator = Accelerator(cpu=runs.on_cpu(), mixed_precision=config.mixed_precision)
+    pipe.to(accelerator.device)
+    if config.mixed_precision != "no":
+        pipe.to(dtype=DTYPES[config.mixed_precision])
+    network = lora.network_of(pipe)
+    dtype = network.dtype
+    weights = lora.add(pipe, config.rank, config.lora_alpha, config.lora_dropout, config.seed)
+    optimizer = adamw(config, weights.values())
+    if state is not None:
+        resume(config, state, accelerator, network, optimizer)
+    prepared, optimizer = accelerator.prepare(network, optimizer)
+    run = Training(pipe, accelerator, Called(prepared, dtype), weights, optimizer, learning_rates(config))
+    if state is not None:
+        own = State(state.step, owned(state.tensors, "own."), state.info["own"])
+        run.done, run.skipped, run.own = state.step, state.info["skipped"], own
+    return run
+
+
+# ------------------------------------------------------------------------------------------------ one step
+
+
+def samples(config: TrainingConfig, step: int, batch: int, rank: int, world: int) -> range:
+    """The run's samples are numbered: these are one process's in one backward pass."""
+    size = config.train_batch_size
+    start = ((step * config.gradient_accumulation_steps + batch) * world + rank) * size
+    return range(start, start + size)
+
+
+def mixed(seed: int, index: int) -> int:
+    """One seed of two numbers, unlike for any other two."""
+    return random.Random(f"{seed} noise {index}").getrandbits(63)
+
+
+def attempt(config: TrainingConfig, run: Training, step: int, function: Callable[[], Metrics]) -> Metrics:
+    """The metrics of one optimiser step, which `function` takes: scores, backward passes, `update`.
+
+    A step with a reward or a gradient that is not finite is skipped in every process, and counted. Raises RunError,
+    with the step, for the first beyond `config.max_skipped_steps`.
+    """
+    started = time.perf_counter()
+    for group in run.optimizer.param_groups:
+        group["lr"] = config.learning_rate * run.rate(step)
+    try:
+        found = function()
+    except NotFinite as error:
+        run.optimizer.zero_grad()
+        run.skipped += 1
+        if run.skipped > config.max_skipped_steps:
+            raise RunError(f"step {step + 1}: {error}; checkpoints are as they were") from error
+        runs.shown(f"step {step + 1} is skipped, {run.skipped} of {config.max_skipped_steps}: {error}")
+        found = {}
+    rest = {"lr": run.optimizer.param_groups[0]["lr"], "skipped": run.skipped}
+    return {"step": step + 1, **found, **rest, "seconds": time.perf_counter() - started}
+
+
+def scored(reward: Reward, images: Tensor, prompts: Sequence[str], run: Training) -> Tensor:
+    """The scores (B,). Raises NotFinite, in every process, where one of any process is not finite."""
+    scores, fault = None, None
+    try:
+        scores = reward(images, prompts)
+        if not scores.isfinite().all():
+            fault = f"the reward for {prompts[int(scores.isfinite().int().argmin())]!r} is not finite"
+    except NotFinite as error:
+        fault = str(error)
+    faults = [found for found in gather_object([fault]) if found is not None]
+    if faults:
+        raise NotFinite(faults[0])
+    assert scores is not None
+    return scores
+
+
+def differentiate(run: Training, loss: Tensor) -> None:
+    """Add the loss's gradient to the weights'. Raises NotFinite where a sweep of the engine meets one that is not."""
+    try:
+        run.accelerator.backward(loss)
+    except FloatingPointError as error:
+        if run.world > 1:  # the others are on their way to a gradient that will never come
+            raise RunError(f"{error}; checkpoints are as they were") from error
+        raise NotFinite(str(error)) from error
+
+
+def update(config: TrainingConfig, run: Training) -> float:
+    """Clip the gradient, take an optimiser step, and return the norm before the clip.
+
+    Raises NotFinite where that is not finite. Under float16 the loss scaler finds its scale by overflowing: it then
+    skips the step by itself, and -1 is returned.
+    """
+    norm = float(run.accelerator.clip_grad_norm_(list(run.weights.values()), config.max_grad_norm))
+    if not norm < float("inf") and run.accelerator.scaler is None:
+        raise NotFinite(f"the gradient's norm is {norm}")
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return norm if norm < float("inf") else -1.0
+
+
+def statistics(scores: Tensor) -> Metrics:
+    """Mean, standard deviation and range of all processes' scores."""
+    return {
+        "reward_mean": scores.mean().item(),
+        "reward_std": scores.std(correction=0).item(),
+        "reward_min": scores.min().item(),
+        "reward_max": scores.max().item(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ optimisers
+
+
+def adamw(config: TrainingConfig, weights: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        list(weights),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+    )
+
+
+def learning_rates(config: TrainingConfig) -> Callable[[int], float]:
+    """The learning rate's factor as a function of the step: nothing to save."""
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        torch.optim.SGD([torch.zeros(())], lr=1.0),
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    )
+    return schedule.lr_lambdas[0]
+
+
+# ------------------------------------------------------------------------------------------------ state
+
+
+def snapshot(
+    config: TrainingConfig,
+    run: Training,
+    step: int,
+    metrics: Metrics,
+    tensors: Mapping[str, Tensor] | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> State:
+    """Everything that the next step depends on, copied.
+
+    tensors, info: what the recipe itself must find again, as `run.own.tensors` and `run.own.info` of a resumed run.
+    """
+    copied = {f"own.{name}": tensor.detach().clone() for name, tensor in (tensors or {}).items()}
+    copied |= {f"weights.{name}": weight.detach().clone() for name, weight in run.weights.items()}
+    numbers: dict[str, Any] = {}
+    for name, weight in run.weights.items():
+        for key, value in run.optimizer.state[weight].items():
+            if isinstance(value, Tensor):
+                copied[f"optimizer.{key}.{name}"] = value.clone()
+            else:
+                numbers[f"{key}.{name}"] = value
+    everyone = gather_object([checkpoint.randomness()])
+    for rank, its in enumerate(everyone):
+        copied |= {f"rng.{rank}.{key}": value for key, value in its.tensors.items()}
+    found = {
+        "cursor": samples(config, step, 0, 0, run.world).start,
+        "num_processes": run.world,
+        "config": asdict(config),
+        "metrics": metrics,
+        "skipped": run.skipped,
+        "optimizer": numbers,
+        "own": dict(info or {}),
+        "rng": [its.info for its in everyone],
+        "scaler": None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict(),
+    }
+    return State(step, copied, found)
+
+
+def resume(config: TrainingConfig, state: State, accelerator: Accelerator, network: nn.Module, optimizer: Any) -> None:
+    """Put back what `snapshot` took. Raises UserError if the state is of other settings, which it names."""
+    runs.same_run(config, state)
+    lora.load(network, owned(state.tensors, "weights."))
+    moments = {**owned(state.tensors, "optimizer."), **state.info["optimizer"]}
+    for name, weight in lora.weights(network).items():
+        kept = {key.removesuffix(f".{name}"): value for key, value in moments.items() if key.endswith(f".{name}")}
+        optimizer.state[weight] = {key: _placed(key, value, weight) for key, value in kept.items()}
+    rank = accelerator.process_index
+    checkpoint.restore(Randomness(owned(state.tensors, f"rng.{rank}."), state.info["rng"][rank]))
+    if accelerator.scaler is not None and state.info["scaler"]:
+        accelerator.scaler.load_state_dict(state.info["scaler"])
+
+
+def _placed(key: str, value: Any, weight: Tensor) -> Any:
+    """An entry of the optimiser's state where the optimiser looks for it: torch's counter stays on the CPU."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone().to("cpu" if key == "step" else weight.device)
+
+
+def owned(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def check(config: TrainingConfig, pipe: Any = None) -> None:
+    """One sentence for the first shared setting that cannot be, before anything is loaded."""
+    names = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "num_inference_steps", "rank")
+    at_least(1, **{name: asdict(config)[name] for name in (*names, "checkpointing_steps")})
+    at_least(1, checkpoints_total_limit=config.checkpoints_total_limit or 1)
+    at_least(0, learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm)
+    at_least(0, max_skipped_steps=config.max_skipped_steps)
+    known("mixed_precision", config.mixed_precision, DTYPES)
+    known("lr_scheduler", config.lr_scheduler, SCHEDULES)
+    sampler_named(config.sampler)
+    guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+    check_engine(None, config.enable_xformers_memory_efficient_attention)
+    if pipe is None:
+        model_named(config.model)
+    prompts_named(config.prompts, config.seed)
+
+
+def card(config: TrainingConfig, metrics: Metrics, recipe: str, source: str) -> str:
+    """The model card. source: the method's name and paper, in markdown."""
+    rewards = ", ".join(config.reward)
+    return f"""---
+base_model: {config.model}
+library_name: diffusers
+tags: [lora, text-to-image, reward, {recipe}, difftune]
+---
+
+# LoRA of {config.model}, trained on {rewards}
+
+{source} by difftune: {config.max_train_steps} optimiser steps of
+{config.train_batch_size * config.gradient_accumulation_steps} images (per process), rank {config.rank}, seed
+{config.seed}. Mean training reward of the last step: {metrics.get("reward_mean", float("nan")):.4f}. A reward that is
+trained on is no evidence of quality: evaluate on another.
+
+```python
+pipe.load_lora_weights("{config.output_dir}")
+image = pipe("...", num_inference_steps={config.num_inference_steps}).images[0]
+```
+
+Every setting is in `config.yaml`, every step in `metrics.jsonl`; `difftune train {recipe} --config config.yaml
+--output_dir NEW` runs it again.
+"""
