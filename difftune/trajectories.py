@@ -1,7 +1,7 @@
 """The sampler as a policy: trajectories, and their transitions under other weights.
 
-A stochastic step from x at `now` to x' at `then` is a Gaussian, pi(x' | x, c) = N(x'; mu(x, c), sigma^2 I), whose mean is
-made of the guided prediction and whose deviation of the two levels alone. A trajectory keeps what every step started
+A stochastic step from x at `now` to x' at `then` is a Gaussian, pi(x' | x, c) = N(x'; mu(x, c), sigma^2 I), whose mean
+is made of the guided prediction and whose deviation of the two levels alone. A trajectory keeps what every step started
 from, so that the same step is taken again, under the same guidance, by the policy (with a gradient) and by its
 reference. Means, deviations and log-probabilities are in float32 or better, whatever the network's precision: in
 bfloat16 a ratio of probabilities is noise.

@@ -1,6 +1,5 @@
 """The sampler as a policy: goldens, the Gaussian's closed forms, and stored transitions under the same weights."""
 
-import numpy as np
 import pytest
 import torch
 
