@@ -102,10 +102,7 @@ def differences(results: Sequence[Result], baseline: Sequence[Result]) -> dict[s
     paired = [r for r in results if (r.prompt, r.seed) in before]
     if not paired:
         raise UserError("the baseline shares no prompt and seed with this run: evaluate both with the same --seed")
-    return {
-        name: estimate(_by_prompt(group, before), bounds=(-1.0, 1.0))
-        for name, group in _groups(paired)
-    }
+    return {name: estimate(_by_prompt(group, before), bounds=(-1.0, 1.0)) for name, group in _groups(paired)}
 
 
 def _groups(results: Sequence[Result]) -> Iterable[tuple[str, list[Result]]]:
