@@ -17,6 +17,7 @@ import click
 
 from difftune import __version__
 from difftune.cli import options as o
+from difftune.cli.label import label
 from difftune.configs import AlignPropConfig, RenoConfig
 from difftune.errors import RunError, UserError
 
@@ -436,3 +437,4 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 for _name, _config in RECIPES.items():
     train.add_command(_recipe(_name, _config, f"difftune.{_name}"))
 cli.add_command(_recipe("optimize", RenoConfig, "difftune.reno"))
+cli.add_command(label)
