@@ -105,7 +105,7 @@ def _parsed(suffix: str, text: str) -> Any:
     if suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
     if suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     if suffix != ".json":
         raise ValueError("it is no .json, .jsonl or .csv")
     found = json.loads(text)
@@ -203,7 +203,7 @@ class LabelFile:
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Write the lines at once and wait for the disk. RunError where that fails: the file is then as it was."""
-        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
         size = os.fstat(self.descriptor).st_size
         try:
             if os.write(self.descriptor, data) != len(data):

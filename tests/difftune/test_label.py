@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from PIL import Image
 from difftune.cli import cli
 from difftune.errors import RunError, UserError
 from difftune.label import LabelFile, Session, live, open_server, pictures, tasks
+from difftune.labels import read_labels
 from tests.conftest import BROWSERS
 
 RED, BLUE = "a red circle", "a blue square"
@@ -233,6 +235,21 @@ def test_undo_takes_back_the_last_choice_that_holds_and_then_the_one_before(tmp_
     s.undo()
     s.undo()  # nothing is left
     assert written(tmp_path / "labels.jsonl")[6:] == [{"undo": 5}, {"undo": 0}]
+
+
+def test_what_is_written_is_what_a_recipe_reads(tmp_path):
+    prompts = ["a line\u2028within", "ein grüner Kreis", *map(str, range(8))]
+    s, rng = session(sampled(tmp_path, prompts, 3), size=3), random.Random(0)
+    for _ in range(40):
+        waiting = [i for i, done in enumerate(s.done()) if not done]
+        if waiting and rng.random() < 0.7:
+            s.choose(waiting[0], rng.choice([0, 1, 2, "tie", "skip"]))
+        else:
+            s.undo()
+    read = {c.line: (c.prompt, c.choice, c.seed_a, c.seed_b, c.model) for c in read_labels(tmp_path / "labels.jsonl")}
+    holding = live(s.labels.lines).items()
+    assert len(read) >= 6
+    assert read == {i: tuple(x[k] for k in ("prompt", "choice", "seed_a", "seed_b", "model")) for i, x in holding}
 
 
 @pytest.mark.parametrize("ending", [b"", b'{"undo": 1}\n'])
