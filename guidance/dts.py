@@ -37,8 +37,8 @@ EDGE, SELECT, DESCEND = 1, 2, 3  # what the noise is for: the first number of it
 class DTS:
     """Diffusion tree sampling.
 
-    scale: of the rewards in the target, p(x0) e^(scale r(x0)). policy: which child a rollout follows, "boltzmann" (the
-    paper's), "uct", or "uniform" (ours: the value of the root is then unbiased). backup: "soft" or "max".
+    inverse_temperature: lambda in the target p(x0) e^(lambda r(x0)). policy: the child a rollout follows, "boltzmann"
+    (the paper's), "uct", or "uniform" (ours: e^(lambda v) of the root is then unbiased). backup: "soft" or "max".
     widening, growth: a node visited N times may have widening * N^growth children. exploration: c of "uct".
     branches: levels at which trees branch, pure noise among them, equally spaced. parallel: rollouts of a tree at once.
     return_best_seen: a state's sample is the leaf of the largest reward; False: the one that a descent by the values
@@ -47,7 +47,7 @@ class DTS:
     Raises ValueError for a value that cannot be.
     """
 
-    scale: float = 1.0
+    inverse_temperature: float = 1.0
     policy: str = "boltzmann"
     backup: str = "soft"
     widening: float = 2.0
@@ -61,9 +61,10 @@ class DTS:
         for kind, name, known in (("policy", self.policy, POLICIES), ("backup", self.backup, BACKUPS)):
             if name not in known:
                 raise ValueError(f"no {kind} {name!r}; known: {', '.join(known)}")
-        if not (self.scale > 0 and math.isfinite(self.scale)):
+        if not (self.inverse_temperature > 0 and math.isfinite(self.inverse_temperature)):
             raise ValueError(
-                f"scale is {self.scale}: it must be positive and finite; for the largest reward, backup 'max'"
+                f"inverse_temperature is {self.inverse_temperature}: it must be positive and finite; "
+                "for the largest reward alone there is backup 'max'"
             )
         if not (self.widening > 0 and 0 < self.growth <= 1):
             raise ValueError(
@@ -77,7 +78,7 @@ class DTS:
 
     @property
     def rule(self) -> Rule:
-        return Rule(self.policy, self.scale, self.widening, self.growth, self.exploration)
+        return Rule(self.policy, self.inverse_temperature, self.widening, self.growth, self.exploration)
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class Forest:
         leaves = joined([leaf_of(r.tree, r.node) for r in rollouts], self.problem.device).x
         rewards = self.problem.score(leaves, groups_of(rollouts)).tolist()
         for r, reward in zip(rollouts, rewards, strict=True):
-            back_up(r.tree, r.node, reward, self.config.backup, self.config.scale)
+            back_up(r.tree, r.node, reward, self.config.backup, self.config.inverse_temperature)
             best = self.best[r.group]
             if best is None or reward > r.tree.values[best]:
                 self.best[r.group] = r.node
@@ -229,12 +230,16 @@ class Forest:
             return self.best[group]
         tree = self.trees[group]
         uniforms = self.problem.uniform(group, DESCEND, tree.rollouts, n=tree.depth).tolist()
-        return descend(tree, math.inf if self.config.policy == "uct" else self.config.scale, uniforms)
+        return descend(tree, math.inf if self.config.policy == "uct" else self.config.inverse_temperature, uniforms)
 
     def weighted(self) -> Weighted:
         """All leaves, weighted by the probability that a descent ends in them."""
-        scale = math.inf if self.config.backup == "max" else self.config.scale
-        found = [(tree, group, probabilities(tree, scale)) for group, tree in enumerate(self.trees) if tree.leaves]
+        inverse_temperature = math.inf if self.config.backup == "max" else self.config.inverse_temperature
+        found = [
+            (tree, group, probabilities(tree, inverse_temperature))
+            for group, tree in enumerate(self.trees)
+            if tree.leaves
+        ]
         x = [leaf_of(tree, leaf).x for tree, _, shares in found for leaf in shares]
         groups = [group for _, group, shares in found for _ in shares]
         weights = torch.tensor([share for *_, shares in found for share in shares.values()], dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from guidance.dts import DTS, DTSStar, dts, dts_star
 from guidance.problem import Search
 
 
@@ -12,4 +13,7 @@ class Method(NamedTuple):
     config: type[Any]
 
 
-SEARCHES: dict[str, Method] = {}
+SEARCHES: dict[str, Method] = {
+    "dts": Method(dts, DTS),
+    "dts-star": Method(dts_star, DTSStar),
+}

@@ -2,7 +2,7 @@
 
 A tree estimates the soft value of the states that the base sampler p visits,
 
-    V(x) = 1/scale log E_p[ e^(scale r(x0)) | x ],        p*(x0) proportional to p(x0) e^(scale r(x0)),
+    V(x) = 1/lambda log E_p[ e^(lambda r(x0)) | x ],        p*(x0) proportional to p(x0) e^(lambda r(x0)),
 
 from all completed rollouts. Its root is a dummy above pure noise; the children of a node are draws of p from the node's
 state down to the next branching level; the leaves are clean. All here is arithmetic on trees: `guidance.dts` runs the
@@ -80,14 +80,14 @@ class Tree:
 
 
 # ------------------------------------------------------------------------------------------------ values
-def log_mean_exp(values: Sequence[float], scale: float) -> float:
-    """1/scale log( mean of e^(scale v) ), the soft backup."""
+def log_mean_exp(values: Sequence[float], lam: float) -> float:
+    """1/lambda log( mean of e^(lambda v) ), the soft backup."""
     top = max(values)
-    return top + math.log(sum(math.exp(scale * (v - top)) for v in values) / len(values)) / scale
+    return top + math.log(sum(math.exp(lam * (v - top)) for v in values) / len(values)) / lam
 
 
-def maximum(values: Sequence[float], scale: float) -> float:
-    """The limit of the soft backup at scale = infinity."""
+def maximum(values: Sequence[float], lam: float) -> float:
+    """The limit of the soft backup at lambda = infinity."""
     return max(values)
 
 
@@ -100,7 +100,7 @@ def visit(tree: Tree, node: int) -> None:
         tree.visits[n] += 1
 
 
-def back_up(tree: Tree, leaf: int, reward: float, backup: str, scale: float) -> None:
+def back_up(tree: Tree, leaf: int, reward: float, backup: str, lam: float) -> None:
     """Write down a leaf's reward, and the values of all nodes above it.
 
     Raises ValueError for a reward that is not finite.
@@ -109,7 +109,7 @@ def back_up(tree: Tree, leaf: int, reward: float, backup: str, scale: float) -> 
         raise ValueError(f"the reward of a leaf is {reward}: a tree needs finite ones")
     tree.values[leaf] = reward
     for n in list(tree.lineage(leaf))[1:]:
-        tree.values[n] = BACKUPS[backup]([tree.values[c] for c in tree.valued(n)], scale)
+        tree.values[n] = BACKUPS[backup]([tree.values[c] for c in tree.valued(n)], lam)
 
 
 # ------------------------------------------------------------------------------------------------ which child
@@ -117,21 +117,21 @@ def back_up(tree: Tree, leaf: int, reward: float, backup: str, scale: float) -> 
 class Rule:
     """How a tree grows.
 
-    policy: of `POLICIES`. scale: of the rewards in the target. widening, growth: a node visited N times may have
-    widening * N^growth children. exploration: c of "uct".
+    policy: of `POLICIES`. lam: lambda. widening, growth: a node visited N times may have widening * N^growth children.
+    exploration: c of "uct".
     """
 
     policy: str
-    scale: float
+    lam: float
     widening: float
     growth: float
     exploration: float
 
 
 def boltzmann(tree: Tree, node: int, rule: Rule, u: float) -> int:
-    """A child with probability proportional to e^(scale v): DTS."""
+    """A child with probability proportional to e^(lambda v): DTS."""
     children = tree.valued(node)
-    return children[chosen(softmax([tree.values[c] for c in children], rule.scale), u)]
+    return children[chosen(softmax([tree.values[c] for c in children], rule.lam), u)]
 
 
 def uct(tree: Tree, node: int, rule: Rule, u: float) -> int:
@@ -145,10 +145,10 @@ def uct(tree: Tree, node: int, rule: Rule, u: float) -> int:
 
 
 def uniform(tree: Tree, node: int, rule: Rule, u: float) -> int:
-    """Any child. The tree's shape then knows nothing of the rewards, and E[e^(scale v)] = e^(scale V) at every node.
+    """Any child. The tree's shape then knows nothing of the rewards, and E[e^(lambda v)] = e^(lambda V) at every node.
 
     Ours. Both policies of the paper come back to a child that was lucky, and correct its value down, and leave alone
-    one that was not: their e^(scale v) is too small on average.
+    one that was not: their e^(lambda v) is too small on average.
     """
     children = tree.valued(node)
     return children[int(u * len(children))]
@@ -175,27 +175,27 @@ def select(tree: Tree, rule: Rule, uniforms: Sequence[float]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ samples
-def descend(tree: Tree, scale: float, uniforms: Sequence[float]) -> int:
-    """A leaf drawn by the values, without the network: softmax(scale v) at every node; argmax where scale is infinite.
+def descend(tree: Tree, lam: float, uniforms: Sequence[float]) -> int:
+    """A leaf drawn by the values, without the network: softmax(lambda v) at every node; argmax where lam is infinite.
 
-    With soft values a leaf of reward r has the probability e^(scale (r - v(root))) times 1 / (number of children) of
+    With soft values a leaf of reward r has the probability e^(lambda (r - v(root))) times 1 / (number of children) of
     every node on its way. That makes it a sample of the target, which a leaf as it was visited is not.
     """
     node = ROOT
     while not tree.is_leaf(node):
         children = tree.valued(node)
-        shares = softmax([tree.values[c] for c in children], scale)
+        shares = softmax([tree.values[c] for c in children], lam)
         node = children[chosen(shares, uniforms[tree.depths[node]])]
     return node
 
 
-def probabilities(tree: Tree, scale: float) -> dict[int, float]:
+def probabilities(tree: Tree, lam: float) -> dict[int, float]:
     """With what probability `descend` ends in each leaf; they sum to one."""
     found = {ROOT: 1.0}
     for node in range(len(tree)):  # parents come before their children
         if node in found and not tree.is_leaf(node):
             children = tree.valued(node)
-            shares = softmax([tree.values[c] for c in children], scale)
+            shares = softmax([tree.values[c] for c in children], lam)
             found |= {c: found[node] * share for c, share in zip(children, shares, strict=True)}
     return {leaf: found[leaf] for leaf in tree.leaves}
 
@@ -205,12 +205,12 @@ def best_leaf(tree: Tree) -> int:
     return max(tree.leaves, key=lambda leaf: tree.values[leaf])
 
 
-def softmax(values: Sequence[float], scale: float) -> list[float]:
-    """Shares proportional to e^(scale v); all for the eldest of the largest where scale is infinite."""
+def softmax(values: Sequence[float], lam: float) -> list[float]:
+    """Shares proportional to e^(lambda v); all for the eldest of the largest where lam is infinite."""
     top = max(values)
-    if math.isinf(scale):
+    if math.isinf(lam):
         return [float(i == values.index(top)) for i in range(len(values))]
-    weights = [math.exp(scale * (v - top)) for v in values]
+    weights = [math.exp(lam * (v - top)) for v in values]
     total = sum(weights)
     return [w / total for w in weights]
 

@@ -91,7 +91,7 @@ def grown(config: DTS, rounds: int, groups: int = 1) -> list[Tree]:
 
 # ------------------------------------------------------------------------------------------------ in any tree
 def leaf_identity(t: Tree) -> float:
-    """How far the probabilities of a descent are from  prod 1/|C| e^(scale (r - v(root))),  at most."""
+    """How far the probabilities of a descent are from  prod 1/|C| e^(lambda (r - v(root))),  at most."""
     found, error = probabilities(t, SCALE), 0.0
     for leaf, share in found.items():
         width = math.prod(len(t.valued(n)) for n in t.lineage(leaf) if n != leaf)
@@ -142,7 +142,7 @@ def expansions(config: DTS) -> int:
 
 
 def test_a_tree_that_branches_at_the_root_alone_is_importance_sampling():
-    """D6: leaf probabilities proportional to e^(scale r)."""
+    """D6: leaf probabilities proportional to e^(lambda r)."""
     found = run(chain(2), DTS(SCALE, widening=1.0, growth=1.0), 30).weighted()
     for group in range(2):
         reward, share = found.reward[found.groups == group], found.log_weight[found.groups == group].exp()
@@ -221,7 +221,7 @@ def test_rollouts_at_once_enter_no_softmax_before_they_have_ended():
 
 # ------------------------------------------------------------------------------------------------ Z and the target
 def root_estimates(config: DTS, rounds: int, groups: int) -> Tensor:
-    """e^(scale v(root)) / Z of each group's tree."""
+    """e^(lambda v(root)) / Z of each group's tree."""
     found = [t.values[ROOT] for t in grown(config, rounds, groups)]
     return (SCALE * torch.tensor(found, dtype=torch.float64)).exp() / Z
 
@@ -232,7 +232,7 @@ def off(estimates: Tensor, truth: float = 1.0) -> float:
 
 
 def test_uniform_build_is_unbiased_for_z_and_the_papers_is_not():
-    """E[e^(scale v)] = Z for a tree whose shape never looks at rewards, at any size; the others are biased low."""
+    """E[e^(lambda v)] = Z for a tree whose shape never looks at rewards, at any size; the others are biased low."""
     shape = {"widening": 1.0, "growth": 0.5}
     assert off(root_estimates(DTS(SCALE, "uniform", **shape), 20, 250)) < 4
     for policy in ("boltzmann", "uct"):
@@ -560,8 +560,8 @@ def test_a_deterministic_sampler_is_refused(search):
     [
         ({"policy": "greedy"}, "no policy 'greedy'"),
         ({"backup": "mean"}, "no backup 'mean'"),
-        ({"scale": 0.0}, "scale is 0.0"),
-        ({"scale": math.inf}, "backup 'max'"),
+        ({"inverse_temperature": 0.0}, "inverse_temperature is 0.0"),
+        ({"inverse_temperature": math.inf}, "backup 'max'"),
         ({"growth": 1.5}, "growth 1.5"),
         ({"growth": 0.0}, "growth 0.0"),
         ({"widening": 0.0}, "widening is 0.0"),
