@@ -1,5 +1,6 @@
 """Images from a diffusers pipeline under a guidance method."""
 
+import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -38,24 +39,36 @@ def generate(
     guidance: Guidance,
     steps: int = 25,
     batch_size: int = 16,
+    eta: float = 0.0,
 ) -> Iterator[Batch]:
     """One image per (prompt, seed), batch by batch. An image's noise is that of its own seed, whatever the batch.
 
+    eta: the noise of DDIM's steps, 1 is DDPM; UserError where the scheduler takes none.
     What a method needs and only names (a classifier, a weaker network, a negative prompt) is found by `difftune.equip`.
     """
+    if eta:
+        takes_eta(pipe)
     pipe.set_progress_bar_config(disable=True)
     guidance = prepared(pipe, guidance, prompts, steps)
     for start in range(0, len(prompts), batch_size):
         chosen = slice(start, start + batch_size)
-        yield _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), guidance, steps)
+        yield _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), guidance, steps, eta)
 
 
-def _batch(pipe: Any, prompts: list[str], seeds: list[int], guidance: Guidance, steps: int) -> Batch:
+def _batch(pipe: Any, prompts: list[str], seeds: list[int], guidance: Guidance, steps: int, eta: float) -> Batch:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     method, networks = equipped(pipe, guidance, prompts)
     with attach(pipe, method, networks) as handle:
-        images = pipe(prompts, generator=generators, num_inference_steps=steps, output_type="pt").images
+        drawn = {"eta": eta} if eta else {}
+        images = pipe(prompts, generator=generators, num_inference_steps=steps, output_type="pt", **drawn).images
     return Batch(finite(images.float().cpu(), "a generated picture"), prompts, seeds, handle.nfe / len(prompts))
+
+
+def takes_eta(pipe: Any) -> None:
+    """UserError unless the pipeline and its scheduler take an eta: others would leave it out without a word."""
+    for thing, function in ((pipe, type(pipe).__call__), (pipe.scheduler, pipe.scheduler.step)):
+        if "eta" not in inspect.signature(function).parameters:
+            raise UserError(f"{type(thing).__name__} takes no eta: leave it out, or use a pipeline with DDIM")
 
 
 def watched(batches: Iterator[Batch], total: int, label: str) -> Iterator[Batch]:
@@ -106,6 +119,7 @@ def sample(
     seed: int = 0,
     batch_size: int = 16,
     lora: str | None = None,
+    eta: float = 0.0,
 ) -> dict[str, Any]:
     """`difftune sample`: writes PNGs, grid.png and sample.json; returns what sample.json holds.
 
@@ -114,7 +128,7 @@ def sample(
     folder, method = outputs.unused(output_dir), guidance_named(guidance, None, guidance_options)
     pipe, began = opened(model, lora), time.perf_counter()
     jobs = [(p, seed + i) for p in prompt for i in range(num_images)]
-    made = generate(pipe, [p for p, _ in jobs], [s for _, s in jobs], method, num_inference_steps, batch_size)
+    made = generate(pipe, [p for p, _ in jobs], [s for _, s in jobs], method, num_inference_steps, batch_size, eta)
     batches = list(watched(made, len(jobs), "sample"))
     found = {
         "settings": {
@@ -125,6 +139,7 @@ def sample(
             "prompt": list(prompt),
             "num_images": num_images,
             "num_inference_steps": num_inference_steps,
+            "eta": eta,
             "seed": seed,
             "batch_size": batch_size,
             "scheduler": type(pipe.scheduler).__name__,
