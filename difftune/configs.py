@@ -127,6 +127,117 @@ class AlignPropConfig(TrainingConfig):
 
 @documented
 @dataclass(frozen=True)
+class DDPOConfig(TrainingConfig):
+    """DDPO: fine-tune a LoRA on any reward by policy gradients of the sampler (https://arxiv.org/abs/2305.13301)."""
+
+    output_dir: str = "runs/ddpo"
+    num_inference_steps: int = 50
+    sampler: str = "ancestral"
+    """The sampler that has a log-probability, the only one: DDIM with eta, or the SDE of a flow."""
+    eta: float | None = None
+    """Noise of the sampler, above 0; None is DDPM's 1 of DDIM, and 0.7 of a flow's SDE."""
+    learning_rate: float = 3e-4
+
+    updates_per_round: int = 1
+    """Optimiser steps on the images that the weights of the first have made, each step on its own share of them."""
+    num_images_per_prompt: int = 1
+    """Images of each prompt; from 2 on, a reward is compared with the mean of its prompt, not of the round."""
+    clip_range: float = 1e-4
+    """How far the ratio of a step's probabilities may leave 1, the way its advantage points, and still be moved."""
+    adv_clip_max: float = 5.0
+    """Advantages are kept within this many standard deviations."""
+    kl_weight: float = 0.0
+    """Of a penalty, KL(policy || model before training) at each step; above 0, its network calls are added."""
+
+
+@documented
+@dataclass(frozen=True)
+class D3POConfig(TrainingConfig):
+    """D3PO: fine-tune a LoRA on preferences between sampled images, step by step (https://arxiv.org/abs/2311.13231)."""
+
+    output_dir: str = "runs/d3po"
+    reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
+    """The judge, if there are no labels: NAME or NAME=WEIGHT, one or several; it prefers the greater weighted sum."""
+    labels: str | None = None
+    """Choices of a person, a file of `difftune label` on images of `difftune sample --eta`; None: the reward judges."""
+    num_inference_steps: int = 20
+    sampler: str = "ancestral"
+    """The sampler that has a log-probability, the only one: DDIM with eta, or the SDE of a flow."""
+    eta: float | None = None
+    """Noise of the sampler, above 0; None is DDPM's 1 of DDIM, and 0.7 of a flow's SDE."""
+    learning_rate: float = 3e-5
+
+    num_images_per_prompt: int = 2
+    """Images of each prompt, from one first noise; every two of them are a pair. 2 with labels."""
+    beta: float = 0.1
+    """Weight of the log-ratios in the preference's log-odds; the greater, the stronger a pair is pulled apart."""
+    clip_range: float = 0.1
+    """The ratio of a step's probabilities to those before training is kept within 1 - clip_range and 1 + clip_range."""
+
+
+@documented
+@dataclass(frozen=True)
+class PreferenceConfig(TrainingConfig):
+    """What recipes that train on denoising errors of preferred images are told."""
+
+    reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
+    """The judge, if there are no labels: NAME or NAME=WEIGHT, one or several; it prefers the greater weighted sum."""
+    labels: str | None = None
+    """Choices of a person, a file of `difftune label`; None: images are made, and the reward judges."""
+    updates_per_round: int = 1
+    """Optimiser steps on the same images, each at other noise levels, before the model makes new ones."""
+    rank: int = 8
+    learning_rate: float = 1e-5
+    adam_weight_decay: float = 1e-2
+
+
+@documented
+@dataclass(frozen=True)
+class DPOConfig(PreferenceConfig):
+    """Diffusion-DPO: fine-tune a LoRA on pairs, a better and a worse image (https://arxiv.org/abs/2311.12908)."""
+
+    output_dir: str = "runs/dpo"
+    train_batch_size: int = 4
+    """Pairs per process and backward pass."""
+    num_images_per_prompt: int = 2
+    """Images that are made for each pair, which is the best and the worst of them."""
+    beta: float = 5000.0
+    """Weight of the difference of denoising errors, which are means over the latent's elements."""
+
+
+@documented
+@dataclass(frozen=True)
+class KTOConfig(PreferenceConfig):
+    """Diffusion-KTO: fine-tune a LoRA on images that are good or bad, each by itself (https://arxiv.org/abs/2404.04465)."""
+
+    output_dir: str = "runs/kto"
+    num_images_per_prompt: int = 2
+    """Images that are made of each prompt; those above the mean reward of their prompt are good."""
+    beta: float = 1000.0
+    """Weight of the gain in denoising error, a mean over the latent's elements."""
+    desirable_weight: float = 1.0
+    """Of the good images' loss."""
+    undesirable_weight: float = 1.0
+    """Of the bad images' loss."""
+
+
+@documented
+@dataclass(frozen=True)
+class DROConfig(PreferenceConfig):
+    """DRO: fine-tune a LoRA to denoise good images better and bad ones worse (https://arxiv.org/abs/2503.22677)."""
+
+    output_dir: str = "runs/dro"
+    train_batch_size: int = 4
+    """Pairs per process and backward pass."""
+    num_images_per_prompt: int = 2
+    """Images that are made for each pair, which is the best and the worst of them."""
+    learning_rate: float = 5e-6
+    max_loser_loss: float | None = None
+    """A bad image's denoising error is not raised beyond this; None: without bound, as the loss itself is."""
+
+
+@documented
+@dataclass(frozen=True)
 class RenoConfig:
     """ReNO: optimise the initial noise of one prompt or several on a reward (https://arxiv.org/abs/2406.04312)."""
 

@@ -50,11 +50,11 @@ def read_labels(file: str | Path) -> list[Choice]:
     """
     file = Path(file)
     try:
-        lines = file.read_text("utf-8").splitlines()
+        lines = file.read_text("utf-8").removesuffix("\n").split("\n")  # splitlines would end one at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the labels of {str(file)!r}: give a file that difftune label wrote") from error
     found: dict[int, Choice] = {}
-    for number, text in enumerate(lines):
+    for number, text in enumerate(lines if lines != [""] else []):
         where = f"{file}, line {number}"
         about = _object(text, where)
         if "undo" in about:

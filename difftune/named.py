@@ -81,10 +81,11 @@ def sampler_named(name: str) -> Step:
     return member("sampler", name, SAMPLERS)
 
 
-def reward_named(weights: Sequence[str] | Mapping[str, float]) -> WeightedSum:
-    """A differentiable weighted sum of rewards, from ["NAME=WEIGHT", ...] or {name: weight}."""
+def reward_named(weights: Sequence[str] | Mapping[str, float], gradient: bool = True) -> WeightedSum:
+    """A weighted sum of rewards, from ["NAME=WEIGHT", ...] or {name: weight}; a differentiable one unless gradient is
+    False."""
     try:
-        return weighted(differentiable(weights))
+        return weighted(differentiable(weights) if gradient else rewards_named(weights))
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
 
@@ -94,13 +95,18 @@ def differentiable(rewards: Sequence[str] | Mapping[str, float] | Reward) -> dic
     if not isinstance(rewards, Sequence | Mapping):
         _refuse(type(rewards).__name__, rewards.differentiable)
         return {}
-    try:
-        weights = dict(rewards) if isinstance(rewards, Mapping) else parse_rewards(rewards)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    weights = rewards_named(rewards)
     for name in weights:
         _refuse(name, _entry(name).differentiable)
     return weights
+
+
+def rewards_named(rewards: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    """The weights by name, if all are known; nothing is loaded."""
+    try:
+        return dict(rewards) if isinstance(rewards, Mapping) else parse_rewards(rewards)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _entry(name: str) -> Entry:

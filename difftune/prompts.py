@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from difftune.errors import UserError
 
 Prompts = Callable[[int], str]  # index -> prompt
+Item = TypeVar("Item")
 
 
 def prompts_named(name: str, seed: int = 0) -> Prompts:
@@ -33,8 +35,8 @@ def shapes(seed: int = 0) -> Prompts:
     return lambda index: next(draws(index))
 
 
-def listed(prompts: list[str], seed: int = 0) -> Prompts:
-    """Each prompt once per epoch, in an order that is drawn anew for every epoch."""
+def listed(prompts: list[Item], seed: int = 0) -> Callable[[int], Item]:
+    """Each prompt, or whatever the items are, once per epoch, in an order that is drawn anew for every epoch."""
     if not prompts:
         raise UserError("the list of prompts is empty: give at least one")
 

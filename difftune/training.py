@@ -335,7 +335,11 @@ def check(config: TrainingConfig, pipe: Any = None) -> None:
 
 def card(config: TrainingConfig, metrics: Metrics, recipe: str, source: str) -> str:
     """The model card. source: the method's name and paper, in markdown."""
-    rewards = ", ".join(config.reward)
+    person = "labels" in asdict(config) and asdict(config)["labels"]
+    rewards = "a person's labels" if person else ", ".join(config.reward)
+    reward = (
+        f" Mean training reward of the last step: {metrics['reward_mean']:.4f}." if "reward_mean" in metrics else ""
+    )
     return f"""---
 base_model: {config.model}
 library_name: diffusers
@@ -346,8 +350,7 @@ tags: [lora, text-to-image, reward, {recipe}, difftune]
 
 {source} by difftune: {config.max_train_steps} optimiser steps of
 {config.train_batch_size * config.gradient_accumulation_steps} images (per process), rank {config.rank}, seed
-{config.seed}. Mean training reward of the last step: {metrics.get("reward_mean", float("nan")):.4f}. A reward that is
-trained on is no evidence of quality: evaluate on another.
+{config.seed}.{reward} A reward that is trained on is no evidence of quality: evaluate on another.
 
 ```python
 pipe.load_lora_weights("{config.output_dir}")

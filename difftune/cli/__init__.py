@@ -18,10 +18,17 @@ import click
 from difftune import __version__
 from difftune.cli import options as o
 from difftune.cli.label import label
-from difftune.configs import AlignPropConfig, RenoConfig
+from difftune.configs import AlignPropConfig, D3POConfig, DDPOConfig, DPOConfig, DROConfig, KTOConfig, RenoConfig
 from difftune.errors import RunError, UserError
 
-RECIPES = {"alignprop": AlignPropConfig}
+RECIPES: dict[str, type] = {
+    "alignprop": AlignPropConfig,
+    "ddpo": DDPOConfig,
+    "d3po": D3POConfig,
+    "dpo": DPOConfig,
+    "kto": KTOConfig,
+    "dro": DROConfig,
+}
 OURS = ("difftune", "guidance", "rewards", "solvers")
 
 
@@ -79,6 +86,7 @@ def main() -> None:
     params=[o.CONFIG, o.MODEL, o.LORA, *o.GUIDANCE, o.PROMPT, o.STEPS, o.SEED, o.BATCH_SIZE, o.OUTPUT_DIR, o.JSON],
 )
 @click.option("--num_images", type=o.AT_LEAST_ONE, default=1, show_default=True, help="Images of each prompt.")
+@click.option("--eta", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Noise of DDIM's steps.")
 @click.pass_context
 def sample(ctx: click.Context, **flags: Any) -> None:
     """Images under a guidance method: PNGs, a grid and sample.json.
