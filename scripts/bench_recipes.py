@@ -1,0 +1,362 @@
+"""Every recipe end to end on the embedded models: what it raises, what that costs, and what it does to the rest.
+
+    python scripts/bench_recipes.py [--recipes alignprop ddpo] [--seeds 0 1 2] [--quick] [--against] [--folder FOLDER]
+
+A run is `difftune train RECIPE --config tiny-RECIPE --seed SEED` in a process of its own, which is stopped by SIGTERM
+after `--cap` seconds. The model before and the LoRA after draw the same seeds of the same held-out prompts, those of
+ShapeEval: the reward trained on, the oracle, the Vendi score of each prompt's pictures, and how far their latents
+moved (root mean square). Intervals are 95 %, of the paired difference, over prompts.
+
+Costs are counted while training: a row through the network is one forward-equivalent, its way back two. The forwards of
+the decoder and of the reward are not among them.
+
+Each finished run is a line of FOLDER/results.jsonl: what stands there is not run again, a run that was cut off begins
+anew. `--against` trains alignprop for three minutes and ddpo for ten times its forward-equivalents, and measures
+their checkpoints on the way.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from difftune import checkpoint, evaluate, log
+from difftune.cli import RECIPES, cli
+from difftune.cli.options import EXAMPLES
+from difftune.generate import opened
+from difftune.named import guidance_named
+from difftune.outputs import write
+from difftune.runs import CONFIG, METRICS
+from rewards.classifier import load_classifier
+from rewards.compose import parse_rewards, weighted
+from rewards.vendi import vendi
+from solvers.latent import LatentModel
+
+THRICE = ("alignprop", "d3po", "pso", "dragon", "ddpo")  # seeds 0, 1, 2; the others seed 0
+CAP, GRACE = 480, 1200  # seconds of a run, and of what is measured around it
+QUICK = ("--max_train_steps", "2", "--num_inference_steps", "3")
+EVAL_SEED, POINTS = 1000, 6  # of the held-out noises; checkpoints that are measured of a run
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, and how much is measured of it."""
+
+    recipe: str
+    seed: int
+    folder: Path
+    flags: tuple[str, ...] = ()
+    cap: float = CAP  # seconds
+    forwards: float = float("inf")  # forward-equivalents after which it is stopped
+    per_category: int = 10
+    images: int = 4
+    points: int = 1  # checkpoints that are measured, the last one included
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@dataclass
+class Forwards:
+    """Rows that went through the network, and twice those that came back."""
+
+    total: float = 0.0
+    limit: float = float("inf")
+
+    def add(self, rows: float) -> None:
+        reached = self.total >= self.limit
+        self.total += rows
+        if self.total >= self.limit and not reached:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def counted(forwards: Forwards) -> Iterator[Forwards]:
+    """Counts the UNet of an embedded model as it runs: a call that is made again on the way back counts again."""
+
+    def out(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, UNet2DConditionModel):
+            forwards.add(len(args[0]))
+
+    def back(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found = output[0] if isinstance(module, UNet2DConditionModel) else None
+        if found is not None and found.requires_grad:
+            found.register_hook(lambda gradient: forwards.add(2 * len(gradient)))
+
+    handles = [register_module_forward_pre_hook(out), register_module_forward_hook(back)]
+    try:
+        yield forwards
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def written_with_cost(forwards: Forwards) -> Iterator[None]:
+    """Each line of metrics.jsonl tells what was spent until then."""
+    append: Callable[..., None] = log.append
+
+    def priced(path: Path, record: Mapping[str, Any]) -> None:
+        append(path, {**record, "forward_equivalents": forwards.total})
+
+    log.append = priced
+    try:
+        yield
+    finally:
+        log.append = append
+
+
+def trained(job: Job) -> bool:
+    """Run the command; whether it came to its end before it was stopped."""
+    command = ["train", job.recipe, "--config", example_of(job.recipe), "--seed", str(job.seed)]
+    command += ["--output_dir", str(job.folder), *job.flags]
+    alarm = threading.Timer(job.cap, os.kill, (os.getpid(), signal.SIGTERM))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        with (
+            counted(Forwards(limit=job.forwards)) as forwards,
+            written_with_cost(forwards),
+            redirect_stdout(sys.stderr),
+        ):
+            cli.main(command, prog_name="difftune")
+    except SystemExit as stop:
+        if stop.code != 128 + signal.SIGTERM:
+            raise
+        return False
+    finally:
+        alarm.cancel()
+    return True
+
+
+def example_of(recipe: str) -> str:
+    """The example of a recipe on an embedded model; SystemExit where there is none."""
+    names = [path.stem for path in sorted(EXAMPLES.glob("tiny*.yaml")) if recipe in path.stem.split("-")]
+    if not names:
+        raise SystemExit(f"difftune/examples has no tiny-{recipe}.yaml")
+    return names[0]
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def measured(job: Job, settings: Mapping[str, Any], lora: Path | None) -> dict[str, Tensor]:
+    """{"reward", "oracle" (N,), "latents" (N, C, h, w), "vendi" (P,)} of N pictures of P held-out prompts."""
+    pipe = opened(settings["model"], None if lora is None else str(lora))
+    options = {k.removeprefix("guidance."): v for k, v in settings.items() if k.startswith("guidance.")}
+    guidance = guidance_named(settings["guidance"], settings.get("guidance_scale"), options)
+    entries, steps = evaluate.entries_of(job.per_category), settings["num_inference_steps"]
+    found = evaluate.evaluate(pipe, guidance, entries, job.images, steps, EVAL_SEED)
+    with torch.no_grad():
+        reward = weighted(parse_rewards(settings["reward"]))
+        parts = list(zip(found.images.split(60), chunks([r.prompt for r in found.results], 60), strict=True))
+        features = torch.cat([load_classifier().features(x) for x, _ in parts])
+        return {
+            "reward": torch.cat([reward(x, texts) for x, texts in parts]),
+            "oracle": torch.tensor([float(r.holds) for r in found.results]),
+            "latents": torch.cat([LatentModel(pipe).encode_images(x) for x, _ in parts]).contiguous(),
+            "vendi": torch.stack([vendi(x) for x in features.split(job.images)]),
+        }
+
+
+def chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    yield from (items[i : i + size] for i in range(0, len(items), size))
+
+
+def before(job: Job, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the model does untrained: measured once for all runs that sample alike."""
+    alike = {k: v for k, v in settings.items() if k.startswith("guidance")}
+    alike |= {k: settings[k] for k in ("model", "num_inference_steps", "reward")}
+    key = json.dumps([alike, job.per_category, job.images, EVAL_SEED], sort_keys=True)
+    file = job.folder.parent / f"before-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+    if not file.exists():
+        part = file.with_suffix(".part")
+        save_file(measured(job, settings, None), part)
+        part.rename(file)
+    return load_file(file)
+
+
+def compared(job: Job, now: Mapping[str, Tensor], then: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Per prompt: the means before and after of each measure, and the drift."""
+    means = {
+        f"{name}_{when}": of[name].reshape(-1, 1 if name == "vendi" else job.images).mean(1).tolist()
+        for name in ("reward", "oracle", "vendi")
+        for when, of in (("before", then), ("after", now))
+    }
+    drift = (now["latents"] - then["latents"]).flatten(1).square().mean(1).sqrt()
+    return means | {"drift": drift.reshape(-1, job.images).mean(1).tolist()}
+
+
+def run(job: Job, results: Path) -> None:
+    """Train, measure, and write the line; in a process of its own."""
+    shutil.rmtree(job.folder, ignore_errors=True)
+    ended = trained(job)
+    settings = yaml.safe_load((job.folder / CONFIG).read_text())
+    spent = {line["step"]: line for line in log.records(job.folder / METRICS)}
+    seconds = np.cumsum([line["seconds"] for line in spent.values()]).tolist()
+    then, points = before(job, settings), []
+    for path in chosen(checkpoint.checkpoints(job.folder), job.points):
+        step = int(path.name.rpartition("-")[2])
+        cost = {"seconds": seconds[step - 1], "forward_equivalents": spent[step]["forward_equivalents"]}
+        points.append({"step": step, **cost, **compared(job, measured(job, settings, path), then)})
+    curve = [[line["forward_equivalents"], line.get("reward_mean")] for line in spent.values()]
+    found = {"recipe": job.recipe, "seed": job.seed, "ended": ended, "settings": settings}
+    lines = [*finished(results).values(), {"run": job.folder.name, **found, "points": points, "curve": curve}]
+    write(results, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def chosen(paths: Sequence[Path], count: int) -> list[Path]:
+    """`count` of the checkpoints, evenly, with the last."""
+    if not paths:
+        raise SystemExit("the run saved no checkpoint: it was stopped before its first step")
+    return [paths[i] for i in sorted({round(i) for i in np.linspace(len(paths) - 1, 0, count, endpoint=count > 1)})]
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """A markdown row for each recipe, over its seeds."""
+    head = ["recipe", "seeds", "reward before", "reward after", "difference", "oracle", "difference of the oracle"]
+    head += ["Vendi", "difference of Vendi", "drift", "seconds", "forward-equivalents"]
+    recipes = list(dict.fromkeys(line["recipe"] for line in lines))
+    rows = [row([line for line in lines if line["recipe"] == recipe]) for recipe in recipes]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def row(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    last = [line["points"][-1] for line in lines]
+    mean = {name: np.mean([point[name] for point in last], axis=0) for name in last[0]}  # over seeds
+    stopped = sum(not line["ended"] for line in lines)
+    return [
+        lines[0]["recipe"] + (f" ({stopped} stopped at the cap)" if stopped else ""),
+        str(len(lines)),
+        f"{mean['reward_before'].mean():.4f}",
+        f"{mean['reward_after'].mean():.4f}",
+        change(mean, "reward", 4),
+        f"{mean['oracle_before'].mean():.3f} to {mean['oracle_after'].mean():.3f}",
+        change(mean, "oracle", 3),
+        f"{mean['vendi_before'].mean():.3f} to {mean['vendi_after'].mean():.3f}",
+        change(mean, "vendi", 3),
+        f"{mean['drift'].mean():.3f}",
+        f"{mean['seconds']:.0f}",
+        f"{mean['forward_equivalents']:.0f}",
+    ]
+
+
+def change(mean: Mapping[str, Any], name: str, digits: int) -> str:
+    """The paired difference with its interval over prompts."""
+    e = evaluate.estimate((mean[f"{name}_after"] - mean[f"{name}_before"]).tolist(), bounds=(-1.0, 1.0))
+    return f"{e.score:+.{digits}f} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
+
+
+def reached(line: Mapping[str, Any], level: float) -> str:
+    """When a run's held-out reward first was at the level, among the checkpoints that were measured."""
+    for point in line["points"]:
+        if np.mean(point["reward_after"]) >= level:
+            return f"{point['forward_equivalents']:.0f} | {point['seconds']:.0f}"
+    return "not reached | not reached"
+
+
+def duel(lines: Mapping[str, Mapping[str, Any]]) -> str:
+    """Forward-equivalents and seconds of alignprop and ddpo to the best held-out reward of each."""
+    rows = ["| held-out reward | of | forward-equivalents | seconds |", "| --- | --- | --- | --- |"]
+    for owner, line in lines.items():
+        level = max(float(np.mean(point["reward_after"])) for point in line["points"])
+        rows += [f"| {level:.4f}, the best of {owner} | {name} | {reached(of, level)} |" for name, of in lines.items()]
+    start = float(np.mean(next(iter(lines.values()))["points"][0]["reward_before"]))
+    return "\n".join([*rows, f"\nBefore training the held-out reward is {start:.4f}."])
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def finished(results: Path) -> dict[str, dict[str, Any]]:
+    """The lines of whole runs, by run."""
+    return {line["run"]: line for line in log.records(results)} if results.exists() else {}
+
+
+def follow(job: Job, results: Path) -> None:
+    """Run the job, unless its line is there, in a process of its own that is ended where it hangs."""
+    if job.folder.name in finished(results):
+        return
+    print(f"{job.folder.name}: training", file=sys.stderr, flush=True)
+    work = multiprocessing.get_context("spawn").Process(target=run, args=(job, results))
+    work.start()
+    work.join(job.cap + GRACE)
+    if work.is_alive():
+        work.kill()
+        work.join()
+    if work.exitcode:
+        print(f"{job.folder.name}: failed with {work.exitcode}", file=sys.stderr, flush=True)
+
+
+def jobs(given: argparse.Namespace) -> list[Job]:
+    sizes: dict[str, Any] = {"cap": given.cap}
+    if given.quick:
+        sizes |= {"cap": 120, "per_category": 1, "images": 2, "flags": QUICK}
+    found = []
+    for recipe in given.recipes:
+        seeds = given.seeds or ([0, 1, 2] if recipe in THRICE and not given.quick else [0])
+        found += [Job(recipe, seed, given.folder / f"{recipe}-{seed}", **sizes) for seed in seeds]
+    return found
+
+
+def against(given: argparse.Namespace) -> None:
+    """AlignProp for three minutes, DDPO for ten times its forward-equivalents, and their table."""
+    flags, results = ("--max_train_steps", "1000000", "--checkpointing_steps", "5"), given.folder / "results.jsonl"
+    sizes: dict[str, Any] = {"per_category": 5, "points": POINTS, "flags": flags}
+    cap, most = (20, 120) if given.quick else (180, 3 * 3600)
+    follow(Job("alignprop", 0, given.folder / "against-alignprop", cap=cap, **sizes), results)
+    spent = finished(results)["against-alignprop"]["points"][-1]["forward_equivalents"]
+    follow(Job("ddpo", 0, given.folder / "against-ddpo", cap=most, forwards=10 * spent, **sizes), results)
+    lines = finished(results)
+    print(duel({name: lines[f"against-{name}"] for name in ("alignprop", "ddpo")}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--recipes", nargs="*", default=list(RECIPES), help=f"Of {', '.join(RECIPES)}; all if left out."
+    )
+    parser.add_argument("--seeds", nargs="*", type=int, help=f"0 1 2 of {', '.join(THRICE)} and 0 of the rest.")
+    parser.add_argument("--cap", type=float, default=CAP, help="Seconds after which a run is stopped.")
+    parser.add_argument("--quick", action="store_true", help="Two steps of each: whether it works.")
+    parser.add_argument("--against", action="store_true", help="AlignProp against DDPO instead.")
+    parser.add_argument("--folder", type=Path, help="runs/bench_recipes, or runs/bench_recipes_quick.")
+    given = parser.parse_args()
+    if unknown := set(given.recipes) - set(RECIPES):
+        parser.error(f"no recipe {', '.join(sorted(unknown))}: there are {', '.join(RECIPES)}")
+    given.folder = given.folder or Path("runs/bench_recipes_quick" if given.quick else "runs/bench_recipes")
+    given.folder.mkdir(parents=True, exist_ok=True)
+    if given.against:
+        return against(given)
+    for job in jobs(given):
+        follow(job, given.folder / "results.jsonl")
+    lines = [line for job in jobs(given) if (line := finished(given.folder / "results.jsonl").get(job.folder.name))]
+    if not lines:
+        parser.exit(1, "no run came to its end\n")
+    write(given.folder / "table.md", table(lines) + "\n")
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
