@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -37,8 +37,13 @@ class Recomputed:
     def tensors(self) -> Sequence[Tensor]:
         return self.predict.tensors
 
+    @cached_property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Those of `predict`, looked for once: that takes as long as both checks of a call."""
+        return networks_of(self.predict)
+
     def __call__(self, path: Path, at: Noise) -> Prediction:
-        check = unchanged(self.predict, self.predict.tensors)
+        check = unchanged(self.networks, self.predict.tensors)
 
         def call(x: Tensor) -> Prediction:
             check()
@@ -47,9 +52,13 @@ class Recomputed:
         return checkpoint(call, path.x, use_reentrant=False)
 
 
-def unchanged(predict: Predict, tensors: Sequence[Tensor] = ()) -> Callable[[], None]:
-    """A check, for later, that the networks of `predict` and these tensors are still as they are now."""
-    networks = tuple(reachable(predict, nn.Module))
+def networks_of(predict: Predict) -> tuple[nn.Module, ...]:
+    """The networks that `predict` holds, itself or in what it calls."""
+    return tuple(reachable(predict, nn.Module))
+
+
+def unchanged(networks: Sequence[nn.Module], tensors: Sequence[Tensor] = ()) -> Callable[[], None]:
+    """A check, for later, that these networks and tensors are still as they are now."""
     before = stamp(tensors, networks)
     return lambda: _check_unchanged(before, stamp(tensors, networks))
 

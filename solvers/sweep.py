@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import widen
-from solvers.recompute import unchanged
+from solvers.recompute import networks_of, unchanged
 from solvers.run import Run, differentiated
 
 Gradients = Sequence[Tensor | None]
@@ -86,7 +86,7 @@ def swept(run: Run, sweep: Sweep) -> tuple[Sequence[Tensor], Any]:
     tensors = differentiated(run) if connected else []
     with torch.no_grad(), setting():
         down = sweep.down(x.detach(), connected)
-    return _Swept.apply(sweep, down, setting, unchanged(run.predict), x, *tensors), down.note
+    return _Swept.apply(sweep, down, setting, unchanged(networks_of(run.predict)), x, *tensors), down.note
 
 
 class _Swept(torch.autograd.Function):
