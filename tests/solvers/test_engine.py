@@ -12,6 +12,7 @@ from guidance.methods import CFG
 from solvers.denoiser import Path, predicted
 from solvers.latent import LatentModel
 from solvers.levels import levels_of
+from solvers.memory import block_checkpointing
 from solvers.noise import flow, grid
 from solvers.recompute import Recomputed
 from solvers.rollout import rollout
@@ -65,15 +66,21 @@ def test_checkpoint_is_full_bit_for_bit(tiny, conds, name):
     assert all(g.abs().max() > 0 for g in full)
 
 
-def test_block_checkpointing_changes_no_bit(tiny, conds):
-    network = tiny[0].network
-    plain = gradients(tiny, conds, SAMPLERS["dpmpp_2m"], "full")
-    network.enable_gradient_checkpointing()
-    try:
-        nested = gradients(tiny, conds, SAMPLERS["dpmpp_2m"], "checkpoint")
-    finally:
-        network.disable_gradient_checkpointing()
+QUICK = ("heun", "dpmpp_2m", "ancestral")  # a solver of two stages, of two steps, of fresh noise
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in SAMPLERS])
+def test_block_checkpointing_changes_no_bit(tiny, conds, name):
+    network, entered = tiny[0].network, []
+    blocks = network.down_blocks[0].resnets
+    handles = [block.register_forward_pre_hook(lambda *_: entered.append(1)) for block in blocks]
+    plain, once = gradients(tiny, conds, SAMPLERS[name], "full"), len(entered)
+    with block_checkpointing(network):
+        nested = gradients(tiny, conds, SAMPLERS[name], "checkpoint")
+    for handle in handles:
+        handle.remove()
     assert all(torch.equal(a, b) for a, b in zip(plain, nested, strict=True))
+    assert len(entered) - once == 3 * once  # forward, the call again, and the block again
 
 
 def saved(tiny, conds, gradient, steps):
