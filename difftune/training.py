@@ -29,6 +29,7 @@ from difftune.errors import RunError
 from difftune.named import at_least, guidance_named, known, model_named, sampler_named
 from difftune.prompts import prompts_named
 from rewards.checks import NotFinite
+from solvers.run import watch_gradients, watching
 
 Metrics = dict[str, float]
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -103,11 +104,19 @@ class Training:
 
     @contextmanager
     def learning(self, last: bool = True) -> Iterator[None]:
-        """Around a forward and its backward pass: dropout is on, and the processes' gradients meet in the `last`."""
+        """Around a forward and its backward pass: dropout is on, and the processes' gradients meet in the `last`.
+
+        A latent's gradient that is not finite is told with the sampler's step, but for several processes, which must
+        agree on what to do, and under a loss scaler, which finds its scale by overflowing.
+        """
         network = self.network.prepared
         network.train()
+        named = self.world == 1 and self.accelerator.scaler is None and watching() is None
         try:
-            with nullcontext() if last else self.accelerator.no_sync(network):
+            with (
+                watch_gradients(lambda index, norm: None) if named else nullcontext(),
+                nullcontext() if last else self.accelerator.no_sync(network),
+            ):
                 yield
         finally:
             network.eval()

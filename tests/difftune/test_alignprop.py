@@ -278,10 +278,17 @@ class Broken(Brightness):
         return scores * self.how if self.how != 0 else ((scores - scores.detach()) ** 2).sqrt()  # 0: a NaN gradient
 
 
-@pytest.mark.parametrize(("how", "what"), [(float("nan"), "the reward for 'red"), (0, "gradient's norm is nan")])
-def test_what_is_not_finite_ends_the_run_and_the_last_checkpoint_stays(toy, tmp_path, how, what):
+@pytest.mark.parametrize(
+    ("how", "gradient", "what"),
+    [
+        (float("nan"), None, "the reward for 'red"),
+        (0, "checkpoint", "the gradient is not finite at step 2 of 3"),
+        (0, "truncated:1", "the gradient's norm is nan"),  # no latent of the run requires grad
+    ],
+)
+def test_what_is_not_finite_ends_the_run_and_the_last_checkpoint_stays(toy, tmp_path, how, gradient, what):
     out = tmp_path / "out"
-    config = replace(toy, output_dir=str(out), checkpointing_steps=1)
+    config = replace(toy, output_dir=str(out), checkpointing_steps=1, gradient=gradient)
     Path(toy.prompts).write_text("red circle\n")
     with pytest.raises(RunError, match=rf"step 3: .*{what}.*checkpoints are as they were"):
         alignprop.run(config, pipe=pipelines.sd(), reward=Broken(how))
