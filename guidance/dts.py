@@ -39,7 +39,8 @@ class DTS:
 
     inverse_temperature: lambda in the target p(x0) e^(lambda r(x0)). policy: the child a rollout follows, "boltzmann"
     (the paper's), "uct", or "uniform" (ours: e^(lambda v) of the root is then unbiased). backup: "soft" or "max".
-    widening, growth: a node visited N times may have widening * N^growth children. exploration: c of "uct".
+    widening, growth: a node visited N times may have widening * N^growth children. exploration: c of "uct", in units of
+    the reward; None is 1 / lambda.
     branches: levels at which trees branch, pure noise among them, equally spaced. parallel: rollouts of a tree at once.
     return_best_seen: a state's sample is the leaf of the largest reward; False: the one that a descent by the values
     ends in, drawn from the target ("uct": of the largest values).
@@ -47,12 +48,12 @@ class DTS:
     Raises ValueError for a value that cannot be.
     """
 
-    inverse_temperature: float = 1.0
+    inverse_temperature: float = 10.0
     policy: str = "boltzmann"
     backup: str = "soft"
     widening: float = 2.0
     growth: float = 0.8
-    exploration: float = 1.0
+    exploration: float | None = None
     branches: int = 5
     parallel: int = 1
     return_best_seen: bool = True
@@ -70,7 +71,7 @@ class DTS:
             raise ValueError(
                 f"widening is {self.widening} and growth {self.growth}: they must be above 0, and growth at most 1"
             )
-        if min(self.branches, self.parallel) < 1 or self.exploration < 0:
+        if min(self.branches, self.parallel) < 1 or (self.exploration or 0) < 0:
             raise ValueError(
                 f"branches is {self.branches}, parallel {self.parallel} and exploration {self.exploration}: "
                 "the first two must be at least 1, the last at least 0"
@@ -78,7 +79,8 @@ class DTS:
 
     @property
     def rule(self) -> Rule:
-        return Rule(self.policy, self.inverse_temperature, self.widening, self.growth, self.exploration)
+        exploration = 1 / self.inverse_temperature if self.exploration is None else self.exploration
+        return Rule(self.policy, self.inverse_temperature, self.widening, self.growth, exploration)
 
 
 @dataclass(frozen=True)
