@@ -71,7 +71,8 @@ def _drawn(at: Sequence[tuple[float, int]], parents: Sequence[int], values: Sequ
     axes.plot([at[n][0] for n in way], [at[n][1] for n in way], color="#dc2626", linewidth=1.8, zorder=2)
     known = [n for n, value in enumerate(values) if not math.isnan(value)]
     size = max(2.0, min(40.0, 4000 / len(at)))
-    axes.scatter(*zip(*at, strict=True), s=size, color="#d1d5db", zorder=3)
+    across, down = zip(*at, strict=True)
+    axes.scatter(across, down, s=size, color="#d1d5db", zorder=3)
     if known:
         x, y = zip(*(at[n] for n in known), strict=True)
         dots = axes.scatter(x, y, s=size, c=[values[n] for n in known], cmap="viridis", zorder=4)

@@ -173,7 +173,8 @@ class Forest:
 
     def planned(self, group: int) -> list[Rollout]:
         """The group's next rollouts, as far as its budget goes. One that ends in a leaf costs nothing."""
-        tree, found, nfe = self.trees[group], [], 0
+        tree, nfe = self.trees[group], 0
+        found: list[Rollout] = []
         for _ in range(self.config.parallel):
             uniforms = self.problem.uniform(group, SELECT, tree.rollouts, n=tree.depth).tolist()
             node = select(tree, self.config.rule, uniforms)
@@ -223,8 +224,8 @@ class Forest:
             if (leaf := self.answer(group)) is not None:
                 found.x0[group] = leaf_of(tree, leaf).x[0].to(found.x0)
                 found.reward[group] = tree.values[leaf]
-        spent = [account.clone() for account in self.problem.spent]
-        return State(*found, *spent, self.weighted, self.graph, self.saved)
+        nfe, reward_calls, gradients = (account.clone() for account in self.problem.spent)
+        return State(*found, nfe, reward_calls, gradients, self.weighted, self.graph, self.saved)
 
     def answer(self, group: int) -> int | None:
         """The leaf that a state tells; None before there is one."""
@@ -236,12 +237,8 @@ class Forest:
 
     def weighted(self) -> Weighted:
         """All leaves, weighted by the probability that a descent ends in them."""
-        inverse_temperature = math.inf if self.config.backup == "max" else self.config.inverse_temperature
-        found = [
-            (tree, group, probabilities(tree, inverse_temperature))
-            for group, tree in enumerate(self.trees)
-            if tree.leaves
-        ]
+        lam = math.inf if self.config.backup == "max" else self.config.inverse_temperature
+        found = [(tree, group, probabilities(tree, lam)) for group, tree in enumerate(self.trees) if tree.leaves]
         x = [leaf_of(tree, leaf).x for tree, _, shares in found for leaf in shares]
         groups = [group for _, group, shares in found for _ in shares]
         weights = torch.tensor([share for *_, shares in found for share in shares.values()], dtype=torch.float64)
@@ -251,14 +248,11 @@ class Forest:
 
     def graph(self) -> Graph:
         """All nodes but the roots, which stand for no state."""
-        parents, levels, groups, values, first = [], [], [], [], 0
+        parts, first = [], 0
         for group, tree in enumerate(self.trees):
-            parents += [parent - 1 + first if parent != ROOT else -1 for parent in tree.parents[1:]]
-            levels += [self.stops[depth - 1] for depth in tree.depths[1:]]
-            groups += [group] * (len(tree) - 1)
-            values += tree.values[1:]
+            parts.append(nodes_of(tree, group, self.stops, first))
             first += len(tree) - 1
-        return Graph(*map(torch.tensor, (parents, levels, groups)), torch.tensor(values, dtype=torch.float64))
+        return Graph(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def saved(self) -> Saved:
         grown = {str(group): packed(tree) for group, tree in enumerate(self.trees) if len(tree) > 1}
@@ -290,6 +284,14 @@ def branching_levels(steps: int, branches: int) -> list[int]:
     50 steps and 5 branches: 0, 10, 20, 30, 40, 50, the paper's.
     """
     return [round(i * steps / branches) for i in range(branches + 1)]
+
+
+def nodes_of(tree: Tree, group: int, stops: Sequence[int], first: int) -> Graph:
+    """A tree without its root, whose nodes are numbered from `first` on."""
+    parent = torch.tensor(tree.parents[1:], dtype=torch.int64)
+    level = torch.tensor([stops[depth - 1] for depth in tree.depths[1:]], dtype=torch.int64)
+    value = torch.tensor(tree.values[1:], dtype=torch.float64)
+    return Graph((parent - 1 + first).where(parent != ROOT, -1), level, torch.full_like(parent, group), value)
 
 
 def groups_of(rollouts: Sequence[Rollout]) -> Tensor:

@@ -108,7 +108,7 @@ def problem_of(run: Run, prompts: Sequence[str], setting: Setting) -> Problem:
 def config_of(method: str, setting: Setting) -> Any:
     kind = SEARCHES[method].config
     known = {field.name for field in dataclasses.fields(kind)}
-    options = {"inverse_temperature": setting.inverse_temperature} if method != "fkc" else {}
+    options: dict[str, Any] = {} if method == "fkc" else {"inverse_temperature": setting.inverse_temperature}
     options |= {"exploration": setting.exploration} if method == "dts-star" else {}
     return kind(**{name: value for name, value in options.items() if name in known})
 

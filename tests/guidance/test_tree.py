@@ -381,6 +381,15 @@ def test_a_childs_noise_depends_on_seed_path_and_index_alone():
     assert len(xs.unique()) == len(xs)
 
 
+def test_no_two_edges_share_their_noise():
+    """Keys are all different, also those of children of one rank under different parents."""
+    problem, seen = line(2), []
+    noise = problem.noise
+    problem.noise = lambda *key, n=1: (seen.append(key), noise(*key, n=n))[1]
+    run(problem, DTS(1.0, "uniform", widening=1.0, growth=0.5), 30)
+    assert len(seen) > 200 and len(set(seen)) == len(seen)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_trees_grow_beside_each_other_as_alone(policy):
     """Several prompts in one batch, in micro-batches or not: each tree is the one that it would be alone."""
@@ -482,27 +491,35 @@ def test_another_search_is_no_continuation():
             next(iter(dts(problem, config, kept)))
 
 
-def test_memory_of_a_guidance_follows_its_node():
-    """APG's momentum is in the path: it is stored, split, joined and saved with the node."""
-    reward = lambda x, groups: x.flatten(1).mean(1)  # noqa: E731
+def guided_problem(*seeds: int) -> Problem:
+    """APG on the toy; a group's class and the sign of its reward are those of its seed."""
 
     def predict(groups: Tensor):
-        conds = {"cond": toy.labels(*(groups % toy.K).tolist()), "uncond": toy.labels(*[-1] * len(groups))}
+        own = [seeds[g] % toy.K for g in groups.tolist()]
+        conds = {"cond": toy.labels(*own), "uncond": toy.labels(*[-1] * len(own))}
         return guided(toy.Toy(), APG(3.0), conds, counter=RowCounter())
 
-    def problem(*seeds: int) -> Problem:
-        levels = grid(flow, 6, 0.99, 0.0)
-        return Problem(levels, predict, reward, toy.SHAPE, seeds, costs=(2,) * 6, dtype=torch.float64)
+    def reward(x: Tensor, groups: Tensor) -> Tensor:
+        return x.flatten(1).mean(1) * (1 - 2 * torch.tensor(seeds)[groups])
 
+    levels = grid(flow, 6, 0.99, 0.0)
+    return Problem(levels, predict, reward, toy.SHAPE, seeds, costs=(2,) * 6, dtype=torch.float64)
+
+
+def test_memory_of_a_guidance_follows_its_node():
+    """APG's momentum is in the path: it is stored, split, joined and saved with the node; and a prompt's prediction and
+    reward are its own."""
     config = DTS(5.0, widening=1.0, growth=0.5, branches=3)
-    whole = run(problem(0, 1), config, 12)
-    halfway = run(problem(0, 1), config, 6).saved()
+    whole = run(guided_problem(0, 1), config, 12)
+    halfway = run(guided_problem(0, 1), config, 6).saved()
     assert any(name.startswith("0.memory.") for name in halfway.tensors)
-    *_, again = islice(dts(problem(0, 1), config, halfway), 6)
+    *_, again = islice(dts(guided_problem(0, 1), config, halfway), 6)
     assert identical(whole, again)
-    alone, beside = trees_of(run(problem(0), config, 12), 4)[0], trees_of(whole, 4)[0]
-    assert alone.parents == beside.parents
-    torch.testing.assert_close(tree.packed(alone)["x"], tree.packed(beside)["x"], rtol=1e-10, atol=1e-10)
+    for group, beside in enumerate(trees_of(whole, 4)):
+        [alone] = trees_of(run(guided_problem(group), config, 12), 4)
+        assert alone.parents == beside.parents
+        torch.testing.assert_close(tree.packed(alone)["x"], tree.packed(beside)["x"], rtol=1e-10, atol=1e-10)
+        assert alone.values == pytest.approx(beside.values, abs=1e-10)
 
 
 # ------------------------------------------------------------------------------------------------ costs and refusals
