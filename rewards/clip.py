@@ -140,6 +140,14 @@ def open_clip_score(model: str = "ViT-B-32", pretrained: str = "laion2b_s34b_b79
     return CLIPScore(hub.snapshot(repository), dtype)
 
 
+def clip_logit(model: str = "ViT-H-14", pretrained: str = "laion2b_s32b_b79k", dtype: str = "float32") -> Cosine:
+    """exp(logit_scale) cos(f(image), g(prompt)) by a model of open_clip; by default CLIP ViT-H/14, about 100 cos, as in
+    ReNO's mixture (https://arxiv.org/abs/2406.04312)."""
+    reward = open_clip_score(model, pretrained, dtype)
+    reward.scale = float(reward.model.logit_scale.exp())
+    return reward
+
+
 def clip_score(
     model: str | None = None,
     weights: str | Path | None = None,

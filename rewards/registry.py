@@ -184,6 +184,18 @@ REWARDS: dict[str, Entry] = {
         text_max_len=77,
         licence="the model's",
     ),
+    "clip": Entry(
+        "rewards.clip:clip_logit",
+        "CLIP's logit, about 100 cosine, by ViT-H/14 of LAION-2B: ReNO's",
+        needs_prompt=True,
+        differentiable=True,
+        range=(0, 45),
+        resolution=224,
+        preprocessing="the model's own, in torch",
+        text_max_len=77,
+        licence="MIT",
+        memory_mb=3940,
+    ),
     "pickscore": Entry(
         "rewards.clip:pickscore",
         "PickScore v1: what people prefer of two pictures of a prompt (ViT-H/14)",

@@ -108,6 +108,16 @@ def test_open_clip_model_that_is_not_there_lists_its_tags():
         clip.open_clip_score("ViT-B-32", "xyz")
 
 
+@torch.no_grad()
+def test_clips_logit_is_the_cosine_times_the_models_scale(monkeypatch):
+    monkeypatch.setattr(clip, "open_clip_score", lambda model, pretrained, dtype: clip.CLIPScore(clip.TINY, dtype))
+    prompts = ["a red circle", "a blue square"]
+    images = IMAGES[:2]
+    reward = load("clip")
+    expected = reward.model.logit_scale.exp() * clip.tiny_clip()(images, prompts)
+    torch.testing.assert_close(reward(images, prompts), expected, **SAME)
+
+
 # ---------------------------------------------------------------------------------------------- aesthetic
 
 
