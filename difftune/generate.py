@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from difftune import models, outputs
 from difftune.doctor import versions
 from difftune.equip import equipped, prepared
-from difftune.errors import UserError
+from difftune.errors import RunError, UserError
 from difftune.lora import WEIGHTS
 from difftune.named import guidance_named, model_named
 from guidance.attach import attach
 from guidance.contract import Guidance
 from rewards.checks import finite
+from solvers.families import family_of, packed
+from solvers.latent import LatentModel
 
 
 class Batch(NamedTuple):
@@ -40,8 +44,10 @@ def generate(
     steps: int = 25,
     batch_size: int = 16,
     eta: float = 0.0,
+    noises: Tensor | None = None,
 ) -> Iterator[Batch]:
-    """One image per (prompt, seed), batch by batch. An image's noise is that of its own seed, whatever the batch.
+    """One image per (prompt, seed), batch by batch. An image's noise is that of its own seed, whatever the batch, or of
+    `noises` (B, C, h, w) its own.
 
     eta: the noise of DDIM's steps, 1 is DDPM; UserError where the scheduler takes none.
     What a method needs and only names (a classifier, a weaker network, a negative prompt) is found by `difftune.equip`.
@@ -52,15 +58,20 @@ def generate(
     guidance = prepared(pipe, guidance, prompts, steps)
     for start in range(0, len(prompts), batch_size):
         chosen = slice(start, start + batch_size)
-        yield _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), guidance, steps, eta)
+        given: dict[str, Any] = {"eta": eta} if eta else {}
+        if noises is not None:
+            given["latents"] = for_pipeline(pipe, noises[chosen])
+        yield _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), guidance, steps, given)
 
 
-def _batch(pipe: Any, prompts: list[str], seeds: list[int], guidance: Guidance, steps: int, eta: float) -> Batch:
+def _batch(
+    pipe: Any, prompts: list[str], seeds: list[int], guidance: Guidance, steps: int, given: Mapping[str, Any]
+) -> Batch:
+    """A batch by the pipeline, which is told what is `given` besides."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     method, networks = equipped(pipe, guidance, prompts)
     with attach(pipe, method, networks) as handle:
-        drawn = {"eta": eta} if eta else {}
-        images = pipe(prompts, generator=generators, num_inference_steps=steps, output_type="pt", **drawn).images
+        images = pipe(prompts, generator=generators, num_inference_steps=steps, output_type="pt", **given).images
     return Batch(finite(images.float().cpu(), "a generated picture"), prompts, seeds, handle.nfe / len(prompts))
 
 
@@ -69,6 +80,17 @@ def takes_eta(pipe: Any) -> None:
     for thing, function in ((pipe, type(pipe).__call__), (pipe.scheduler, pipe.scheduler.step)):
         if "eta" not in inspect.signature(function).parameters:
             raise UserError(f"{type(thing).__name__} takes no eta: leave it out, or use a pipeline with DDIM")
+
+
+def for_pipeline(pipe: Any, noises: Tensor) -> Tensor:
+    """Noises (B, C, h, w) as the pipeline's `latents`: FLUX wants them packed into tokens. UserError for another size.
+
+    A pipeline multiplies them by its scheduler's first sigma, as it does its own.
+    """
+    family, model = family_of(pipe), LatentModel(pipe)
+    if noises.shape[1:] != model.shape():
+        raise UserError(f"the noise is {tuple(noises.shape[1:])}, and the model's latents are {model.shape()}")
+    return (noises if family.grid is None else packed(noises)).to(model.device, model.dtype)
 
 
 def watched(batches: Iterator[Batch], total: int, label: str) -> Iterator[Batch]:
@@ -120,15 +142,19 @@ def sample(
     batch_size: int = 16,
     lora: str | None = None,
     eta: float = 0.0,
+    noise: str | None = None,
 ) -> dict[str, Any]:
     """`difftune sample`: writes PNGs, grid.png and sample.json; returns what sample.json holds.
 
-    Image i of a prompt is drawn with seed + i. Nothing is written before all images are made.
+    Image i of a prompt is drawn with seed + i; `noise`, a file of `difftune optimize`, holds one noise for each image
+    in place of that. Nothing is written before all images are made.
     """
     folder, method = outputs.unused(output_dir), guidance_named(guidance, None, guidance_options)
-    pipe, began = opened(model, lora), time.perf_counter()
     jobs = [(p, seed + i) for p in prompt for i in range(num_images)]
-    made = generate(pipe, [p for p, _ in jobs], [s for _, s in jobs], method, num_inference_steps, batch_size, eta)
+    noises = None if noise is None else noises_of(noise, len(jobs))
+    pipe, began = opened(model, lora), time.perf_counter()
+    texts, seeds = [p for p, _ in jobs], [s for _, s in jobs]
+    made = generate(pipe, texts, seeds, method, num_inference_steps, batch_size, eta, noises)
     batches = list(watched(made, len(jobs), "sample"))
     found = {
         "settings": {
@@ -141,6 +167,7 @@ def sample(
             "num_inference_steps": num_inference_steps,
             "eta": eta,
             "seed": seed,
+            "noise": noise,
             "batch_size": batch_size,
             "scheduler": type(pipe.scheduler).__name__,
         },
@@ -155,6 +182,28 @@ def sample(
     outputs.write(folder / "grid.png", outputs.grid(pictures, num_images if len(prompt) > 1 else None))
     outputs.write_json(folder / "sample.json", found)
     return found
+
+
+NOISE = "noise.safetensors"  # of `difftune optimize`
+
+
+def noises_of(path: str | Path, images: int | None = None) -> Tensor:
+    """The noises (B, C, h, w) of a file that `difftune optimize` wrote, one for each of so many images.
+
+    UserError for another number of them, for a file of something else, and where an embedding belongs to the noise.
+    """
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot read the noise {str(path)!r}: {error}") from error
+    if "noise" not in found or found["noise"].ndim != 4:
+        raise UserError(f"{path} holds no noise: give the {NOISE} of `difftune optimize`")
+    if "embedding" in found:
+        raise UserError(f"{path} holds a prompt's embedding too, without which its noise makes another picture")
+    if images is not None and len(found["noise"]) != images:
+        number = len(found["noise"])
+        raise UserError(f"{path} holds {number} noises for {images} images: give its prompts, one for each noise")
+    return found["noise"]
 
 
 def settings_of(guidance: Any) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def main() -> None:
 )
 @click.option("--num_images", type=o.AT_LEAST_ONE, default=1, show_default=True, help="Images of each prompt.")
 @click.option("--eta", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Noise of DDIM's steps.")
+@click.option("--noise", metavar="FILE", help="The noise.safetensors of `difftune optimize`: a noise for each image.")
 @click.pass_context
 def sample(ctx: click.Context, **flags: Any) -> None:
     """Images under a guidance method: PNGs, a grid and sample.json.
