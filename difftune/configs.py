@@ -5,7 +5,7 @@ import inspect
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 
 def documented(config: type) -> type:
@@ -246,15 +246,16 @@ class RenoConfig:
     model: str = "tiny-turbo"
     """An embedded model (tiny, tiny-turbo), a folder in diffusers' format, or a model's id on the hub."""
     reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
-    """What to raise: NAME or NAME=WEIGHT, one or several; their weighted sum. Each must be differentiable."""
+    """What to raise: NAME or NAME=WEIGHT, one or several; their weighted sum. Differentiable, if the optimizer needs
+    it."""
     output_dir: str = "runs/reno"
-    """Folder of the result; it must be empty."""
+    """Folder of the result; it must be empty, unless the run is resumed."""
     iterations: int = 50
     """Images made for each prompt; the noise is updated between them, one time less."""
     seed: int = 0
-    """Of the first noise: the i-th prompt's is drawn with seed + i, whatever the batch."""
+    """Of the first noise: the i-th one's is drawn with seed + i, whatever the batch."""
     batch_size: int = 8
-    """Prompts optimised at once; the results do not depend on it."""
+    """Noises optimised at once; the results do not depend on it."""
 
     num_inference_steps: int = 1
     """Steps of the sampler."""
@@ -277,11 +278,50 @@ class RenoConfig:
     deterministic: bool = False
     """Use torch's deterministic algorithms, and stop where there is none."""
 
+    optimizer: str = "sgd"
+    """sgd (Nesterov), adam or lbfgs; without gradients neighbours, spsa or cma. With options: "spsa[candidates=8]"."""
     learning_rate: float | None = None
-    """Of SGD with Nesterov momentum; None is 5 sqrt(D / 16384) for D latent elements, the paper's 5 at its D."""
-    momentum: float = 0.9
-    """Nesterov momentum."""
-    grad_clip: float = 0.1
-    """The gradient's norm, of each prompt by itself, is clipped to this."""
+    """Of the optimizer; None is the paper's for its model, else 5 sqrt(D / 16384) for D latent elements, or the
+    optimizer's own."""
+    grad_clip: float | None = None
+    """The gradient's norm, of each prompt by itself, is clipped to this; None is the optimizer's own, 0.1 for sgd."""
+    variables: Literal["noise", "prompt", "both"] = "noise"
+    """What is optimised: the noise, the prompt's embedding, or both."""
     regularization_weight: float = 0.01
-    """Weight of minus the log density of the noise's norm, which is chi-distributed for Gaussian noise."""
+    """Weight of the regularizer."""
+    regularizer: str = "chi"
+    """Minus a log density of Gaussian noise: of its norm (chi), its spectrum too (spectral), or of its blocks (dno)."""
+    normalize: bool = False
+    """Divide each reward by the width of its nominal range, so that weights compare."""
+    held_out: str | None = None
+    """A reward that is not optimised: it is reported beside the one that is, with the iteration where they part."""
+    patience: int | None = None
+    """Iterations without a better image after which a prompt is finished; None: never."""
+    target: float | None = None
+    """Total reward at which a prompt is finished; None: never."""
+    seeds_per_prompt: int = 1
+    """Noises that are optimised for each prompt."""
+    start: str | None = None
+    """Where the noise begins: a noise.safetensors, or a picture, inverted under the guidance; None draws it."""
+    inversion_steps: int = 50
+    """Steps of that inversion."""
+    max_distance: float | None = None
+    """The noise, and the embedding, stay this near to where they began, as a share of the norm there; None: free."""
+    setting: str | None = None
+    """The paper's settings for a model (sd-turbo, sdxl-turbo, pixart-dmd, hyper-sdxl, flux-schnell); None goes by the
+    model's id."""
+    embedded_guidance: float | None = None
+    """Guidance scale that is told to a network distilled over scales (LCM); no other takes one."""
+    height: int | None = None
+    """Of the pictures, in pixels; None is the paper's for its model, else the model's own."""
+    width: int | None = None
+    """As height."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the networks: "no" (float32), "bf16" or "fp16". Noise and regularizer are float32 or better."""
+
+    animation: Literal["gif", "webp", "none"] = "gif"
+    """How the path of each picture is shown."""
+    checkpointing_steps: int | None = None
+    """Iterations between checkpoints; None writes nothing before the end."""
+    resume_from_checkpoint: str | None = None
+    """The word "latest": go on from the output folder's checkpoints, exactly as if the run had not been interrupted."""

@@ -1,27 +1,41 @@
-"""ReNO: closed forms, a loop by hand, and independence of the prompts in a batch."""
+"""ReNO on pipelines: a loop by hand, independent samples, resumption, precision, what is reported."""
 
-import json
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from scipy import stats
+from diffusers import EulerDiscreteScheduler
 
-from difftune import reno
-from difftune.configs import RenoConfig
+from difftune import checkpoint, models, optimize
 from difftune.errors import RunError, UserError
-from difftune.reno import Objective, ReNO, chi_log_density, clip_each, learning_rate, regularizer
-from guidance.methods import CFG
+from difftune.noise_named import OPTIMIZERS
+from difftune.objective import Objective
+from difftune.reno import ReNO
+from difftune.reno_settings import PAPER, setting_of
+from guidance.guided import guided
+from guidance.invert import edit
+from guidance.methods import CFG, CFGpp, Plain
+from rewards.registry import load as load_reward
+from solvers.budget import parse_size
+from solvers.denoiser import Path
 from solvers.latent import LatentModel
+from solvers.memory import LiveBytes
+from solvers.samplers import euler, sample
 from tests import pipelines
 
 PROMPTS = ["red circle", "blue square"]
+SEARCHES = ("neighbours", "spsa", "cma")
 
 
 @pytest.fixture(scope="module")
 def pipe():
     return pipelines.sd()
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """The same in float64."""
+    return pipelines.sd().to(torch.float64)
 
 
 @dataclass(frozen=True)
@@ -35,56 +49,27 @@ class Linear:
         return images[..., :half].sum(dim=(1, 2, 3)) - images[..., half:].sum(dim=(1, 2, 3))
 
 
+class Steps:
+    """A reward without a gradient, which counts the images that it sees."""
+
+    differentiable = False
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, images, prompts):
+        self.calls.append(list(prompts))
+        return Linear()(images, prompts).detach().round()
+
+
 def quiet(pipe, rewards=None, **options) -> ReNO:
     return ReNO(pipe, rewards or Linear(), progress=False, **options)
 
 
-# ------------------------------------------------------------------------------------------------ closed forms
-
-
-@pytest.mark.parametrize("dimension", [3, 256, 16_384])
-def test_density_is_chis(dimension):
-    r = torch.linspace(0.5, 1.5, 7, dtype=torch.float64) * dimension**0.5
-    expected = torch.from_numpy(stats.chi.logpdf(r.numpy(), dimension))
-    assert torch.allclose(chi_log_density(r, dimension), expected, rtol=1e-9, atol=1e-7)
-
-
-def test_regularizers_gradient_is_along_the_noise_and_vanishes_on_the_shell():
-    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
-    (gradient,) = torch.autograd.grad(regularizer(x).sum(), x)
-    norm = x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    assert torch.allclose(gradient, (norm - 255 / norm) * x / norm)
-    shell = (x * 255**0.5 / norm).detach().requires_grad_()
-    assert torch.autograd.grad(regularizer(shell).sum(), shell)[0].abs().max() < 1e-12
-
-
-def test_regularizer_survives_half_precision_at_65536_elements():
-    """|eps|^2 is about 65,536, and float16 ends at 65,504."""
-    x = torch.randn(2, 65_536, generator=torch.Generator().manual_seed(0)).half().requires_grad_()
-    value = regularizer(1.01 * x)
-    assert value.isfinite().all() and torch.autograd.grad(value.sum(), x)[0].isfinite().all()
-
-
-def test_optimum_of_a_linear_reward(monkeypatch):
-    """Reward <c, eps>, |c| = 1: eps* = rho c with rho = (s + sqrt(s^2 + 4 (D - 1))) / 2, s = 1 / gamma: 187.4155."""
-    size = 16_384
-    c = torch.zeros(1, 4, 64, 64, dtype=torch.float64)
-    c[0, 0, 0, :4] = 0.5
-    x = torch.randn(c.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
-    optimizer = torch.optim.SGD([x], learning_rate(size), momentum=0.9, nesterov=True)
-    for _ in range(300):
-        start = x.detach().clone()
-        (x.grad,) = torch.autograd.grad(0.01 * regularizer(x).sum() - (c * x).sum(), x)
-        clip_each(x, 0.1)
-        optimizer.step()
-        assert (x - start).norm() <= 5 * 0.1 / (1 - 0.9) + 1e-9
-    assert abs(x.norm().item() - 187.4155) < 1e-3
-    assert (c * x).sum() / x.norm() > 0.9999
-
-
-@pytest.mark.parametrize(("dimension", "rate"), [(16_384, 5.0), (65_536, 10.0), (256, 0.625)])
-def test_learning_rate_follows_the_noises_norm(dimension, rate):
-    assert learning_rate(dimension) == rate
+def optional(name):
+    if name == "cma":
+        pytest.importorskip("cma")
+    return name
 
 
 # ------------------------------------------------------------------------------------------------ the optimisation
@@ -117,28 +102,80 @@ def test_reward_rises_and_equals_a_loop_by_hand(pipe):
     assert result.rewards.item() > result.rewards_before.item() + 0.05
 
 
-def test_prompts_of_a_batch_do_not_touch(pipe):
-    """Unequal rewards too: one prompt's best is early, the other's late."""
-    settings = quiet(pipe, learning_rate=3.0)
-    both = settings.optimize(PROMPTS, 4, seed=0)
-    for i, prompt in enumerate(PROMPTS):
-        alone = settings.optimize([prompt], 4, seed=i)
-        for name in ("noises", "images", "rewards", "noises_before", "images_before", "rewards_before"):
-            assert torch.allclose(both._asdict()[name][i], alone._asdict()[name][0], atol=1e-4), name
-        assert torch.allclose(both.history[1].grad_norm[i], alone.history[1].grad_norm[0], rtol=1e-3)
+def test_a_batch_of_eight_is_eight_runs_of_one(exact):
+    """Four prompts with two seeds each, all in float64, ten iterations: noises within 1e-8."""
+    settings = quiet(exact, learning_rate=2.0)
+    prompts = [*PROMPTS, "red square", "blue circle"]
+    both = settings.optimize(prompts, 10, seed=5, seeds_per_prompt=2)
+    assert both.noises.dtype == torch.float64
+    assert both.prompts == [p for p in prompts for _ in range(2)] and both.seeds == list(range(5, 13))
+    for i, prompt in enumerate(both.prompts):
+        alone = settings.optimize(prompt, 10, seed=5 + i)
+        assert (both.noises[i] - alone.noises[0]).abs().max() < 1e-8
+        assert (both.images[i] - alone.images[0]).abs().max() < 1e-8
+        totals = torch.tensor([both.curve("total", i), alone.curve("total", 0)])
+        assert torch.allclose(totals[0], totals[1], atol=1e-8) and totals[0, -1] > totals[0, 0]
+    picked = both.chosen()
+    assert picked.prompts == prompts
+    assert torch.equal(picked.rewards, both.rewards.view(4, 2).max(dim=1).values)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_samples_do_not_touch_under_any_optimizer(exact, name):
+    settings = quiet(exact, optimizer=optional(name), variables="both")
+    both = settings.optimize(PROMPTS, 4, seed=1)
+    alone = settings.optimize(PROMPTS[1:], 4, seed=2)
+    assert (both.noises[1] - alone.noises[0]).abs().max() < 1e-8
+    assert (both.embeddings[1] - alone.embeddings[0]).abs().max() < 1e-8
+    assert (both.rewards > both.rewards_before).all() or name == "spsa"
+    assert both.reward_calls[1] == alone.reward_calls[0]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resumed_run_is_the_uninterrupted_one(pipe, tmp_path, name):
+    """From a checkpoint in the middle, and from the end of a run that was to be shorter."""
+    settings = quiet(pipe, optimizer=optional(name), held_out=Linear(), patience=4)
+    whole = settings.optimize(PROMPTS, 5)
+    *_, third = (live for live, _ in zip(settings.iterate(PROMPTS, 5), range(3), strict=False))
+    *_, short = settings.iterate(PROMPTS, 3)
+    for i, live in enumerate((third, short)):
+        state = checkpoint.load(checkpoint.save(tmp_path / str(i), live.state))
+        again = settings.optimize(PROMPTS, 5, state=state)
+        for key in ("noises", "images", "rewards", "noises_before", "images_before", "rewards_before", "reward_calls"):
+            assert torch.equal(again._asdict()[key], whole._asdict()[key]), key
+        for a, b in zip(again.history, whole.history, strict=True):
+            assert torch.equal(a.total, b.total) and torch.equal(a.held_out, b.held_out)
+            assert torch.equal(a.parts["Linear"], b.parts["Linear"])
+        assert again.stopped == whole.stopped
+        with pytest.raises(UserError, match="the state is of prompts.*resume with those"):
+            settings.optimize(PROMPTS[::-1], 5, state=state)
+        other = replace(settings, optimizer="adam" if name in SEARCHES else "spsa")
+        with pytest.raises(UserError, match=f"state is not of optimizer {other.optimizer}"):
+            other.optimize(PROMPTS, 5, state=state)
+    assert torch.equal(settings.optimize(PROMPTS, 3, state=short.state).noises, short.best.noises)
 
 
 def test_best_is_kept_by_reward_alone_and_is_no_alias(pipe):
     """A step far too long: the reward soon falls, and each best noise still makes its image."""
-    settings = quiet(pipe, learning_rate=200.0, regularization=1.0)
-    live = list(settings.iterate(PROMPTS, 4))
+    settings = quiet(pipe, learning_rate=100.0, regularization=1e3)
+    live, kept = [], []
+    for state in settings.iterate(PROMPTS, 4):
+        live.append((state.record, state.noises.clone(), state.images.clone()))
+        kept.append(state)
+        state.noises.zero_()  # what is handed out is the caller's
+        state.images.zero_()
     result = settings.optimize(PROMPTS, 4)
-    totals = torch.stack([state.record.total for state in live])
+    assert torch.equal(kept[-1].best.noises, result.noises) and torch.equal(kept[-1].best.images, result.images)
+    totals = torch.stack([record.total for record, *_ in live])
     assert torch.equal(result.rewards, totals.max(dim=0).values)
     assert torch.equal(result.rewards_before, totals[0]) and (result.rewards >= totals[0]).all()
+    losses = torch.stack([1e3 * record.regularizer - record.total for record, *_ in live])
+    assert (losses.argmin(dim=0) != totals.argmax(dim=0)).any()  # the loss would have chosen another
     for row, best in enumerate(totals.argmax(dim=0).tolist()):
-        assert torch.equal(result.noises[row], live[best].noises[row])
-        assert torch.equal(result.images[row], live[best].images[row])
+        assert torch.equal(result.noises[row], live[best][1][row])
+        assert torch.equal(result.images[row], live[best][2][row])
+    made = quiet(pipe).optimize(PROMPTS, 1, start=result.noises)
+    assert torch.allclose(made.images, result.images, atol=1e-5)
 
 
 def test_reward_and_regularizer_are_reported_apart(pipe):
@@ -148,16 +185,21 @@ def test_reward_and_regularizer_are_reported_apart(pipe):
     assert (first[1].grad_norm > first[0].grad_norm).all()
 
 
-@pytest.mark.parametrize("sampler", ["euler", "ancestral"])
-def test_several_steps_with_guidance_have_the_engines_gradient(pipe, sampler):
-    options = {"num_inference_steps": 3, "guidance": CFG(3.0), "sampler": sampler}
-    modes = {
-        mode: list(quiet(pipe, gradient=mode, **options).iterate(PROMPTS, 2))
-        for mode in ("full", "checkpoint", "truncated:3")
-    }
-    assert torch.equal(modes["full"][1].noises, modes["checkpoint"][1].noises)
-    assert torch.equal(modes["full"][1].noises, modes["truncated:3"][1].noises)
-    assert modes["full"][0].record.grad_norm.min() > 0
+def test_the_gradient_is_that_of_finite_differences(exact):
+    """Of noise and embedding together, through sampler, decoder and reward, along random directions."""
+    settings = quiet(exact, variables="both", num_inference_steps=2, guidance=CFG(3.0), regularizer="spectral")
+    objective, _ = settings._objective(PROMPTS, 2, 0, None, 1, None)
+    z, rows = objective.unknowns.start(), torch.arange(2)
+    gradient = objective.evaluate(z, rows, True, "").gradient
+    noise = torch.zeros_like(z)
+    noise[:, :256] = torch.randn(2, 256, generator=torch.Generator().manual_seed(1)).double()
+    words = torch.randn(z.shape, generator=torch.Generator().manual_seed(2)).double() - noise
+    words[:, :256] = 0
+    for direction in (noise, words):
+        h = 1e-5
+        up, down = (objective.evaluate(z + s * h * direction, rows, False, "").loss for s in (1, -1))
+        expected = (gradient * direction).sum(dim=1)
+        assert torch.allclose((up - down) / (2 * h), expected, rtol=1e-3) and (expected.abs() > 1e-6).all()
 
 
 def test_the_pipeline_is_left_as_it_was(pipe):
@@ -176,6 +218,297 @@ def test_generators_replace_the_seed(pipe):
     assert torch.equal(start, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4)))
 
 
+@pytest.mark.parametrize("variables", ["noise", "prompt", "both"])
+def test_only_what_is_asked_for_moves(pipe, variables):
+    """A step that is long enough to see: the image of the best noise and embedding is the best image."""
+    settings = quiet(pipe, variables=variables, optimizer="adam[learning_rate=0.5]")
+    result, words = settings.optimize(PROMPTS, 4), LatentModel(pipe).encode(PROMPTS)["cond"]["encoder_hidden_states"]
+    assert (result.rewards > result.rewards_before).all()
+    moved = not torch.equal(result.noises, result.noises_before)
+    assert moved == (variables != "prompt")
+    assert (result.embeddings is None) == (variables == "noise")
+    if variables != "noise":
+        assert not torch.allclose(result.embeddings, words, atol=1e-3)
+        model = LatentModel(pipe)
+        conds = {"cond": {"encoder_hidden_states": result.embeddings}}
+        predict = guided(model.denoiser, Plain(), conds)
+        *_, end = sample(euler, predict, Path(result.noises), model.levels(1))
+        assert torch.allclose(model.decode(end.x), result.images, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ without a gradient
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_reward_without_a_gradient_is_searched_and_its_calls_are_counted(pipe, name):
+    reward = Steps()
+    result = quiet(pipe, reward, optimizer=f"{optional(name)}[candidates=6]").optimize(PROMPTS, 4)
+    assert [len(prompts) for prompts in reward.calls] == [2, 12, 12, 12]
+    assert reward.calls[1] == [PROMPTS[0]] * 6 + [PROMPTS[1]] * 6
+    assert result.reward_calls.tolist() == [1 + 3 * 6] * 2
+    assert (result.rewards >= result.rewards_before).all() and (result.rewards > result.rewards_before).any()
+    assert torch.equal(Steps()(result.images, PROMPTS), result.rewards)
+    with pytest.raises(UserError, match="'Steps' is not differentiable"):
+        quiet(pipe, reward)
+
+
+def test_a_first_order_run_calls_the_reward_once_an_iteration(pipe):
+    assert quiet(pipe).optimize(PROMPTS, 4).reward_calls.tolist() == [4, 4]
+
+
+# ------------------------------------------------------------------------------------------------ steps and memory
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ancestral"])
+def test_several_steps_with_guidance_have_the_engines_gradient(pipe, sampler):
+    options = {"num_inference_steps": 3, "guidance": CFG(3.0), "sampler": sampler}
+    modes = {
+        mode: list(quiet(pipe, gradient=mode, **options).iterate(PROMPTS, 2))
+        for mode in ("full", "checkpoint", "truncated:3")
+    }
+    assert torch.equal(modes["full"][1].noises, modes["checkpoint"][1].noises)
+    assert torch.equal(modes["full"][1].noises, modes["truncated:3"][1].noises)
+    assert modes["full"][0].record.grad_norm.min() > 0
+
+
+@pytest.mark.parametrize("mode", ["revolve:1", "adjoint:rk4", "reversible:bdia", "lean"])
+def test_every_engine_mode_raises_the_reward_of_noise_and_prompt(pipe, mode):
+    settings = quiet(pipe, gradient=mode, num_inference_steps=2, variables="both", learning_rate=3.0)
+    result = settings.optimize(PROMPTS[:1], 4)
+    assert result.rewards.item() > result.rewards_before.item()
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_tiny_fit_their_budget_with_the_full_gradient():
+    """Weights, states and all within 40 MiB, where mode "full" is predicted to take 142 MiB."""
+    pipe, reward, budget = models.load("tiny"), load_reward("contrast"), "40MiB"
+    settings = ReNO(pipe, reward, 20, CFG(3.0), progress=False, memory_budget=budget)
+    weights = sum(p.nbytes for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
+    (full, _) = replace(settings, memory_budget=None, gradient="full")._objective("a red circle", 2, 0, None, 1, None)
+    (fitted, _) = settings._objective("a red circle", 2, 0, None, 1, None)
+    assert fitted.plan.gradient != "full" and "the fastest, full" in fitted.plan.why
+    z, rows = full.unknowns.start(), torch.zeros(1, dtype=torch.long)
+    expected = full.evaluate(z, rows, True, "").gradient
+    with LiveBytes() as live:
+        found = fitted.evaluate(z, rows, True, "").gradient
+    assert live.peak + weights <= parse_size(budget)
+    assert (found - expected).norm() <= 1e-5 * expected.norm() and expected.norm() > 0
+
+
+# ------------------------------------------------------------------------------------------------ half precision
+
+
+def one_step(prediction_type, dtype=torch.float32):
+    """A pipeline whose one step goes from nearly pure noise to data, as a turbo model's does."""
+    scheduler = pipelines.ddim(prediction_type, timestep_spacing="trailing")
+    return pipelines.sd(prediction_type, scheduler=scheduler).to(dtype)
+
+
+def test_bfloat16_has_the_gradient_and_the_reward_of_float32():
+    """Cosine at least 0.99, and the final reward within 5 %; noise and regulariser stay in float32 or better."""
+    prompts, found = [*PROMPTS, "red square"], {}
+    start = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        settings = quiet(one_step("v_prediction", dtype), learning_rate=3.0)
+        objective, _ = settings._objective(prompts, 2, 0, None, 1, start)
+        gradient = objective.evaluate(objective.unknowns.start(), torch.arange(3), True, "").gradient
+        found[dtype] = gradient, settings.optimize(prompts, 8, start=start)
+    (g, a), (h, b) = found[torch.float32], found[torch.bfloat16]
+    assert b.noises.dtype == torch.float32 and b.history[0].regularizer.dtype == torch.float64
+    assert (torch.cosine_similarity(g, h) >= 0.99).all() and not torch.equal(g, h)
+    assert torch.allclose(b.rewards, a.rewards, rtol=0.05) and (b.rewards > 2 * b.rewards_before).all()
+
+
+def test_a_step_that_multiplies_the_rounding_is_said():
+    """x0 = (x - sigma eps) / alpha at alpha = 0.068: an eps network's rounding times 15, and no other's."""
+    caution = optimize.precision(quiet(one_step("epsilon", torch.bfloat16)))["precision"]
+    assert "bfloat16 rounds eps by 0.008, which the first step multiplies by 15" in caution
+    for prediction_type, dtype in (("epsilon", torch.float32), ("v_prediction", torch.bfloat16)):
+        assert optimize.precision(quiet(one_step(prediction_type, dtype))) == {}
+    assert optimize.precision(quiet(one_step("epsilon", torch.bfloat16), num_inference_steps=8)) == {}
+
+
+# ------------------------------------------------------------------------------------------------ who leaves
+
+
+class Counting(Linear):
+    seen: list = []
+
+    def __call__(self, images, prompts):
+        self.seen.append(list(prompts))
+        return super().__call__(images, prompts)
+
+
+def test_a_sample_that_is_done_leaves_the_batch(pipe):
+    free = quiet(pipe, learning_rate=2.0).optimize(PROMPTS, 6)
+    target = sorted(free.curve("total", 0))[3]
+    reward = Counting()
+    reward.seen.clear()
+    assert target > max(free.curve("total", 1))  # the other one does not reach it
+    result = quiet(pipe, reward, learning_rate=2.0, target=target).optimize(PROMPTS, 6)
+    stays = len(result.curve("total", 0))
+    assert reward.seen == [PROMPTS] * stays + [PROMPTS[1:]] * (6 - stays) and stays < 6
+    assert result.stopped == ["target", ""] and result.rewards[0] >= target
+    assert result.history[-1].total.isnan().tolist() == [True, False]
+    assert result.reward_calls.tolist() == [stays, 6]
+    assert torch.allclose(result.noises[1], free.noises[1], atol=1e-5)
+    assert len(result.curve("total")) == 6 and all(v == v for v in result.curve("total"))
+    worse = quiet(pipe, learning_rate=0.0, patience=2).optimize(PROMPTS, 9)  # nothing moves
+    assert worse.stopped == ["patience"] * 2 and worse.reward_calls.tolist() == [3, 3]
+
+
+class Breaking(Linear):
+    """Not finite for one prompt from the third image on."""
+
+    def __init__(self):
+        object.__setattr__(self, "count", [0])
+
+    def __call__(self, images, prompts):
+        self.count[0] += 1
+        scores = super().__call__(images, prompts)
+        nan, good = torch.tensor(float("nan")), torch.ones(())
+        return scores * torch.stack([nan if self.count[0] > 2 and p == PROMPTS[0] else good for p in prompts])
+
+
+@pytest.mark.parametrize("name", ["sgd", "neighbours"])
+def test_a_sample_that_becomes_not_finite_leaves_with_what_it_has(pipe, name):
+    result = quiet(pipe, Breaking(), optimizer=name).optimize(PROMPTS, 5)
+    clean = quiet(pipe, optimizer=name).optimize(PROMPTS, 5)
+    assert result.stopped == ["not finite", ""]
+    assert result.rewards.isfinite().all() and result.images.isfinite().all()
+    assert torch.allclose(result.noises[1], clean.noises[1], atol=1e-5)
+    assert torch.equal(result.rewards[0], torch.tensor(result.curve("total", 0)[:2]).max().to(result.rewards))
+
+
+# ------------------------------------------------------------------------------------------------ what is held out
+
+
+@dataclass(frozen=True)
+class Peaked(Linear):
+    """Highest where Linear is `at`: it rises with it, then falls."""
+
+    at: float = 0.0
+    differentiable = False
+
+    def __call__(self, images, prompts):
+        return -(super().__call__(images, prompts) - self.at).abs()
+
+
+def test_the_iteration_from_which_a_held_out_reward_falls_is_reported(pipe):
+    free = quiet(pipe, learning_rate=2.0).optimize(PROMPTS[:1], 24)
+    curve = free.curve("total", 0)
+    watched = Peaked(curve[9])
+    result = quiet(pipe, learning_rate=2.0, held_out=watched).optimize(PROMPTS[:1], 24)
+    assert torch.equal(result.noises, free.noises)  # it is watched alone
+    assert result.curve("held_out", 0) == pytest.approx([-abs(v - curve[9]) for v in curve])
+    parting = result.parting(0)
+    assert abs(parting.best - 10) <= 1 and parting.rise > 0 and parting.drop > 0
+    assert result.parting() == parting
+    assert quiet(pipe, held_out=Linear(), learning_rate=2.0).optimize(PROMPTS, 12).parting() is None
+    with pytest.raises(UserError, match="no reward was held out"):
+        free.parting()
+
+
+# ------------------------------------------------------------------------------------------------ where it begins
+
+
+def test_a_given_noise_is_where_it_begins_and_the_distance_to_it_is_kept(pipe):
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    for name in ("sgd", "adam", "spsa"):
+        settings = quiet(pipe, optimizer=name, max_distance=0.02, variables="both")
+        for live in settings.iterate(PROMPTS, 6, start=start):
+            away = (live.noises - start).flatten(1).norm(dim=1) / start.norm()
+            assert (away <= 0.02 + 1e-6).all()
+            if live.iteration == 0:
+                assert torch.equal(live.noises, start.expand(2, -1, -1, -1))
+        result = live.best
+        words = LatentModel(pipe).encode(PROMPTS)["cond"]["encoder_hidden_states"]
+        moved = (result.embeddings - words).flatten(1).norm(dim=1) / words.flatten(1).norm(dim=1)
+        assert (moved <= 0.02 + 1e-6).all()
+    assert away.max() > 0.015  # it did press against it
+    with pytest.raises(UserError, match=r"is \(1, 4, 4, 4\): it must be \(2, 4, 8, 8\)"):
+        quiet(pipe).optimize(PROMPTS, 2, start=torch.zeros(1, 4, 4, 4))
+    with pytest.raises(UserError, match="not finite"):
+        quiet(pipe).optimize(PROMPTS, 2, start=start * float("nan"))
+
+
+@pytest.mark.parametrize("guidance", [None, CFGpp(0.4)])
+def test_an_inverted_picture_is_what_an_edit_begins_with(pipe, guidance):
+    """The first image of the run is `guidance.invert.edit`'s: inverted under one prompt, sampled under another."""
+    settings, model = quiet(pipe, num_inference_steps=4, guidance=guidance), LatentModel(pipe)
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = settings.inverted(picture, PROMPTS[0], 4)
+    source, target = model.encode(PROMPTS[0]), model.encode(PROMPTS[1])
+    latents = model.encode_images(picture)
+    expected = edit(model.denoiser, guidance or Plain(), latents, source, target, model.levels(4))
+    assert torch.allclose(settings.optimize(PROMPTS[1], 1, start=noise).images, model.decode(expected), atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ the paper's settings
+
+
+def test_the_issues_lines_run_as_they_stand(pipe, monkeypatch):
+    from difftune import ReNO, load_reward
+
+    made = {}
+    monkeypatch.setattr("rewards.compose.load", lambda name: made.setdefault(name, Linear()))
+    reno = ReNO(pipe, rewards={"hps-v2.1": 5.0, "imagereward": 1.0, "clip": 0.01, "pickscore": 0.05})
+    best = reno.optimize(["a red circle left of a blue square"], iterations=3, seed=0)
+    assert best.images.shape == (1, 3, 16, 16) and best.noises.shape == (1, 4, 8, 8)
+    assert len(best.history) == 3 and best.rewards.item() >= best.history[0].total.item()
+    assert best.history[0].parts.keys() == made.keys() == {"hps-v2.1", "imagereward", "clip", "pickscore"}
+    assert best.history[0].total.item() == pytest.approx(6.06 * best.history[0].parts["clip"].item(), rel=1e-5)
+    assert [state.iteration for state in reno.iterate(["red circle"], 2)] == [0, 1]
+    assert callable(load_reward)
+
+
+def test_the_papers_settings_are_the_defaults_of_its_models(pipe):
+    turbo = pipelines.sd()
+    turbo.register_to_config(_name_or_path="stabilityai/sd-turbo")
+    assert setting_of(pipe, None) is None and setting_of(turbo, None) is PAPER["sd-turbo"]
+    own = quiet(turbo)
+    assert own._size() == (512, 512) and quiet(turbo, height=16)._size() == (16, 512)
+    small = {"height": 16, "width": 16}
+    one = [x.noises for x in quiet(turbo, grad_clip=1e-3, **small).iterate(PROMPTS[:1], 2)]
+    first = (one[1] - one[0]).norm().item()
+    assert first == pytest.approx(5.0 * 1e-3 * 1.9, rel=1e-2)  # the rate is 5, not 5 sqrt(256 / 16384)
+    objective, _ = quiet(pipe, setting="hyper-sdxl", **small)._objective(PROMPTS[:1], 1, 0, None, 1, None)
+    (now, then) = objective.levels
+    assert objective.model.denoiser.clock(now).item() == 800 and then.sigma.item() == 0
+    with pytest.raises(UserError, match="did you mean 'sdxl-turbo'"):
+        quiet(pipe, setting="sdxl-turob")
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", None])
+def test_the_pipeline_makes_the_picture_from_the_noise(pipe, spacing):
+    """Whatever the scheduler starts with: k noise, sqrt(1 + k^2) noise, or the noise itself (None: DDIM)."""
+    table = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = EulerDiscreteScheduler(**table, timestep_spacing=spacing) if spacing else pipe.scheduler
+    own = pipelines.sd(scheduler=scheduler)
+    result = quiet(own, num_inference_steps=2).optimize(PROMPTS, 2)
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt"}
+    assert torch.allclose(own(PROMPTS, latents=result.noises, **call).images, result.images, atol=1e-4)
+    assert not torch.allclose(own(PROMPTS, latents=1.01 * result.noises, **call).images, result.images, atol=1e-4)
+
+
+def test_another_size_is_made_and_sdxl_is_served():
+    result = quiet(pipelines.sdxl(), height=16, width=24).optimize(PROMPTS[:1], 2)
+    assert result.images.shape == (1, 3, 16, 24) and result.noises.shape == (1, 4, 8, 12)
+
+
+def test_normalised_rewards_are_shares_of_their_ranges(pipe):
+    scores = {"brightness": 2.0, "contrast": 1.0}
+    plain, normal = (next(quiet(pipe, scores, normalize=n).iterate(PROMPTS, 1)).record for n in (False, True))
+    assert torch.equal(plain.parts["contrast"], normal.parts["contrast"])
+    from rewards.registry import REWARDS
+
+    width = {name: REWARDS[name].range[1] - REWARDS[name].range[0] for name in scores}
+    expected = sum(weight * plain.parts[name] / width[name] for name, weight in scores.items())
+    assert torch.allclose(normal.total, expected) and not torch.allclose(normal.total, plain.total)
+    with pytest.raises(UserError, match="'colorfulness' has no nominal range|nominal ranges: give the rewards by name"):
+        quiet(pipe, normalize=True).optimize(PROMPTS, 1)
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
@@ -184,10 +517,10 @@ class Never(Linear):
         return super().__call__(images, prompts) * float("inf")
 
 
-def test_what_is_not_finite_is_named(pipe, monkeypatch):
+def test_what_is_not_finite_at_once_is_named(pipe, monkeypatch):
     with pytest.raises(RunError, match=r"iteration 1: reward 'Never' is not finite.*red circle"):
         quiet(pipe, Never()).optimize(PROMPTS, 2)
-    nan = lambda self, x: (0 * x[:, :3]).sqrt() * x[:, :3]  # noqa: E731  finite, and its gradient is not
+    nan = lambda self, z, rows: (0 * z[:, :48].view(-1, 3, 4, 4)).sqrt()  # noqa: E731  finite, and its gradient is not
     monkeypatch.setattr(Objective, "images", nan)
     with pytest.raises(RunError, match="gradient of the noise for 'red circle' is not finite"):
         quiet(pipe).optimize(PROMPTS, 2)
@@ -205,58 +538,31 @@ def test_a_sweep_that_is_not_finite_names_its_step(pipe):
         replace(quiet(pipe, Kinked()), gradient="revolve:1").optimize(PROMPTS, 2)
 
 
-def test_what_cannot_be_is_refused_by_name(pipe):
-    for rewards, what in (
-        ({"jpeg": 1.0}, "'jpeg' is not differentiable.*brightness"),
-        ({"tiny-clap": 1.0}, "did you mean 'tiny-clip'"),
-    ):
-        with pytest.raises(UserError, match=what):
-            ReNO(pipe, rewards)
-    with pytest.raises(UserError, match="1 to 1"):
-        ReNO(pipe, {"brightness": 1.0}, gradient="truncated:2")
-    for prompts, iterations, what in (([], 1, "list of prompts is empty"), (PROMPTS, 0, "iterations is 0")):
-        with pytest.raises(UserError, match=what):
-            quiet(pipe).optimize(prompts, iterations)
-
-
-# ------------------------------------------------------------------------------------------------ the command
-
-
-def test_run_writes_pictures_curves_and_the_noise(pipe, tmp_path):
-    config = RenoConfig(prompt=[*PROMPTS, "red square"], reward=["brightness=-1"], iterations=3, batch_size=2,
-                        output_dir=str(tmp_path / "out"))  # fmt: skip
-    said: list[str] = []
-    summary = reno.run(config, said.append, pipe)
-    out = tmp_path / "out"
-    pictures = [f"{i:03d}-{when}.png" for i in range(3) for when in ("after", "before")]
-    assert sorted(p.name for p in out.iterdir()) == [*pictures, "grid.png", "noise.safetensors", "optimize.json"]
-    assert json.loads((out / "optimize.json").read_text()) == summary
-    assert summary["reward_after"] >= summary["reward_before"] and len(summary["prompts"][2]["history"]) == 3
-    assert [p["seed"] for p in summary["prompts"]] == [0, 1, 2]
-    noise = load_file(out / "noise.safetensors")["noise"]
-    alone = reno.run(replace(config, prompt=["red square"], seed=2, output_dir=str(tmp_path / "b")), said.append, pipe)
-    assert abs(alone["reward_after"] - summary["prompts"][2]["reward_after"]) < 1e-5
-    assert torch.allclose(noise[2:], load_file(tmp_path / "b" / "noise.safetensors")["noise"], atol=1e-5)
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(UserError, match="holds another run"):
-        reno.run(config, said.append, pipe)
-    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
-
-
 @pytest.mark.parametrize(
-    ("more", "what"),
+    ("options", "what"),
     [
-        ({"prompt": []}, "no prompt"),
-        ({"reward": ["oracle"]}, "'oracle' is not differentiable"),
-        ({"guidance": "cgf"}, "did you mean 'cfg'"),
-        ({"model": "tiny-torbo"}, "did you mean 'tiny-turbo'"),
+        ({"rewards": {"jpeg": 1.0}}, "'jpeg' is not differentiable.*brightness"),
+        ({"rewards": {"tiny-clap": 1.0}}, "did you mean 'tiny-clip'"),
         ({"gradient": "truncated:2"}, "1 to 1"),
-        ({"iterations": 0}, "iterations is 0"),
+        ({"optimizer": "adm"}, "did you mean 'adam'"),
+        ({"regularizer": "xi"}, "no regularizer 'xi'; known: chi, dno, spectral"),
+        ({"variables": "nois"}, "did you mean 'noise'"),
+        ({"memory_budget": "6 parsecs"}, "cannot read the size"),
     ],
 )
-def test_bad_settings_are_one_sentence_and_nothing_is_written(pipe, tmp_path, more, what):
-    config = RenoConfig(**{"prompt": PROMPTS, "reward": ["brightness"], "output_dir": str(tmp_path / "out"), **more})
+def test_what_cannot_be_is_refused_by_name(pipe, options, what):
     with pytest.raises(UserError, match=what) as error:
-        reno.run(config, pipe=None if "model" in more else pipe)
+        ReNO(pipe, **{"rewards": {"brightness": 1.0}, **options})
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
+
+
+def test_a_call_that_cannot_be_is_refused_by_name(pipe):
+    for prompts, call, what in (
+        ([], {}, "list of prompts is empty"),
+        (PROMPTS, {"iterations": 0}, "iterations is 0"),
+        (PROMPTS, {"seeds_per_prompt": 0}, "seeds_per_prompt is 0"),
+    ):
+        with pytest.raises(UserError, match=what):
+            quiet(pipe).optimize(prompts, **{"iterations": 1, **call})
+    with pytest.raises(UserError, match="max_distance is -1"):
+        quiet(pipe, max_distance=-1.0).optimize(PROMPTS, 1)
