@@ -1,0 +1,275 @@
+"""Noise optimisation against searches of the same cost, over ShapeEval: `tiny-clip` is raised, the oracle is held out.
+
+    python scripts/bench_reno.py [turbo tiny] [--methods reno ...] [--part I/N] [--quick] [--output_dir FOLDER]
+
+turbo       tiny-turbo in one step, 50 iterations
+tiny        tiny in 20 steps under CFG, 20 iterations
+
+none        the first noise's image
+reno        ReNO, one reward call an iteration
+best-calls  best of as many fresh noises as ReNO called the reward
+best-time   best of as many fresh noises as fit into ReNO's wall time for the same prompts, counted in whole batches
+neighbours, spsa, cma   without a gradient, with as many reward calls (the next whole iteration)
+dts-star    DTS*, with as many reward calls; of `tiny` alone, for a tree branches at steps
+
+Prompts are run eight at a time, and every such run is a file of --output_dir; one that is there is not made again, so
+that a bench can go on. --part 1/4 makes the first quarter of the runs. What is there is then told as a table: the
+oracle's score by category with 95 % intervals over prompts, the paired difference of `reno` to each other, the mean
+reward, reward calls and seconds of a prompt.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difftune import evaluate, models, outputs
+from difftune.reno import ReNO
+from guidance.guided import guided
+from guidance.methods import CFG
+from guidance.problem import Problem, RowCounter
+from guidance.searches import SEARCHES
+from rewards import shapes
+from rewards.registry import load
+from solvers.latent import LatentModel
+
+BATCH = 8
+FRESH = 1_000_000  # seeds of best-of-n's noises begin here
+SEARCHED = ("neighbours", "spsa", "cma")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model and its budget."""
+
+    model: str
+    steps: int
+    scale: float | None  # of CFG
+    iterations: int
+    prompts: int | None = None  # of each category; None: all
+
+    def reno(self, **more: Any) -> ReNO:
+        guidance = None if self.scale is None else CFG(self.scale)
+        return ReNO(pipeline(self.model), {"tiny-clip": 1.0}, self.steps, guidance, progress=False, **more)
+
+
+PARTS = {"turbo": Part("tiny-turbo", 1, None, 50), "tiny": Part("tiny", 20, 3.0, 20)}
+
+
+@cache
+def pipeline(name: str) -> Any:
+    pipe = models.load(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """Some prompts under one method."""
+
+    part: str
+    method: str
+    first: int
+    entries: list[dict[str, str]]
+
+    @property
+    def prompts(self) -> list[str]:
+        return [entry["prompt"] for entry in self.entries]
+
+    def file(self, folder: Path, method: str | None = None) -> Path:
+        return folder / f"{self.part}-{method or self.method}-{self.first:04d}.json"
+
+
+# ------------------------------------------------------------------------------------------------ methods
+def found(images: Tensor, rewards: Tensor, calls: float) -> dict[str, Any]:
+    return {"images": images.float().cpu(), "rewards": rewards.tolist(), "calls": calls}
+
+
+def none(part: Part, run: Run, folder: Path) -> dict[str, Any]:
+    result = part.reno().optimize(run.prompts, 1, run.first)
+    return found(result.images, result.rewards, 1)
+
+
+def reno(part: Part, run: Run, folder: Path) -> dict[str, Any]:
+    result = part.reno().optimize(run.prompts, part.iterations, run.first)
+    return found(result.images, result.rewards, float(result.reward_calls.double().mean()))
+
+
+def searched(part: Part, run: Run, folder: Path) -> dict[str, Any]:
+    candidates = {"cma": 8}.get(run.method, 4)
+    settings = part.reno(optimizer=f"{run.method}[candidates={candidates}]")
+    result = settings.optimize(run.prompts, 1 + ceil((part.iterations - 1) / candidates), run.first)
+    return found(result.images, result.rewards, float(result.reward_calls.double().mean()))
+
+
+def best_of(part: Part, run: Run, goes_on: Callable[[int], bool]) -> dict[str, Any]:
+    """The best of fresh noises, one more of each prompt as long as `goes_on(how many there were)`."""
+    settings, best, count = part.reno(), None, 0
+    while goes_on(count):
+        result = settings.optimize(run.prompts, 1, FRESH + count * FRESH + run.first)
+        gain = torch.ones(len(result.rewards), dtype=torch.bool) if best is None else result.rewards > best[1]
+        old = (result.images, result.rewards) if best is None else best
+        best = (torch.where(gain.to(old[0].device)[:, None, None, None], result.images, old[0]),
+                torch.where(gain, result.rewards, old[1]))  # fmt: skip
+        count += 1
+    assert best is not None
+    return found(*best, count)
+
+
+def best_calls(part: Part, run: Run, folder: Path) -> dict[str, Any]:
+    return best_of(part, run, lambda count: count < part.iterations)
+
+
+def best_time(part: Part, run: Run, folder: Path) -> dict[str, Any]:
+    """Until ReNO's time for these prompts is over; what began in it counts, in favour of best-of-n."""
+    file, began = run.file(folder, "reno"), time.perf_counter()
+    if not file.is_file():
+        raise SystemExit(f"best-time needs {file}: run the method reno first")
+    seconds = json.loads(file.read_text())["seconds"]
+    return best_of(part, run, lambda count: count == 0 or time.perf_counter() - began < seconds)
+
+
+@torch.no_grad()
+def dts_star(part: Part, run: Run, folder: Path) -> dict[str, Any]:
+    """DTS* with branches at five levels."""
+    model, reward = LatentModel(pipeline(part.model)), load("tiny-clip")
+    conds, method = model.encode(run.prompts), CFG(part.scale or 1.0)
+
+    def predict(groups: Tensor) -> Any:
+        chosen = {name: {k: v[groups] for k, v in cond.items()} for name, cond in conds.items()}
+        return guided(model.denoiser, method, chosen, counter=RowCounter())
+
+    def score(x0: Tensor, groups: Tensor) -> Tensor:
+        return reward(model.decode(x0), [run.prompts[i] for i in groups.tolist()])
+
+    problem = Problem(
+        model.levels(part.steps),
+        predict,
+        score,
+        model.shape(),
+        seeds=[run.first + i for i in range(len(run.entries))],
+        costs=[2] * part.steps,
+        reward_budget=part.iterations,
+        device=model.device,
+    )
+    entry = SEARCHES[run.method]
+    *_, state = entry.search(problem, entry.config(branches=min(5, part.steps)))
+    return found(model.decode(state.x0), state.reward, float(state.reward_calls.double().mean()))
+
+
+METHODS: dict[str, Callable[[Part, Run, Path], dict[str, Any]]] = {
+    "none": none,
+    "reno": reno,
+    "best-calls": best_calls,
+    "best-time": best_time,
+    **dict.fromkeys(SEARCHED, searched),
+    "dts-star": dts_star,
+}
+
+
+def has(part: str, method: str) -> bool:
+    """Whether the method runs there: a tree needs steps at which it can branch."""
+    return method != "dts-star" or PARTS[part].steps > 1
+
+
+# ------------------------------------------------------------------------------------------------ runs
+def measured(part: Part, run: Run, folder: Path) -> dict[str, Any]:
+    """One run, judged by the oracle; its seconds are those of the method alone."""
+    began = time.perf_counter()
+    made = METHODS[run.method](part, run, folder)
+    seconds = time.perf_counter() - began
+    holds = [r.holds for r in evaluate.judged(made.pop("images"), run.prompts, range(len(run.entries)))]
+    return {"prompts": run.prompts, "holds": holds, **made, "seconds": seconds}
+
+
+def runs(part: str, settings: Part, methods: Sequence[str]) -> Iterator[Run]:
+    entries = evaluate.entries_of(settings.prompts)
+    for first in range(0, len(entries), BATCH):
+        for method in methods:
+            yield Run(part, method, first, entries[first : first + BATCH])
+
+
+def warm(part: Part) -> None:
+    """The first call of a process loads and compiles what later ones find."""
+    part.reno().optimize(["a red circle"], 2)
+
+
+# ------------------------------------------------------------------------------------------------ tables
+def told(part: str, folder: Path, methods: Sequence[str]) -> str:
+    """What is there of a part, as Markdown."""
+    results = {method: results_of(part, folder, method) for method in methods}
+    lines = ["| method | prompts | " + " | ".join(CATEGORIES) + " | reward | calls | seconds |"]
+    lines.append("| --- " * (len(CATEGORIES) + 5) + "|")
+    for method, found in ((m, f) for m, f in results.items() if f):
+        scores = evaluate.scores([r for r, *_ in found])
+        cells = [str(scores[name]) if name in scores else "" for name in CATEGORIES]
+        means = [sum(row[i] for row in found) / len(found) for i in (1, 2, 3)]
+        numbers = [f"{means[0]:.4f}", f"{means[1]:.1f}", f"{means[2]:.2f}"]
+        lines.append(f"| {method} | {len(found)} | " + " | ".join([*cells, *numbers]) + " |")
+    return "\n".join([f"## {part}", "", *lines, "", *differences(results)])
+
+
+CATEGORIES = ("overall", *shapes.CATEGORIES)
+
+
+def differences(results: dict[str, list[tuple[evaluate.Result, float, float, float]]]) -> Iterator[str]:
+    """`reno` minus each other method, paired by prompt."""
+    own = [r for r, *_ in results.get("reno", [])]
+    for method, found in results.items():
+        if method != "reno" and own and found:
+            change = evaluate.differences(own, [r for r, *_ in found])["overall"]
+            yield f"reno minus {method}: {change}, {'counts' if change.excludes_zero else 'does not count'}"
+
+
+def results_of(part: str, folder: Path, method: str) -> list[tuple[evaluate.Result, float, float, float]]:
+    """(the oracle's word, reward, reward calls, seconds) of each prompt."""
+    kinds = {entry["prompt"]: entry["category"] for entry in evaluate.entries_of()}
+    rows = []
+    for file in sorted(folder.glob(f"{part}-{method}-[0-9][0-9][0-9][0-9].json")):
+        run = json.loads(file.read_text())
+        for prompt, holds, reward in zip(run["prompts"], run["holds"], run["rewards"], strict=True):
+            each = run["seconds"] / len(run["prompts"])
+            rows.append((evaluate.Result(prompt, kinds[prompt], 0, holds), reward, run["calls"], each))
+    return rows
+
+
+def smaller(part: Part) -> Part:
+    """One prompt of each category, three iterations, at most three steps: a smoke test."""
+    return replace(part, prompts=1, iterations=3, steps=min(3, part.steps))
+
+
+def main(parts: Sequence[str], methods: Sequence[str], part: str, quick: bool, output_dir: str) -> None:
+    folder, (index, of) = Path(output_dir), map(int, part.split("/"))
+    for name in parts or PARTS:
+        settings = smaller(PARTS[name]) if quick else PARTS[name]
+        chosen = [method for method in methods if has(name, method)]
+        if left := sorted(set(methods) - set(chosen)):
+            print(f"{name}: without {', '.join(left)}")
+        todo = list(runs(name, settings, chosen))
+        firsts = sorted({run.first for run in todo})
+        mine = {first for i, first in enumerate(firsts) if i * of // len(firsts) == index - 1}
+        left_over = [run for run in todo if run.first in mine and not run.file(folder).is_file()]
+        if left_over:
+            warm(settings)
+        for run in left_over:
+            outputs.write_json(run.file(folder), measured(settings, run, folder))
+            print(run.file(folder).name, flush=True)
+        print(told(name, folder, chosen), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="turbo, tiny; both by default")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--part", default="1/1", help="I/N: the I-th of N parts of the prompts")
+    parser.add_argument("--quick", action="store_true", help="one prompt of each category, three iterations")
+    parser.add_argument("--output_dir", default="runs/bench_reno")
+    main(**vars(parser.parse_args()))
