@@ -186,6 +186,8 @@ class PreferenceConfig(TrainingConfig):
     """Choices of a person, a file of `difftune label`; None: images are made, and the reward judges."""
     updates_per_round: int = 1
     """Optimiser steps on the same images, each at other noise levels, before the model makes new ones."""
+    num_images_per_prompt: int = 2
+    """Images that are made of each prompt."""
     rank: int = 8
     learning_rate: float = 1e-5
     adam_weight_decay: float = 1e-2

@@ -94,11 +94,12 @@ def _choice(about: Mapping[str, Any], folder: Path, number: int, where: str) -> 
             raise UserError(f"{where}: {key} is {about.get(key)!r}, not {SAID[kinds]}: correct it")
     if about["choice"] not in CHOICES:
         raise UserError(f"{where}: choice is {about['choice']!r}, not one of {', '.join(CHOICES)}: correct it")
-    pictures = [folder / about[key] for key in ("a", "b")]
-    for picture in pictures:
+    a, b = folder / about["a"], folder / about["b"]
+    for picture in (a, b):
         if not picture.is_file():
             raise UserError(f"{where}: there is no picture {picture}; paths are relative to the file's folder")
-    return Choice(about["prompt"], *pictures, about["choice"], *(about.get(key) for key in OPTIONAL), number)
+    rest = {key: about.get(key) for key in OPTIONAL}
+    return Choice(about["prompt"], a, b, about["choice"], **rest, line=number)
 
 
 NUMBER, TEXT = (int, type(None)), (str, type(None))

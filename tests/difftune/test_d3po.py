@@ -8,6 +8,7 @@ from math import log
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 
 from difftune import checkpoint, d3po, lora, outputs
 from difftune.chain import Chain
@@ -231,6 +232,12 @@ def test_pictures_without_seeds_are_refused(toy, labels):
     labels.write_text(labels.read_text().replace('"seed_a": 7', '"seed_a": null'))
     with pytest.raises(UserError, match=r"line 1: 2\.png has no seed"):
         next(train(replace(toy, labels=str(labels)), None, pipelines.sd()))
+
+
+@pytest.mark.parametrize("make", [dits.sd3, lambda: pipelines.sd(scheduler=EulerDiscreteScheduler())])
+def test_pictures_with_noise_are_refused_where_the_noise_would_be_left_out(make):
+    with pytest.raises(UserError, match="takes no eta: leave it out"):
+        next(generate(make(), ["red"], [0], guidance_named("cfg", 3.0), 2, eta=1.0))
 
 
 # ------------------------------------------------------------------------------------------------ the run

@@ -133,6 +133,12 @@ def test_dpo_optimum_under_bradley_terry_labels_is_within_3_standard_errors(beta
     assert slope.abs().item() < 1e-12
     assert error < 0.02 / beta
     assert abs(theta.item() - 1 / beta) < 3 * error
+    tuned, base = theta.item() + rng.normal(size=n), rng.normal(size=n)
+    expected = {0.5: 0.92135, 1.0: 0.76025, 2.0: 0.63816}[beta]  # Phi(1 / (sqrt(2) beta))
+    slack = (
+        error * 0.2821 + (expected * (1 - expected) / n) ** 0.5
+    )  # of theta, by Phi's greatest slope, and of the count
+    assert abs((tuned > base).mean() - expected) < 3 * slack
 
 
 # ------------------------------------------------------------------------------------------------ KTO's and DRO's
