@@ -1,8 +1,8 @@
 """From prompts and numbered noise to images, under a recipe's guidance and sampler."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,19 @@ from difftune.prompts import Prompts
 from difftune.training import Called, mixed
 from guidance.contract import Guidance
 from guidance.guided import GuidedPredict, guided
+from solvers.denoiser import Cond, Path
 from solvers.latent import LatentModel, NetworkDenoiser
 from solvers.noise import Noise
 from solvers.rollout import rollout
 from solvers.samplers import Step, gaussian
+
+
+class Drawn(NamedTuple):
+    """Samples that have come to the end of their run."""
+
+    path: Path
+    prompts: list[str]
+    conds: Mapping[str, Cond]
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,23 @@ class Chain:
 
     def __call__(self, prompts: Prompts, indices: Sequence[int], gradient: str) -> tuple[Tensor, list[str]]:
         """Images (B, 3, H, W) in [0, 1] and their prompts. A sample's noise depends on the seed and its index alone."""
+        drawn = self.draw(prompts, indices, gradient)
+        return self.decode(drawn), drawn.prompts
+
+    def draw(self, prompts: Prompts, indices: Sequence[int], gradient: str) -> Drawn:
+        """The ends of the samples' runs, connected to the network's weights as the engine's mode has it."""
         texts, x, noise, predict = self.begin(prompts, indices, gradient)
         path = rollout(step_of(gradient, self.step), predict, x, self.levels, gradient, noise)
         copies = len(path.x) // len(x)  # draft_lv's, copy after copy
-        return self.model.decode(path.x, checkpointed=True), texts * copies
+        return Drawn(path, texts * copies, predict.conds)
+
+    def decode(self, drawn: Drawn) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1]; the way back computes the decoder again."""
+        return self.model.decode(drawn.path.x, checkpointed=True)
+
+    def predict(self, conds: Mapping[str, Cond]) -> GuidedPredict:
+        """The guided network under these conditions."""
+        return guided(self.denoiser, self.guidance, conds)
 
     def begin(
         self, prompts: Prompts, indices: Sequence[int], gradient: str | None
@@ -57,4 +79,4 @@ class Chain:
             x = self.model.noise(len(texts), generators)
             drawn, steps = wants_noise(gradient, self.step), len(self.levels) - 1
             noise = [gaussian(x, generators) for _ in range(steps)] if drawn else None
-        return texts, x, noise, guided(self.denoiser, self.guidance, conds)
+        return texts, x, noise, self.predict(conds)

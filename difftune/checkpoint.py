@@ -45,8 +45,10 @@ def save(folder: str | Path, state: State, limit: int | None = None, also: Calla
     (partial / INFO).write_text(json.dumps({"step": state.step, **state.info}))
     if also is not None:
         also(partial)
-    (partial / MANIFEST).write_text(json.dumps({f.name: digest(f) for f in sorted(partial.iterdir())}, indent=2))
-    for path in (*partial.iterdir(), partial):
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    hashes = {path.relative_to(partial).as_posix(): digest(path) for path in files}
+    (partial / MANIFEST).write_text(json.dumps(hashes, indent=2))
+    for path in (*partial.rglob("*"), partial):
         flush(path)
     if final.exists():
         remove(final.rename(final.with_name(final.name + ".old")))

@@ -98,7 +98,7 @@ def run(
     num_inference_steps: int = 25,
     seed: int = 0,
     batch_size: int = 16,
-    lora: str | None = None,
+    lora: str | Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """`difftune compare`: writes grid.png and compare.json; returns what compare.json holds."""
     folder = outputs.unused(output_dir)

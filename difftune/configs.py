@@ -12,7 +12,7 @@ def documented(config: type) -> type:
     """The dataclass, where `metadata["help"]` of each field is the docstring below it, or below the one it replaces."""
     (tree,) = ast.parse(inspect.getsource(config)).body
     assert isinstance(tree, ast.ClassDef)
-    texts = {f.name: f.metadata["help"] for base in config.__mro__[1:-1] for f in fields(base)}
+    texts = {f.name: f.metadata["help"] for base in reversed(config.__mro__[1:-1]) for f in fields(base)}
     texts |= {
         name.target.id: ast.literal_eval(text.value)
         for name, text in pairwise(tree.body)
@@ -35,7 +35,8 @@ class TrainingConfig:
     output_dir: str = "runs/train"
     """Folder of the run; it must be empty, unless the run is resumed."""
     prompts: str = "shapes"
-    """Training prompts: a text file with one per line, or "shapes", captions of the world without ShapeEval's."""
+    """Training prompts: a text file with one per line; "shapes" or "shapes:CATEGORY", captions of the world without
+    ShapeEval's; "animals"; or "dataset:NAME" or "dataset:NAME:COLUMN", a data set of the hub or of a folder or file."""
     seed: int = 0
     """Of the LoRA's first weights, the prompts, the noise, and all that a recipe draws."""
     max_train_steps: int = 100
@@ -60,6 +61,11 @@ class TrainingConfig:
     deterministic: bool = False
     """Use torch's deterministic algorithms, and stop where there is none."""
 
+    full_finetuning: bool = False
+    """Train every weight of the denoiser, in float32, instead of a LoRA; a learning rate near 1e-5 is usual then."""
+    lora_layers: str = "attention"
+    """Layers with a LoRA: "attention", or "attention+ff+conv" with the feed-forward, projection, time and convolution
+    layers."""
     rank: int = 4
     """Rank of the LoRA."""
     lora_alpha: int | None = None
@@ -67,6 +73,8 @@ class TrainingConfig:
     lora_dropout: float = 0.0
     """Probability that an input of a LoRA layer is dropped in training."""
 
+    optimizer: str = "adamw"
+    """adamw, adamw8bit (by bitsandbytes, an extra), or lion."""
     learning_rate: float = 1e-3
     """Of the optimiser, after the warm-up."""
     lr_scheduler: str = "constant_with_warmup"
@@ -74,15 +82,18 @@ class TrainingConfig:
     lr_warmup_steps: int = 0
     """Optimiser steps over which the learning rate rises from 0."""
     adam_beta1: float = 0.9
-    """Decay of AdamW's mean of gradients."""
+    """Decay of the optimiser's mean of gradients."""
     adam_beta2: float = 0.999
-    """Decay of AdamW's mean of squared gradients."""
+    """Decay of AdamW's mean of squared gradients, and of Lion's mean of gradients."""
     adam_weight_decay: float = 1e-4
-    """AdamW's weight decay, a share of learning_rate per step."""
+    """Weight decay, a share of learning_rate per step."""
     adam_epsilon: float = 1e-8
     """Added to the root of AdamW's mean of squared gradients."""
     max_grad_norm: float = 1.0
     """The gradient's norm over all weights is clipped to this."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights, of this decay at most, and save it in their place; None keeps
+    none."""
     max_skipped_steps: int = 10
     """Optimiser steps that a run may skip because a reward or a gradient was not finite; one more ends it."""
     mixed_precision: str = "no"
@@ -97,32 +108,95 @@ class TrainingConfig:
     report_to: str = "none"
     """A tracker of accelerate ("tensorboard", "wandb", ...) beside metrics.jsonl."""
 
+    validation_steps: int | None = None
+    """Optimiser steps between validations, which draw the same images each time; None makes none."""
+    validation_prompts: str = "shapeeval"
+    """Prompts of the validation: a text file, or "shapeeval", a few of each category of ShapeEval."""
+    num_validation_images: int = 12
+    """Images of a validation: the prompts in order, over again if they are fewer, each with a seed of its own."""
+    validation_reward: str | None = None
+    """A held-out reward, which is not trained on: it chooses the best checkpoint. None: the trained reward does."""
+    early_stop: bool = False
+    """Stop when the held-out reward falls while the trained one rises, by the curves of the validations."""
+
 
 @documented
 @dataclass(frozen=True)
-class AlignPropConfig(TrainingConfig):
-    """AlignProp: fine-tune a LoRA on a differentiable reward, through the sampler (https://arxiv.org/abs/2310.03739)."""
+class RewardGradientConfig(TrainingConfig):
+    """What every recipe that differentiates a reward through the sampler is told."""
 
     reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
     """What to raise: NAME or NAME=WEIGHT, one or several; their weighted sum. Each must be differentiable."""
-    output_dir: str = "runs/alignprop"
-    seed: int = 0
-    """Of the LoRA's first weights, the prompts, the noise and the truncation."""
     sampler: str = "euler"
     """Sampler that is differentiated; euler is DDIM."""
-
-    gradient: str | None = None
-    """A mode of the engine for every optimiser step (full, checkpoint, revolve:8, truncated:10[:STYLE], adjoint:METHOD,
-    reversible:METHOD, lean); None draws K for each."""
-    truncation_min: int = 1
-    """Least K: the number of last sampler steps that carry gradient."""
-    truncation_max: int = 10
-    """Greatest K, at most num_inference_steps. K is uniform between the two, drawn once per optimiser step."""
     memory_budget: str | None = None
     """Bytes of the device that the run may take, weights included, as in 6GiB: block checkpointing and the images
     at a time are chosen to fit. None: no limit, and nothing is measured."""
     loss_coeff: float = 1.0
-    """The loss is -loss_coeff * mean reward. AdamW does not feel it; the clip and float16's range do."""
+    """Multiplies the loss of the rewards. AdamW does not feel it; the clip, kl_coeff and float16's range do."""
+    kl_coeff: float = 0.0
+    """Weight of the divergence from the model that training began with, in nats per latent element; 0 leaves it out."""
+
+
+@documented
+@dataclass(frozen=True)
+class AlignPropConfig(RewardGradientConfig):
+    """AlignProp: fine-tune a LoRA on a differentiable reward, through the sampler (https://arxiv.org/abs/2310.03739)."""
+
+    output_dir: str = "runs/alignprop"
+    seed: int = 0
+    """Of the LoRA's first weights, the prompts, the noise and the truncation."""
+    gradient: str | None = None
+    """A mode of the engine for every optimiser step (full, checkpoint, revolve:8, truncated:10[:STYLE], adjoint:METHOD,
+    reversible:METHOD, lean); None truncates as the settings below say."""
+    truncation: str = "suffix"
+    """Which sampler steps carry gradient: "suffix", the last K, as in the paper; or "bernoulli_linear", each by itself,
+    step i of T with probability (i + 1) / (T + 1), as in the paper's code."""
+    truncation_min: int = 1
+    """Least K: the number of last sampler steps that carry gradient."""
+    truncation_max: int = 10
+    """Greatest K, at most num_inference_steps. K is uniform between the two, drawn once per optimiser step."""
+
+
+@documented
+@dataclass(frozen=True)
+class DraftConfig(RewardGradientConfig):
+    """DRaFT: fine-tune a LoRA on a differentiable reward, through the last K sampler steps (https://arxiv.org/abs/2309.17400)."""
+
+    output_dir: str = "runs/draft"
+    truncation_steps: int = 1
+    """K: the number of last sampler steps that carry gradient."""
+    low_variance_copies: int = 0
+    """DRaFT-LV: the last step alone carries gradient, over this many fresh noises of its result; the paper has 2. 0 is
+    DRaFT-K."""
+
+
+@documented
+@dataclass(frozen=True)
+class ReflConfig(RewardGradientConfig):
+    """ReFL: fine-tune a LoRA on a reward of a prediction made before the end (https://arxiv.org/abs/2304.05977)."""
+
+    output_dir: str = "runs/refl"
+    guidance: str = "none"
+    """Guidance method of the sampler, in training as in use; the paper's training has none."""
+    truncation_min: int = 1
+    """Least number of steps before the end at which the clean image is predicted."""
+    truncation_max: int = 10
+    """Greatest number of them, at most num_inference_steps; drawn uniformly, once per optimiser step."""
+    reward_threshold: float = 2.0
+    """The loss is relu(reward_threshold - reward): images above it are left alone. The paper's is 2, of ImageReward."""
+    loss_coeff: float = 1e-3
+    """Multiplies the loss of the rewards. AdamW does not feel it; the clip, kl_coeff and float16's range do."""
+
+
+@documented
+@dataclass(frozen=True)
+class DrtuneConfig(RewardGradientConfig):
+    """DRTune: fine-tune a LoRA on a reward, through steps all along the sampler (https://arxiv.org/abs/2405.00760)."""
+
+    output_dir: str = "runs/drtune"
+    truncation_steps: int = 5
+    """K: the number of sampler steps that are trained, evenly spaced, the last one among them."""
 
 
 @documented

@@ -98,7 +98,7 @@ def train(
     check(config, pipe, reward)
     if config.labels is None and reward is None:
         reward = reward_named(config.reward, gradient=False)
-    run = begin(config, state, load_model(config.model) if pipe is None else pipe)
+    run = begin(config, state, load_model(config.model) if pipe is None else pipe, reference=True)
     chain = Chain.of(config, run.pipe, run.network)
     policy = policy_of(chain, config.eta)
     batch = (

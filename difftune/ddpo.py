@@ -80,7 +80,7 @@ def train(
     check(config, pipe, reward)
     reward = reward_named(config.reward, gradient=False) if reward is None else reward
     prompts = repeated(prompts_named(config.prompts, config.seed), config.num_images_per_prompt)
-    run = begin(config, state, load_model(config.model) if pipe is None else pipe)
+    run = begin(config, state, load_model(config.model) if pipe is None else pipe, reference=config.kl_weight > 0)
     chain = Chain.of(config, run.pipe, run.network)
     policy = policy_of(chain, config.eta)
     rounds = Rounds(config.updates_per_round, partial(collect, config, run, chain, policy, prompts, reward))

@@ -209,7 +209,7 @@ def run(
     prompts_per_category: int | None = None,
     seed: int = 0,
     batch_size: int = 16,
-    lora: str | None = None,
+    lora: str | Sequence[str] | None = None,
     baseline: str | None = None,
     output_dir: str | None = None,
 ) -> dict[str, Any]:

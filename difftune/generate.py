@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from difftune import models, outputs
+from difftune import finetune, models, outputs
 from difftune.doctor import versions
 from difftune.equip import equipped, prepared
 from difftune.errors import RunError, UserError
-from difftune.lora import WEIGHTS
+from difftune.lora import WEIGHTS, mix
+from difftune.lora import attach as attach_lora
 from difftune.named import guidance_named, model_named
 from guidance.attach import attach
 from guidance.contract import Guidance
@@ -106,23 +107,56 @@ def mean_nfe(batches: Sequence[Batch]) -> float:
     return sum(b.nfe * len(b.images) for b in batches) / sum(len(b.images) for b in batches)
 
 
-def opened(model: str, lora: str | None = None) -> Any:
-    """The pipeline, on the GPU if there is one, with the LoRA that training wrote to the folder `lora`."""
-    if lora is not None and not Path(lora, WEIGHTS).is_file():
-        raise UserError(f"--lora {lora} holds no {WEIGHTS}: give the --output_dir of a training run")
+def opened(model: str, lora: str | Sequence[str] | None = None) -> Any:
+    """The pipeline, on the GPU if there is one, with what training wrote to the folder `lora`: a LoRA, or a network.
+
+    Several LoRAs are mixed, each with its share: ["a=0.7", "b=0.3"].
+    """
+    shares = shares_of([lora] if isinstance(lora, str) else lora or [])
     model_named(model)
     pipe = models.load(model).to("cuda" if torch.cuda.is_available() else "cpu")
-    if lora is not None:
-        _adapt(pipe, model, lora)
+    if shares:
+        _adapt(pipe, model, shares)
     return pipe
 
 
-def _adapt(pipe: Any, model: str, lora: str) -> None:
+def shares_of(loras: Sequence[str]) -> dict[str, float]:
+    """Shares by folder of FOLDER or FOLDER=SHARE; 1 where none is said. Raises UserError where there is no LoRA."""
+    shares: dict[str, float] = {}
+    for term in loras:
+        folder, share = _divided(term)
+        networks = [name for name in ("unet", "transformer") if Path(folder, name).is_dir()]
+        if not Path(folder, WEIGHTS).is_file() and not networks:
+            raise UserError(f"--lora {folder} holds no {WEIGHTS}: give the --output_dir of a training run")
+        if networks and (len(loras) > 1 or share != 1):
+            raise UserError(f"--lora {folder} holds a whole network, which cannot be mixed: give it alone")
+        shares[folder] = share
+    return shares
+
+
+def _divided(term: str) -> tuple[str, float]:
+    """A folder and its share; a folder whose name ends in =SHARE is taken for one if it is there."""
+    folder, equals, number = term.rpartition("=")
+    if not equals or Path(term).is_dir():
+        return term, 1.0
     try:
-        pipe.load_lora_weights(lora)
+        return folder, float(number)
+    except ValueError as error:
+        raise UserError(f"--lora {term}: the share after '=' is a number, as in out=0.5") from error
+
+
+def _adapt(pipe: Any, model: str, shares: Mapping[str, float]) -> None:
+    (first, *_) = shares
+    try:
+        if not Path(first, WEIGHTS).is_file():
+            finetune.load(pipe, first)
+        elif list(shares.values()) == [1.0]:
+            attach_lora(pipe, first)
+        else:
+            mix(pipe, shares)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the LoRA of {lora} does not fit model {model!r}: {reason}") from error
+        raise UserError(f"the LoRA of {first} does not fit model {model!r}: {reason}") from error
 
 
 def pixels(images: Tensor) -> list[Any]:
@@ -140,7 +174,7 @@ def sample(
     num_inference_steps: int = 25,
     seed: int = 0,
     batch_size: int = 16,
-    lora: str | None = None,
+    lora: str | Sequence[str] | None = None,
     eta: float = 0.0,
     noise: str | None = None,
 ) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def train(
     """
     check(config, pipe, reward)
     reward = judge_of(config, reward)
-    run = begin(config, state, load_model(config.model) if pipe is None else pipe)
+    run = begin(config, state, load_model(config.model) if pipe is None else pipe, reference=True)
     chain = Chain.of(config, run.pipe, run.network)
     batches, kept = marked_of(config, run, chain, reward)
     with engine(config, run, say):

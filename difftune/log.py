@@ -1,11 +1,13 @@
 """What a run reports: metrics.jsonl always, one of accelerate's trackers on request."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, filter_trackers
+from torch import Tensor
 
 from difftune.errors import UserError
 from difftune.outputs import write
@@ -48,3 +50,19 @@ def trackers(report_to: str, folder: Path, settings: Mapping[str, Any]) -> list[
     for tracker in started:
         tracker.store_init_configuration({k: v for k, v in settings.items() if isinstance(v, int | float | str | bool)})
     return started
+
+
+WITH_IMAGES = ("tensorboard", "wandb")  # trackers that take pictures
+
+
+def show(trackers: Iterable[GeneralTracker], name: str, record: Mapping[str, float], images: Tensor) -> None:
+    """Give the trackers the numbers of a record with a step, as name/KEY, and the images (B, 3, H, W) in [0, 1]."""
+    step = int(record["step"])
+    numbers = {f"{name}/{key}": value for key, value in record.items() if key != "step"}
+    for tracker in trackers:
+        tracker.log(numbers, step=step)
+        if tracker.name in WITH_IMAGES:
+            bytes_of = (images * 255).round().to(torch.uint8)
+            channels_last = tracker.name == "wandb"
+            pictures = bytes_of.permute(0, 2, 3, 1) if channels_last else bytes_of
+            tracker.log_images({name: pictures.numpy()}, step=step)

@@ -90,6 +90,22 @@ def reward_named(weights: Sequence[str] | Mapping[str, float], gradient: bool = 
         raise UserError(str(error)) from error
 
 
+def scorer_named(terms: Sequence[str]) -> WeightedSum:
+    """A weighted sum of rewards, differentiable or not, from ["NAME=WEIGHT", ...]."""
+    try:
+        return weighted(weights_named(terms))
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+
+
+def weights_named(terms: Sequence[str]) -> dict[str, float]:
+    """The weights by name; nothing is loaded."""
+    try:
+        return parse_rewards(terms)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def differentiable(rewards: Sequence[str] | Mapping[str, float] | Reward) -> dict[str, float]:
     """The weights by name, if all are differentiable; nothing is loaded. A reward itself has no names: {}."""
     if not isinstance(rewards, Sequence | Mapping):

@@ -7,9 +7,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
-from difftune import checkpoint, log, lora
+from difftune import checkpoint, finetune, log, lora, validation
 from difftune.checkpoint import Say, State
 from difftune.errors import UserError
 from difftune.outputs import write
+from rewards.monitor import Parting
 
 CONFIG, METRICS, CARD = "config.yaml", "metrics.jsonl", "README.md"
 Config = Any  # a recipe's dataclass: output_dir, max_train_steps, checkpointing_steps, checkpoints_total_limit, ...
@@ -34,12 +36,18 @@ FREE |= {"output_dir", "report_to", "resume_from_checkpoint"}
 
 
 def run(
-    config: Config, steps: Steps, state: State | None, pipe: Any, card: Callable[[dict[str, float]], str]
+    config: Config,
+    steps: Steps,
+    state: State | None,
+    pipe: Any,
+    card: Callable[[dict[str, float]], str],
+    reward: Any = None,
 ) -> dict[str, Any]:
     """Follow a recipe's `steps`, which go on from `state` and train the adapter of `pipe`; returns a summary.
 
-    `config.output_dir` gets metrics.jsonl, config.yaml, checkpoints, pytorch_lora_weights.safetensors and a model card.
-    SIGTERM and Ctrl-C save a checkpoint after the step that is under way, and end with 143 and 130.
+    `config.output_dir` gets metrics.jsonl, config.yaml, checkpoints, pytorch_lora_weights.safetensors and a model card,
+    and what `difftune.validation` writes. SIGTERM and Ctrl-C save a checkpoint after the step that is under way, and
+    end with 143 and 130. reward: what the validations call the trained reward; the one that config names by default.
     """
     folder, main = Path(config.output_dir), process().is_main_process
     trackers = log.trackers(config.report_to, folder, asdict(config)) if main else []
@@ -50,31 +58,61 @@ def run(
     process().wait_for_everyone()  # every process has seen the folder as it was
     if main:
         write(folder / CONFIG, settings_yaml(config))
-        log.rewind(folder / METRICS, done)
+        for name in (METRICS, validation.RECORDS):
+            log.rewind(folder / name, done)
+    process().wait_for_everyone()  # and sees the records as they go on
+    scorers = validation.scorers(config, reward) if config.validation_steps else {}
     bar = tqdm(total=config.max_train_steps, initial=done, disable=not main)
     with stopping() as stop, bar:
         for metrics, now in steps:
-            first = first or metrics
+            state, first = now, first or metrics
             if main:
                 report(folder, metrics, trackers, bar)
-            due = now.step % config.checkpointing_steps == 0 or now.step == config.max_train_steps
+            last = now.step == config.max_train_steps
+            parting = validated(config, pipe, now, scorers, trackers, last) if scorers else None
+            ends = config.early_stop and parting is not None
+            due = now.step % config.checkpointing_steps == 0 or last or ends
             if main and (due or stop.number):
                 limit = config.checkpoints_total_limit
-                checkpoint.save(folder, now, limit, also=lambda path: lora.save(pipe, path))
+                checkpoint.save(folder, now, limit, also=partial(save_weights, pipe, now))
             if stop.number:
                 stop.leave(now.step)
-    if main:
-        lora.save(pipe, folder)
+            if ends:
+                shown(f"stopped at step {now.step}: {parting}")
+                break
+    if main and state is not None:
+        save_weights(pipe, state, folder)
         write(folder / CARD, card(metrics))
     for tracker in trackers:
         tracker.finish()
     return {
         "output_dir": str(folder),
-        "optimizer_steps": config.max_train_steps,
+        "optimizer_steps": config.max_train_steps if state is None else state.step,
         "reward_first": first.get("reward_mean"),
         "reward_last": metrics.get("reward_mean"),
         "seconds": time.perf_counter() - started,
     }
+
+
+def save_weights(pipe: Any, state: State, folder: Path) -> None:
+    """Write the weights that `state` trained, or their average where it has one, as diffusers loads them."""
+    tensors = {name.partition(".")[2]: t for name, t in state.tensors.items() if name.startswith("weights.")}
+    tensors |= {name.partition(".")[2]: t for name, t in state.tensors.items() if name.startswith("ema.")}
+    (finetune if state.info["config"]["full_finetuning"] else lora).save(pipe, folder, tensors)
+
+
+def validated(
+    config: Config, pipe: Any, state: State, scorers: Mapping[str, Any], trackers: Sequence[Any], last: bool
+) -> Parting | None:
+    """A validation where one is due, in every process alike; the main one writes it. Returns what `Monitor` finds."""
+    if state.step % config.validation_steps and not last:
+        return None
+    found = validation.validate(config, pipe, state, scorers)
+    if process().is_main_process:
+        validation.keep(config, found, partial(save_weights, pipe, state))
+        log.show(trackers, "validation", found.record, found.images)
+    process().wait_for_everyone()
+    return found.parting
 
 
 def process() -> PartialState:

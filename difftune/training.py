@@ -12,22 +12,26 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from difftune import checkpoint, lora, runs
+from difftune import checkpoint, finetune, lora, optimizers, runs, validation
 from difftune.checkpoint import Randomness, State
 from difftune.configs import TrainingConfig
 from difftune.engine import check_engine
-from difftune.errors import RunError
+from difftune.errors import RunError, UserError
 from difftune.named import at_least, guidance_named, known, model_named, sampler_named
+from difftune.optimizers import OPTIMIZERS
 from difftune.prompts import prompts_named
+from difftune.reward_statistics import PerPrompt
 from rewards.checks import NotFinite
 from solvers.run import watch_gradients, watching
 
@@ -60,7 +64,7 @@ class Called:
 
 @dataclass(frozen=True)
 class Reference(Called):
-    """The same network without its adapter: the model that training began with.
+    """The model that training began with: the same network without its adapter, or a copy of it.
 
     The adapter is off inside the call alone, so that a call which is recomputed on the way back is without it too, and
     no weight's `requires_grad` changes. Nothing is differentiated.
@@ -85,14 +89,22 @@ class Training:
     weights: Mapping[str, Tensor]  # trained, by name
     optimizer: Any
     rate: Callable[[int], float]  # the learning rate's factor
+    average: "Average | None" = None  # of the weights
+    base: nn.Module | None = None  # the network before full fine-tuning, where a recipe asked for it
     done: int = 0  # optimiser steps before this process began
     skipped: int = 0  # of them and since, how many were not finite
+    seen: PerPrompt = field(default_factory=PerPrompt)  # the rewards of each prompt, in all processes
     own: State = field(default_factory=lambda: State(0, {}, {}))  # what a recipe gave `snapshot`, of the resumed state
 
     @property
     def reference(self) -> Reference:
-        """The network as it was before training, to be called as `network` is."""
-        return Reference(self.network.prepared, self.network.dtype)
+        """The network as it was before training, to be called as `network` is.
+
+        Raises UserError under full fine-tuning unless `begin` was asked for it.
+        """
+        if self.base is None and not lora.adapted(self.network.prepared):
+            raise UserError("this recipe keeps no copy of the network for --full_finetuning: train a LoRA with it")
+        return Reference(self.base or self.network.prepared, self.network.dtype)
 
     @property
     def rank(self) -> int:
@@ -122,27 +134,69 @@ class Training:
             network.eval()
 
 
-def begin(config: TrainingConfig, state: State | None, pipe: Any) -> Training:
+@dataclass
+class Average:
+    """The exponential moving average of the weights, as diffusers' EMAModel takes it.
+
+    e <- d e + (1 - d) w after each update, with d = min(decay, (1 + n) / (10 + n)) for n updates before, and the first
+    is a copy.
+    """
+
+    decay: float
+    tensors: dict[str, Tensor]
+    updates: int = 0
+
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, Tensor]) -> None:
+        n = self.updates
+        decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        for name, weight in weights.items():
+            self.tensors[name].lerp_(weight.detach(), 1 - decay)
+        self.updates += 1
+
+
+def begin(config: TrainingConfig, state: State | None, pipe: Any, reference: bool = False) -> Training:
     """The pipeline on its device with an adapter to train, as it is at step 0 or as `state` has it.
 
-    The pipeline keeps the adapter. Raises UserError if the state is of other settings, which it names.
+    The pipeline keeps the adapter. reference: `Training.reference` is to be called, for which full fine-tuning keeps a
+    copy of the network. Raises UserError if the state is of other settings, which it names.
     """
+    if state is not None:
+        runs.same_run(config, state)
     accelerator = Accelerator(cpu=runs.on_cpu(), mixed_precision=config.mixed_precision)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError("DeepSpeed keeps the optimiser to itself, so that no step could be resumed: use DDP or FSDP2")
     pipe.to(accelerator.device)
     if config.mixed_precision != "no":
         pipe.to(dtype=DTYPES[config.mixed_precision])
     network = lora.network_of(pipe)
-    dtype = network.dtype
-    weights = lora.add(pipe, config.rank, config.lora_alpha, config.lora_dropout, config.seed)
-    optimizer = adamw(config, weights.values())
+    base = deepcopy(network).requires_grad_(False) if reference and config.full_finetuning else None
+    weights, dtype = trainable(config, pipe)
     if state is not None:
-        resume(config, state, accelerator, network, optimizer)
-    prepared, optimizer = accelerator.prepare(network, optimizer)
-    run = Training(pipe, accelerator, Called(prepared, dtype), weights, optimizer, learning_rates(config))
+        lora.load(network, owned(state.tensors, "weights."))
+    optimizer = OPTIMIZERS[config.optimizer](config, weights.values())
+    prepared, optimizer = accelerator.prepare(network.eval(), optimizer)  # a new adapter's dropout is on
+    weights = lora.weights(accelerator.unwrap_model(prepared))  # FSDP puts others in their place
+    average = None if config.ema_decay is None else Average(config.ema_decay, copied(weights))
+    run = Training(
+        pipe, accelerator, Called(prepared, dtype), weights, optimizer, learning_rates(config), average, base
+    )
     if state is not None:
-        own = State(state.step, owned(state.tensors, "own."), state.info["own"])
-        run.done, run.skipped, run.own = state.step, state.info["skipped"], own
+        resume(run, state)
     return run
+
+
+def trainable(config: TrainingConfig, pipe: Any) -> tuple[dict[str, Tensor], torch.dtype]:
+    """The weights to train, by name, and the type that the network is called with."""
+    if config.full_finetuning:
+        return finetune.add(pipe), torch.float32
+    dtype = lora.network_of(pipe).dtype
+    layout = config.lora_layers
+    return lora.add(pipe, config.rank, config.lora_alpha, config.lora_dropout, config.seed, layout), dtype
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 # ------------------------------------------------------------------------------------------------ one step
@@ -155,9 +209,9 @@ def samples(config: TrainingConfig, step: int, batch: int, rank: int, world: int
     return range(start, start + size)
 
 
-def mixed(seed: int, index: int) -> int:
-    """One seed of two numbers, unlike for any other two."""
-    return random.Random(f"{seed} noise {index}").getrandbits(63)
+def mixed(seed: int, index: int, of: str = "noise") -> int:
+    """One seed of two numbers and a name, unlike for any others."""
+    return random.Random(f"{seed} {of} {index}").getrandbits(63)
 
 
 def attempt(config: TrainingConfig, run: Training, step: int, function: Callable[[], Metrics]) -> Metrics:
@@ -191,9 +245,12 @@ def scored(reward: Reward, images: Tensor, prompts: Sequence[str], run: Training
             fault = f"the reward for {prompts[int(scores.isfinite().int().argmin())]!r} is not finite"
     except NotFinite as error:
         fault = str(error)
-    faults = [found for found in gather_object([fault]) if found is not None]
-    if faults:
-        raise NotFinite(faults[0])
+    everyone = gather_object([(fault, prompts, None if scores is None else scores.detach().tolist())])
+    for found, _, _ in everyone:
+        if found is not None:
+            raise NotFinite(found)
+    for _, its, values in everyone:
+        run.seen.update(its, values)
     assert scores is not None
     return scores
 
@@ -214,11 +271,13 @@ def update(config: TrainingConfig, run: Training) -> float:
     Raises NotFinite where that is not finite. Under float16 the loss scaler finds its scale by overflowing: it then
     skips the step by itself, and -1 is returned.
     """
-    norm = float(run.accelerator.clip_grad_norm_(list(run.weights.values()), config.max_grad_norm))
+    norm = float(whole(run.accelerator.clip_grad_norm_(list(run.weights.values()), config.max_grad_norm)))
     if not norm < float("inf") and run.accelerator.scaler is None:
         raise NotFinite(f"the gradient's norm is {norm}")
     run.optimizer.step()
     run.optimizer.zero_grad()
+    if run.average is not None and not run.accelerator.optimizer_step_was_skipped:
+        run.average.update(run.weights)
     return norm if norm < float("inf") else -1.0
 
 
@@ -232,17 +291,7 @@ def statistics(scores: Tensor) -> Metrics:
     }
 
 
-# ------------------------------------------------------------------------------------------------ optimisers
-
-
-def adamw(config: TrainingConfig, weights: Any) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        list(weights),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
-    )
+# ------------------------------------------------------------------------------------------------ the learning rate
 
 
 def learning_rates(config: TrainingConfig) -> Callable[[int], float]:
@@ -271,50 +320,65 @@ def snapshot(
 
     tensors, info: what the recipe itself must find again, as `run.own.tensors` and `run.own.info` of a resumed run.
     """
-    copied = {f"own.{name}": tensor.detach().clone() for name, tensor in (tensors or {}).items()}
-    copied |= {f"weights.{name}": weight.detach().clone() for name, weight in run.weights.items()}
+    kept = {f"own.{name}": tensor for name, tensor in (tensors or {}).items()}
+    kept |= {f"weights.{name}": whole(weight) for name, weight in run.weights.items()}
+    if run.average is not None:
+        kept |= {f"ema.{name}": whole(tensor) for name, tensor in run.average.tensors.items()}
     numbers: dict[str, Any] = {}
     for name, weight in run.weights.items():
         for key, value in run.optimizer.state[weight].items():
             if isinstance(value, Tensor):
-                copied[f"optimizer.{key}.{name}"] = value.clone()
+                kept[f"optimizer.{key}.{name}"] = whole(value)
             else:
                 numbers[f"{key}.{name}"] = value
     everyone = gather_object([checkpoint.randomness()])
     for rank, its in enumerate(everyone):
-        copied |= {f"rng.{rank}.{key}": value for key, value in its.tensors.items()}
+        kept |= {f"rng.{rank}.{key}": value for key, value in its.tensors.items()}
     found = {
         "cursor": samples(config, step, 0, 0, run.world).start,
         "num_processes": run.world,
         "config": asdict(config),
         "metrics": metrics,
         "skipped": run.skipped,
+        "updates": run.average.updates if run.average is not None else 0,
+        "seen": run.seen.state(),
         "optimizer": numbers,
         "own": dict(info or {}),
         "rng": [its.info for its in everyone],
         "scaler": None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict(),
     }
-    return State(step, copied, found)
+    return State(step, copied(kept), found)
 
 
-def resume(config: TrainingConfig, state: State, accelerator: Accelerator, network: nn.Module, optimizer: Any) -> None:
-    """Put back what `snapshot` took. Raises UserError if the state is of other settings, which it names."""
-    runs.same_run(config, state)
-    lora.load(network, owned(state.tensors, "weights."))
+def resume(run: Training, state: State) -> None:
+    """Put back what `snapshot` took, but for the weights."""
     moments = {**owned(state.tensors, "optimizer."), **state.info["optimizer"]}
-    for name, weight in lora.weights(network).items():
-        kept = {key.removesuffix(f".{name}"): value for key, value in moments.items() if key.endswith(f".{name}")}
-        optimizer.state[weight] = {key: _placed(key, value, weight) for key, value in kept.items()}
-    rank = accelerator.process_index
-    checkpoint.restore(Randomness(owned(state.tensors, f"rng.{rank}."), state.info["rng"][rank]))
-    if accelerator.scaler is not None and state.info["scaler"]:
-        accelerator.scaler.load_state_dict(state.info["scaler"])
+    for name, weight in run.weights.items():
+        its = {key.removesuffix(f".{name}"): value for key, value in moments.items() if key.endswith(f".{name}")}
+        run.optimizer.state[weight] = {key: _placed(key, value, weight) for key, value in its.items()}
+    if run.average is not None:
+        run.average.updates = state.info["updates"]
+        for name, tensor in owned(state.tensors, "ema.").items():
+            run.average.tensors[name] = _placed("ema", tensor, run.weights[name])
+    if run.accelerator.scaler is not None and state.info["scaler"]:
+        run.accelerator.scaler.load_state_dict(state.info["scaler"])
+    run.done, run.skipped = state.step, state.info["skipped"]
+    run.own = State(state.step, owned(state.tensors, "own."), state.info["own"])
+    run.seen.load(state.info["seen"])
+    checkpoint.restore(Randomness(owned(state.tensors, f"rng.{run.rank}."), state.info["rng"][run.rank]))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, gathered from all processes where FSDP has divided it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _placed(key: str, value: Any, weight: Tensor) -> Any:
     """An entry of the optimiser's state where the optimiser looks for it: torch's counter stays on the CPU."""
     if not isinstance(value, Tensor):
         return value
+    if isinstance(weight, DTensor) and value.shape == weight.shape:
+        return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
     return value.clone().to("cpu" if key == "step" else weight.device)
 
 
@@ -334,6 +398,11 @@ def check(config: TrainingConfig, pipe: Any = None) -> None:
     at_least(0, max_skipped_steps=config.max_skipped_steps)
     known("mixed_precision", config.mixed_precision, DTYPES)
     known("lr_scheduler", config.lr_scheduler, SCHEDULES)
+    optimizers.check(known("optimizer", config.optimizer, OPTIMIZERS))
+    known("lora_layers", config.lora_layers, lora.LAYOUTS)
+    if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
+        raise UserError(f"ema_decay is {config.ema_decay}: it must be at least 0 and less than 1")
+    validation.check(config)
     sampler_named(config.sampler)
     guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
     check_engine(None, config.enable_xformers_memory_efficient_attention)

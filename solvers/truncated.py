@@ -14,7 +14,10 @@ from solvers.samplers import euler
 
 
 def truncated(run: Run, option: str) -> Path:
-    """Only some steps carry gradient: "K" or "K:STYLE", the style being one of `STYLES`, and draft if unsaid."""
+    """Only some steps carry gradient: "K" or "K:STYLE", the style being one of `STYLES`, and draft if unsaid; or those
+    that "0011:mask" marks with a 1."""
+    if option.endswith(":mask"):
+        return masked(run, parse_mask(option, len(run.legs)))
     kept, style = parse_truncation(option, len(run.legs))
     return STYLES[style](run, kept)
 
@@ -78,6 +81,18 @@ def drtune(run: Run, kept: int) -> Path:
     return path
 
 
+def masked(run: Run, kept: Sequence[bool]) -> Path:
+    """Any steps may carry gradient; of the others, what the network says is constant, and x goes on around it.
+
+    A kept step also has the Jacobian of the network in x, so that kept steps are not the sum of each alone. AlignProp's
+    released code keeps each step by itself, with a probability.
+    """
+    path = Path(widen(run.x))
+    for i, keep in enumerate(kept):
+        path = descend(run, Recomputed(run.predict) if keep else Linear(run.predict, trained=False), path, i, i + 1)
+    return path
+
+
 STYLES: dict[str, Callable[[Run, int], Path]] = {f.__name__: f for f in (draft, alignprop, draft_lv, refl, drtune)}
 AT_LEAST_ONE = ("draft_lv", "refl")
 
@@ -97,6 +112,16 @@ def parse_truncation(option: str, steps: int) -> tuple[int, str]:
             f" a style: {', '.join(STYLES)}"
         )
     return int(number), style
+
+
+def parse_mask(option: str, steps: int) -> list[bool]:
+    """Which steps carry gradient: "0011:mask" -> [False, False, True, True]; ValueError unless each has a digit."""
+    digits = option.removesuffix(":mask")
+    if set(digits) - {"0", "1"} or len(digits) != steps:
+        raise ValueError(
+            f"'truncated:{option}' wants {steps} digits, 1 for a step that carries gradient and 0 for others"
+        )
+    return [digit == "1" for digit in digits]
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,25 @@ import click
 from difftune import __version__
 from difftune.cli import options as o
 from difftune.cli.label import label
-from difftune.configs import AlignPropConfig, D3POConfig, DDPOConfig, DPOConfig, DROConfig, KTOConfig, RenoConfig
+from difftune.configs import (
+    AlignPropConfig,
+    D3POConfig,
+    DDPOConfig,
+    DPOConfig,
+    DraftConfig,
+    DROConfig,
+    DrtuneConfig,
+    KTOConfig,
+    ReflConfig,
+    RenoConfig,
+)
 from difftune.errors import RunError, UserError
 
 RECIPES: dict[str, type] = {
     "alignprop": AlignPropConfig,
+    "draft": DraftConfig,
+    "drtune": DrtuneConfig,
+    "refl": ReflConfig,
     "ddpo": DDPOConfig,
     "d3po": D3POConfig,
     "dpo": DPOConfig,

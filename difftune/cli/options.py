@@ -229,7 +229,9 @@ MODEL = click.Option(
     required=True,
     help="An embedded model (tiny, tiny-turbo, tiny-weak), a diffusers folder, or a Hub id.",
 )
-LORA = click.Option(["--lora"], metavar="FOLDER", help="Load the LoRA that training wrote there.")
+LORA = Values(
+    ["--lora"], metavar="FOLDER[=SHARE] ...", help="Load what training wrote there; several LoRAs are mixed by shares."
+)
 GUIDANCE: list[click.Parameter] = [
     click.Option(
         ["--guidance"],

@@ -1,12 +1,7 @@
 """AlignProp: its gradient against a hand-written loop, resumption bit for bit, and what it refuses."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -340,62 +335,3 @@ def test_a_folder_with_something_else_is_left_alone(toy, tmp_path):
         with pytest.raises(UserError, match="holds something else"):
             alignprop.run(config, pipe=pipelines.sd())
     assert not (tmp_path / runs.CONFIG).exists()
-
-
-# ------------------------------------------------------------------------------------------------ real processes
-
-SCRIPT = """
-import json, sys
-import torch
-torch.set_num_threads(1)
-from difftune import alignprop, lora
-from difftune.configs import AlignPropConfig
-from rewards.simple import Brightness
-from tests import pipelines
-config = AlignPropConfig(**json.loads(sys.argv[1]))
-alignprop.run(config, pipe=pipelines.sd(), reward=Brightness())
-"""
-
-
-def command(config: AlignPropConfig) -> list[str]:
-    return [sys.executable, "-c", SCRIPT, json.dumps(asdict(config))]
-
-
-@pytest.mark.slow
-def test_killed_by_sigkill_and_resumed_equals_uninterrupted(toy, tmp_path):
-    config = replace(toy, max_train_steps=12, checkpointing_steps=2)
-    subprocess.run(command(replace(config, output_dir=str(tmp_path / "whole"))), check=True)
-    cut = replace(config, output_dir=str(tmp_path / "cut"))
-    process = subprocess.Popen(command(cut))
-    while len(checkpoint.checkpoints(tmp_path / "cut")) < 2 and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "cut" / lora.WEIGHTS).exists()
-    end = subprocess.run(command(replace(cut, resume_from_checkpoint="latest")), capture_output=True, text=True)
-    assert end.returncode == 0 and "resuming from step " in end.stderr, end.stderr
-    assert (tmp_path / "whole" / lora.WEIGHTS).read_bytes() == (tmp_path / "cut" / lora.WEIGHTS).read_bytes()
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_on_the_joined_batch(toy, tmp_path):
-    """Under gloo, as accelerate launches it: the first moments are a tenth of the synchronised gradient."""
-    config = replace(toy, max_train_steps=1, output_dir=str(tmp_path / "two"), truncation_min=3)
-    (tmp_path / "script.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29741"]
-    launch += [str(tmp_path / "script.py"), json.dumps(asdict(config))]
-    root = str(Path(__file__).parents[2])
-    end = subprocess.run(
-        launch,
-        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-    )
-    assert end.returncode == 0, end.stderr
-    two = checkpoint.load(tmp_path / "two" / "checkpoint-1")
-    one = final(replace(config, train_batch_size=4))
-    assert two.info["num_processes"] == 2 and two.info["cursor"] == 4
-    moments = [k for k in one.tensors if k.startswith("optimizer.exp_avg.")]
-    scale = max(one.tensors[k].abs().max() for k in moments)
-    for name in moments:
-        assert (one.tensors[name] - two.tensors[name]).abs().max() <= 1e-5 * scale

@@ -23,11 +23,16 @@ def names(folder) -> list[str]:
 
 
 def test_round_trip_is_exact(tmp_path):
-    path = checkpoint.save(tmp_path, state(3), also=lambda folder: (folder / "more.txt").write_text("x"))
+    def more(folder):
+        (folder / "unet").mkdir()
+        for name in ("more.txt", "unet/more.txt"):
+            (folder / name).write_text("x")
+
+    path = checkpoint.save(tmp_path, state(3), also=more)
     loaded = checkpoint.load(path)
     assert (loaded.step, loaded.info) == (3, {"cursor": 12})
     assert all(torch.equal(loaded.tensors[k], v) for k, v in state(3).tensors.items())
-    assert "more.txt" in json.loads((path / checkpoint.MANIFEST).read_text())
+    assert {"more.txt", "unet/more.txt"} < json.loads((path / checkpoint.MANIFEST).read_text()).keys()
     assert not [p for p in path.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".pkl")]
 
 
@@ -65,14 +70,25 @@ def empty_manifest(path):
     (path / checkpoint.MANIFEST).write_text("{}")
 
 
+def edited_below(path):
+    (path / "unet" / "more.txt").write_text("y")
+
+
 def missing_file(path):
     (path / checkpoint.INFO).unlink()
 
 
-@pytest.mark.parametrize("harm", [cut_short, one_bit, edited, no_manifest, odd_manifest, empty_manifest, missing_file])
+HARMS = [cut_short, one_bit, edited, edited_below, no_manifest, odd_manifest, empty_manifest, missing_file]
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path, harm):
+    def more(folder):
+        (folder / "unet").mkdir()
+        (folder / "unet" / "more.txt").write_text("x")
+
     checkpoint.save(tmp_path, state(1))
-    harm(checkpoint.save(tmp_path, state(2)))
+    harm(checkpoint.save(tmp_path, state(2), also=more))
     with pytest.warns(UserWarning, match="checkpoint-2 was skipped"):
         assert checkpoint.latest(tmp_path).name == "checkpoint-1"
     with pytest.raises(RunError, match="checkpoint-2 cannot be resumed from"):

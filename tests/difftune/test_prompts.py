@@ -1,5 +1,7 @@
 """Training prompts: functions of an index."""
 
+import json
+import sys
 from collections import Counter
 
 import pytest
@@ -44,3 +46,40 @@ def test_an_empty_list_is_one_sentence(tmp_path):
             prompts_named(str(tmp_path / name))
     with pytest.raises(UserError, match="is empty"):
         listed([])
+
+
+def test_one_category_of_shapes():
+    prompts = prompts_named("shapes:counting", 1)
+    assert {category(parse(prompts(i))) for i in range(40)} == {"counting"}
+    with pytest.raises(UserError, match="did you mean 'counting'"):
+        prompts_named("shapes:countin")
+
+
+def test_animals():
+    prompts = prompts_named("animals", 0)
+    assert len({prompts(i) for i in range(45)}) == 45
+
+
+def test_a_column_of_a_data_set_in_a_file_or_a_folder(tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="needs the extra difftune[datasets]")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    lines = [{"id": i, "text": f"prompt {i}", "other": f"o{i}"} for i in range(5)] + [
+        {"id": 5, "text": " ", "other": "x"}
+    ]
+    (tmp_path / "set").mkdir()
+    file = tmp_path / "set" / "train.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in (file, file.parent):
+        prompts = prompts_named(f"dataset:{name}", 0)
+        assert sorted(prompts(i) for i in range(5)) == [f"prompt {i}" for i in range(5)]
+    assert prompts_named(f"dataset:{file}:other", 0)(0) in {"o0", "o1", "o2", "o3", "o4", "x"}
+    with pytest.raises(UserError, match="has no column 'txt': it has id, text, other"):
+        prompts_named(f"dataset:{file}:txt")
+    with pytest.raises(UserError, match="cannot load the data set"):
+        prompts_named(f"dataset:{tmp_path / 'absent.jsonl'}")
+
+
+def test_a_missing_library_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'difftune\[datasets\]'"):
+        prompts_named("dataset:some/where")

@@ -11,7 +11,7 @@ from solvers.denoiser import Path, Prediction, predicted
 from solvers.noise import cosine, flow, grid, vp
 from solvers.rollout import rollout
 from solvers.samplers import SAMPLERS, euler, sample
-from solvers.truncated import STYLES, parse_truncation
+from solvers.truncated import STYLES, parse_mask, parse_truncation
 
 LEVELS = grid(cosine, 5, 0.95, 0.0)
 ALL_STEPS = [style for style in STYLES if style not in ("draft_lv", "refl")]  # those that end where sample() ends
@@ -260,3 +260,30 @@ def test_a_prediction_may_be_of_any_kind():
         ends = [rollout(euler, net, randn(3, 2), LEVELS, f"truncated:2:{style}") for net in nets]
         grads = [torch.autograd.grad(loss_of(e), n.tensors) for e, n in zip(ends, nets, strict=True)]
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-13)
+
+
+KEPT = {"1000": -0.9763091627, "0100": -0.6264483048, "0010": -0.4847883848, "0001": -0.3329696745}
+KEPT |= {"1010": -1.2784024530, "1001": -1.1549108045, "1111": -1.7078450145, "0011": -0.7411062854}
+
+
+@pytest.mark.parametrize("mask", KEPT)
+def test_golden_toy_masked(mask):
+    """The latent path stays alive at the steps that are dropped."""
+    w = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+    class Toy:
+        tensors = (w,)
+
+        def __call__(self, path, at):
+            return predicted("eps", path.x, at, w * path.x)
+
+    levels = [vp(power) for power in (0.1, 0.3, 0.6, 0.9, 1.0)]
+    x0 = rollout(euler, Toy(), torch.ones(1, 1, dtype=torch.float64), levels, f"truncated:{mask}:mask").x
+    (-((x0 - 2) ** 2).sum() / 2).backward()
+    assert w.grad.item() == pytest.approx(KEPT[mask], rel=1e-9)
+
+
+@pytest.mark.parametrize("mask", ["011", "01101", "01a1", "2011", ""])
+def test_a_mask_has_a_digit_for_each_step(mask):
+    with pytest.raises(ValueError, match="4 digits, 1 for a step that carries gradient"):
+        parse_mask(f"{mask}:mask", 4)

@@ -1,0 +1,165 @@
+"""What holds of every recipe: it resumes bit for bit, skips what is not finite, and leaves the frozen weights alone."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from difftune import checkpoint, lora
+from difftune.checkpoint import State
+from difftune.cli import RECIPES
+from difftune.errors import RunError
+from rewards.simple import Brightness
+from tests import pipelines
+from tests.difftune.toys import Bright, module_of, toy
+
+
+def final(name: str, config, state: State | None = None, steps: int | None = None) -> State:
+    *_, (_, last) = islice(module_of(name).train(config, state, pipelines.sd(), Bright()), steps)
+    return last
+
+
+def different(a: State, b: State) -> list[str]:
+    assert a.tensors.keys() == b.tensors.keys()
+    return [name for name in a.tensors if not torch.equal(a.tensors[name], b.tensors[name])]
+
+
+NO_DROPOUT = ("ddpo", "d3po")  # a ratio of probabilities refuses it
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_resumed_equals_uninterrupted_bit_for_bit(name, tmp_path):
+    """Weights, optimiser, average, generators and statistics; the reward and the dropout draw from the generators."""
+    dropout = 0.0 if name in NO_DROPOUT else 0.3
+    config = toy(name, tmp_path, max_train_steps=3, lora_dropout=dropout, ema_decay=0.9)
+    torch.manual_seed(5)
+    whole = final(name, config)
+    torch.manual_seed(5)
+    half = final(name, config, steps=2)
+    assert different(half, whole)
+    path = checkpoint.save(tmp_path / "out", half)
+    torch.manual_seed(99)
+    resumed = final(name, config, checkpoint.load(path))
+    assert resumed.step == whole.step == 3
+    assert not different(whole, resumed)
+    times = {"metrics": {}}
+    assert {**json.loads(json.dumps(resumed.info)), **times} == {**json.loads(json.dumps(whole.info)), **times}
+
+
+class Broken(Brightness):
+    """Not a number in its second call."""
+
+    def __init__(self, always: bool):
+        object.__setattr__(self, "always", always)
+        object.__setattr__(self, "calls", [])
+
+    def __call__(self, images, prompts):
+        self.calls.append(1)
+        broken = len(self.calls) == 2 or (self.always and len(self.calls) > 2)
+        return super().__call__(images, prompts) * (float("nan") if broken else 1.0)
+
+
+@pytest.mark.parametrize("name", ["alignprop", "refl"])
+def test_what_is_not_finite_is_skipped_counted_and_never_saved(name, tmp_path):
+    config = toy(name, tmp_path, max_skipped_steps=1)
+    found = list(module_of(name).train(config, None, pipelines.sd(), Broken(always=False)))
+    assert [metrics["skipped"] for metrics, _ in found] == [0, 1, 1, 1]
+    assert ["reward_mean" in metrics for metrics, _ in found] == [True, False, True, True]
+    (_, first), (_, second), (_, third), _ = found
+    weights = [k for k in first.tensors if k.startswith(("weights.", "optimizer."))]
+    assert all(torch.equal(first.tensors[k], second.tensors[k]) for k in weights)
+    assert any(not torch.equal(second.tensors[k], third.tensors[k]) for k in weights)
+    with pytest.raises(RunError, match=r"step 3: .*not finite.*checkpoints are as they were"):
+        list(module_of(name).train(config, None, pipelines.sd(), Broken(always=True)))
+
+
+# ------------------------------------------------------------------------------------------------ real processes
+
+SCRIPT = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from difftune.cli import RECIPES
+from tests import pipelines
+from tests.difftune.toys import Bright, module_of
+name, settings = sys.argv[1], json.loads(sys.argv[2])
+torch.manual_seed(5)
+module_of(name).run(RECIPES[name](**settings), pipe=pipelines.sd(), reward=Bright())
+"""
+ROOT = str(Path(__file__).parents[2])
+ENVIRONMENT = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def command(name: str, config) -> list[str]:
+    return [sys.executable, "-c", SCRIPT, name, json.dumps(asdict(config))]
+
+
+def killed_somewhere(name: str, config, after: int, delay: float) -> None:
+    """Run until `after` checkpoints are there, and a moment longer, then SIGKILL."""
+    process = subprocess.Popen(command(name, config), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    out = Path(config.output_dir)
+    while len(checkpoint.checkpoints(out)) < after and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", RECIPES)
+def test_killed_at_random_moments_and_resumed_equals_uninterrupted(name, tmp_path):
+    """Twice a recipe, at moments that differ from run to run of this test; the delay is printed."""
+    config = toy(name, tmp_path, max_train_steps=12, checkpointing_steps=1, ema_decay=0.9)
+    whole = replace(config, output_dir=str(tmp_path / "whole"))
+    subprocess.run(command(name, whole), check=True, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    cut = replace(config, output_dir=str(tmp_path / "cut"))
+    for after in (random.randint(1, 4), random.randint(6, 9)):
+        delay = random.uniform(0, 0.5)
+        print(f"{name}: killed {delay:.3f} s after checkpoint {after}")
+        killed_somewhere(name, cut, after, delay)
+        cut = replace(cut, resume_from_checkpoint="latest")
+    end = subprocess.run(command(name, cut), capture_output=True, text=True, env=ENVIRONMENT)
+    assert end.returncode == 0, end.stderr
+    files = [tmp_path / run / lora.WEIGHTS for run in ("whole", "cut")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    states = [checkpoint.load(tmp_path / run / "checkpoint-12") for run in ("whole", "cut")]
+    assert not different(*states)
+
+
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29741"],
+    "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    + ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=29742"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_equal_one_on_the_joined_batch(launcher, tmp_path):
+    """Under gloo: Adam's first moments are a tenth of the synchronised gradient, which is that of the joined batch."""
+    config = toy("alignprop", tmp_path, max_train_steps=1, output_dir=str(tmp_path / "two"), truncation_min=3)
+    script = SCRIPT.replace("reward=Bright()", "reward=__import__('rewards.simple').simple.Brightness()")
+    (tmp_path / "script.py").write_text(script)
+    launch = [sys.executable, *LAUNCHERS[launcher], str(tmp_path / "script.py"), "alignprop"]
+    end = subprocess.run([*launch, json.dumps(asdict(config))], env=ENVIRONMENT, capture_output=True, text=True)
+    assert end.returncode == 0, end.stderr
+    two = checkpoint.load(tmp_path / "two" / "checkpoint-1")
+    joined = replace(config, train_batch_size=4)
+    *_, (_, one) = module_of("alignprop").train(joined, None, pipelines.sd(), Brightness())
+    assert two.info["num_processes"] == 2 and two.info["cursor"] == 4
+    assert sum(map(len, two.info["seen"].values())) == 4  # the rewards of both processes
+    moments = [k for k in one.tensors if k.startswith("optimizer.exp_avg.")]
+    scale = max(one.tensors[k].abs().max() for k in moments)
+    for name in moments:
+        assert (one.tensors[name] - two.tensors[name]).abs().max() <= 1e-5 * scale
+    assert "rng.1.cpu" in two.tensors

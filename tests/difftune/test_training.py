@@ -1,0 +1,198 @@
+"""The parts that recipes share: averages, statistics, optimisers, and what is trained."""
+
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+
+from difftune import alignprop, checkpoint, finetune, runs, training
+from difftune.configs import AlignPropConfig
+from difftune.errors import UserError
+from difftune.optimizers import OPTIMIZERS
+from difftune.reward_statistics import PerPrompt
+from difftune.training import Average, mixed
+from rewards.simple import Brightness
+from tests import pipelines
+from tests.difftune.toys import toy
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.15, 0.9999])
+def test_average_is_diffusers_ema(decay):
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    theirs, ours = EMAModel([weight], decay=decay), Average(decay, {"w": weight.detach().clone()})
+    for i in range(6):
+        weight.data += torch.tensor([0.5, 0.1 * i])
+        theirs.step([weight])
+        ours.update({"w": weight})
+        assert torch.allclose(ours.tensors["w"], theirs.shadow_params[0], rtol=1e-6)
+        if decay == 0 or i == 0:
+            assert torch.equal(ours.tensors["w"], weight.detach())
+
+
+def test_advantages_golden_and_the_prompts_own_statistics():
+    """r = (1, 2, 3, 4) gives (-1.3416, -.4472, .4472, 1.3416)."""
+    few = PerPrompt(size=4, least=3)
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    few.update(["a", "a", "b", "b"], scores.tolist())
+    assert few.advantages(["a", "a", "b", "b"], scores).tolist() == pytest.approx(
+        [-1.34164, -0.44721, 0.44721, 1.34164], abs=1e-4
+    )
+    few.update(["a", "a", "a"], [5.0, 7.0, 9.0])  # the latest four: 2, 5, 7, 9
+    assert few.moments()["a"] == (4, 5.75, pytest.approx((26.75 / 4) ** 0.5))
+    found = few.advantages(["a", "b"], torch.tensor([5.75, 3.0]))
+    assert found[0] == 0 and found[1] < 0
+    assert few.advantages(["c"] * 3, torch.ones(3)).tolist() == [0.0] * 3
+    again = PerPrompt(size=4, least=3)
+    again.load(few.state())
+    assert again.moments() == few.moments()
+    few.update([str(i) for i in range(5000)], [0.0] * 5000)
+    assert len(few.history) == few.prompts and "a" not in few.history
+
+
+def test_seeds_differ_by_index_seed_and_use():
+    seeds = {mixed(seed, i, use) for seed in range(20) for i in range(50) for use in ("noise", "kl")}
+    assert len(seeds) == 2000
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimiser_resumes_bit_for_bit(name, tmp_path):
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes", reason="needs the extra difftune[8bit]")
+        if not torch.cuda.is_available():
+            pytest.skip("adamw8bit is tried on a GPU alone: torch.cuda.is_available() is False")
+    config = toy("alignprop", tmp_path, optimizer=name, max_train_steps=2, learning_rate=1e-3)
+
+    def final(state=None, steps=None):
+        *_, (_, last) = islice(alignprop.train(config, state, pipelines.sd(), Brightness()), steps)
+        return last
+
+    half, whole = final(steps=1), final()
+    resumed = final(checkpoint.load(checkpoint.save(tmp_path / "out", half)))
+    optimised = [k for k in whole.tensors if k.startswith(("weights.", "optimizer."))]
+    assert len(optimised) > 10 and all(torch.equal(whole.tensors[k], resumed.tensors[k]) for k in optimised)
+    assert any(not torch.equal(whole.tensors[k], half.tensors[k]) for k in optimised)
+
+
+def test_lion_steps_by_the_sign():
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    optimizer = OPTIMIZERS["lion"](AlignPropConfig(learning_rate=0.1, adam_weight_decay=0.0), [weight])
+    (weight * torch.tensor([1e-3, -5.0, 2.0])).sum().backward()
+    optimizer.step()
+    assert torch.allclose(weight.detach(), torch.tensor([0.9, 2.1, 2.9]))
+
+
+def test_8_bit_adam_without_its_library_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"pip install 'difftune\[8bit\]'") as error:
+        training.check(AlignPropConfig(optimizer="adamw8bit"), pipe=object())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"optimizer": "adam"}, "did you mean 'adamw'"),
+        ({"lora_layers": "attentoin"}, "did you mean 'attention'"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"max_skipped_steps": -1}, "max_skipped_steps is -1"),
+        ({"early_stop": True}, "early_stop needs validations"),
+        ({"validation_reward": "contrast"}, "validation_reward needs validations"),
+        ({"validation_steps": 0}, "validation_steps is 0"),
+        ({"validation_steps": 5, "early_stop": True}, "give --validation_reward"),
+        ({"validation_steps": 5, "validation_reward": "tiny-clip"}, "'tiny-clip' is trained on"),
+        ({"validation_steps": 5, "validation_reward": "contrats"}, "did you mean 'contrast'"),
+        ({"validation_steps": 5, "validation_prompts": "/nowhere"}, "cannot read the prompts"),
+    ],
+)
+def test_bad_settings_are_one_sentence(more, what):
+    with pytest.raises(UserError, match=what) as error:
+        training.check(AlignPropConfig(**more), pipe=object())
+    assert "\n" not in str(error.value)
+
+
+def test_full_fine_tuning_trains_saves_and_loads_the_network(tmp_path):
+    config = toy("alignprop", tmp_path, full_finetuning=True, ema_decay=0.5, learning_rate=1e-3, max_train_steps=3)
+    pipe = pipelines.sd()
+    base = deepcopy(pipe.unet.state_dict())
+    config = AlignPropConfig(**{**vars(config), "output_dir": str(tmp_path / "out")})
+    alignprop.run(config, [].append, pipe, Brightness())
+    state = checkpoint.load(tmp_path / "out" / "checkpoint-3")
+    saved = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert saved.keys() == base.keys()
+    assert any(not torch.equal(saved[k], base[k]) for k in base)
+    for key, value in saved.items():  # the average, not the weights
+        assert torch.equal(value, state.tensors[f"ema.{key}"])
+    assert any(not torch.equal(v, state.tensors[f"weights.{k}"]) for k, v in saved.items())
+    fresh = pipelines.sd()
+    finetune.load(fresh, tmp_path / "out")
+    assert all(torch.equal(v, saved[k]) for k, v in fresh.unet.state_dict().items())
+    assert (tmp_path / "out" / "checkpoint-3" / "unet" / "config.json").exists()
+    assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".unet")]
+
+
+def test_a_state_of_another_kind_is_refused(tmp_path):
+    config = toy("alignprop", tmp_path)
+    ((_, state),) = islice(alignprop.train(config, None, pipelines.sd(), Brightness()), 1)
+    other = toy("alignprop", tmp_path, full_finetuning=True)
+    with pytest.raises(UserError, match="full_finetuning=False, not True"):
+        next(alignprop.train(other, state, pipelines.sd(), Brightness()))
+    assert runs.process().num_processes == 1
+
+
+DIVIDED = """
+import torch
+from torch.distributed import destroy_process_group, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from difftune.training import _placed, copied, whole
+mesh = init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+net = torch.nn.Linear(3, 4)
+before = copied(dict(net.named_parameters()))
+fully_shard(net, mesh=mesh)
+optimizer = torch.optim.AdamW(net.parameters(), 0.1)
+net(torch.ones(2, 3)).square().sum().backward()
+optimizer.step()
+weights = dict(net.named_parameters())
+assert all(w.to_local().numel() < before[n].numel() for n, w in weights.items())
+assert all((whole(w) - before[n]).abs().max() > 0.09 for n, w in weights.items())
+for name, weight in weights.items():
+    for key, value in dict(optimizer.state[weight]).items():
+        kept = whole(value).clone()
+        back = _placed(key, kept, weight)
+        assert kept.shape == (before[name].shape if key != "step" else ())
+        assert type(back) is type(value) and torch.equal(whole(back), kept), key
+        if key != "step":
+            assert torch.equal(back.to_local(), value.to_local())
+destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_what_fsdp2_divides_is_gathered_and_divided_again(tmp_path):
+    """Two gloo processes, on a CPU, where accelerate itself does not divide."""
+    (tmp_path / "divided.py").write_text(DIVIDED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29743"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    end = subprocess.run([*launch, str(tmp_path / "divided.py")], env=environment, capture_output=True, text=True)
+    assert end.returncode == 0, end.stderr
+
+
+def test_full_fine_tuning_has_a_reference_only_where_it_was_asked_for(tmp_path):
+    config = toy("alignprop", tmp_path, full_finetuning=True)
+    run = training.begin(config, None, pipelines.sd())
+    with pytest.raises(UserError, match="no copy of the network for --full_finetuning"):
+        _ = run.reference
+    run = training.begin(config, None, pipelines.sd(), reference=True)
+    before = [p.clone() for p in run.base.parameters()]
+    with torch.no_grad():
+        for weight in run.weights.values():
+            weight += 1
+    assert run.reference.prepared is run.base
+    assert all(torch.equal(a, b) for a, b in zip(before, run.base.parameters(), strict=True))
