@@ -113,7 +113,7 @@ def run(
     found = {
         "settings": {
             "model": model,
-            "lora": lora,
+            "lora": lora or None,
             "guidance": list(guidance),
             "scales": list(scales),
             "prompt": list(prompt),

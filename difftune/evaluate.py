@@ -221,7 +221,7 @@ def run(
     e = evaluate(opened(model, lora), method, chosen, images_per_prompt, num_inference_steps, seed, batch_size)
     settings = {
         "model": model,
-        "lora": lora,
+        "lora": lora or None,
         "guidance": guidance,
         "guidance_options": settings_of(method),
         "num_inference_steps": num_inference_steps,

@@ -193,7 +193,7 @@ def sample(
     found = {
         "settings": {
             "model": model,
-            "lora": lora,
+            "lora": lora or None,
             "guidance": guidance,
             "guidance_options": settings_of(method),
             "prompt": list(prompt),
