@@ -53,6 +53,8 @@ class Setting(NamedTuple):
     scale: float = 5.0  # of CFG
     inverse_temperature: float = 10.0  # of all methods that tilt by the reward; fkc only chooses by it
     exploration: float | None = None  # of dts-star
+    widening: float = 1.0  # of both trees: with the paper's 2 and 0.8, the first 36 rollouts are best-of-N
+    growth: float = 0.5
     micro_batch: int = 64
 
 
@@ -109,6 +111,7 @@ def config_of(method: str, setting: Setting) -> Any:
     kind = SEARCHES[method].config
     known = {field.name for field in dataclasses.fields(kind)}
     options: dict[str, Any] = {} if method == "fkc" else {"inverse_temperature": setting.inverse_temperature}
+    options |= {"widening": setting.widening, "growth": setting.growth}
     options |= {"exploration": setting.exploration} if method == "dts-star" else {}
     return kind(**{name: value for name, value in options.items() if name in known})
 
@@ -327,7 +330,7 @@ def hard_prompts(count: int) -> list[str]:
 
 
 def main(args: argparse.Namespace) -> None:
-    setting = Setting(args.steps, args.scale, args.inverse_temperature, args.exploration)
+    setting = Setting(**{name: value for name, value in vars(args).items() if name in Setting._fields})
     prompts, file = hard_prompts(args.prompts), File(args.output)
     print(f"{len(prompts)} prompts, {setting}, {torch.get_num_threads()} threads, torch {torch.__version__}, {file}")
     found = measure_all(planned(args), prompts, setting, file)
@@ -356,6 +359,8 @@ if __name__ == "__main__":
     parser.add_argument("--scale", type=float, default=Setting._field_defaults["scale"])
     parser.add_argument("--inverse_temperature", type=float, default=Setting._field_defaults["inverse_temperature"])
     parser.add_argument("--exploration", type=float, default=None, help="of dts-star; by default 1 / lambda")
+    parser.add_argument("--widening", type=float, default=Setting._field_defaults["widening"], help="of dts, dts-star")
+    parser.add_argument("--growth", type=float, default=Setting._field_defaults["growth"], help="of dts, dts-star")
     parser.add_argument("--output", default="runs/bench_search.jsonl")
     first = parser.parse_args()
     parser.set_defaults(**(QUICK if first.quick else {}))
