@@ -61,7 +61,7 @@ def generate(
         chosen = slice(start, start + batch_size)
         given: dict[str, Any] = {"eta": eta} if eta else {}
         if noises is not None:
-            given["latents"] = for_pipeline(pipe, noises[chosen])
+            given |= for_pipeline(pipe, noises[chosen])
         yield _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), guidance, steps, given)
 
 
@@ -83,15 +83,17 @@ def takes_eta(pipe: Any) -> None:
             raise UserError(f"{type(thing).__name__} takes no eta: leave it out, or use a pipeline with DDIM")
 
 
-def for_pipeline(pipe: Any, noises: Tensor) -> Tensor:
-    """Noises (B, C, h, w) as the pipeline's `latents`: FLUX wants them packed into tokens. UserError for another size.
+def for_pipeline(pipe: Any, noises: Tensor) -> dict[str, Any]:
+    """Noises (B, C, h, w) as a pipeline is called with them, at their size; FLUX wants them packed into tokens.
 
-    A pipeline multiplies them by its scheduler's first sigma, as it does its own.
+    The pipeline multiplies them by its scheduler's first sigma, as it does its own. UserError for other channels.
     """
     family, model = family_of(pipe), LatentModel(pipe)
-    if noises.shape[1:] != model.shape():
-        raise UserError(f"the noise is {tuple(noises.shape[1:])}, and the model's latents are {model.shape()}")
-    return (noises if family.grid is None else packed(noises)).to(model.device, model.dtype)
+    height, width = (side * pipe.vae_scale_factor for side in noises.shape[2:])
+    if noises.shape[1:] != (shape := model.shape(height, width)):
+        raise UserError(f"the noise is {tuple(noises.shape[1:])}, and the model's latents are {shape}")
+    latents = (noises if family.grid is None else packed(noises)).to(model.device, model.dtype)
+    return {"latents": latents, "height": height, "width": width}
 
 
 def watched(batches: Iterator[Batch], total: int, label: str) -> Iterator[Batch]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from difftune.errors import UserError
 from rewards.registry import unknown
+from solvers.levels import prediction_type
 from solvers.noise import Noise, vp
 
 REWARDS = {"hps-v2.1": 5.0, "imagereward": 1.0, "clip": 0.01, "pickscore": 0.05}  # the weights of the same code
@@ -62,9 +63,9 @@ def setting_of(pipe: Any, name: str | None) -> Setting | None:
 def start_scale(scheduler: Any, steps: int, first: Noise) -> float:
     """What a pipeline multiplies its unit noise by, in the coordinates of the levels, of which `first` is the first.
 
-    1 for most; a scheduler of sigmas k starts at `init_noise_sigma` noise, which is k / sqrt(1 + k^2) or 1 here.
+    1 for most and for all flows; one of sigmas k starts at `init_noise_sigma` noise, which is k / sqrt(1 + k^2) or 1.
     """
-    if float(scheduler.init_noise_sigma) <= 1:
+    if prediction_type(scheduler) == "flow" or float(scheduler.init_noise_sigma) <= 1:
         return 1.0
     run = deepcopy(scheduler)
     run.set_timesteps(steps)

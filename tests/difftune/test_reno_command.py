@@ -186,7 +186,7 @@ def test_a_noise_that_does_not_fit_is_named(model, tmp_path):
         (file("a.safetensors", x=two), 2, "holds no noise"),
         (file("b.safetensors", noise=two, embedding=two + 1), 2, "holds a prompt's embedding too"),
         (file("c.safetensors", noise=two[:1]), 2, "holds 1 noises for 2 images"),
-        (file("d.safetensors", noise=torch.zeros(2, 4, 4, 4)), 2, "latents are (4, 8, 8)"),
+        (file("d.safetensors", noise=torch.zeros(2, 3, 8, 8)), 2, "latents are (4, 8, 8)"),
     ):
         found, said = sample(noise)
         assert (found, what in said) == (code, True), said
