@@ -76,12 +76,15 @@ class Job:
 
 @dataclass
 class Forwards:
-    """Rows that went through the network, and twice those that came back."""
+    """Rows that went through the network, and twice those that came back; the first of them starts the clock."""
 
     total: float = 0.0
     limit: float = float("inf")
+    clock: threading.Timer | None = None
 
     def add(self, rows: float) -> None:
+        if self.clock is not None and self.total == 0:
+            self.clock.start()
         reached = self.total >= self.limit
         self.total += rows
         if self.total >= self.limit and not reached:
@@ -130,13 +133,9 @@ def trained(job: Job) -> bool:
     command += ["--output_dir", str(job.folder), *job.flags]
     alarm = threading.Timer(job.cap, os.kill, (os.getpid(), signal.SIGTERM))
     alarm.daemon = True
-    alarm.start()
+    forwards = Forwards(limit=job.forwards, clock=alarm)
     try:
-        with (
-            counted(Forwards(limit=job.forwards)) as forwards,
-            written_with_cost(forwards),
-            redirect_stdout(sys.stderr),
-        ):
+        with counted(forwards), written_with_cost(forwards), redirect_stdout(sys.stderr):
             cli.main(command, prog_name="difftune")
     except SystemExit as stop:
         if stop.code != 128 + signal.SIGTERM:
@@ -323,13 +322,12 @@ def jobs(given: argparse.Namespace) -> list[Job]:
 def against(given: argparse.Namespace) -> None:
     """AlignProp for three minutes, DDPO for ten times its forward-equivalents, and their table."""
     flags, results = ("--max_train_steps", "1000000", "--checkpointing_steps", "5"), given.folder / "results.jsonl"
-    sizes: dict[str, Any] = {"per_category": 5, "points": POINTS, "flags": flags}
-    cap, most = (20, 120) if given.quick else (180, 3 * 3600)
+    sizes: dict[str, Any] = {"points": POINTS, "flags": flags, "per_category": 1 if given.quick else 5}
+    cap, most = (20, 240) if given.quick else (180, 3 * 3600)
     follow(Job("alignprop", 0, given.folder / "against-alignprop", cap=cap, **sizes), results)
     spent = finished(results)["against-alignprop"]["points"][-1]["forward_equivalents"]
     follow(Job("ddpo", 0, given.folder / "against-ddpo", cap=most, forwards=10 * spent, **sizes), results)
-    lines = finished(results)
-    print(duel({name: lines[f"against-{name}"] for name in ("alignprop", "ddpo")}))
+    print(duel({name: finished(results)[f"against-{name}"] for name in ("alignprop", "ddpo")}))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +61,14 @@ def test_a_limit_asks_for_the_end_once(bench, monkeypatch):
     for rows in (4, 1, 3):
         forwards.add(rows)
     assert asked == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_the_first_row_starts_the_clock(bench):
+    started = []
+    forwards = bench.Forwards(clock=SimpleNamespace(start=lambda: started.append(forwards.total)))
+    for _ in range(3):
+        forwards.add(2)
+    assert started == [0]
 
 
 def line(recipe, seed, after, cost, ended=True):
