@@ -244,3 +244,17 @@ def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, mor
         ddpo.run(config, pipe=pipelines.sd())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_round_whose_reward_is_not_finite_is_skipped_and_made_again(toy):
+    class Once(Brightness):
+        calls = 0
+
+        def __call__(self, images, prompts):
+            Once.calls += 1
+            return super().__call__(images, prompts) * (float("nan") if Once.calls == 2 else 1)
+
+    config = replace(toy, updates_per_round=2, max_train_steps=2)
+    first, second = (metrics for metrics, _ in train(config, None, pipelines.sd(), Once()))
+    assert (first["skipped"], second["skipped"], Once.calls) == (1, 1, 4)
+    assert "reward_mean" not in first and second["ratio"] == 1
