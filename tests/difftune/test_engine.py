@@ -9,7 +9,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from difftune import alignprop, doctor, engine, reno, reward_gradient, runs
+from difftune import alignprop, doctor, engine, optimize, reno, reward_gradient, runs
 from difftune.alignprop import train
 from difftune.cli import cli
 from difftune.configs import AlignPropConfig, RenoConfig
@@ -203,8 +203,8 @@ def test_a_mode_with_its_own_solver_takes_no_other_sampler():
 )
 def test_flags_are_checked_before_anything_is_loaded(monkeypatch, tmp_path, command, flags, what):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for recipe in (reward_gradient, reno):
-        monkeypatch.setattr(recipe, "load_model", lambda name: pytest.fail("loaded"))
+    for recipe in (reward_gradient, optimize):
+        monkeypatch.setattr(recipe, "load_model", lambda *_, **options: pytest.fail("loaded"))
     done = CliRunner().invoke(cli, [*command, *flags, "--output_dir", str(tmp_path / "out")])
     assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1
     assert re.search(what, done.stderr), done.stderr
