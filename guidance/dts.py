@@ -114,7 +114,11 @@ def dts_star(problem: Problem, config: DTSStar | None = None, saved: Saved | Non
 def _grown(forest: "Forest", saved: Saved | None) -> Iterator[State]:
     if saved is not None:
         forest.restore(saved)
+    grew = False
     while forest.grow():
+        grew = True
+        yield forest.state()
+    if saved is not None and not grew:  # resumed at its end
         yield forest.state()
     if not any(tree.rollouts for tree in forest.trees):
         problem = forest.problem

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from guidance.dts import DTS, DTSStar, dts, dts_star
 from guidance.problem import Search
+from guidance.steering import FK, SVDD, TDS, Beam, BestOfN, Importance, beam, best_of_n, fk, importance, svdd, tds
 
 
 class Method(NamedTuple):
@@ -14,6 +15,12 @@ class Method(NamedTuple):
 
 
 SEARCHES: dict[str, Method] = {
+    "fk": Method(fk, FK),
+    "tds": Method(tds, TDS),
+    "svdd": Method(svdd, SVDD),
+    "beam": Method(beam, Beam),
     "dts": Method(dts, DTS),
     "dts-star": Method(dts_star, DTSStar),
+    "best-of-n": Method(best_of_n, BestOfN),
+    "importance": Method(importance, Importance),
 }
