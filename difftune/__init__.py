@@ -60,6 +60,8 @@ _HOME = {  # public name -> where it lives, "module" or "module:its name there"
     "MODELS": "difftune.models",
     "load_model": "difftune.models:load",
     "ReNO": "difftune.reno",
+    "search": "difftune.searching",
+    "SEARCHES": "guidance.searches",
 }
 
 __all__ = sorted(_HOME)

@@ -29,6 +29,7 @@ from difftune.configs import (
     KTOConfig,
     ReflConfig,
     RenoConfig,
+    SearchConfig,
 )
 from difftune.errors import RunError, UserError
 
@@ -196,6 +197,14 @@ def _recipe(name: str, config: type, module: str) -> click.Command:
         _print(found if isinstance(found, dict) else {"output_dir": flags["output_dir"]}, as_json, flags["output_dir"])
 
     return o.Command(name, params=[*o.options_of(config), o.JSON], callback=run, help=_summary(config))
+
+
+def _search() -> click.Command:
+    """`search METHOD`: the flags are the fields of SearchConfig."""
+    command = _recipe("search", SearchConfig, "difftune.cli.search")
+    flags = [param for param in command.params if param.name != "method"]
+    command.params = [click.Argument(["method"], metavar="METHOD"), *flags]
+    return command
 
 
 def _configured(ctx: click.Context, config: type) -> Any:
@@ -461,3 +470,4 @@ for _name, _config in RECIPES.items():
     train.add_command(_recipe(_name, _config, f"difftune.{_name}"))
 cli.add_command(_recipe("optimize", RenoConfig, "difftune.reno"))
 cli.add_command(label)
+cli.add_command(_search())

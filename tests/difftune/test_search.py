@@ -1,0 +1,328 @@
+"""Search on diffusers pipelines: counted calls, prompts that do not touch each other, and searches that are killed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path as File
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from difftune import SEARCHES, search
+from difftune.cli import cli
+from difftune.cli import search as command
+from difftune.configs import SearchConfig
+from difftune.errors import RunError, UserError
+from difftune.searching import Adapter, Search
+from guidance.guided import guided
+from guidance.methods import CFG, AdaptiveGuidance, Between, CFGpp, Plain
+from solvers.denoiser import Path
+from solvers.latent import LatentModel
+from solvers.samplers import ancestral, euler, sample
+from tests import dits, pipelines
+
+PROMPTS = ["red circle", "blue square"]
+PARTICLES = {
+    "fk": {"inverse_temperature": 0.1},
+    "tds": {"inverse_temperature": 0.01},
+    "svdd": {"candidates": 2},
+    "dts": {"branches": 3, "inverse_temperature": 0.1},
+    "dts-star": {"branches": 3},
+}
+
+
+@dataclass(frozen=True)
+class Left:
+    """The brightness of the left half minus that of the right: prompts do not matter."""
+
+    differentiable = True
+
+    def __call__(self, images, prompts):
+        half = images.shape[-1] // 2
+        return images[..., :half].sum(dim=(1, 2, 3)) - images[..., half:].sum(dim=(1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipelines.sd()
+
+
+def searched(pipe, prompts=PROMPTS, method="fk", budget=48, **options) -> Search:
+    """A search of three steps: 6 NFEs a particle under CFG."""
+    settings = {"num_inference_steps": 3, "progress": False, **PARTICLES.get(method, {}), **options}
+    return search(pipe, prompts, method, settings.pop("rewards", Left()), budget, **settings)
+
+
+# ------------------------------------------------------------------------------------------------ results and counts
+
+
+def test_the_network_is_called_as_often_as_is_said(pipe):
+    rows = []
+    hook = pipe.unet.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    found = searched(pipe).result()
+    hook.remove()
+    assert found.nfe.tolist() == [48, 48]
+    assert sum(rows) == 96
+    assert found.reward_calls.tolist() == [8 * 2, 8 * 2]  # after a step of three and at the end, of eight particles
+
+
+def test_the_image_has_the_reward_that_is_said(pipe):
+    best = searched(pipe)
+    assert best.images.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(Left()(best.images, PROMPTS).double(), best.rewards, rtol=1e-4, atol=1e-4)
+    assert best.history[-1].reward == best.rewards.tolist()
+    assert best.history[-1].nfe == best.nfe.tolist()
+
+
+def test_a_search_is_followed_live_and_left(pipe):
+    seen = []
+    for live in searched(pipe, method="best-of-n", particles=1, budget=600):
+        seen.append(live.rewards)
+        if live.rewards.min() > -torch.inf and live.nfe.max() >= 18:
+            break
+    assert live.nfe.tolist() == [18, 18]
+    assert all((b >= a).all() for a, b in zip(seen, seen[1:], strict=False))
+    assert live.images.isfinite().all()
+
+
+@pytest.mark.parametrize("method", [name for name in SEARCHES if name in {*PARTICLES, "beam", "best-of-n"}])
+def test_a_prompt_is_searched_the_same_alone_and_beside_another(pipe, method):
+    both = searched(pipe, method=method, seed=4).result()
+    alone = searched(pipe, PROMPTS[1:], method=method, seed=5, micro_batch=3).result()
+    torch.testing.assert_close(both.rewards[1:], alone.rewards, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(both.latents[1:], alone.latents, rtol=1e-3, atol=1e-4)
+
+
+def test_best_of_one_is_the_pipelines_sampler(pipe):
+    model = LatentModel(pipe)
+    with torch.no_grad():
+        predict = guided(model.denoiser, CFG(5.0), model.encode(PROMPTS[:1]))
+        for eta, step in {0.0: euler, 1.0: partial(ancestral, eta=1.0)}.items():
+            found = searched(pipe, PROMPTS[:1], "best-of-n", 6, eta=eta, num_inference_steps=3)
+            problem = found.problem
+            path = Path(problem.start(0, 0).x)
+            if eta:
+                for i in range(3):
+                    now, then = problem.levels[i : i + 2]
+                    path = step(predict, path, now, then, problem.noise(0, 0, 1, i))
+            else:
+                *_, path = sample(step, predict, path, problem.levels)
+            torch.testing.assert_close(found.result().latents, path.x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [pipelines.sdxl, dits.sd3])
+def test_particles_run_over_sdxl_and_over_flows(make):
+    """A flow model's sampler is made stochastic: one particle's descendants differ."""
+    pipe = make()
+    early = {"start": 0.0, "stop": 0.0, "threshold": None, "inverse_temperature": 5.0}
+    found = searched(pipe, budget=24, particles=4, **early).result()
+    weighted = found.state.weighted()
+    assert found.rewards.isfinite().all()
+    assert found.nfe.tolist() == [24, 24]
+    assert len(weighted.x0[weighted.groups == 0].flatten(1).unique(dim=0)) == 4
+
+
+def test_the_gradient_raises_the_reward_and_leaves_the_pipeline_alone(pipe):
+    before = [p.requires_grad for p in pipe.unet.parameters()]
+    plain = searched(pipe, method="importance", budget=24)
+    tilted = searched(pipe, method="tds", budget=24, inverse_temperature=0.3)
+    assert tilted.result().state.weighted().reward.mean() > plain.result().state.weighted().reward.mean()
+    assert [p.requires_grad for p in pipe.unet.parameters()] == before
+    assert all(p.grad is None for p in pipe.unet.parameters())
+
+
+@pytest.mark.parametrize(
+    ("guidance", "want"),
+    [
+        (Plain(), [1, 1, 1]),
+        (CFG(3.0), [2, 2, 2]),
+        (CFGpp(0.6), [2, 2, 2]),
+        (AdaptiveGuidance(3.0), [2, 2, 2]),
+    ],
+)
+def test_the_most_that_guidance_may_cost_is_known_beforehand(pipe, guidance, want):
+    found = searched(pipe, method="best-of-n", guidance=guidance, budget=sum(want))
+    assert list(found.problem.costs) == want
+    assert found.result().nfe.max() <= sum(want)
+
+
+def test_guidance_by_noise_level_reaches_the_search(pipe):
+    inside = searched(pipe, method="best-of-n", budget=6, guidance=CFG(Between(3.0, 0.0, 1e-9, 1.0)))
+    plain = searched(pipe, method="best-of-n", budget=3, guidance=Plain())
+    torch.testing.assert_close(inside.result().latents, plain.result().latents, rtol=1e-4, atol=1e-4)
+
+
+def test_a_memory_budget_sets_the_rows_at_a_time(pipe):
+    free = searched(pipe).result()
+    with pytest.raises(UserError, match="memory_budget 1kB is too small: one row at a time takes .*iB"):
+        searched(pipe, memory_budget="1kB")
+    adapter = Adapter(LatentModel(pipe), PROMPTS, command.reward_for("fk", Left()))
+    problem = adapter.problem(LatentModel(pipe).levels(3), CFG(5.0))
+    small, large = (adapter.micro_batch(problem, budget, False) for budget in ("3MiB", "300MiB"))
+    assert 1 <= small < large
+    tight = searched(pipe, memory_budget="3MiB")
+    assert tight.problem.micro_batch == small
+    torch.testing.assert_close(tight.result().rewards, free.rewards, rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"method": "fkk"}, "no search method 'fkk' .did you mean 'fk'"),
+        ({"temperature": 2.0}, "no setting of fk 'temperature'"),
+        ({"particles": 0}, "particles is 0"),
+        ({"eta": 0.0}, "fk needs a stochastic sampler: with eta = 0"),
+        ({"eta": 2.0}, "eta is 2.0"),
+        ({"budget": 5}, "fk with 1 particles costs up to 6 NFEs"),
+        ({"prompts": []}, "the list of prompts is empty"),
+        ({"rewards": {"nothing": 1.0}}, "no reward 'nothing'"),
+        ({"method": "tds", "rewards": {"jpeg-size": 1.0}}, "not differentiable|no reward"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(pipe, options, sentence):
+    hook = pipe.unet.register_forward_hook(lambda *args: pytest.fail("the network ran"))
+    try:
+        with pytest.raises(UserError, match=sentence):
+            searched(pipe, **options)
+    finally:
+        hook.remove()
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def config(folder, method="fk", **options) -> SearchConfig:
+    settings = [f"{key}={value}" for key, value in PARTICLES.get(method, {}).items()]
+    given = {"budget": 24, "num_inference_steps": 3, "setting": settings, **options}
+    return SearchConfig(method, PROMPTS, "tiny", output_dir=str(folder), **given)
+
+
+def run(pipe, config):
+    return command.run(config, lambda line: None, pipe, Left())
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["fk", "tds", "svdd", "dts-star", "best-of-n"])
+@pytest.mark.parametrize("after", [1, 2])
+def test_killed_and_resumed_a_search_ends_as_if_it_had_not_been(pipe, method, after, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "SAVE_SECONDS", 0.0)
+    want = run(pipe, config(tmp_path / "whole", method))
+    write, times = command.write, []
+
+    def killing(path, data):
+        times.append(path)
+        if len(times) > after:
+            raise Killed
+        write(path, data)
+
+    monkeypatch.setattr(command, "write", killing)
+    with pytest.raises(Killed):
+        run(pipe, config(tmp_path / "killed", method))
+    monkeypatch.setattr(command, "write", write)
+    assert [file.name for file in (tmp_path / "killed").iterdir()] == ["state.safetensors"]
+    found = run(pipe, replace(config(tmp_path / "killed", method), resume=True))
+    for key in ("prompts", "history", "settings"):
+        assert found[key] == want[key]
+    a, b = (load_file(tmp_path / name / "samples.safetensors") for name in ("whole", "killed"))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
+
+
+def test_killed_while_results_are_written_it_resumes_at_the_end(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "files", lambda *args: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run(pipe, config(tmp_path / "a"))
+    monkeypatch.undo()
+    hook = pipe.unet.register_forward_hook(lambda *args: pytest.fail("the network ran"))
+    found = run(pipe, replace(config(tmp_path / "a"), resume=True))
+    hook.remove()
+    assert found["prompts"] == run(pipe, config(tmp_path / "b"))["prompts"]
+
+
+def test_what_is_written(pipe, tmp_path):
+    found = run(pipe, config(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "search.json").read_text()) == json.loads(json.dumps(found))
+    names = {"00000-seed0.png", "00001-seed1.png", "grid.png", "00000-lineage.png", "00001-lineage.png"}
+    assert {f.name for f in (tmp_path / "out").iterdir()} == names | {
+        "samples.safetensors",
+        "search.json",
+        "state.safetensors",
+    }
+    samples = load_file(tmp_path / "out" / "samples.safetensors")
+    assert len(samples["x0"]) == 2 * 4
+    assert found["reward"] == pytest.approx(float(torch.stack([samples["reward"][samples["groups"] == g].max()
+                                                               for g in range(2)]).mean()))  # fmt: skip
+    with pytest.raises(UserError, match="holds another run"):
+        run(pipe, config(tmp_path / "out"))
+    with pytest.raises(UserError, match="holds a finished search"):
+        run(pipe, replace(config(tmp_path / "out"), resume=True))
+
+
+def test_a_state_of_other_settings_or_a_damaged_one_is_refused(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "files", lambda *args: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run(pipe, config(tmp_path / "out"))
+    with pytest.raises(UserError, match="was made with seed=0, not 3: resume with that"):
+        run(pipe, config(tmp_path / "out", resume=True, seed=3))
+    state = tmp_path / "out" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-40])
+    with pytest.raises(RunError, match="cannot be resumed from"):
+        run(pipe, config(tmp_path / "out", resume=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "sentence"),
+    [
+        (["fkk", "--prompt", "x"], 2, "no search method 'fkk'"),
+        (["fk", "--prompt", "x", "--setting", "particles"], 2, "has no value: write it KEY=VALUE"),
+        (["fk", "--prompt", "x", "--setting", "particles=few"], 2, "particles=few is no int or NoneType"),
+        (["fk", "--prompt", "x", "--setting", "potential=product"], 2, "no potential 'product'"),
+        (["fk", "--prompt", "x", "--reward", "nothing"], 2, "no reward 'nothing'"),
+        (["fk", "--prompt", "x", "--model", "large"], 2, "no model 'large'"),
+        (["fk"], 2, "no prompt to search for|Missing option"),
+    ],
+)
+def test_bad_flags_end_in_one_sentence(flags, code, sentence, tmp_path):
+    with_folder = ["search", *flags, "--output_dir", str(tmp_path / "out")]
+    found = CliRunner().invoke(cli, with_folder)
+    assert found.exit_code == code
+    assert len(found.output.strip().splitlines()) == 1
+    assert re.search(sentence, found.output)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_killed_by_the_system_and_resumed(tmp_path):
+    """SIGKILL at whatever moment, in a process of its own, on the embedded model."""
+    flags = ["best-of-n", "--prompt", "a red circle", "--budget", "100", "--steps", "5", "--setting", "particles=1"]
+
+    def start(folder, *more):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        line = [sys.executable, "-m", "difftune", "search", *flags, "--output_dir", str(folder), *more]
+        return subprocess.Popen(line, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    process = start(tmp_path / "killed")
+    state = tmp_path / "killed" / "state.safetensors"
+    while process.poll() is None and not state.exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    load_file(state)
+    assert start(tmp_path / "killed", "--resume").wait() in (0, 2)  # 2: it had finished
+    a, b = (json.loads(File(tmp_path, name, "search.json").read_text()) for name in ("whole", "killed"))
+    assert a["prompts"] == b["prompts"]
