@@ -26,7 +26,7 @@ from difftune.engine import held
 from difftune.equip import equipped, prepared
 from difftune.errors import RunError, UserError
 from difftune.named import at_least, differentiable, known
-from difftune.reno import frozen, one_sum
+from difftune.objective import frozen
 from guidance.cfg import CFG, Plain
 from guidance.contract import Guidance
 from guidance.evaluate import Counter
@@ -243,9 +243,15 @@ def reward_for(method: str, rewards: Mapping[str, float] | Reward | None) -> Wei
     if method in GRADIENTS:
         differentiable(rewards)
     try:
-        return weighted(rewards) if isinstance(rewards, Mapping) else one_sum(rewards)
+        return weighted(rewards) if isinstance(rewards, Mapping) else alone(rewards)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
+
+
+def alone(reward: Reward) -> WeightedSum:
+    """A reward as a weighted sum of one, under its class's name."""
+    name = type(reward).__name__
+    return reward if isinstance(reward, WeightedSum) else WeightedSum({name: reward}, {name: 1.0})
 
 
 # ------------------------------------------------------------------------------------------------ the adapter
