@@ -138,8 +138,6 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(name, tmp_pat
 
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29741"],
-    "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    + ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=29742"],
 }
 
 
