@@ -314,6 +314,96 @@ class DROConfig(PreferenceConfig):
 
 @documented
 @dataclass(frozen=True)
+class PSOConfig(TrainingConfig):
+    """PSO: fine-tune a LoRA of a few-step model on pairs, at its own steps (https://arxiv.org/abs/2410.03190)."""
+
+    model: str = "tiny-turbo"
+    """A model distilled to a few steps: tiny-turbo, a folder in diffusers' format, or a model's id on the hub."""
+    reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
+    """The judge, if there are no images: NAME or NAME=WEIGHT, one or several; it prefers the greater weighted sum."""
+    images: str | None = None
+    """A folder of pictures of a style or a concept, captioned by metadata.jsonl or by text files beside them, which are
+    preferred to what the model makes of their captions (offline). None: images are made, the reward judges (online)."""
+    caption: str | None = None
+    """Of the pictures that have none."""
+    num_negatives: int = 4
+    """Images that the model makes of each picture's caption before training (offline)."""
+    output_dir: str = "runs/pso"
+    train_batch_size: int = 8
+    """Per process and backward pass: images online, pictures offline."""
+    num_images_per_prompt: int = 2
+    """Trajectories of each prompt, of which the best and the worst are a pair (online)."""
+
+    num_inference_steps: int = 4
+    """Steps of the sampler, which are those that the model was distilled to."""
+    sampler: str = "ancestral"
+    """The sampler that has a log-probability, the only one; `transition` says how it adds noise."""
+    transition: str | None = None
+    """How a step adds noise: "lcm", all of it is new (LCM, DMD2, tiny-turbo), or "ancestral", Euler's (SD-Turbo,
+    SDXL-Turbo); None is lcm for a pipeline with an LCM scheduler, else ancestral."""
+    guidance: str = "none"
+    """Guidance method; distilled few-step models want none."""
+    rank: int = 32
+    """Rank of the LoRA."""
+    learning_rate: float = 1e-5
+    """Of the optimiser, after the warm-up."""
+    adam_weight_decay: float = 1e-6
+    """Weight decay, a share of learning_rate per step."""
+
+    beta: float | None = None
+    """Weight of the margin in the preference's log-odds; None is 50 online, and 5000 offline, where the margin is half
+    a difference of denoising errors."""
+    clip_range: float = 0.1
+    """The ratio of a step's probabilities to those before training is kept within 1 - clip_range and 1 + clip_range
+    (online)."""
+
+
+@documented
+@dataclass(frozen=True)
+class DragonConfig(TrainingConfig):
+    """DRAGON: fine-tune a LoRA on sets of better and of worse images (https://arxiv.org/abs/2504.15217)."""
+
+    objective: str = "instance"
+    """What to raise: instance, the rewards; item-frechet or item-mmd, each image's likeness to exemplars; frechet or
+    mmd, the likeness of the set of images to them; vendi, the set's diversity."""
+    reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
+    """What "instance" raises: NAME or NAME=WEIGHT, one or several; their weighted sum. It needs no gradient."""
+    exemplars: str | None = None
+    """A folder of pictures, or a text file with one text per line: what images are to be like."""
+    encoder: str = "tiny-clip"
+    """A reward with towers for pictures and texts, which gives the features of a distribution; item-frechet takes the
+    model's VAE."""
+    shrinkage: float = 0.1
+    """Of the covariances of a Fréchet distance towards a sphere, in [0, 1]."""
+    feature_dims: int = 32
+    """Principal components of the exemplars that the Fréchet distance of a set looks at."""
+    output_dir: str = "runs/dragon"
+
+    pairs_per_round: int = 64
+    """Prompts of a round, of each of which two images are made, per process."""
+    updates_per_round: int = 16
+    """Optimiser steps on a round; each takes train_batch_size pairs of it, all in turn."""
+    sweeps: int = 3
+    """At most so many times are the pairs of a round gone over to find the sets."""
+    loss: str = "dpo"
+    """How sets become an update: dpo, on pairs, or kto, on single images."""
+    beta: float | None = None
+    """Weight of the differences of denoising errors, which are means over the latent's elements; None is 5000 for dpo
+    and 1000 for kto."""
+    train_batch_size: int = 8
+    """Pairs per process and backward pass."""
+    num_validation_images: int = 64
+    """Images of new prompts, before and after training, that the win rate compares; 0: none."""
+    rank: int = 8
+    """Rank of the LoRA."""
+    learning_rate: float = 1e-5
+    """Of the optimiser, after the warm-up."""
+    adam_weight_decay: float = 1e-2
+    """Weight decay, a share of learning_rate per step."""
+
+
+@documented
+@dataclass(frozen=True)
 class RenoConfig:
     """ReNO: optimise the initial noise of one prompt or several on a reward (https://arxiv.org/abs/2406.04312)."""
 

@@ -34,6 +34,11 @@ class Pairs:
     label: Tensor  # (P,): 1, or 0 for a tie
     scores: Tensor | None = None  # of all images that were made for them
 
+    def rows(self, index: list[int]) -> "Pairs":
+        """Some of the pairs, without scores."""
+        cond = {key: value[index] for key, value in self.cond.items()}
+        return Pairs(self.winner[index], self.loser[index], cond, self.label[index])
+
 
 Batches = Callable[[int], Sequence[tuple[range, Pairs]]]  # optimiser step -> samples' numbers, and the pairs
 

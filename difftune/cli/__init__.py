@@ -24,9 +24,11 @@ from difftune.configs import (
     DDPOConfig,
     DPOConfig,
     DraftConfig,
+    DragonConfig,
     DROConfig,
     DrtuneConfig,
     KTOConfig,
+    PSOConfig,
     ReflConfig,
     RenoConfig,
     SearchConfig,
@@ -43,6 +45,8 @@ RECIPES: dict[str, type] = {
     "dpo": DPOConfig,
     "kto": KTOConfig,
     "dro": DROConfig,
+    "pso": PSOConfig,
+    "dragon": DragonConfig,
 }
 OURS = ("difftune", "guidance", "rewards", "solvers")
 
