@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from difftune import lora, outputs, runs
@@ -45,14 +46,13 @@ from difftune.training import (
     begin,
     differentiate,
     samples,
-    scored,
     snapshot,
     update,
 )
 from difftune.training import card as model_card
 from difftune.training import check as check_shared
 from difftune.winrate import win_rate
-from rewards.checks import finite
+from rewards.checks import NotFinite, finite
 from rewards.sets import greedy_swap
 from solvers.denoiser import Cond
 from solvers.rollout import rollout
@@ -106,8 +106,8 @@ def collect(
     first = (steps.start // config.updates_per_round * run.world + run.rank) * count
     numbers = range(first, first + count)
     latents, features, cond = made(config, chain, prompts, objective, numbers)
-    texts = [prompts(i) for i in numbers]
-    scored(lambda *_: features.sum(1), latents, texts, run)  # finite in every process, or none goes on
+    if not all(gather_object([bool(features.isfinite().all())])):  # of one process: none goes on
+        raise NotFinite("a feature of the round's images is not finite")
     pairs = features.view(config.pairs_per_round, 2, -1)
     start = torch.zeros(len(pairs), dtype=torch.long)
     chosen = greedy_swap(objective.reward, pairs, start, config.sweeps).to(latents.device)
@@ -136,8 +136,8 @@ def made(
         latents = rollout(chain.step, predict, x, chain.levels, "full", noise).x
         features = objective.look(latents, chain.model.decode(latents), texts)
         found.append((latents, features, predict.conds["cond"]))
-    latents, features, conds = zip(*found, strict=True)
-    return torch.cat(latents), torch.cat(features), {key: torch.cat([c[key] for c in conds]) for key in conds[0]}
+    every = {key: torch.cat([cond[key] for _, _, cond in found]) for key in found[0][2]}
+    return torch.cat([latents for latents, _, _ in found]), torch.cat([features for _, features, _ in found]), every
 
 
 def value_of(objective: Objective, features: Tensor) -> float:
@@ -172,7 +172,7 @@ def contrastive(config: DragonConfig, run: Training, after: Tensor, before: Tens
     """The loss () of denoising errors (2, P) of D+ and D-, of the model (after) and of the one before training."""
     beta = LOSSES[config.loss] if config.beta is None else config.beta
     if config.loss == "dpo":
-        return dpo_loss(dpo_margin(*after, *before, beta))
+        return dpo_loss(dpo_margin(after[0], after[1], before[0], before[1], beta))
     gains = (before - after).flatten()
     signs = torch.ones_like(after)
     signs[1] = -1

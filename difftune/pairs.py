@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from difftune.chain import Chain
-from difftune.configs import PreferenceConfig
+from difftune.configs import PreferenceConfig, TrainingConfig
 from difftune.denoising import Draws, denoising_errors, draw
 from difftune.errors import UserError
 from difftune.labels import Choice, decided
@@ -105,7 +105,7 @@ def best_and_worst(made: Made, group: int) -> Pairs:
     return Pairs(made.latents[best], made.latents[worst], cond, decided, made.scores)
 
 
-def draws_of(config: PreferenceConfig, model: LatentModel, step: int, numbers: range) -> Draws:
+def draws_of(config: TrainingConfig, model: LatentModel, step: int, numbers: range) -> Draws:
     """A noise level and noise for each sample of a step, which depend on the seed, the step and its number alone."""
     return draw(model, [f"{config.seed} draw {step} {number}" for number in numbers])
 

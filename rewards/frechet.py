@@ -20,7 +20,7 @@ class Moments(NamedTuple):
 class Running(NamedTuple):
     """A set of N features as it changes: N, its mean (D,), and the scatter sum (x - mean)(x - mean)^T (D, D)."""
 
-    count: int
+    n: int
     mean: Tensor
     scatter: Tensor
 
@@ -45,18 +45,18 @@ def running(features: Tensor) -> Running:
 
 def added(of: Running, item: Tensor) -> Running:
     """`of` with one more item (D,) (Welford's update, https://doi.org/10.1080/00401706.1962.10490022)."""
-    item, count = item.double(), of.count + 1
-    mean = of.mean + (item - of.mean) / count
-    return Running(count, mean, of.scatter + torch.outer(item - of.mean, item - mean))
+    item, n = item.double(), of.n + 1
+    mean = of.mean + (item - of.mean) / n
+    return Running(n, mean, of.scatter + torch.outer(item - of.mean, item - mean))
 
 
 def removed(of: Running, item: Tensor) -> Running:
     """`of` without an item (D,) that is in it, which is not checked. Raises ValueError where nothing would be left."""
-    if of.count < 2:
-        raise ValueError(f"a set of {of.count} items cannot lose one")
-    item, count = item.double(), of.count - 1
-    mean = of.mean - (item - of.mean) / count
-    return Running(count, mean, of.scatter - torch.outer(item - of.mean, item - mean))
+    if of.n < 2:
+        raise ValueError(f"a set of {of.n} items cannot lose one")
+    item, n = item.double(), of.n - 1
+    mean = of.mean - (item - of.mean) / n
+    return Running(n, mean, of.scatter - torch.outer(item - of.mean, item - mean))
 
 
 def replaced(of: Running, old: Tensor, new: Tensor) -> Running:
@@ -66,11 +66,11 @@ def replaced(of: Running, old: Tensor, new: Tensor) -> Running:
 
 def moments_of(of: Running, shrinkage: float = 0.0) -> Moments:
     """The moments of a running set; `shrinkage` as in `moments`. Raises ValueError for less than 2 items."""
-    if of.count < 2:
-        raise ValueError(f"moments want at least 2 items, not {of.count}")
+    if of.n < 2:
+        raise ValueError(f"moments want at least 2 items, not {of.n}")
     if not 0 <= shrinkage <= 1:
         raise ValueError(f"shrinkage is {shrinkage}: it must be in [0, 1]")
-    return Moments(of.mean, _shrunk(of.scatter / (of.count - 1), shrinkage))
+    return Moments(of.mean, _shrunk(of.scatter / (of.n - 1), shrinkage))
 
 
 def frames(features: Tensor, shrinkage: float = 0.0) -> Moments:

@@ -86,7 +86,7 @@ class Vendi:
 class Total(NamedTuple):
     """The sum of N scores."""
 
-    count: int
+    n: int
     total: Tensor  # ()
 
 
@@ -98,10 +98,10 @@ class Mean:
         return Total(len(features), features.double().sum())
 
     def replaced(self, of: Total, index: int, old: Tensor, new: Tensor) -> Total:
-        return Total(of.count, of.total + new.double().sum() - old.double().sum())
+        return Total(of.n, of.total + new.double().sum() - old.double().sum())
 
     def value(self, of: Total) -> Tensor:
-        return of.total / of.count
+        return of.total / of.n
 
 
 def greedy_swap(reward: SetReward, pairs: Tensor, start: Tensor, sweeps: int = 3) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 class Directions(NamedTuple):
     """A set of N features as it changes: N, and the sum of u u^T (D, D) over their directions u = x / |x|."""
 
-    count: int
+    n: int
     second: Tensor
 
 
@@ -36,12 +36,12 @@ def directions(features: Tensor) -> Directions:
 def replaced(of: Directions, old: Tensor, new: Tensor) -> Directions:
     """`of` with the item `new` (D,) in the place of `old` (D,), in O(D^2)."""
     u, v = (F.normalize(x.double(), dim=0) for x in (old, new))
-    return Directions(of.count, of.second - torch.outer(u, u) + torch.outer(v, v))
+    return Directions(of.n, of.second - torch.outer(u, u) + torch.outer(v, v))
 
 
 def vendi_of_directions(of: Directions) -> Tensor:
     """`vendi` in O(D^3), whatever N: K = X X^T and X^T X have the same eigenvalues above 0."""
-    return _effective(of.second / of.count)
+    return _effective(of.second / of.n)
 
 
 def _effective(matrix: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def test_added_and_removed_against_numpy():
     x = features(9).numpy()
     more, fewer = added(running(torch.tensor(x[:8])), torch.tensor(x[8])), removed(running(torch.tensor(x)), x_of(x, 3))
     for of, expected in ((more, x), (fewer, np.delete(x, 3, axis=0))):
-        assert of.count == len(expected)
+        assert of.n == len(expected)
         np.testing.assert_allclose(of.mean, expected.mean(0), atol=1e-12)
         np.testing.assert_allclose(moments_of(of).covariance, np.cov(expected.T), atol=1e-12)
 
