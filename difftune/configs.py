@@ -392,7 +392,7 @@ class DragonConfig(TrainingConfig):
     and 1000 for kto."""
     train_batch_size: int = 8
     """Pairs per process and backward pass."""
-    num_validation_images: int = 64
+    num_win_rate_images: int = 64
     """Images of new prompts, before and after training, that the win rate compares; 0: none."""
     rank: int = 8
     """Rank of the LoRA."""

@@ -86,7 +86,7 @@ def train(
     Raises UserError for settings that cannot be, RunError after too many steps that were not finite.
     """
     check(config, pipe, reward)
-    run = begin(config, state, load_model(config.model) if pipe is None else pipe)
+    run = begin(config, state, load_model(config.model) if pipe is None else pipe, reference=True)
     chain = Chain.of(config, run.pipe, run.network)
     prompts = repeated(prompts_named(config.prompts, config.seed), 2)
     objective = OBJECTIVES[config.objective](config, chain.model, reward)
@@ -199,7 +199,7 @@ def compared(config: DragonConfig, pipe: Any, reward: Reward | None = None) -> d
     network = lora.network_of(pipe)
     chain = Chain.of(config, pipe, Called(network, network.dtype))
     objective = OBJECTIVES[config.objective](config, chain.model, reward)
-    prompts, numbers = prompts_named(config.prompts, config.seed), range(NEW, NEW + config.num_validation_images)
+    prompts, numbers = prompts_named(config.prompts, config.seed), range(NEW, NEW + config.num_win_rate_images)
     tuned = made(config, chain, prompts, objective, numbers)[1]
     with lora.off(network):
         base = made(config, chain, prompts, objective, numbers)[1]
@@ -232,7 +232,7 @@ def run(
     pipe = load_model(config.model) if pipe is None else pipe
     steps = train(config, state, pipe, reward, runs.resolving(config, show))
     found = runs.run(config, steps, state, pipe, lambda last: card(config, last))
-    if config.num_validation_images and runs.process().is_main_process:
+    if config.num_win_rate_images and runs.process().is_main_process:
         found |= compared(config, pipe, reward)
         outputs.write_json(Path(config.output_dir) / "win_rate.json", found)
     return found
@@ -243,11 +243,13 @@ def check(config: DragonConfig, pipe: Any = None, reward: Reward | None = None) 
     check_shared(config, pipe)
     at_least(1, updates_per_round=config.updates_per_round, sweeps=config.sweeps, feature_dims=config.feature_dims)
     at_least(2, pairs_per_round=config.pairs_per_round)
-    at_least(0, num_validation_images=config.num_validation_images, beta=config.beta or 0)
+    at_least(0, num_win_rate_images=config.num_win_rate_images, beta=config.beta or 0)
     known("loss", config.loss, LOSSES)
     check_objective(config, reward)
-    if 0 < config.num_validation_images < SUBSET:
-        raise UserError(f"num_validation_images is {config.num_validation_images}: give at least {SUBSET}, or 0")
+    if config.full_finetuning and config.num_win_rate_images:
+        raise UserError("full fine-tuning has no adapter to switch off for a win rate: set num_win_rate_images to 0")
+    if 0 < config.num_win_rate_images < SUBSET:
+        raise UserError(f"num_win_rate_images is {config.num_win_rate_images}: give at least {SUBSET}, or 0")
 
 
 def card(config: DragonConfig, metrics: Metrics) -> str:

@@ -115,7 +115,7 @@ def train(
     Raises UserError for settings that cannot be, RunError after too many steps that were not finite.
     """
     check(config, pipe, reward)
-    run = begin(config, state, load_model(config.model) if pipe is None else pipe)
+    run = begin(config, state, load_model(config.model) if pipe is None else pipe, reference=True)
     chain = Chain.of(config, run.pipe, run.network)
     name = transition_of(config, run.pipe)
     policy = Policy(TRANSITIONS[name], 1.0, chain.levels)

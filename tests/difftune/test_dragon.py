@@ -38,7 +38,7 @@ BRIGHT = Brightness()
 def toy(tmp_path) -> DragonConfig:
     (tmp_path / "prompts.txt").write_text("red circle\nblue square\nred square\n")
     sizes = {"max_train_steps": 3, "train_batch_size": 2, "num_inference_steps": 2, "guidance": "none"}
-    sets = {"pairs_per_round": 3, "updates_per_round": 2, "num_validation_images": 0}
+    sets = {"pairs_per_round": 3, "updates_per_round": 2, "num_win_rate_images": 0}
     return DragonConfig(prompts=str(tmp_path / "prompts.txt"), learning_rate=1e-2, **sizes, **sets)
 
 
@@ -281,7 +281,7 @@ def test_resumed_within_a_round_equals_uninterrupted_bit_for_bit(toy, tmp_path):
 
 
 def test_run_writes_the_win_rate(toy, tmp_path):
-    config = replace(toy, output_dir=str(tmp_path / "out"), max_train_steps=1, num_validation_images=8)
+    config = replace(toy, output_dir=str(tmp_path / "out"), max_train_steps=1, num_win_rate_images=8)
     pipe = pipelines.sd()
     found = dragon.run(config, lambda line: None, pipe, BRIGHT)
     written = json.loads((tmp_path / "out" / "win_rate.json").read_text())
@@ -318,7 +318,8 @@ def test_sets_of_a_win_rate_share_no_image():
         ({"loss": "dop"}, "did you mean 'dpo'"),
         ({"shrinkage": 2.0}, "shrinkage is 2"),
         ({"pairs_per_round": 1}, "pairs_per_round is 1"),
-        ({"num_validation_images": 3}, "num_validation_images is 3"),
+        ({"num_win_rate_images": 3}, "num_win_rate_images is 3"),
+        ({"num_win_rate_images": 8, "full_finetuning": True}, "set num_win_rate_images to 0"),
         ({"reward": ["tiny-clap"]}, "did you mean 'tiny-clip'"),
     ],
 )
