@@ -26,6 +26,7 @@ from solvers.noise import Noise
 from solvers.step import end, transition
 
 PredictOf = Callable[[Tensor], Predict]  # groups (B,) int64 -> a prediction for a batch of one row per entry
+Read = Callable[[Mapping[str | None, Prediction], Tensor], Tensor]  # predictions by expert, x -> what is rewarded
 RewardOf = Callable[[Tensor, Tensor], Tensor]  # finished latents (B, ...), groups (B,) -> rewards (B,)
 
 
@@ -236,9 +237,17 @@ class Problem:
 
         Each costs its NFEs, one reward call and one backward pass; nothing returned carries a gradient.
         """
-        found = [self._graded(path[part], i, groups[part]) for part in self.parts(len(groups))]
-        predictions, rewards, gradients = zip(*found, strict=True)
-        return joined(predictions), torch.cat(rewards), torch.cat(gradients)
+        said, rewards, gradients = self.graded_by(path, i, groups, (None,), lambda said, x: estimate(said[None]))
+        return said[None], rewards, gradients
+
+    def graded_by(
+        self, path: Path, i: int, groups: Tensor, experts: Sequence[str | None], read: Read
+    ) -> tuple[dict[str | None, Prediction], Tensor, Tensor]:
+        """`graded`, of several predictions (None: the problem's own) and of what `read` makes of them and of x."""
+        parts = self.parts(len(groups))
+        found = [self._graded(path[part], i, groups[part], experts, read) for part in parts]
+        said, rewards, gradients = zip(*found, strict=True)
+        return {name: joined([p[name] for p in said]) for name in experts}, torch.cat(rewards), torch.cat(gradients)
 
     def nothing_yet(self) -> Best:
         """What a search has found before its first sample is finished."""
@@ -270,16 +279,19 @@ class Problem:
             raise ValueError(f"the reward of a sample of group {int(groups[bad])} is {float(rewards[bad])}")
         return rewards
 
-    def _graded(self, path: Path, i: int, groups: Tensor) -> tuple[Prediction, Tensor, Tensor]:
+    def _graded(
+        self, path: Path, i: int, groups: Tensor, experts: Sequence[str | None], read: Read
+    ) -> tuple[dict[str | None, Prediction], Tensor, Tensor]:
         with torch.enable_grad():
             x = path.x.detach().requires_grad_()
-            prediction = self._call(Path(x, path.x0, path.memory), i, groups)
-            rewards = self._score(estimate(prediction), groups)
+            here = Path(x, path.x0, path.memory)
+            said = {name: self._call(here, i, groups, name) for name in experts}
+            rewards = self._score(read(said, x), groups)
             if not rewards.requires_grad:
                 raise ValueError("the reward gives no gradient of the latents, and this method needs one: use fk")
             (gradient,) = torch.autograd.grad(rewards.sum(), x)
         self._spend("gradients", groups, torch.ones((), dtype=torch.int64))
-        return detached(prediction), rewards.detach().double().cpu(), gradient
+        return {name: detached(p) for name, p in said.items()}, rewards.detach().double().cpu(), gradient
 
     def _spend(self, name: str, groups: Tensor, each: Tensor, limit: int | None = None) -> None:
         account = self.spent._asdict()[name]
