@@ -203,10 +203,10 @@ def spread(mass: Tensor, x: Tensor, new: Tensor, std: Tensor) -> Tensor:
     return mass.where(mass > 1e-14 * mass.max(), 0.0)  # the rounding of the transform, which weights would blow up
 
 
-def limit(case: Case, weigh: bool = True, **options) -> Tensor:
+def limit(case: Case, weigh: bool = True) -> Tensor:
     """Mean, variance and P(x > 0) for infinitely many particles: `fkc_step` on a density instead of on draws of it."""
     problem = problem_of(case.experts, karras(case.steps), case.reward, (0,), kind=Still)
-    config, one = config_of(case, threshold=0.0, **options), torch.zeros(1, dtype=torch.int64)
+    config, one = config_of(case, threshold=0.0), torch.zeros(1, dtype=torch.int64)
     x = points(problem.levels[0])
     mass = log_density(case, problem.levels[0], 0.0, x).softmax(0)
     for i, (now, then) in enumerate(pairwise(problem.levels)):
@@ -440,32 +440,43 @@ def test_recursion_is_the_sheets(zeta, want):
     assert abs(recursion(zeta) - want) < 1e-4
 
 
-def annealed(zeta: float) -> Tensor:
-    with pytest.warns(UserWarning) if zeta == 0.7071 else nullcontext():
-        check_noise(problem_of({"cond": ALONE}, karras(2)), exact(zeta=zeta), anneal(2.0))
-    return measured(run(ANNEAL, karras(200, 20.0), zeta=zeta))
+@pytest.mark.parametrize("zeta", [1.0, 0.8, 0.7071])
+def test_annealing_in_the_limit_of_many_particles_is_the_recursion(zeta):
+    """Down to the boundary, zeta^2 = (beta - 1) / beta, which warns. `fkc_step` at two points tells all of a Gaussian:
+    how log-weights bend, and how far apart they are afterwards. (With 4,096 particles the lower two rows fall short by
+    0.04 and 0.1, since their weights have hardly a finite variance.)
+    """
+    problem = problem_of({"cond": ALONE}, karras(200, 20.0), seeds=(0,), kind=Still)
+    config, one = exact(zeta=zeta, threshold=0.0), torch.zeros(1, dtype=torch.int64)
+    with pytest.warns(UserWarning, match="at the boundary") if zeta == 0.7071 else nullcontext():
+        check_noise(problem, config, anneal(2.0))
+    x, v = tensor(1.0, 2.0)[:, None], (1 + 20.0**2) / 2
+    for i, (now, then) in enumerate(pairwise(problem.levels)):
+        after = fkc_step(problem, config, anneal(2.0), Population(populate(Path(x)), one, one, i))
+        _, std = SAMPLERS["ddim"].move(ALONE(x, now, {}), now, then, zeta)
+        apart = (after.path.x[1] - after.path.x[0])[0]
+        v = apart**2 / (1 / v - 2 * after.log_weights[0].diff()[0]) + std**2
+        assert abs(after.path.x[0] - 1) < 1e-12
+    assert abs(v - recursion(zeta)) < 1e-9
 
 
-@pytest.mark.parametrize(
-    "zeta", [1.0, pytest.param(0.8, marks=pytest.mark.slow), pytest.param(0.7071, marks=pytest.mark.slow)]
-)
-def test_annealed_gaussian_follows_the_recursion(zeta):
-    got = annealed(zeta)
+def test_annealed_gaussian_follows_the_recursion():
+    got = measured(run(ANNEAL, karras(200, 20.0)))
     error = got.std(0) / 5**0.5
-    print("T1", zeta, got.mean(0), error, recursion(zeta))
-    assert (error < 0.06).all()
-    assert abs(got.mean(0)[1] - recursion(zeta)) <= 3 * error[1] + 0.01
+    print("T1", got.mean(0), error, recursion(1.0))
+    assert (error < 0.03).all()
+    assert abs(got.mean(0)[1] - recursion(1.0)) <= 3 * error[1] + 0.01
     assert abs(got.mean(0)[0] - 1) <= 3 * error[0] + 0.01
 
 
-@pytest.mark.parametrize(("zeta", "limit"), [(1.0, 1 / 3), (0.5**0.5, 1 / 4)])
-def test_annealing_without_weights_has_another_variance(zeta, limit, monkeypatch):
+@pytest.mark.parametrize(("zeta", "continuous"), [(1.0, 1 / 3), (0.5**0.5, 1 / 4)])
+def test_annealing_without_weights_has_another_variance(zeta, continuous, monkeypatch):
     """s^2 / (2 beta - 1) and, tempered, s^2 / beta^2 (sheet, T2), up to the steps' error: not s^2 / beta."""
     unweighted(monkeypatch)
     got = measured(run(ANNEAL, karras(200, 20.0), zeta=zeta))[:, 1]
     error = got.std() / 5**0.5
     want = recursion(zeta, weigh=False)
-    assert abs(got.mean() - want) < 4 * error and abs(want - limit) < 0.03
+    assert abs(got.mean() - want) < 4 * error and abs(want - continuous) < 0.03
     assert abs(got.mean() - 0.5) > 5 * error
 
 
