@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from guidance.dts import DTS, DTSStar, dts, dts_star
+from guidance.fkc import FKC, fkc
 from guidance.problem import Search
 from guidance.steering import FK, SVDD, TDS, Beam, BestOfN, Importance, beam, best_of_n, fk, importance, svdd, tds
 
@@ -15,6 +16,7 @@ class Method(NamedTuple):
 
 
 SEARCHES: dict[str, Method] = {
+    "fkc": Method(fkc, FKC),
     "fk": Method(fk, FK),
     "tds": Method(tds, TDS),
     "svdd": Method(svdd, SVDD),
