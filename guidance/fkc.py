@@ -361,7 +361,8 @@ def _finished(problem: Problem, config: FKC, population: Population, particles: 
 
 def _active(problem: Problem, config: FKC, i: int) -> bool:
     """Whether the experts give weight at step i; a step to data has no density to weigh."""
-    return config.start * problem.steps <= i < config.stop * problem.steps and problem.levels[i + 1].sigma > 0
+    inside = config.start * problem.steps <= i < config.stop * problem.steps
+    return inside and bool(problem.levels[i + 1].sigma > 0)
 
 
 def _expert_weight(problem: Problem, config: FKC, exponents: Exponents, said: Said, population: Population) -> Tensor:
