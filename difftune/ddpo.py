@@ -83,7 +83,8 @@ def train(
     run = begin(config, state, load_model(config.model) if pipe is None else pipe, reference=config.kl_weight > 0)
     chain = Chain.of(config, run.pipe, run.network)
     policy = policy_of(chain, config.eta)
-    rounds = Rounds(config.updates_per_round, partial(collect, config, run, chain, policy, prompts, reward))
+    sampled = partial(collect, config, run, chain, policy, prompts, reward)
+    rounds = Rounds(config.updates_per_round, sampled, config.seed)
     with engine(config, run, say, eta=f"{policy.eta:g}"):
         for step in range(run.done, config.max_train_steps):
             metrics = attempt(config, run, step, partial(ascend, config, run, policy, rounds, step))

@@ -90,7 +90,7 @@ def train(
     chain = Chain.of(config, run.pipe, run.network)
     prompts = repeated(prompts_named(config.prompts, config.seed), 2)
     objective = OBJECTIVES[config.objective](config, chain.model, reward)
-    rounds = Rounds(config.updates_per_round, partial(collect, config, run, chain, prompts, objective))
+    rounds = Rounds(config.updates_per_round, partial(collect, config, run, chain, prompts, objective), config.seed)
     with engine(config, run, say):
         for step in range(run.done, config.max_train_steps):
             metrics = attempt(config, run, step, partial(descend, config, run, chain, rounds, step))

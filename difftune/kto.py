@@ -119,7 +119,7 @@ def marked_of(
     def made(r: range) -> Marked:
         return above_mean(make(chain, prompts, reward, r, run), config.num_images_per_prompt)
 
-    rounds = Rounds(config.updates_per_round, lambda steps: [(r, made(r)) for r in numbers(steps.start)])
+    rounds = Rounds(config.updates_per_round, lambda steps: [(r, made(r)) for r in numbers(steps.start)], config.seed)
     return partial(rounds.at, run), rounds.kept
 
 

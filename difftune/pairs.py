@@ -65,7 +65,7 @@ def pairs_of(
     def made(r: range) -> Pairs:
         return best_and_worst(make(chain, prompts, reward, range(r.start * group, r.stop * group), run), group)
 
-    rounds = Rounds(config.updates_per_round, lambda steps: [(r, made(r)) for r in numbers(steps.start)])
+    rounds = Rounds(config.updates_per_round, lambda steps: [(r, made(r)) for r in numbers(steps.start)], config.seed)
     return partial(rounds.at, run), rounds.kept
 
 

@@ -1,7 +1,8 @@
 """What preferences and policy gradients are trained on: images that the model itself makes, round by round.
 
 A round is sampled by the weights that it begins with and serves one optimiser step or several. A run that is resumed
-within a round samples it again, by those weights, which are saved with it: nothing that a round holds needs to be.
+within a round samples it again, by those weights, which are saved with it, and from generators that are a function of
+the seed and the round (a reward may draw from them): nothing that a round holds needs to be saved.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,16 +11,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
+from accelerate.utils import set_seed
 from torch import Tensor
 
 from difftune import lora
 from difftune.chain import Chain
-from difftune.checkpoint import Say
+from difftune.checkpoint import Say, randomness, restore
 from difftune.configs import TrainingConfig
 from difftune.engine import kernels
 from difftune.errors import UserError
 from difftune.prompts import Prompts
-from difftune.training import Called, Reward, Training, scored
+from difftune.training import Called, Reward, Training, mixed, scored
 from difftune.trajectories import ETAS, KERNELS, Policy, Trajectory, kernel_of
 from guidance.guided import GuidedPredict
 from solvers.denoiser import Cond
@@ -34,6 +36,7 @@ class Rounds(Generic[Found]):
 
     length: int
     collect: Callable[[range], Found]
+    seed: int
     first: int = -1  # step of the round that is held
     began: Mapping[str, Tensor] = field(default_factory=dict)  # the weights at its beginning
     found: Found | None = None
@@ -45,7 +48,7 @@ class Rounds(Generic[Found]):
             within = first < step == run.done
             self.began = run.own.tensors if within else {name: w.detach().clone() for name, w in run.weights.items()}
             self.first, self.found = first, None
-            with lent(run.weights, self.began):
+            with lent(run.weights, self.began), seeded(mixed(self.seed, first, f"round of process {run.rank}")):
                 self.found = self.collect(range(first, first + self.length))
         return self.found
 
@@ -63,6 +66,17 @@ def lent(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterato
         yield
     finally:
         put(weights, own)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The global generators begin at this seed; afterwards they are as they were."""
+    before = randomness()
+    try:
+        set_seed(seed % 2**32)
+        yield
+    finally:
+        restore(before)
 
 
 @torch.no_grad()

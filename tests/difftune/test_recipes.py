@@ -33,7 +33,7 @@ def different(a: State, b: State) -> list[str]:
     return [name for name in a.tensors if not torch.equal(a.tensors[name], b.tensors[name])]
 
 
-NO_DROPOUT = ("ddpo", "d3po")  # a ratio of probabilities refuses it
+NO_DROPOUT = ("ddpo", "d3po", "pso")  # a ratio of probabilities refuses it
 
 
 @pytest.mark.parametrize("name", RECIPES)

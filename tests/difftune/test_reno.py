@@ -332,17 +332,19 @@ def test_a_step_that_multiplies_the_rounding_is_said():
 
 
 class Counting(Linear):
+    """Remembers what it was asked for, and puts the first prompt far above the second."""
+
     seen: list = []
 
     def __call__(self, images, prompts):
         self.seen.append(list(prompts))
-        return super().__call__(images, prompts)
+        return super().__call__(images, prompts) + torch.tensor([1000.0 * (p == PROMPTS[0]) for p in prompts])
 
 
 def test_a_sample_that_is_done_leaves_the_batch(pipe):
-    free = quiet(pipe, learning_rate=2.0).optimize(PROMPTS, 6)
-    target = sorted(free.curve("total", 0))[3]
     reward = Counting()
+    free = quiet(pipe, reward, learning_rate=2.0).optimize(PROMPTS, 6)
+    target = sorted(free.curve("total", 0))[3]
     reward.seen.clear()
     assert target > max(free.curve("total", 1))  # the other one does not reach it
     result = quiet(pipe, reward, learning_rate=2.0, target=target).optimize(PROMPTS, 6)
