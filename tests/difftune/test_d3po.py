@@ -170,6 +170,7 @@ def test_gradient_at_the_reference_is_ddpos_with_advantages_of_half_beta(toy):
         assert torch.allclose(state.tensors[f"optimizer.exp_avg.{name}"], 0.1 * gradient, rtol=1e-3, atol=1e-4 * scale)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_bit_for_bit(toy, tmp_path):
     config = replace(toy, gradient_accumulation_steps=2, train_batch_size=2)
     whole = final(config)

@@ -205,6 +205,7 @@ def test_the_penalty_holds_the_policy_near_its_reference(toy):
     assert sum(held.tensors[k].norm() for k in names) < 0.7 * sum(free.tensors[k].norm() for k in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_equals_uninterrupted_bit_for_bit_within_a_round_too(toy, tmp_path, stop):
     config = replace(toy, updates_per_round=2, num_images_per_prompt=2, max_train_steps=3)

@@ -302,6 +302,7 @@ def test_a_judge_without_preference_gives_no_gradient(toy):
     assert metrics["grad_norm"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_equals_uninterrupted_bit_for_bit_within_a_round_too(toy, tmp_path, stop):
     module, config = toy

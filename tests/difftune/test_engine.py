@@ -119,6 +119,7 @@ def test_deterministic_holds_during_the_run_alone(toy, tmp_path, on):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.slow
 def test_reno_within_a_budget_is_reno(tmp_path):
     pipe, kept = pipelines.sd(), {}
     weights = parameters_bytes(*pipe.components.values())
@@ -139,6 +140,7 @@ def test_reno_within_a_budget_is_reno(tmp_path):
     assert kept["1GiB"].gradient == "full" and kept[least].micro_batch == 1 and kept[least].blocks
 
 
+@pytest.mark.slow
 def test_optimize_writes_what_was_resolved(tmp_path):
     said: list[str] = []
     config = RenoConfig(prompt=PROMPTS[:2], iterations=2, output_dir=str(tmp_path / "out"), memory_budget="1GiB")

@@ -396,6 +396,7 @@ class Peaked(Linear):
         return -(super().__call__(images, prompts) - self.at).abs()
 
 
+@pytest.mark.slow
 def test_the_iteration_from_which_a_held_out_reward_falls_is_reported(pipe):
     free = quiet(pipe, learning_rate=2.0).optimize(PROMPTS[:1], 24)
     curve = free.curve("total", 0)

@@ -178,6 +178,7 @@ def test_between_keeps_the_coordinates_of_the_levels():
         assert scale.item() == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_kl_holds_the_model_back(tmp_path):
     """The reward is Contrast, whose gradient a large coefficient outweighs."""
     moved = []

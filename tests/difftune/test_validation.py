@@ -86,6 +86,7 @@ def test_the_best_is_the_one_that_the_held_out_reward_likes_most(config, monkeyp
     assert all(torch.equal(state.tensors[f"{kind}.{k}"], v) for k, v in seen[3].items())
 
 
+@pytest.mark.slow
 def test_a_run_stops_where_the_held_out_reward_falls(config, monkeypatch, capsys):
     """Eight validations to 0.8 and then a fall; brightness, which is trained on, rises all along."""
     values = [0.1 * i for i in range(8)] + [0.8 - 0.1 * i for i in range(12)]

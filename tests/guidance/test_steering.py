@@ -6,7 +6,7 @@ and depend on its seeds alone.
 
 import json
 from dataclasses import replace
-from math import exp, log, sqrt
+from math import log, sqrt
 
 import pytest
 import torch
@@ -481,7 +481,8 @@ def test_settings_that_cannot_be_are_refused(make, sentence):
 
 
 def test_the_target_of_the_chain_is_not_its_own_law():
-    target, z = chain_target()
+    """Farther from it than a sample of the target may be from the target (.04), three times over."""
+    target, law = chain_target()[0], chain_target(0.0)[0]
     assert len(target) == STATES
     assert target.sum() == pytest.approx(1)
-    assert z > exp(0.1)
+    assert (target - law).abs().sum() / 2 > 0.12

@@ -454,8 +454,11 @@ def test_a_search_killed_anywhere_goes_on_to_the_same_end(tmp_path, calls):
 
 
 def test_a_search_that_was_over_goes_nowhere():
-    end = finished(budgeted())
-    assert not list(dts(budgeted(), CONFIG, end.saved()))
+    """It gives the state that it had, and spends nothing."""
+    end, problem = finished(budgeted()), budgeted()
+    (state,) = dts(problem, CONFIG, end.saved())
+    assert identical(state, end)
+    assert torch.equal(problem.spent.nfe, end.nfe)
 
 
 def _save_for_ever(file: str) -> None:

@@ -85,7 +85,7 @@ BETTER = {  # a better picture, a worse one, and the prompt
     "contrast": lambda: (NOISE, gray(0.5), ""),
 }
 DOWNLOADED = {  # or the user's own model
-    "clip-score", "open-clip", "pickscore", "hps-v2", "hps-v2.1", "imagereward", "aesthetic", "aesthetic-ava",
+    "clip-score", "clip", "open-clip", "pickscore", "hps-v2", "hps-v2.1", "imagereward", "aesthetic", "aesthetic-ava",
     "classifier", "vlm", "text-exemplar", "remote",
 }  # fmt: skip
 SEEN = (DOWNLOADED | {"tiny-clip", "tiny-classifier"}) - {"vlm", "text-exemplar", "remote"}  # with a Preprocess
