@@ -560,7 +560,7 @@ def draw_caption(rng: np.random.Generator) -> shapes.Caption:
             return caption
 
 
-def train_turbo(steps: int = 2600, batch: int = 64) -> UNet2DConditionModel:
+def train_turbo(steps: int = 2000, batch: int = 64) -> UNet2DConditionModel:
     """`tiny-turbo`: maps any point of the teacher's trajectory to its end, half of the time from pure noise.
 
     Supervised consistency distillation (https://arxiv.org/abs/2310.04378, with the solver's own end point as the
@@ -713,7 +713,7 @@ def restore() -> None:
         "open": (related, 700),
         "choices": ([pipe.unet], 2600),
         "weak": ([weak], 600),
-        "turbo": ([turbo], 2600),
+        "turbo": ([turbo], 2000),
         "clip": ([clip], 2000),
         "clip_late": ([clip], 1400),
         "clip_last": ([clip], 1000),
