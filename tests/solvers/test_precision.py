@@ -82,18 +82,19 @@ def test_recomputed_is_full_bit_for_bit_in_half_precision(dtype):
     assert torch.equal(full, again)
 
 
-def test_a_bfloat16_network_keeps_the_gradients_direction():
-    """tiny itself: cosine with the gradient of the float32 network at least .9 (.95 was measured), for the noise.
+@pytest.mark.parametrize(("scale", "least"), [(1.0, 0.99), (3.0, 0.9)])
+def test_a_bfloat16_network_keeps_the_gradients_direction(scale, least):
+    """tiny itself: the cosine with the gradient of the float32 network, for the noise; .997 and .950 were measured.
 
-    The first of these steps multiplies the rounding of eps by sigma / alpha, which is 14 there. In 4 steps at its best
-    scale: 2 would start in the middle of the levels, where pure noise is no input.
+    The first step multiplies the rounding of eps by sigma / alpha, which is 14 there, and CFG by its scale. In 4 steps:
+    2 would start in the middle of the levels, where pure noise is no input.
     """
     pipe, found = load("tiny"), []
     pipe.unet.requires_grad_(False)
     for dtype in (torch.float32, torch.bfloat16):
         pipe.unet.to(dtype)
-        predict, x, levels = job(pipe, 4, "a red circle left of a blue square", 3.0)
+        predict, x, levels = job(pipe, 4, "a red circle left of a blue square", scale)
         end = rollout(euler, predict, x, levels).x
         found.append(torch.autograd.grad((end.sin() + end.square() / 2).mean(), x)[0].flatten())
-    assert torch.nn.functional.cosine_similarity(*found, dim=0) >= 0.9
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) >= least
     assert not torch.equal(*found)
