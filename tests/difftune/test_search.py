@@ -235,14 +235,14 @@ def test_killed_and_resumed_a_search_ends_as_if_it_had_not_been(pipe, method, af
     monkeypatch.setattr(command, "write", write)
     assert [file.name for file in (tmp_path / "killed").iterdir()] == ["state.safetensors"]
     found = run(pipe, replace(config(tmp_path / "killed", method), resume=True))
+    rounding = 1e-5 if method == "dts-star" else 0.0  # it differed once, and not again; the cause is not known
     assert found["settings"] == want["settings"]
-    for mine, other in zip(found["prompts"], want["prompts"], strict=True):
-        assert mine == {**other, "reward": pytest.approx(other["reward"], rel=1e-5)}
-    for mine, other in zip(found["history"], want["history"], strict=True):
-        assert mine == {**other, "reward": pytest.approx(other["reward"], rel=1e-5)}
+    for kind in ("prompts", "history"):
+        for mine, other in zip(found[kind], want[kind], strict=True):
+            assert mine == {**other, "reward": pytest.approx(other["reward"], rel=rounding, abs=0)}
     a, b = (load_file(tmp_path / name / "samples.safetensors") for name in ("whole", "killed"))
     for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)  # a network's kernels may round
+        torch.testing.assert_close(a[key], b[key], rtol=10 * rounding, atol=rounding)
 
 
 def test_killed_while_results_are_written_it_resumes_at_the_end(pipe, tmp_path, monkeypatch):
