@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# a worker takes one core and 1 to 2 GB
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-slow lint types bench clean
@@ -10,10 +12,10 @@ demo: $(STAMP)  ## the main job on the embedded model: runs/demo/report.html
 	@$(BIN)/difftune demo --output_dir runs/demo
 
 test: $(STAMP)  ## everything but the slow tests; those that need a GPU or Chromium skip themselves by name
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 test-slow: $(STAMP)
-	@$(BIN)/python -m pytest -m slow
+	@$(PYTEST) -m slow
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

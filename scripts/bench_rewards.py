@@ -31,8 +31,11 @@ def random(kind: type, config: Any, **options: bool) -> Any:
     """A network of that size with small random weights, frozen."""
     with no_init_weights():
         model = kind(config, **options)
-    for parameter in model.parameters():
-        parameter.data.uniform_(-0.02, 0.02)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.data.uniform_(-0.02, 0.02)
+        else:  # norms keep the signal's size: small ones make denormal gradients, which are very slow
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
     return model.eval().requires_grad_(False)
 
 
@@ -68,7 +71,11 @@ def image_reward() -> imagereward.ImageReward:
     return reward
 
 
-NAMED = ("brightness", "colorfulness", "symmetry", "jpeg", "jpeg-proxy", "tiny-clip", "tiny-classifier")
+PROMPTS = {"position": "a red circle left of a blue square", "ocr": 'a sign that says "open"'}  # else: one object
+NAMED = (
+    *("brightness", "saturation", "contrast", "colorfulness", "symmetry", "jpeg", "jpeg-proxy", "ocr"),
+    *("oracle", "object-count", "position", "tiny-clip", "tiny-classifier"),
+)
 REWARDS: dict[str, Callable[[], Reward]] = {name: partial(load, name) for name in NAMED} | {
     "clip-score": partial(clip, VIT_L),
     "aesthetic": aesthetic,
@@ -86,7 +93,7 @@ def peak() -> float:
 def measure(name: str, batch: int, side: int, repeats: int) -> None:
     """One line: images/s and peak MB of the forward pass, then of both passes."""
     reward, start = REWARDS[name](), peak()
-    images, prompts = torch.rand(batch, 3, side, side), ["a red circle"] * batch
+    images, prompts = torch.rand(batch, 3, side, side), [PROMPTS.get(name, "a red circle")] * batch
     found = [f"{name:16}"]
     for backward in (False, True)[: 1 + reward.differentiable]:
         x, seconds = images.clone().requires_grad_(backward), []
