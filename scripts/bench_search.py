@@ -1,12 +1,13 @@
 """Search on `tiny`: the reward that each method reaches, and what the oracle says, at equal cost.
 
     python scripts/bench_search.py [--quick] [--methods dts-star ...] [--rewards tiny-clip oracle] [--seeds 0 1 2]
-        [--budgets 250 500 1000] [--calls 5 10 20] [--prompts 40] [--output FILE]
+        [--budgets 250 500 1000] [--calls [5 10 20]] [--prompts 40] [--output FILE]
 
 Two tables, of equal network evaluations and of equal reward calls a prompt, over ShapeEval's hard prompts (two objects,
 counting, position, attribute binding; as many of each), with `tiny-clip` as reward, which keeps the oracle out, and
 with the oracle as reward; then the best reward so far against the evaluations, and how many DTS* needs for what
 best-of-N has in the end. CFG counts two evaluations. Intervals are 95 %, over prompts, each its mean over seeds.
+`--calls` without numbers leaves that table out.
 
 dts, dts-star and independent samples do not depend on the budget, so one run gives all budgets, and one run of
 independent samples gives three rows: cfg (their mean), best-of-n (the best), importance (their mean, weighted by
@@ -16,6 +17,7 @@ e^(lambda r)). The others run once for each budget. All prompts of a run advance
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -195,7 +197,14 @@ def recorded(file: File) -> dict[str, dict[str, Any]]:
 
 
 def key_of(run: Run, prompts: Sequence[str], setting: Setting) -> str:
-    return json.dumps([*run, len(prompts), *setting])
+    return json.dumps([*run, len(prompts), *setting, weights()])
+
+
+@cache
+def weights() -> str:
+    """Of the models' contents: what was measured with others is measured again."""
+    files = sorted(file for name in ("tiny", "tiny-clip") for file in models.path(name).rglob("*.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def measure_all(runs: Sequence[Run], prompts: Sequence[str], setting: Setting, file: File) -> dict[Run, Any]:
@@ -217,7 +226,7 @@ def planned(args: argparse.Namespace) -> list[Run]:
     runs: list[Run] = []
     for reward, method, seed in itertools.product(args.rewards, wanted, args.seeds):
         if method in ANYTIME:
-            runs.append(Run(method, reward, seed, max(args.budgets), max(args.calls)))
+            runs.append(Run(method, reward, seed, max(args.budgets), max(args.calls, default=None)))
         else:
             runs += [Run(method, reward, seed, budget, None) for budget in args.budgets]
             runs += [Run(method, reward, seed, None, budget) for budget in args.calls]
@@ -255,7 +264,7 @@ class Reader(NamedTuple):
     def points(self, method: str, reward: str, kind: str, budget: int) -> list[Any]:
         """Each seed's points of each prompt, or a run that was refused."""
         name = "samples" if method in INDEPENDENT else method
-        longest = {other: max(budgets) for other, budgets in self.budgets.items()}
+        longest = {other: max(budgets, default=None) for other, budgets in self.budgets.items()}
         spent = longest if name in ANYTIME else {"nfe": None, "calls": None} | {kind: budget}
         return [self.found[Run(name, reward, seed, **spent)] for seed in self.seeds]
 
@@ -322,6 +331,13 @@ def verdict(reader: Reader, reward: str) -> str:
     return f"{reward}: dts-star reaches best-of-n's {target:.4f} at {longest} NFE after {needed}: {times}"
 
 
+def settings_of(methods: Sequence[str], setting: Setting) -> Iterator[str]:
+    """A line for each method that has settings, with all that it ran with."""
+    for method in methods:
+        name = {"cfg": "best-of-n"}.get(method, method)
+        yield f"{method}: {config_of(name, setting)}"
+
+
 def hard_prompts(count: int) -> list[str]:
     """ShapeEval's first prompts of its four compositional categories."""
     each = evaluate.entries_of(-(-count // len(COMPOSITIONAL)))
@@ -333,9 +349,10 @@ def main(args: argparse.Namespace) -> None:
     setting = Setting(**{name: value for name, value in vars(args).items() if name in Setting._fields})
     prompts, file = hard_prompts(args.prompts), File(args.output)
     print(f"{len(prompts)} prompts, {setting}, {torch.get_num_threads()} threads, torch {torch.__version__}, {file}")
+    print(f"weights {weights()}", *settings_of(args.methods, setting), sep="\n", flush=True)
     found = measure_all(planned(args), prompts, setting, file)
     reader = Reader(found, args.seeds, {"nfe": args.budgets, "calls": args.calls}, setting)
-    for kind, reward in itertools.product(("nfe", "calls"), args.rewards):
+    for kind, reward in itertools.product([kind for kind in COSTS if reader.budgets[kind]], args.rewards):
         print(f"\nEqual {kind}, reward {reward}:\n", *table(reader, args.methods, reward, kind), sep="\n")
     shown = [m for m in ("best-of-n", "dts", "dts-star") if m in args.methods]
     for reward in args.rewards if shown else []:
@@ -353,7 +370,7 @@ if __name__ == "__main__":
     parser.add_argument("--rewards", nargs="+", default=("tiny-clip", "oracle"), choices=("tiny-clip", "oracle"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budgets", nargs="+", type=int, default=[250, 500, 1000], help="evaluations a prompt")
-    parser.add_argument("--calls", nargs="+", type=int, default=[5, 10, 20], help="reward calls a prompt")
+    parser.add_argument("--calls", nargs="*", type=int, default=[5, 10, 20], help="reward calls a prompt")
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--steps", type=int, default=Setting._field_defaults["steps"])
     parser.add_argument("--scale", type=float, default=Setting._field_defaults["scale"])
