@@ -16,8 +16,8 @@ from torch import Tensor
 from difftune.checkpoint import Say, State
 from difftune.configs import AlignPropConfig
 from difftune.named import at_least, gradient_named, known
-from difftune.reward_gradient import Modes, ascents, check_gradient, follow
-from difftune.training import Metrics, Reward
+from difftune.reward_gradient import Modes, ascents, check_gradient
+from difftune.training import Metrics, Reward, follow
 from difftune.training import card as model_card
 
 TRUNCATIONS = ("suffix", "bernoulli_linear")
@@ -94,7 +94,7 @@ def run(
 ) -> dict[str, Any]:
     """`difftune train alignprop`: train in `config.output_dir`; returns a summary. See `runs.run`."""
     check(config, pipe, reward)
-    return follow(config, train, partial(card, config), show, pipe, reward)
+    return follow(config, train, card, show, pipe, reward, gradient=True)
 
 
 def check(config: AlignPropConfig, pipe: Any = None, reward: Reward | None = None) -> None:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from difftune import runs
 from difftune.chain import Chain
 from difftune.checkpoint import Say, State
 from difftune.configs import D3POConfig
@@ -33,12 +32,12 @@ from difftune.training import (
     Metrics,
     Reward,
     Training,
-    attempt,
     begin,
     differentiate,
+    follow,
     samples,
-    snapshot,
     statistics,
+    steps,
     update,
 )
 from difftune.training import card as model_card
@@ -107,9 +106,7 @@ def train(
         else judge(config, run, chain, policy, reward)
     )
     with engine(config, run, say, eta=f"{policy.eta:g}"):
-        for step in range(run.done, config.max_train_steps):
-            metrics = attempt(config, run, step, partial(ascend, config, run, policy, batch, step))
-            yield metrics, snapshot(config, run, step + 1, metrics)
+        yield from steps(config, run, partial(ascend, config, run, policy, batch))
 
 
 def judge(config: D3POConfig, run: Training, chain: Chain, policy: Policy, reward: Reward) -> Callable[[range], Ranked]:
@@ -170,10 +167,7 @@ def judged(config: D3POConfig, run: Training, batches: list[Ranked]) -> Metrics:
 def run(config: D3POConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None) -> dict[str, Any]:
     """`difftune train d3po`: train in `config.output_dir`; returns a summary. See `runs.run`."""
     check(config, pipe, reward)
-    state = runs.starting_state(config, show)
-    pipe = load_model(config.model) if pipe is None else pipe
-    steps = train(config, state, pipe, reward, runs.resolving(config, show))
-    return runs.run(config, steps, state, pipe, lambda last: card(config, last))
+    return follow(config, train, card, show, pipe, reward)
 
 
 def check(config: D3POConfig, pipe: Any = None, reward: Reward | None = None) -> None:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from difftune import runs
 from difftune.chain import Chain
 from difftune.checkpoint import Say, State
 from difftune.configs import DDPOConfig
@@ -29,12 +28,12 @@ from difftune.training import (
     Metrics,
     Reward,
     Training,
-    attempt,
     begin,
     differentiate,
+    follow,
     samples,
-    snapshot,
     statistics,
+    steps,
     update,
 )
 from difftune.training import card as model_card
@@ -86,9 +85,7 @@ def train(
     sampled = partial(collect, config, run, chain, policy, prompts, reward)
     rounds = Rounds(config.updates_per_round, sampled, config.seed)
     with engine(config, run, say, eta=f"{policy.eta:g}"):
-        for step in range(run.done, config.max_train_steps):
-            metrics = attempt(config, run, step, partial(ascend, config, run, policy, rounds, step))
-            yield metrics, snapshot(config, run, step + 1, metrics, rounds.kept())
+        yield from steps(config, run, partial(ascend, config, run, policy, rounds), rounds.kept)
 
 
 class Judged(NamedTuple):
@@ -153,11 +150,7 @@ def region(log_ratios: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tenso
 def run(config: DDPOConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None) -> dict[str, Any]:
     """`difftune train ddpo`: train in `config.output_dir`; returns a summary. See `runs.run`."""
     check(config, pipe, reward)
-    state = runs.starting_state(config, show)
-    reward = reward_named(config.reward, gradient=False) if reward is None else reward
-    pipe = load_model(config.model) if pipe is None else pipe
-    steps = train(config, state, pipe, reward, runs.resolving(config, show))
-    return runs.run(config, steps, state, pipe, lambda last: card(config, last))
+    return follow(config, train, card, show, pipe, reward, gradient=False)
 
 
 def check(config: DDPOConfig, pipe: Any = None, reward: Reward | None = None) -> None:

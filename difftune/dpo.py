@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from difftune import runs
 from difftune.chain import Chain
 from difftune.checkpoint import Say, State
 from difftune.configs import DPOConfig
@@ -25,7 +24,7 @@ from difftune.models import load as load_model
 from difftune.named import at_least
 from difftune.pairs import Batches, check_preferences, draws_of, judge_of, pair_errors, pairs_of
 from difftune.rounds import engine
-from difftune.training import Metrics, Reward, Training, attempt, begin, differentiate, snapshot, statistics, update
+from difftune.training import Metrics, Reward, Training, begin, differentiate, follow, statistics, steps, update
 from difftune.training import card as model_card
 from difftune.training import check as check_shared
 
@@ -64,9 +63,7 @@ def train(
     chain = Chain.of(config, run.pipe, run.network)
     batches, kept = pairs_of(config, run, chain, reward)
     with engine(config, run, say):
-        for step in range(run.done, config.max_train_steps):
-            metrics = attempt(config, run, step, partial(descend, config, run, chain, batches, step))
-            yield metrics, snapshot(config, run, step + 1, metrics, kept())
+        yield from steps(config, run, partial(descend, config, run, chain, batches), kept)
 
 
 def descend(config: DPOConfig, run: Training, chain: Chain, batches: Batches, step: int) -> Metrics:
@@ -103,10 +100,7 @@ def descend(config: DPOConfig, run: Training, chain: Chain, batches: Batches, st
 def run(config: DPOConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None) -> dict[str, Any]:
     """`difftune train dpo`: train in `config.output_dir`; returns a summary. See `runs.run`."""
     check(config, pipe, reward)
-    state = runs.starting_state(config, show)
-    pipe = load_model(config.model) if pipe is None else pipe
-    steps = train(config, state, pipe, reward, runs.resolving(config, show))
-    return runs.run(config, steps, state, pipe, lambda last: card(config, last))
+    return follow(config, train, card, show, pipe, reward)
 
 
 def check(config: DPOConfig, pipe: Any = None, reward: Reward | None = None) -> None:

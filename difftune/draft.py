@@ -15,8 +15,8 @@ from difftune.alignprop import alignprop_loss
 from difftune.checkpoint import Say, State
 from difftune.configs import DraftConfig
 from difftune.named import at_least, gradient_named
-from difftune.reward_gradient import Modes, ascents, check_gradient, follow
-from difftune.training import Metrics, Reward
+from difftune.reward_gradient import Modes, ascents, check_gradient
+from difftune.training import Metrics, Reward, follow
 from difftune.training import card as model_card
 
 
@@ -42,7 +42,7 @@ def train(
 def run(config: DraftConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None) -> dict[str, Any]:
     """`difftune train draft`: train in `config.output_dir`; returns a summary. See `runs.run`."""
     check(config, pipe, reward)
-    return follow(config, train, partial(card, config), show, pipe, reward)
+    return follow(config, train, card, show, pipe, reward, gradient=True)
 
 
 def check(config: DraftConfig, pipe: Any = None, reward: Reward | None = None) -> None:

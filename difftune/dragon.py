@@ -37,18 +37,7 @@ from difftune.objectives import OBJECTIVES, Objective, check_objective
 from difftune.pairs import Pairs, draws_of, pair_errors
 from difftune.prompts import Prompts, listed, prompts_named
 from difftune.rounds import Rounds, engine, repeated
-from difftune.training import (
-    Called,
-    Metrics,
-    Reward,
-    Training,
-    attempt,
-    begin,
-    differentiate,
-    samples,
-    snapshot,
-    update,
-)
+from difftune.training import Called, Metrics, Reward, Training, begin, differentiate, follow, samples, steps, update
 from difftune.training import card as model_card
 from difftune.training import check as check_shared
 from difftune.winrate import win_rate
@@ -92,9 +81,7 @@ def train(
     objective = OBJECTIVES[config.objective](config, chain.model, reward)
     rounds = Rounds(config.updates_per_round, partial(collect, config, run, chain, prompts, objective), config.seed)
     with engine(config, run, say):
-        for step in range(run.done, config.max_train_steps):
-            metrics = attempt(config, run, step, partial(descend, config, run, chain, rounds, step))
-            yield metrics, snapshot(config, run, step + 1, metrics, rounds.kept())
+        yield from steps(config, run, partial(descend, config, run, chain, rounds), rounds.kept)
 
 
 @torch.no_grad()
@@ -228,10 +215,8 @@ def run(
     Writes win_rate.json beside what `runs.run` writes.
     """
     check(config, pipe, reward)
-    state = runs.starting_state(config, show)
     pipe = load_model(config.model) if pipe is None else pipe
-    steps = train(config, state, pipe, reward, runs.resolving(config, show))
-    found = runs.run(config, steps, state, pipe, lambda last: card(config, last))
+    found = follow(config, train, card, show, pipe, reward)
     if config.num_win_rate_images and runs.process().is_main_process:
         found |= compared(config, pipe, reward)
         outputs.write_json(Path(config.output_dir) / "win_rate.json", found)

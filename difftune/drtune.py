@@ -15,8 +15,8 @@ from difftune.alignprop import alignprop_loss
 from difftune.checkpoint import Say, State
 from difftune.configs import DrtuneConfig
 from difftune.named import at_least, gradient_named
-from difftune.reward_gradient import Modes, ascents, check_gradient, follow
-from difftune.training import Metrics, Reward
+from difftune.reward_gradient import Modes, ascents, check_gradient
+from difftune.training import Metrics, Reward, follow
 from difftune.training import card as model_card
 
 
@@ -43,7 +43,7 @@ def run(
 ) -> dict[str, Any]:
     """`difftune train drtune`: train in `config.output_dir`; returns a summary. See `runs.run`."""
     check(config, pipe, reward)
-    return follow(config, train, partial(card, config), show, pipe, reward)
+    return follow(config, train, card, show, pipe, reward, gradient=True)
 
 
 def check(config: DrtuneConfig, pipe: Any = None, reward: Reward | None = None) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftune import runs
 from difftune.chain import Chain
 from difftune.checkpoint import Say, State
 from difftune.configs import KTOConfig
@@ -32,12 +31,12 @@ from difftune.training import (
     Metrics,
     Reward,
     Training,
-    attempt,
     begin,
     differentiate,
+    follow,
     samples,
-    snapshot,
     statistics,
+    steps,
     update,
 )
 from difftune.training import card as model_card
@@ -96,9 +95,7 @@ def train(
     chain = Chain.of(config, run.pipe, run.network)
     batches, kept = marked_of(config, run, chain, reward)
     with engine(config, run, say):
-        for step in range(run.done, config.max_train_steps):
-            metrics = attempt(config, run, step, partial(descend, config, run, chain, batches, step))
-            yield metrics, snapshot(config, run, step + 1, metrics, kept())
+        yield from steps(config, run, partial(descend, config, run, chain, batches), kept)
 
 
 def marked_of(
@@ -182,10 +179,7 @@ def halves(gains: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
 def run(config: KTOConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None) -> dict[str, Any]:
     """`difftune train kto`: train in `config.output_dir`; returns a summary. See `runs.run`."""
     check(config, pipe, reward)
-    state = runs.starting_state(config, show)
-    pipe = load_model(config.model) if pipe is None else pipe
-    steps = train(config, state, pipe, reward, runs.resolving(config, show))
-    return runs.run(config, steps, state, pipe, lambda last: card(config, last))
+    return follow(config, train, card, show, pipe, reward)
 
 
 def check(config: KTOConfig, pipe: Any = None, reward: Reward | None = None) -> None:

@@ -16,14 +16,12 @@ error there: Diffusion-DPO on the model's own levels. `train` is the algorithm, 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from difftune import runs
 from difftune.chain import Chain
 from difftune.checkpoint import Say, State
 from difftune.configs import PSOConfig
@@ -40,12 +38,12 @@ from difftune.training import (
     Metrics,
     Reward,
     Training,
-    attempt,
     begin,
     differentiate,
+    follow,
     samples,
-    snapshot,
     statistics,
+    steps,
     update,
 )
 from difftune.training import card as model_card
@@ -122,9 +120,7 @@ def train(
     with engine(config, run, say, transition=name):
         descend = offline if config.images is not None else online
         one = descend(config, run, chain, policy, reward)
-        for step in range(run.done, config.max_train_steps):
-            metrics = attempt(config, run, step, partial(one, step))
-            yield metrics, snapshot(config, run, step + 1, metrics)
+        yield from steps(config, run, one)
 
 
 def online(
@@ -232,10 +228,7 @@ def gathered(config: PSOConfig, run: Training, met: Sequence[Tensor]) -> Metrics
 def run(config: PSOConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None) -> dict[str, Any]:
     """`difftune train pso`: train in `config.output_dir`; returns a summary. See `runs.run`."""
     check(config, pipe, reward)
-    state = runs.starting_state(config, show)
-    pipe = load_model(config.model) if pipe is None else pipe
-    steps = train(config, state, pipe, reward, runs.resolving(config, show))
-    return runs.run(config, steps, state, pipe, lambda last: card(config, last))
+    return follow(config, train, card, show, pipe, reward)
 
 
 def check(config: PSOConfig, pipe: Any = None, reward: Reward | None = None) -> None:

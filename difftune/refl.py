@@ -16,8 +16,8 @@ from torch import Tensor
 from difftune.checkpoint import Say, State
 from difftune.configs import ReflConfig
 from difftune.named import at_least
-from difftune.reward_gradient import Modes, ascents, check_gradient, follow
-from difftune.training import Metrics, Reward
+from difftune.reward_gradient import Modes, ascents, check_gradient
+from difftune.training import Metrics, Reward, follow
 from difftune.training import card as model_card
 
 
@@ -54,7 +54,7 @@ def train(
 def run(config: ReflConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None) -> dict[str, Any]:
     """`difftune train refl`: train in `config.output_dir`; returns a summary. See `runs.run`."""
     check(config, pipe, reward)
-    return follow(config, train, partial(card, config), show, pipe, reward)
+    return follow(config, train, card, show, pipe, reward, gradient=True)
 
 
 def check(config: ReflConfig, pipe: Any = None, reward: Reward | None = None) -> None:

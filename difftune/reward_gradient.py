@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from difftune import runs
 from difftune.chain import Chain, Drawn
 from difftune.checkpoint import Say, State
 from difftune.configs import RewardGradientConfig
@@ -28,15 +27,14 @@ from difftune.training import (
     Metrics,
     Reward,
     Training,
-    attempt,
     begin,
     check,
     differentiate,
     mixed,
     samples,
     scored,
-    snapshot,
     statistics,
+    steps,
     update,
 )
 from solvers.budget import Plan, Probe, probe
@@ -87,15 +85,13 @@ def ascents(
     reference = Chain.of(config, run.pipe, run.reference) if config.kl_coeff > 0 else None
     with running(config, modes, run, chain, prompts, reward, say) as plan:
         ascent = Ascent(config, run, chain, reference, prompts, one_at_a_time(reward, plan), loss, plan)
-        for step in range(run.done, config.max_train_steps):
-            gradient = plan.gradient if modes.of is None else modes.of(step)
-            metrics = attempt(config, run, step, partial(climb, ascent, gradient, step))
-            yield metrics, snapshot(config, run, step + 1, metrics)
+        yield from steps(config, run, partial(climb, ascent, modes))
 
 
-def climb(ascent: Ascent, gradient: str, step: int) -> Metrics:
+def climb(ascent: Ascent, modes: Modes, step: int) -> Metrics:
     """One optimiser step, and what it met."""
     config, run = ascent.config, ascent.run
+    gradient = ascent.plan.gradient if modes.of is None else modes.of(step)
     batches = range(config.gradient_accumulation_steps)
     parts = [p for i in batches for p in ascent.plan.split(samples(config, step, i, run.rank, run.world))]
     scores, divergence = [], 0.0
@@ -244,19 +240,3 @@ def check_gradient(config: RewardGradientConfig, pipe: Any = None, reward: Rewar
     at_least(0, kl_coeff=config.kl_coeff)
     check_engine(config.memory_budget, xformers=False)
     differentiable(config.reward if reward is None else reward)
-
-
-def follow(
-    config: RewardGradientConfig,
-    train: Callable[..., Iterator[tuple[Metrics, State]]],
-    card: Callable[[Metrics], str],
-    show: Say | None = None,
-    pipe: Any = None,
-    reward: Reward | None = None,
-) -> dict[str, Any]:
-    """Train in `config.output_dir`, after the recipe's own check; returns a summary. See `runs.run`."""
-    state = runs.starting_state(config, show)
-    reward = reward_named(config.reward) if reward is None else reward
-    pipe = load_model(config.model) if pipe is None else pipe
-    steps = train(config, state, pipe, reward, runs.resolving(config, show))
-    return runs.run(config, steps, state, pipe, card, reward)

@@ -3,9 +3,7 @@
 A recipe is a Config, a loss and a generator; it calls these functions, and none of them calls it back:
 
     run = begin(config, state, pipe)
-    for step in range(run.done, config.max_train_steps):
-        metrics = attempt(config, run, step, lambda: gradients_and_update(...))
-        yield metrics, snapshot(config, run, step + 1, metrics)
+    yield from steps(config, run, lambda step: gradients_and_update(...))
 """
 
 import random
@@ -14,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -24,11 +23,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from difftune import checkpoint, finetune, lora, optimizers, runs, validation
-from difftune.checkpoint import Randomness, State
+from difftune.checkpoint import Randomness, Say, State
 from difftune.configs import TrainingConfig
 from difftune.engine import check_engine
 from difftune.errors import RunError, UserError
-from difftune.named import at_least, guidance_named, known, model_named, sampler_named
+from difftune.models import load as load_model
+from difftune.named import at_least, guidance_named, known, model_named, reward_named, sampler_named
 from difftune.optimizers import OPTIMIZERS
 from difftune.prompts import prompts_named
 from difftune.reward_statistics import PerPrompt
@@ -214,8 +214,20 @@ def mixed(seed: int, index: int, of: str = "noise") -> int:
     return random.Random(f"{seed} {of} {index}").getrandbits(63)
 
 
-def attempt(config: TrainingConfig, run: Training, step: int, function: Callable[[], Metrics]) -> Metrics:
-    """The metrics of one optimiser step, which `function` takes: scores, backward passes, `update`.
+def steps(
+    config: TrainingConfig,
+    run: Training,
+    one: Callable[[int], Metrics],
+    kept: Callable[[], Mapping[str, Tensor]] = dict,
+) -> Iterator[tuple[Metrics, State]]:
+    """Metrics and state after each optimiser step that is left, which `one` takes; `kept` is for `snapshot`."""
+    for step in range(run.done, config.max_train_steps):
+        metrics = attempt(config, run, step, one)
+        yield metrics, snapshot(config, run, step + 1, metrics, kept())
+
+
+def attempt(config: TrainingConfig, run: Training, step: int, one: Callable[[int], Metrics]) -> Metrics:
+    """The metrics of one optimiser step, which `one` takes: scores, backward passes, `update`.
 
     A step with a reward or a gradient that is not finite is skipped in every process, and counted. Raises RunError,
     with the step, for the first beyond `config.max_skipped_steps`.
@@ -224,7 +236,7 @@ def attempt(config: TrainingConfig, run: Training, step: int, function: Callable
     for group in run.optimizer.param_groups:
         group["lr"] = config.learning_rate * run.rate(step)
     try:
-        found = function()
+        found = one(step)
     except NotFinite as error:
         run.optimizer.zero_grad()
         run.skipped += 1
@@ -387,6 +399,28 @@ def owned(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------ the command
+
+
+def follow(
+    config: TrainingConfig,
+    train: Callable[..., Iterator[tuple[Metrics, State]]],
+    card: Callable[[Any, Metrics], str],
+    show: Say | None = None,
+    pipe: Any = None,
+    reward: Reward | None = None,
+    gradient: bool | None = None,
+) -> dict[str, Any]:
+    """Train in `config.output_dir`, after the recipe's own check; returns a summary. See `runs.run`.
+
+    gradient: the reward that config names is loaded for the training and its validations, with a gradient or without;
+    None: `train` loads what it needs.
+    """
+    state = runs.starting_state(config, show)
+    if reward is None and gradient is not None:
+        reward = reward_named(config.reward, gradient=gradient)
+    pipe = load_model(config.model) if pipe is None else pipe
+    found = train(config, state, pipe, reward, runs.resolving(config, show))
+    return runs.run(config, found, state, pipe, partial(card, config), reward)
 
 
 def check(config: TrainingConfig, pipe: Any = None) -> None:
