@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -171,9 +171,11 @@ def plain(branch: Branch) -> str:
 
 def named(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a forward by name."""
-    signature = inspect.signature(type(unwrap_module(network)).forward)
-    _, *arguments = signature.bind(network, *args, **kwargs).arguments.items()
+    _, *arguments = _signature(type(unwrap_module(network)).forward).bind(network, *args, **kwargs).arguments.items()
     return dict(arguments)
+
+
+_signature = cache(inspect.signature)  # which is slow, and the same in every step
 
 
 def sorted_out(arguments: Mapping[str, Any], batch_first: Sequence[str]) -> tuple[Inputs, Inputs]:

@@ -88,8 +88,11 @@ def line(space: str, to: str, at: Noise) -> tuple[Tensor, Tensor]:
     if space == to:
         return torch.zeros_like(at.alpha), torch.ones_like(at.alpha)
     p, q, m, n = lines(space, at)
-    one = torch.ones_like(at.alpha)
-    x0, eps = {"x0": (one, 0 * one), "eps": (0 * one, one), "v": (-at.sigma, at.alpha), "flow": (-one, one)}[to]
+    if to == "x0":
+        return p, q
+    if to == "eps":
+        return m, n
+    x0, eps = (-at.sigma, at.alpha) if to == "v" else (-torch.ones_like(at.alpha), torch.ones_like(at.alpha))
     return x0 * p + eps * m, x0 * q + eps * n
 
 
