@@ -4,10 +4,11 @@ A set that changes by one item keeps `Running` statistics: adding, removing or r
 the size of the set. The distance itself is O(D^3).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class Moments(NamedTuple):
@@ -100,9 +101,30 @@ def frechet_of(a: Moments, b: Moments, root: Tensor | None = None) -> Tensor:
 
 
 def square_root(covariance: Tensor) -> Tensor:
-    """The symmetric square root of (..., D, D)."""
-    values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp(min=0).sqrt()[..., None, :] @ vectors.mT
+    """The symmetric square root of (..., D, D), differentiable once, whatever its rank."""
+    return _SquareRoot.apply(covariance)
+
+
+class _SquareRoot(torch.autograd.Function):
+    """P with P P = S. From dP P + P dP = dS, dP_ij = dS_ij / (p_i + p_j) in the eigenbasis, 0 where p_i = p_j = 0.
+
+    eigh's own gradient divides by p_i^2 - p_j^2, which is 0 in the null space of a set of few items, shrunk or not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, covariance: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(covariance)
+        rounding = values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
+        p = torch.where(values > rounding, values, 0.0).sqrt()
+        ctx.save_for_backward(p, vectors)
+        return vectors * p[..., None, :] @ vectors.mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        p, vectors = ctx.saved_tensors
+        sums = p[..., :, None] + p[..., None, :]
+        return vectors @ (vectors.mT @ gradient @ vectors / sums.masked_fill(sums == 0, torch.inf)) @ vectors.mT
 
 
 def _shrunk(covariance: Tensor, shrinkage: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from rewards.frechet import Moments, frechet, frechet_of, moments
 from rewards.registry import load
-from rewards.vendi import vendi, vendi_of
+from rewards.vendi import directions, vendi, vendi_of, vendi_of_directions
 
 
 def features(n: int = 50, d: int = 6, seed: int = 0) -> torch.Tensor:
@@ -41,6 +41,24 @@ def test_frechet_invariants():
     assert float(frechet(a, a + 3)) == pytest.approx(6 * 9, rel=1e-6)
     few = features(3)  # a covariance without full rank
     assert frechet(few, few + 1).isfinite() and frechet(few, few).abs() < 1e-8
+
+
+@pytest.mark.parametrize(("n", "shrinkage"), [(9, 0.0), (3, 0.0), (3, 0.1), (2, 0.5), (2, 1.0)])
+def test_frechets_gradient_is_the_finite_difference(n, shrinkage):
+    """In both sets; also where the covariance has no full rank, or equal eigenvalues."""
+    few, many = features(n, 4).double(), features(12, 4, 1).double()
+    assert torch.autograd.gradcheck(lambda x: frechet(x, many, shrinkage), few.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: frechet(many, x, shrinkage), few)
+
+
+@pytest.mark.parametrize("score", [vendi, lambda x: vendi_of_directions(directions(x))])
+@pytest.mark.parametrize(("n", "d"), [(5, 3), (3, 5)])
+def test_vendis_gradient_is_the_finite_difference(score, n, d):
+    assert torch.autograd.gradcheck(score, features(n, d).double().requires_grad_())
+    for same in (torch.ones(n, d), torch.eye(n, d + n)):  # of copies and of orthogonal items, the extremes, it is 0
+        x = same.double().requires_grad_()
+        (gradient,) = torch.autograd.grad(score(x), x)
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-6)
 
 
 def test_shrinkage():
