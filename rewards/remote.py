@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards.checks import eight_bit, paired
+from rewards.checks import eight_bit, finite, paired
 from rewards.registry import Reward
 
 TOKEN = "DIFFTUNE_REWARD_TOKEN"  # of the environment: what client and server share
@@ -62,7 +62,7 @@ class Remote:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.token or _token()}"}
         try:
             ask = urllib.request.Request(f"{self.url.rstrip('/')}/score", body, headers)
-            with urllib.request.urlopen(ask, timeout=self.timeout) as answer:
+            with OPENER.open(ask, timeout=self.timeout) as answer:
                 return _scores(json.loads(answer.read(ANSWER)), len(prompts))
         except urllib.error.HTTPError as error:
             with error:
@@ -70,6 +70,16 @@ class Remote:
             raise ConnectionError(f"the reward server {self.url} refused with {error.code}: {why}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConnectionError(f"no scores from the reward server {self.url}: {error}") from error
+
+
+class Stays(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect, which would take the token elsewhere: its status is what the client is told."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+OPENER = urllib.request.build_opener(Stays)
 
 
 def _scores(answer: dict[str, Any], count: int) -> list[float]:
@@ -117,7 +127,8 @@ class Server(ThreadingHTTPServer):
 
     Statuses: 400 what is no such JSON or no PNG, 401 a wrong token, 404 another path, 411 no length, 413 more than the
     `limits`, 422 what the reward refuses, 500 where it fails, 503 too many connections. One batch is scored at a time.
-    Without a token it may only listen on this machine: otherwise it raises ValueError.
+    Without a token it may only listen on this machine: otherwise it raises ValueError, as for a device that is not
+    there; OSError where it cannot listen.
     """
 
     daemon_threads = True
@@ -134,6 +145,7 @@ class Server(ThreadingHTTPServer):
     ):
         if not token and not _loopback(host):
             raise ValueError(f"{host} can be reached from elsewhere: give a token, or listen on 127.0.0.1")
+        _there(device)
         self.reward, self.token, self.limits, self.device = reward, token, limits, device
         self.one_at_a_time = Lock()
         self.free = BoundedSemaphore(limits.connections)
@@ -148,7 +160,11 @@ class Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Without the name look-up of HTTPServer, which may wait for a network."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
+        try:
+            self.socket.bind(self.server_address)
+        except OSError as error:
+            where = f"{self.server_address[0]!s}, port {self.server_address[1]}"
+            raise OSError(f"cannot listen on {where}: {error.strerror}; choose another --port") from error
         self.server_address = self.socket.getsockname()
         host, self.server_port = self.server_address[:2]
         self.server_name = str(host)
@@ -181,9 +197,22 @@ class Server(ThreadingHTTPServer):
             for size in {x.shape for x in images}:
                 rows = [i for i, x in enumerate(images) if x.shape == size]
                 batch = torch.stack([images[i] for i in rows]).to(self.device)
-                for i, score in zip(rows, self.reward(batch, [prompts[i] for i in rows]).tolist(), strict=True):
+                for i, score in zip(rows, self._asked(batch, [prompts[i] for i in rows]), strict=True):
                     scores[i] = score
-        return scores
+        return finite(torch.tensor(scores, dtype=torch.float64), "a score").tolist()
+
+    def _asked(self, images: Tensor, prompts: list[str]) -> list[float]:
+        try:
+            return self.reward(images, prompts).tolist()
+        except OSError as error:  # which would look like a client that has gone
+            raise Refused(500, f"the reward failed: {type(error).__name__}") from error
+
+
+def _there(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {device!r}: {str(error).partition(chr(10))[0]}") from error
 
 
 def _loopback(host: str) -> bool:
@@ -248,7 +277,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/score":
             raise Refused(404, "scores are at POST /score")
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self.server.token.encode()):
+        if self.server.token and not hmac.compare_digest(given.encode(), self.server.token.encode()):
             raise Refused(401, "the token is wrong")
         asked = _json(self._body())
         pictures, prompts = asked["images"], asked["prompts"]

@@ -2,6 +2,7 @@
 
 import base64
 import http.client
+import http.server
 import json
 import os
 import socket
@@ -36,6 +37,10 @@ class Slow:
             raise ValueError("cannot judge 'refuse'")
         if "fail" in prompts:
             raise KeyError("a secret of the server")
+        if "gone" in prompts:
+            raise FileNotFoundError("a secret of the server")
+        if "nan" in prompts:
+            return images.mean(dim=(1, 2, 3)) * float("nan")
         self.running += 1
         self.most = max(self.most, self.running)
         time.sleep(self.seconds)
@@ -131,6 +136,8 @@ REQUESTS = {  # what is sent, and what is answered
     "no length": ({"body": b"", "Content-Length": "x"}, 411, "a request says its Content-Length"),
     "refused": ({"body": body(prompts=["refuse"])}, 422, "cannot judge 'refuse'"),
     "failed": ({"body": body(prompts=["fail"])}, 500, "the reward failed: KeyError"),
+    "failed to read": ({"body": body(prompts=["gone"])}, 500, "the reward failed: FileNotFoundError"),
+    "not finite": ({"body": body(prompts=["nan"])}, 422, "a score is not finite at index 0"),
 }  # fmt: skip
 
 
@@ -188,6 +195,41 @@ def test_server_that_others_can_reach_needs_a_token():
     with serving(token="") as server:
         assert server.server_address[0] == "127.0.0.1"
         assert ask(server, body(), token="")[0] == 200
+        assert ask(server, body(), token="one that nobody asked for")[0] == 200
+
+
+def test_server_that_cannot_start_says_why(server):
+    with pytest.raises(OSError, match=r"cannot listen on 127.0.0.1, port \d+: .*in use; choose another --port"):
+        Server(Slow(), port=server.server_port)
+    with pytest.raises(ValueError, match="there is no device 'nowhere': "):
+        Server(Slow(), device="nowhere")
+
+
+def test_client_follows_no_redirect():
+    """Its token would go along."""
+    asked = []
+
+    class Elsewhere(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.path)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(302)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Elsewhere) as other:
+        thread = threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        with pytest.raises(ConnectionError, match="refused with 302"):
+            Remote(f"http://127.0.0.1:{other.server_port}", TOKEN)(IMAGES[:1], ["a"])
+        other.shutdown()
+        thread.join()
+    assert asked == ["/score"]
 
 
 def open_files() -> int:
