@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from rewards import hub, shapes
-from rewards.checks import paired
+from rewards.checks import dtype_of, paired
 from rewards.classifier import CLASSES, ShapeClassifier, load_classifier
-from rewards.preprocess import Preprocess
+from rewards.preprocess import RESAMPLE, Preprocess, transformers_preprocess
 from rewards.registry import unknown
 
-RESAMPLE: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 IMAGENET = 1000  # classes
 
 
@@ -59,7 +58,7 @@ class ClassProbability:
         if str(label).isdecimal() and int(label) < len(self.labels):
             return int(label)
         if str(label).strip().lower() not in self.names:
-            raise ValueError(unknown("class", str(label), list(self.names)[:20]))
+            raise ValueError(unknown("class", str(label), self.names))
         return self.names[str(label).strip().lower()]
 
 
@@ -77,7 +76,7 @@ def classifier(model: str | Path, label: str | int | None = None, dtype: str = "
     folder = hub.snapshot(model)
     config = json.loads((folder / "config.json").read_text())
     make = _timm if "architecture" in config else _transformers
-    return make(folder, config, label, getattr(torch, dtype))
+    return make(folder, config, label, dtype_of(dtype))
 
 
 def _timm(folder: Path, config: Mapping[str, Any], label: str | int | None, dtype: torch.dtype) -> ClassProbability:
@@ -98,8 +97,10 @@ def timm_preprocess(about: Mapping[str, Any]) -> Preprocess:
     if height != width or mode not in ("center", "squash"):
         raise ValueError(f"a timm model with input {height} x {width} and crop mode {mode!r} is not supported")
     fit: Literal["crop", "squash"] = "squash" if mode == "squash" else "crop"
-    crop = about.get("crop_pct", 0.875)
-    return Preprocess(height, fit, about["mean"], about["std"], about.get("interpolation", "bicubic"), crop)
+    how = about.get("interpolation", "bicubic")
+    if how not in RESAMPLE.values():
+        raise ValueError(f"a timm model with interpolation {how!r} is not supported, only bilinear, bicubic")
+    return Preprocess(height, fit, about["mean"], about["std"], how, int(height / about.get("crop_pct", 0.875)))
 
 
 def _timm_labels(config: Mapping[str, Any]) -> Sequence[str]:
@@ -123,23 +124,6 @@ def _transformers(
         return network(pixel_values=x).logits
 
     return ClassProbability(network, logits, labels, transformers_preprocess(about), label)
-
-
-def transformers_preprocess(about: Mapping[str, Any]) -> Preprocess:
-    """What an image processor of transformers does to a picture, from its preprocessor_config.json. Raises ValueError
-    for others than a square input by a squash or by a resize of the shorter side and a centre crop."""
-    size = about["size"] if isinstance(about["size"], dict) else {"height": about["size"], "width": about["size"]}
-    mean, std = about["image_mean"], about["image_std"]
-    how = RESAMPLE[about.get("resample", 2)]
-    if "height" in size and size["height"] == size["width"] and not about.get("do_center_crop"):
-        return Preprocess(size["height"], "squash", mean, std, how)
-    if "shortest_edge" not in size:
-        raise ValueError(f"an image processor with size {size} is not supported")
-    edge = size["shortest_edge"]
-    if "crop_pct" in about:  # ConvNeXt: small inputs are resized to more than they show
-        return Preprocess(edge, "crop" if edge < 384 else "squash", mean, std, how, about["crop_pct"])
-    cut = about.get("crop_size", {}).get("height", edge) if about.get("do_center_crop") else edge
-    return Preprocess(cut, "crop", mean, std, how, cut / edge)
 
 
 class TinyClassifier:

@@ -1,5 +1,6 @@
 """Cosine similarity of pictures and captions: CLIP models of open_clip and transformers, PickScore and HPS."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,9 +13,9 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from rewards import hub
-from rewards.checks import paired
+from rewards.checks import dtype_of, paired
 from rewards.layouts import built, clip_from_open_clip, under
-from rewards.preprocess import Preprocess
+from rewards.preprocess import Preprocess, transformers_preprocess
 
 TINY = Path(__file__).parent / "weights" / "tiny-clip"
 FITS: dict[str, Literal["crop", "squash"]] = {"shortest": "crop", "squash": "squash"}  # open_clip's names for ours
@@ -85,7 +86,7 @@ class CLIPScore(Cosine):
         if not (Path(folder) / "open_clip_config.json").is_file():
             raise FileNotFoundError(f"no open_clip model in {folder}: it has no open_clip_config.json")
         name = f"local-dir:{folder}"
-        self.model = open_clip.create_model(name).to(_dtype(dtype)).eval().requires_grad_(False)
+        self.model = open_clip.create_model(name).to(dtype_of(dtype)).eval().requires_grad_(False)
         self.tokenize = open_clip.get_tokenizer(name)
         self.preprocess = _open_clip_preprocess(self.model.visual.preprocess_cfg, folder)
 
@@ -109,10 +110,6 @@ class TransformersCLIP(Cosine):
         return self.model.text_projection(self.model.text_model(input_ids=ids).pooler_output)
 
 
-def _dtype(name: str) -> torch.dtype:
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
 def _open_clip_preprocess(config: Mapping[str, Any], folder: str | Path) -> Preprocess:
     for key, known in (("resize_mode", FITS), ("interpolation", ("bicubic", "bilinear"))):
         if config[key] not in known:
@@ -132,12 +129,22 @@ def tiny_clip(folder: str | Path = TINY) -> CLIPScore:
 def open_clip_score(model: str = "ViT-B-32", pretrained: str = "laion2b_s34b_b79k", dtype: str = "float32") -> Cosine:
     """The CLIP score of any model of open_clip, by its name and pretrained tag, as `open_clip.list_pretrained()` has
     them. Raises ValueError for a pair that open_clip does not know or has not on the Hub."""
+    return CLIPScore(hub.snapshot(repository(model, pretrained)), dtype)
+
+
+def repository(model: str, pretrained: str) -> str:
+    """The Hub id of a model of open_clip. Raises ValueError for a pair that open_clip does not know."""
     config = open_clip.get_pretrained_cfg(model, pretrained)
-    repository = str(config.get("hf_hub", "")).rstrip("/") if config else ""
-    if repository.count("/") != 1:
+    found = str(config.get("hf_hub", "")).rstrip("/") if config else ""
+    if found.count("/") != 1:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none, and no model of that name"
         raise ValueError(f"open_clip has no model {model!r} with tag {pretrained!r} on the Hub; its tags: {tags}")
-    return CLIPScore(hub.snapshot(repository), dtype)
+    return found
+
+
+def fetch_open_clip(model: str, pretrained: str, **_: Any) -> list[Path]:
+    """What `open_clip_score` and `clip_logit` download."""
+    return [hub.snapshot(repository(model, pretrained))]
 
 
 def clip_logit(model: str = "ViT-H-14", pretrained: str = "laion2b_s32b_b79k", dtype: str = "float32") -> Cosine:
@@ -158,6 +165,11 @@ def clip_score(
     if model is not None:
         return _from_folder(hub.snapshot(model), dtype)
     return _from_state(under(_state(weights, "clip-vit-l-14"), ""), sizes, dtype, Preprocess())
+
+
+def fetch_clip_score(model: str | None, **_: Any) -> list[Path]:
+    """What `clip_score` downloads."""
+    return [hub.weights("clip-vit-l-14") if model is None else hub.snapshot(model)]
 
 
 def pickscore(
@@ -222,7 +234,10 @@ def _from_folder(folder: Path, dtype: str) -> TransformersCLIP:
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
 
-    seen = Preprocess(config.vision_config.image_size)
+    looks = folder / "preprocessor_config.json"
+    seen = Preprocess(config.vision_config.image_size)  # CLIP's own, where the folder says nothing else
+    if looks.is_file():
+        seen = transformers_preprocess(json.loads(looks.read_text()))
     return TransformersCLIP(built(CLIPModel, config, state, dtype), tokenize, seen)
 
 

@@ -20,6 +20,9 @@ class JPEG:
     quality: int = 95
     differentiable = False
 
+    def __post_init__(self) -> None:
+        quantised(LUMA, self.quality)
+
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         paired(images, prompts)
         pictures = eight_bit(images).permute(0, 2, 3, 1).cpu().numpy()
@@ -55,6 +58,9 @@ class JPEGProxy:
     quality: int = 95
     bits_per_log2: float = 3.0
     differentiable = True
+
+    def __post_init__(self) -> None:
+        quantised(LUMA, self.quality)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         paired(images, prompts)

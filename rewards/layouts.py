@@ -3,9 +3,10 @@
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from rewards.checks import dtype_of
 
 OPEN_CLIP = {
     r"^visual\.class_embedding$": "vision_model.embeddings.class_embedding",
@@ -72,13 +73,13 @@ def built(
     kind: type[PreTrainedModel],
     config: PreTrainedConfig,
     state: Mapping[str, Tensor],
-    dtype: str | torch.dtype = "float32",
+    dtype: str = "float32",
     **options: bool,
 ) -> PreTrainedModel:
     """A frozen network with exactly these weights. Raises ValueError if a tensor is missing, left over or of another
     shape, naming some of them."""
     model, info = kind.from_pretrained(
-        None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True, **options
+        None, config=config, state_dict=dict(state), dtype=dtype_of(dtype), output_loading_info=True, **options
     )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:

@@ -39,7 +39,7 @@ class OCR:
 def quoted(prompt: str) -> str:
     """The text between the quotation marks of a prompt; several are joined."""
     found = "".join(a or b for a, b in QUOTED.findall(prompt))
-    if not found:
+    if not found.strip():
         raise ValueError(f"{prompt!r} quotes no text to be read: write it in quotation marks")
     return found
 

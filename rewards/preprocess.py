@@ -1,8 +1,8 @@
 """How networks see pictures: a differentiable resize, then mean and standard deviation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,8 +17,8 @@ class Preprocess:
 
     `fit` says what becomes of pictures that are not square: "crop" resizes the shorter side and cuts out the centre,
     "pad" resizes the longer side and centres the picture on black, "squash" resizes both. With "crop", the shorter side
-    becomes size / crop. Everything is torch with antialiasing, so that gradients reach the pixels; unlike Pillow's, the
-    result of a resize is not clipped to [0, 1].
+    becomes `edge` (None: `size`). Everything is torch with antialiasing, so that gradients reach the pixels; unlike
+    Pillow's, the result of a resize is not clipped to [0, 1].
     """
 
     size: int = 224
@@ -26,7 +26,7 @@ class Preprocess:
     mean: Sequence[float] = CLIP_MEAN
     std: Sequence[float] = CLIP_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    crop: float = 1.0
+    edge: int | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         x = self.pixels(images)
@@ -39,8 +39,8 @@ class Preprocess:
         if self.fit == "squash":
             return self._resized(x, self.size, self.size)
         if self.fit == "pad":
-            return padded(self._resized(x, *_sides(x, self.size, max(x.shape[-2:]))), self.size)
-        return centre(self._resized(x, *_sides(x, int(self.size / self.crop), min(x.shape[-2:]))), self.size)
+            return padded(self._resized(x, *_longer(x, self.size)), self.size)
+        return centre(self._resized(x, *_shorter(x, self.edge or self.size)), self.size)
 
     def _resized(self, x: Tensor, height: int, width: int) -> Tensor:
         if x.shape[-2:] == (height, width):
@@ -48,9 +48,16 @@ class Preprocess:
         return F.interpolate(x, (height, width), mode=self.interpolation, antialias=True)
 
 
-def _sides(x: Tensor, size: int, of: int) -> list[int]:
-    """Both sides, scaled so that the side `of` becomes `size`; rounded down, as torchvision does."""
-    return [max(1, side * size // of) for side in x.shape[-2:]]
+def _shorter(x: Tensor, size: int) -> list[int]:
+    """Both sides, scaled so that the shorter becomes `size`; rounded down, as torchvision does."""
+    short = min(x.shape[-2:])
+    return [side * size // short for side in x.shape[-2:]]
+
+
+def _longer(x: Tensor, size: int) -> list[int]:
+    """Both sides, scaled so that the longer becomes `size`; rounded to the nearest, as HPS does."""
+    scale = size / max(x.shape[-2:])
+    return [max(1, round(side * scale)) for side in x.shape[-2:]]
 
 
 def centre(x: Tensor, size: int) -> Tensor:
@@ -63,3 +70,32 @@ def padded(x: Tensor, size: int) -> Tensor:
     """(B, 3, H, W) in the middle of black, (B, 3, size, size)."""
     height, width = (size - side for side in x.shape[-2:])
     return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+
+
+RESAMPLE: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+EXPECTED = {  # what an image processor does or does not do, beside the resize and the crop
+    "do_resize": True, "do_rescale": True, "do_normalize": True, "do_pad": False, "rescale_offset": False,
+    "include_top": False, "do_flip_channel_order": False,
+}  # fmt: skip
+
+
+def transformers_preprocess(about: Mapping[str, Any]) -> Preprocess:
+    """What an image processor of transformers does to a picture, from its preprocessor_config.json. Raises ValueError
+    for others than a square input by a squash or by a resize of the shorter side and a centre crop."""
+    for key, expected in EXPECTED.items():
+        if about.get(key, expected) not in (expected, None):
+            raise ValueError(f"an image processor with {key} {about[key]} is not supported")
+    size = about["size"] if isinstance(about["size"], dict) else {"height": about["size"], "width": about["size"]}
+    how = RESAMPLE.get(about.get("resample", 2))
+    if how is None:
+        raise ValueError(f"an image processor with resample {about['resample']} is not supported, only {RESAMPLE}")
+    mean, std = about["image_mean"], about["image_std"]
+    if "height" in size and size["height"] == size["width"] and not about.get("do_center_crop"):
+        return Preprocess(size["height"], "squash", mean, std, how)
+    if "shortest_edge" not in size:
+        raise ValueError(f"an image processor with size {size} is not supported")
+    edge = size["shortest_edge"]
+    if "crop_pct" in about:  # ConvNeXt: small inputs are resized to more than they show
+        return Preprocess(edge, "crop" if edge < 384 else "squash", mean, std, how, int(edge / about["crop_pct"]))
+    cut = about.get("crop_size", {}).get("height", edge) if about.get("do_center_crop") else edge
+    return Preprocess(cut, "crop", mean, std, how, edge)

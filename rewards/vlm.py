@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rewards import hub
-from rewards.checks import paired
+from rewards.checks import dtype_of, paired
 
 MATCH = 'Does this picture show "{prompt}"? Answer yes or no.'
 BETTER = 'Which picture shows "{prompt}" better? Is image 1 better than image 2? Answer yes or no.'
@@ -36,24 +36,25 @@ class VLMJudge:
     ):
         folder = hub.snapshot(model)
         self.processor = AutoProcessor.from_pretrained(folder)
-        network = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, dtype=getattr(torch, dtype))
+        network = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, dtype=dtype_of(dtype))
         self.model = network.eval().requires_grad_(False)
         self.reference = reference
         self.question = question or (MATCH if reference is None else BETTER)
         self.yes, self.no = (self._tokens(word) for word in ANSWERS)
-        probe = torch.full((3, 64, 64), 0.5, requires_grad=True)
-        self.differentiable = bool(self._inputs([probe], "")["pixel_values"].requires_grad)
+        self.differentiable = self._keeps_the_gradient()
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         paired(images, prompts)
         self.model.to(images.device)
-        return torch.stack([self._score(x, prompt) for x, prompt in zip(images.float(), prompts, strict=True)])
+        seen = images.float() if self.differentiable else images.detach().float()
+        return torch.stack([self._score(x, prompt) for x, prompt in zip(seen, prompts, strict=True)])
 
     def _score(self, x: Tensor, prompt: str) -> Tensor:
         if self.reference is None:
             return self._yes([x], prompt)
-        other = self.reference[prompt] if isinstance(self.reference, Mapping) else self.reference
-        other = other.to(x)
+        if isinstance(self.reference, Mapping) and prompt not in self.reference:
+            raise ValueError(f"there is no reference picture of the prompt {prompt!r}: give one for every prompt")
+        other = (self.reference[prompt] if isinstance(self.reference, Mapping) else self.reference).to(x)
         return (self._yes([x, other], prompt) + 1 - self._yes([other, x], prompt)) / 2
 
     def _yes(self, pictures: list[Tensor], prompt: str) -> Tensor:
@@ -70,6 +71,13 @@ class VLMJudge:
         found = self.processor(text=[text], images=[pictures], return_tensors="pt", do_rescale=False)
         found = found.to(self.model.device)
         return {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in found.items()}
+
+    def _keeps_the_gradient(self) -> bool:
+        probe = torch.full((3, 64, 64), 0.5, requires_grad=True)
+        try:
+            return bool(self._inputs([probe], "")["pixel_values"].requires_grad)
+        except RuntimeError:  # a processor on Pillow or numpy makes an array of it
+            return False
 
     def _tokens(self, word: str) -> list[int]:
         """Every single token that spells the word."""

@@ -1,6 +1,7 @@
 """Learned rewards against the implementations that their layouts come from, on small random checkpoints."""
 
 import json
+import types
 
 import open_clip
 import pytest
@@ -10,14 +11,23 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch.nn import functional as F
 from torchvision.transforms import v2
-from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPImageProcessor, CLIPModel
+from transformers import (
+    AutoProcessor,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPImageProcessor,
+    CLIPImageProcessorPil,
+    CLIPModel,
+)
 
 from rewards import clip
 from rewards.aesthetic import Aesthetic, affine
-from rewards.classify import TinyClassifier, classifier, transformers_preprocess
+from rewards.classify import TinyClassifier, classifier, timm_preprocess
 from rewards.imagereward import MEAN, STD, ImageReward
 from rewards.layouts import built, clip_from_open_clip
-from rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, transformers_preprocess
 from rewards.registry import load
 from rewards.vlm import VLMJudge
 from tests.rewards import checkpoints
@@ -86,6 +96,19 @@ def test_clip_of_a_folder_is_that_of_its_weights(made, tmp_path):
     )
     assert reward.tokenize(PROMPTS).shape == (3, 16)
     assert reward(IMAGES, PROMPTS).unique().numel() == 3
+    looks = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.5] * 3)
+    looks.save_pretrained(tmp_path)
+    assert list(clip.clip_score(tmp_path).preprocess.mean) == [0.5] * 3
+
+
+@pytest.mark.parametrize("name", ["clip-score", "aesthetic", "imagereward", "classifier", "tiny-clip", "vlm"])
+def test_dtype_that_is_not_known_is_named(name, options):
+    sentence = r"no dtype of a network 'bfloat' \(did you mean 'bfloat16'\?\); known: bfloat16, float16, float32"
+    arguments = options[name] if name != "tiny-clip" else {}
+    with pytest.raises(ValueError, match=sentence):
+        if name == "tiny-clip":
+            clip.CLIPScore(clip.TINY, "bfloat")
+        load(name, **arguments, dtype="bfloat")
 
 
 @pytest.mark.parametrize("what", ["missing", "unexpected", "mismatched"])
@@ -202,7 +225,7 @@ PATHS = {  # ours, and the PIL path that the models were trained with
     "clip, pickscore, imagereward, aesthetic": (Preprocess(), clip_transform),
     "hps": (Preprocess(fit="pad"), hps_transform),
     "timm": (
-        Preprocess(160, "crop", (0.5,) * 3, (0.5,) * 3, "bicubic", 0.95),
+        Preprocess(160, "crop", (0.5,) * 3, (0.5,) * 3, "bicubic", 168),
         create_transform((3, 160, 160), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=0.95),
     ),
 }
@@ -210,7 +233,7 @@ MEAN_ERROR, MAX_ERROR = 0.002, 0.01  # in pixel values of [0, 1]: rounding to 8 
 
 
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize("size", [(512, 512), (300, 450)])
+@pytest.mark.parametrize("size", [(512, 512), (300, 450), (512, 333)])  # 333 becomes 145.7: a side is rounded
 def test_preprocessing_is_the_pil_path(name, size):
     ours, theirs = PATHS[name]
     x = smooth(*size)
@@ -229,12 +252,33 @@ def test_preprocessing_of_transformers_configurations():
     assert (ours(x[None]) - theirs).abs().mean() < 0.02
     squash = transformers_preprocess(facts | {"size": {"height": 32, "width": 32}, "resample": 2})
     assert squash == Preprocess(32, "squash", CLIP_MEAN, CLIP_STD, "bilinear")
-    assert (
-        transformers_preprocess(facts | {"size": {"shortest_edge": 224}, "crop_pct": 0.875, "resample": 3}).crop
-        == 0.875
-    )
-    with pytest.raises(ValueError, match="an image processor with size .* is not supported"):
-        transformers_preprocess(facts | {"size": {"longest_edge": 32}})
+    convnext = transformers_preprocess(facts | {"size": {"shortest_edge": 224}, "crop_pct": 0.875, "resample": 3})
+    assert convnext == Preprocess(224, "crop", CLIP_MEAN, CLIP_STD, "bicubic", 256)
+    large = facts | {"size": {"shortest_edge": 232}, "crop_size": {"height": 160, "width": 160}, "do_center_crop": True}
+    assert transformers_preprocess(large) == Preprocess(160, "crop", CLIP_MEAN, CLIP_STD, "bilinear", 232)
+
+
+@pytest.mark.parametrize(
+    ("about", "sentence"),
+    [
+        ({"size": {"longest_edge": 32}}, "an image processor with size .* is not supported"),
+        ({"resample": 0}, "with resample 0 is not supported"),
+        ({"do_normalize": False}, "with do_normalize False is not supported"),
+        ({"include_top": True}, "with include_top True is not supported"),  # EfficientNet's, which normalises twice
+    ],
+)
+def test_preprocessing_that_is_not_known_is_refused(about, sentence):
+    facts = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "size": {"height": 32, "width": 32}}
+    with pytest.raises(ValueError, match=sentence):
+        transformers_preprocess(facts | about)
+
+
+def test_timm_preprocessing_that_is_not_known_is_refused():
+    facts = {"input_size": [3, 32, 32], "mean": CLIP_MEAN, "std": CLIP_STD}
+    with pytest.raises(ValueError, match="with interpolation 'nearest' is not supported, only bilinear, bicubic"):
+        timm_preprocess(facts | {"interpolation": "nearest"})
+    with pytest.raises(ValueError, match="input 32 x 32 and crop mode 'border' is not supported"):
+        timm_preprocess(facts | {"crop_mode": "border"})
 
 
 # ---------------------------------------------------------------------------------------------- classifiers
@@ -317,6 +361,8 @@ def test_judge_of_two_pictures_has_no_favourite_order(judge):
     torch.testing.assert_close(total, torch.ones(1))
     torch.testing.assert_close(one(b, PROMPTS[:1]), torch.tensor([0.5]))
     assert abs(one(a, PROMPTS[:1]) - 0.5) > 1e-3
+    with pytest.raises(ValueError, match="no reference picture of the prompt 'another': give one for every prompt"):
+        other(b, ["another"])
 
 
 def test_gradient_of_a_judge_reaches_the_pixels(judge):
@@ -325,6 +371,24 @@ def test_gradient_of_a_judge_reaches_the_pixels(judge):
     assert reward.differentiable
     (gradient,) = torch.autograd.grad(reward(images, PROMPTS[:2]).sum(), images)
     assert (gradient.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_processor_on_pillow_leaves_a_judge_without_a_gradient(tmp_path, monkeypatch):
+    folder = checkpoints.llava(tmp_path)
+    looks = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+
+    def on_pillow(folder):
+        processor = AutoProcessor.from_pretrained(folder)
+        processor.image_processor = looks
+        return processor
+
+    expected = VLMJudge(folder)(IMAGES, PROMPTS)
+    monkeypatch.setattr("rewards.vlm.AutoProcessor", types.SimpleNamespace(from_pretrained=on_pillow))
+    reward = VLMJudge(folder)
+    assert not reward.differentiable
+    scores = reward(IMAGES.clone().requires_grad_(), PROMPTS)
+    assert not scores.requires_grad
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0.02)
 
 
 def test_judge_sees_grey_as_one_half(judge):

@@ -223,6 +223,17 @@ def test_single_image_without_a_batch_is_refused(name, loaded):
         loaded(name)(noise_images()[0], PROMPTS)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_of_another_range_or_of_integers_are_refused(name, loaded):
+    reward, words = loaded(name), prompts(name)
+    with pytest.raises(ValueError, match=r"images are in \[0, 1\], not from -[\d.]+ to [\d.]+: \(x \+ 1\) / 2 brings"):
+        reward(2 * noise_images() - 1, words)
+    with pytest.raises(ValueError, match=r"images are in \[0, 1\], not from 0\.\d+ to 255: "):
+        reward(255 * noise_images(), words)
+    with pytest.raises(ValueError, match=r"images are floats in \[0, 1\], not torch.uint8: divide"):
+        reward((255 * noise_images()).byte(), words)
+
+
 # ---------------------------------------------------------------------------------------------- the registry
 
 
@@ -274,7 +285,7 @@ def test_jpeg_is_pillows_file_size(quality, tmp_path):
 
 
 def test_pixels_beyond_white_and_black_are_clipped_for_eight_bits():
-    images = 3 * noise_images() - 1
+    images = 1.4 * noise_images() - 0.2
     assert torch.equal(load("jpeg")(images, PROMPTS), load("jpeg")(images.clamp(0, 1), PROMPTS))
 
 
@@ -341,8 +352,9 @@ def test_jpeg_proxy_uses_the_tables_and_the_transform_of_the_encoder():
     ycc = np.asarray(Image.fromarray(pixels).convert("YCbCr"), np.float32) - 128
     ours = torch.cat(jpeg.ycc(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255), 1)[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose(ours, ycc, atol=1.01)
-    with pytest.raises(ValueError, match="the quality of a JPEG is 1 to 100, not 0"):
-        load("jpeg-proxy", quality=0)(noise_images(), PROMPTS)
+    for name, quality in (("jpeg", 101), ("jpeg-proxy", 0)):
+        with pytest.raises(ValueError, match=f"the quality of a JPEG is 1 to 100, not {quality}"):
+            load(name, quality=quality)
 
 
 def test_jpeg_proxy_halves_chroma_as_the_encoder_does():
@@ -392,8 +404,9 @@ def test_text_is_compared_without_spaces_and_case():
     assert ocr.legible("", "hello") == ocr.legible("quite another text", "hi") == 0
     assert ocr.quoted('a sign that says "Stop now"') == "Stop now"
     assert ocr.quoted("a sign that says 'Stop', today's") == "Stop"
-    with pytest.raises(ValueError, match="'a sign' quotes no text to be read"):
-        ocr.quoted("a sign")
+    for nothing in ("a sign", 'a sign "  "'):
+        with pytest.raises(ValueError, match=f"{nothing!r} quotes no text to be read"):
+            ocr.quoted(nothing)
 
 
 def test_text_is_read_by_rapidocr(monkeypatch):
