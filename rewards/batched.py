@@ -24,8 +24,8 @@ class Batched:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"the batch size of a reward is at least 1, not {self.batch_size}")
+        if self.batch_size is not None and not (isinstance(self.batch_size, int) and self.batch_size >= 1):
+            raise ValueError(f"the batch size of a reward is at least 1, not {self.batch_size!r}")
 
     @property
     def differentiable(self) -> bool:

@@ -179,8 +179,9 @@ def lagrangian(
     parts: Mapping[str, Tensor], objective: str, floors: Mapping[str, float], multipliers: Mapping[str, float]
 ) -> Tensor:
     """(objective + sum_i m_i (reward_i - floor_i)) / (1 + sum_i m_i), (B,): what is maximised under constraints."""
-    slack = [multipliers[name] * (parts[name] - floor) for name, floor in floors.items()]
-    return sum(slack, parts[objective]) / (1 + sum(multipliers[name] for name in floors))
+    m = {name: multipliers.get(name, 0.0) for name in floors}  # none yet: as `dual_ascent` starts
+    slack = [m[name] * (parts[name] - floor) for name, floor in floors.items()]
+    return sum(slack, parts[objective]) / (1 + sum(m.values()))
 
 
 def dual_ascent(

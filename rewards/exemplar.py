@@ -1,12 +1,14 @@
 """Likeness to a set of texts, without a picture to copy (DRAGON's text exemplars, https://arxiv.org/abs/2504.15217)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rewards import hub
 from rewards.checks import paired
 from rewards.registry import load
 
@@ -39,6 +41,11 @@ class TextExemplar:
         paired(images, prompts)
         mean = self.encoder.text_features(self.texts, images.device).mean(dim=0)
         return self.encoder.image_features(images) @ F.normalize(mean, dim=0)
+
+
+def fetch_encoder(encoder: str, options: dict[str, Any] | None, **_: Any) -> list[Path]:
+    """What `TextExemplar` downloads."""
+    return hub.prefetch(encoder, **(options or {}))
 
 
 def encoder_of(name: str, **options: Any) -> Encoder:

@@ -1,6 +1,7 @@
 """Downloaded weights: what `lock.json` pins, hashed, never unpickled, and kept so that no network is needed again."""
 
 import hashlib
+import inspect
 import json
 import os
 import pickle
@@ -14,11 +15,12 @@ from typing import Any
 import huggingface_hub
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rewards.registry import entry, unknown
+from rewards.registry import OF_ALL, entry, fitting, imported, spelled, unknown
 
 LOCKS = Path(__file__).parent / "lock.json"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -50,13 +52,13 @@ def locks() -> Mapping[str, Lock]:
 def weights(name: str) -> Path:
     """The file of that name in `lock.json`, downloaded once, verified now; a pickle comes as safetensors.
 
-    Raises ValueError for a file whose hash is not what it must be, and FileNotFoundError where HF_HUB_OFFLINE is set
-    and it was never fetched.
+    Raises ValueError for a file whose hash is not what it must be, and an OSError where it was never fetched and
+    cannot be now.
     """
     if name not in locks():
         raise ValueError(unknown("pinned file", name, locks()))
     lock, record = locks()[name], _folder(name) / "record.json"
-    if not record.is_file():
+    if not record.is_file() or json.loads(record.read_text())["revision"] != lock.revision:
         _install(lock, record)
     kept = json.loads(record.read_text())
     if kept["source_sha256"] != (lock.sha256 or kept["source_sha256"]):
@@ -78,40 +80,66 @@ def state(name: str) -> dict[str, Tensor]:
 def read(file: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file or of a pickle of tensors, which may lie under "state_dict".
 
-    A pickle is read with `weights_only=True`, which runs no code. Raises ValueError if it holds anything else.
+    A pickle is read with `weights_only=True`, which runs no code. Raises ValueError if it holds anything else or is not
+    whole, and FileNotFoundError if there is none.
     """
-    if Path(file).suffix not in PICKLES:
-        return load_file(file)
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"there are no weights at {file}")
     try:
+        if Path(file).suffix not in PICKLES:
+            return load_file(file)
         found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file} holds more than tensors, and is not unpickled") from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is not a whole file of weights: {_first_line(error)}") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{file} does not hold tensors by name")
     return found
 
 
-def prefetch(reward: str) -> list[Path]:
-    """Fetches and verifies all that a reward downloads; then it loads without a network."""
-    return [weights(name) for name in entry(reward).weights]
+def prefetch(reward: str, **options: Any) -> list[Path]:
+    """Fetches and verifies all that a reward downloads under these options; then it loads without a network.
+
+    Options may stand in the name, as for `rewards.registry.load`, which raises the same for them.
+    """
+    plain, written = spelled(reward)
+    about, make = entry(plain), imported(entry(plain).make)
+    own = {option: value for option, value in (written | options).items() if option not in OF_ALL}
+    given = inspect.signature(make).bind(**fitting(plain, make, own))
+    given.apply_defaults()
+    return imported(about.fetch)(**given.arguments) if about.fetch else [weights(name) for name in about.weights]
 
 
-def snapshot(model: str | Path, revision: str | None = None) -> Path:
+def fetch_model(model: str | Path, **_: Any) -> list[Path]:
+    """What a reward downloads that takes any model of the Hub."""
+    return [snapshot(model)]
+
+
+def snapshot(model: str | Path) -> Path:
     """The folder of a model on the Hub, without its pickles; a folder is itself.
 
     The first download pins the commit, so that the model does not change under a later run. Raises FileNotFoundError
-    where HF_HUB_OFFLINE is set and the model was never fetched.
+    where there is no such model, none with safetensors, or no network to fetch it.
     """
     if Path(model).is_dir():
-        return Path(model)
-    record = _folder("models") / f"{str(model).replace('/', '--')}@{revision or 'main'}.json"
-    pinned = json.loads(record.read_text())["revision"] if record.is_file() else revision
+        return _safe(Path(model))
+    record = _folder("models") / f"{str(model).replace('/', '--')}@main.json"
+    pinned = json.loads(record.read_text())["revision"] if record.is_file() else None
     try:
-        folder = Path(huggingface_hub.snapshot_download(str(model), revision=pinned, allow_patterns=SAFE))
+        folder = _safe(Path(huggingface_hub.snapshot_download(str(model), revision=pinned, allow_patterns=SAFE)))
     except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(_offline(str(model))) from error
+        raise FileNotFoundError(_unreached(str(model))) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise FileNotFoundError(f"{model} is neither a folder nor a model of the Hub: {_first_line(error)}") from error
     _write(record, {"revision": folder.name})
+    return folder
+
+
+def _safe(folder: Path) -> Path:
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"{folder} has no safetensors, and pickles of models are not read: name another model")
     return folder
 
 
@@ -134,15 +162,20 @@ def _from_hub(lock: Lock) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(lock.hub_id, lock.file, revision=lock.revision))
     except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(_offline(f"{lock.hub_id}/{lock.file}")) from error
+        raise FileNotFoundError(_unreached(f"{lock.hub_id}/{lock.file}")) from error
+    except HfHubHTTPError as error:
+        raise ConnectionError(f"the Hub does not give {lock.hub_id}/{lock.file}: {_first_line(error)}") from error
 
 
 def _from_url(lock: Lock, file: Path) -> Path:
     assert lock.url and lock.bytes, f"{lock.name} in lock.json needs url and bytes"
     if constants.HF_HUB_OFFLINE:
-        raise FileNotFoundError(_offline(lock.file))
-    with urllib.request.urlopen(lock.url, timeout=TIMEOUT) as answer:
-        content = answer.read(lock.bytes + 1)
+        raise FileNotFoundError(_unreached(lock.file))
+    try:
+        with urllib.request.urlopen(lock.url, timeout=TIMEOUT) as answer:
+            content = answer.read(lock.bytes + 1)
+    except OSError as error:
+        raise ConnectionError(f"cannot fetch {lock.url}: {_first_line(error)}") from error
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
     return file
@@ -178,5 +211,10 @@ def _tampered(lock: Lock, file: Path, found: str) -> str:
     return f"{file} is not the file {lock.name!r} that was pinned: sha256 {found}, wanted {wanted}; remove it"
 
 
-def _offline(what: str) -> str:
-    return f"{what} is not in the cache and HF_HUB_OFFLINE is set: run `difftune rewards prefetch` with a network first"
+def _unreached(what: str) -> str:
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+    return f"{what} is not in the cache and {why}: run `difftune rewards prefetch` with a network first"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

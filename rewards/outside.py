@@ -29,8 +29,8 @@ class Plain:
 def plain(function: Callable[[Tensor, Sequence[str]], Tensor]) -> Plain:
     """The function as a reward. It is differentiable if `function.differentiable` says so; where it says nothing, it is
     tried on one picture of noise, with the prompt "a red circle". Raises ValueError for scores that are not (B,)."""
-    if "differentiable" in vars(function):
-        return Plain(function, bool(vars(function)["differentiable"]))
+    if "differentiable" in dir(function):
+        return Plain(function, bool(function.differentiable))  # type: ignore[attr-defined]
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     scores = function(images, ["a red circle"])
     if not isinstance(scores, Tensor) or scores.shape != (1,):
@@ -41,16 +41,28 @@ def plain(function: Callable[[Tensor, Sequence[str]], Tensor]) -> Plain:
 
 @cache
 def described(name: str) -> Entry:
-    """The entry of "module:attribute": a class is made without arguments, a function of (images, prompts) is `plain`.
+    """The entry of "module:attribute": a class, which is made with the options, or any callable of (images, prompts).
 
-    Modules of the working directory are found too. Raises ValueError if there is no such module or attribute.
+    Modules of the working directory are found too. Raises ValueError if there is no such module or attribute, or if it
+    is no reward.
     """
     thing = _found(name)
     summary = (inspect.getdoc(thing) or "a reward of your own").splitlines()[0]
-    reward = plain(thing) if inspect.isroutine(thing) else thing
-    make: Callable[..., Any] = thing if isinstance(thing, type) else lambda: reward
     anything = (float("-inf"), float("inf"))
-    return Entry(make, summary, True, bool(reward.differentiable), anything, licence="unknown")
+    if isinstance(thing, type):
+        return Entry(thing, summary, True, _stated(thing, name), anything, licence="unknown")
+    if not callable(thing):
+        raise ValueError(f"{name!r} is no reward: it cannot be called with images and prompts")
+    reward = plain(thing)
+    return Entry(lambda: reward, summary, True, reward.differentiable, anything, licence="unknown")
+
+
+def _stated(kind: type, name: str) -> bool:
+    """What a class says of all its objects."""
+    found = inspect.getattr_static(kind, "differentiable", None)
+    if not isinstance(found, bool):
+        raise ValueError(f"the class {name!r} is no reward: write `differentiable = True`, or False, in its body")
+    return found
 
 
 def _found(name: str) -> Any:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Make = TypeVar("Make", bound="Callable[..., Reward]")
 GROUP = "difftune.rewards"  # of entry points
+OF_ALL = ("batch_size", "gradient_checkpointing")  # options that `load` adds to those of the reward
 
 
 class Reward(Protocol):
@@ -52,6 +53,7 @@ class Entry:
     copyleft: bool = False  # AGPL and the like
     weights: tuple[str, ...] = ()  # what it downloads, by its names in lock.json; empty: computed, embedded or your own
     memory_mb: int = 0  # of its weights, in float32
+    fetch: str | None = None  # "module:function": downloads what its options name, in place of `weights`
     extra: str | None = None  # the extra of this distribution that it needs
 
 
@@ -160,6 +162,7 @@ REWARDS: dict[str, Entry] = {
         range=(-30, 0),
         preprocessing="the model's own, in torch",
         licence="the model's",
+        fetch="rewards.hub:fetch_model",
     ),
     "clip-score": Entry(
         "rewards.clip:clip_score",
@@ -172,6 +175,7 @@ REWARDS: dict[str, Entry] = {
         text_max_len=77,
         licence="MIT",
         weights=("clip-vit-l-14",),
+        fetch="rewards.clip:fetch_clip_score",
         memory_mb=1711,
     ),
     "open-clip": Entry(
@@ -183,6 +187,7 @@ REWARDS: dict[str, Entry] = {
         preprocessing="the model's own, in torch",
         text_max_len=77,
         licence="the model's",
+        fetch="rewards.clip:fetch_open_clip",
     ),
     "clip": Entry(
         "rewards.clip:clip_logit",
@@ -194,6 +199,7 @@ REWARDS: dict[str, Entry] = {
         preprocessing="the model's own, in torch",
         text_max_len=77,
         licence="MIT",
+        fetch="rewards.clip:fetch_open_clip",
         memory_mb=3940,
     ),
     "pickscore": Entry(
@@ -277,6 +283,7 @@ REWARDS: dict[str, Entry] = {
         range=(-1, 1),
         preprocessing="the encoder's",
         licence="the encoder's",
+        fetch="rewards.exemplar:fetch_encoder",
     ),
     "remote": Entry(
         "rewards.remote:Remote",
@@ -295,6 +302,7 @@ REWARDS: dict[str, Entry] = {
         range=(0, 1),
         preprocessing="the model's own processor, on tensors",
         licence="the model's",
+        fetch="rewards.hub:fetch_model",
     ),
     "saturation": Entry(
         "rewards.simple:Saturation",
@@ -337,19 +345,27 @@ def load(name: str, batch_size: int | None = None, gradient_checkpointing: bool 
     ValueError, in one sentence, for a name or an option that is not known, and for one that is missing.
     """
     plain, written = spelled(name)
-    make, options = _imported(entry(plain).make), written | options
+    make, options = imported(entry(plain).make), written | options
+    known = inspect.signature(make).parameters
+    parts = {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
+    parts |= {option: options.pop(option) for option in OF_ALL if option in options and option not in known}
+    reward = make(**fitting(plain, make, options))
+    if parts["batch_size"] is None and not parts["gradient_checkpointing"]:
+        return reward
+    batched: Callable[..., Reward] = imported("rewards.batched:Batched")
+    return batched(reward, **parts)
+
+
+def fitting(name: str, make: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, if they are what `make` takes. Raises ValueError for one that is not known or is missing."""
     known = inspect.signature(make).parameters
     for option in options:
         if option not in known:
-            raise ValueError(unknown(f"option of reward {plain!r}", option, known))
+            raise ValueError(unknown(f"option of reward {name!r}", option, known))
     for option, about in known.items():
         if about.default is about.empty and option not in options:
-            raise ValueError(f"reward {plain!r} needs the option {option!r}: write {plain}[{option}=...]")
-    reward = make(**options)
-    if batch_size is None and not gradient_checkpointing:
-        return reward
-    batched: Callable[..., Reward] = _imported("rewards.batched:Batched")
-    return batched(reward, batch_size, gradient_checkpointing)
+            raise ValueError(f"reward {name!r} needs the option {option!r}: write {name}[{option}=...]")
+    return options
 
 
 def spelled(name: str) -> tuple[str, dict[str, Any]]:
@@ -382,9 +398,9 @@ def entry(name: str) -> Entry:
     """
     name, _ = spelled(name)
     if name.startswith(("http://", "https://")):
-        return replace(REWARDS["remote"], make=partial(_imported("rewards.remote:Remote"), name))
+        return replace(REWARDS["remote"], make=partial(imported("rewards.remote:Remote"), name))
     if name not in REWARDS and ":" in name:
-        return _imported("rewards.outside:described")(name)
+        return imported("rewards.outside:described")(name)
     if name not in REWARDS:
         plugins()
     if name not in REWARDS:
@@ -415,10 +431,15 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     guess = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"no {kind} {name!r}{guess}; known: {', '.join(names) or 'none'}"
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return f"no {kind} {name!r}{guess}; known: {', '.join(names[:MOST]) or 'none'}{more}"
 
 
-def _imported(make: str | Callable[..., Any]) -> Callable[..., Any]:
+MOST = 60  # names in one sentence
+
+
+def imported(make: str | Callable[..., Any]) -> Callable[..., Any]:
+    """What "module:attribute" names."""
     if callable(make):
         return make
     module, attribute = make.split(":")

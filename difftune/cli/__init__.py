@@ -258,16 +258,18 @@ def reward_info(name: str, as_json: bool) -> None:
 
 @rewards.command("prefetch")
 @click.argument("name", nargs=-1, required=True)
-@click.option("--model", metavar="HUB_ID", help="Of a reward that takes any model: the model to fetch.")
+@click.option("--model", metavar="HUB_ID", help="The model to fetch, of rewards that take any: the option `model`.")
 def prefetch(name: Sequence[str], model: str | None) -> None:
-    """Download and verify all that the rewards need: then they load with HF_HUB_OFFLINE=1."""
+    """Download and verify all that the rewards need: then they load with HF_HUB_OFFLINE=1.
+
+    NAME may have options, which decide what that is: "open-clip[model=ViT-B-16, pretrained=laion2b_s34b_b88k]".
+    """
     with redirect_stdout(sys.stderr):
         for one in name:
             _known_entry(one)
         from rewards.hub import prefetch as fetch
-        from rewards.hub import snapshot
 
-        files = [file for one in name for file in fetch(one)] + ([snapshot(model)] if model else [])
+        files = [file for one in name for file in fetch(one, **({"model": model} if model else {}))]
     _print(None, False, "\n".join(map(str, files)) or "nothing to download")
 
 
@@ -308,7 +310,7 @@ def _known_entry(name: str) -> Any:
 
 
 def _facts(name: str, entry: Any) -> dict[str, Any]:
-    facts = {f.name: getattr(entry, f.name) for f in fields(entry) if f.name != "make"}
+    facts = {f.name: getattr(entry, f.name) for f in fields(entry) if f.name not in ("make", "fetch")}
     low, high = entry.range
     return {"name": name, **facts, "range": [low, high] if isfinite(low) and isfinite(high) else None}
 
@@ -324,7 +326,7 @@ def _locked(names: Sequence[str]) -> list[dict[str, Any]]:
 
 def _fact(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "".join(f"\n  {line}" for item in value for line in _lines(item))
+        return "".join(f"\n  {key}: {_fact(inner)}" for item in value for key, inner in item.items())
     if isinstance(value, list):
         return " to ".join(map(str, value)) or "none"
     return _said(value) if isinstance(value, bool) else "none" if value is None else str(value)

@@ -27,6 +27,7 @@ def test_info_tells_the_files_and_how_far_they_are_known():
     assert {file["evidence"] for file in found["files"]} == {"none", "reported"}
     text = succeed("rewards", "info", "imagereward").stdout
     assert "hub_id: zai-org/ImageReward" in text and re.search(r"revision: \w{40}", text)
+    assert "sha256: none" in text and "not installed" not in text
     refuse(2, "rewards", "info", "hps", saying=["no reward 'hps'", "did you mean 'hps-v2'?"])
 
 
@@ -34,6 +35,9 @@ def test_prefetch_without_a_network_says_what_is_missing():
     refuse(1, "rewards", "prefetch", "aesthetic", saying=["HF_HUB_OFFLINE is set", "difftune rewards prefetch"])
     refuse(2, "rewards", "prefetch", "tiny-clip", "aesthetics", saying=["did you mean 'aesthetic'?"])
     assert succeed("rewards", "prefetch", "tiny-clip").stdout == "nothing to download\n"
+    refuse(1, "rewards", "prefetch", "clip", saying=["laion/CLIP-ViT-H-14-laion2B-s32B-b79K is not in the cache"])
+    refuse(1, "rewards", "prefetch", "vlm", saying=["needs the option 'model'"])
+    refuse(1, "rewards", "prefetch", "vlm", "--model", "some/vlm", saying=["some/vlm is not in the cache"])
 
 
 def test_function_of_the_working_directory_scores_pictures(picture, tmp_path, monkeypatch):  # noqa: F811

@@ -92,6 +92,9 @@ def test_options_stand_in_brackets_after_the_name():
     parts = weighted(weights).parts(IMAGES, PROMPTS)
     assert torch.equal(parts["jpeg[quality=40]"], load("jpeg", quality=40)(IMAGES, PROMPTS))
     assert torch.equal(parts["symmetry[mirror=top-bottom]"], load("symmetry", mirror="top-bottom")(IMAGES, PROMPTS))
+    parted = load("colorfulness[batch_size=2, gradient_checkpointing=True]")
+    assert parted == load("colorfulness", batch_size=2, gradient_checkpointing=True) and parted.batch_size == 2
+    assert torch.equal(parted(IMAGES, PROMPTS), load("colorfulness")(IMAGES, PROMPTS))
     texts = "text-exemplar[texts=['a red circle', 'a, b'], encoder=tiny-clip]"
     assert spelled(texts) == ("text-exemplar", {"texts": ["a red circle", "a, b"], "encoder": "tiny-clip"})
     assert parse_rewards([f"{texts}=3"]) == {texts: 3.0}
@@ -103,6 +106,7 @@ def test_options_stand_in_brackets_after_the_name():
         ("jpeg[qualty=40]", r"no option of reward 'jpeg' 'qualty' \(did you mean 'quality'\?\)"),
         ("jpeg[40]", r"cannot read '40' in 'jpeg\[40\]': options are KEY=VALUE"),
         ("jpg[quality=40]", r"no reward 'jpg' \(did you mean 'jpeg'\?\)"),
+        ("jpeg[batch_size=two]", "the batch size of a reward is at least 1, not 'two'"),
         ("vlm", r"reward 'vlm' needs the option 'model': write vlm\[model=...\]"),
     ],
 )
@@ -233,6 +237,7 @@ def test_reward_above_its_floor_gets_no_weight():
     parts = {"aim": torch.tensor([1.0, 2.0]), "kept": torch.tensor([5.0, 6.0])}
     assert dual_ascent({"kept": 0.1}, parts, {"kept": 1.0}) == {"kept": 0.0}
     assert torch.equal(lagrangian(parts, "aim", {"kept": 1.0}, {"kept": 0.0}), parts["aim"])
+    assert torch.equal(lagrangian(parts, "aim", {"kept": 1.0}, {}), parts["aim"])
 
 
 def test_prompts_are_routed_to_their_rewards():

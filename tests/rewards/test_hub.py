@@ -5,9 +5,11 @@ import os
 import pickle
 import socket
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from rewards import hub
@@ -108,6 +110,12 @@ def test_pickle_of_something_else_is_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="does not hold tensors by name"):
         hub.read(tmp_path / "list.pt")
+    for name in ("half.pt", "half.safetensors"):
+        (tmp_path / name).write_bytes((tmp_path / "list.pt").read_bytes()[:100])
+        with pytest.raises(ValueError, match=f"{name} is not a whole file of weights|holds more than tensors"):
+            hub.read(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"there are no weights at .*none.pt"):
+        hub.read(tmp_path / "none.pt")
 
 
 @pytest.fixture
@@ -157,13 +165,89 @@ def test_model_of_the_hub_stays_at_the_commit_of_its_first_download(tmp_path, mo
 
     def download(model, revision, allow_patterns):
         asked.append(revision)
+        (tmp_path / "snapshots" / "a1b2").mkdir(parents=True, exist_ok=True)
+        save_file(TENSORS, tmp_path / "snapshots" / "a1b2" / "model.safetensors")
         assert not any(pattern.endswith((".bin", ".pt", ".pth", ".ckpt")) for pattern in allow_patterns)
         return str(tmp_path / "snapshots" / "a1b2")
 
     monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", download)
     assert hub.snapshot("some/model") == hub.snapshot("some/model")
     assert asked == [None, "a1b2"]
-    assert hub.snapshot(tmp_path) == tmp_path
+    assert hub.snapshot(tmp_path / "snapshots" / "a1b2") == tmp_path / "snapshots" / "a1b2"
+    with pytest.raises(FileNotFoundError, match="has no safetensors, and pickles of models are not read"):
+        hub.snapshot(tmp_path)
+
+
+def test_hub_that_does_not_answer_is_not_called_offline(tmp_path, monkeypatch):
+    """Without HF_HUB_OFFLINE, the sentence says what happened: no network, a URL without one, no such model."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+
+    def unreachable(*_, **__):
+        raise LocalEntryNotFoundError("no network")
+
+    def refuse(*_, **__):
+        raise URLError("no address")
+
+    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(hub.urllib.request, "urlopen", refuse)
+    for fetch in (lambda: hub.weights("pickscore-v1"), lambda: hub.snapshot("some/model")):
+        with pytest.raises(FileNotFoundError, match="is not in the cache and the Hub cannot be reached: run"):
+            fetch()
+    with pytest.raises(ConnectionError, match=r"cannot fetch https://raw.githubusercontent.com/.*: .*no address"):
+        hub.weights("aesthetic-v2-sac")
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="/no/such/folder is neither a folder nor a model of the Hub: "):
+        hub.snapshot("/no/such/folder")
+
+
+def test_file_of_another_revision_is_fetched_again(store, monkeypatch):
+    folder, calls = store
+    lock(monkeypatch, "model.safetensors")
+    hub.weights("it")
+    save_file({"a.bias": torch.zeros(2)}, folder / "model.safetensors")
+    newer = Lock("it", "model.safetensors", "def", "none", hub_id="some/one")
+    monkeypatch.setattr(hub, "locks", lambda: {"it": newer})
+    assert set(hub.state("it")) == {"a.bias"}
+    assert [revision for *_, revision in calls] == ["abc", "def"]
+
+
+PREFETCHED = {  # a name with its options, and what is fetched
+    "pickscore": ["pickscore-v1"],
+    "clip-score": ["clip-vit-l-14"],
+    "clip-score[model=some/clip]": ["some/clip"],
+    "clip": ["laion/CLIP-ViT-H-14-laion2B-s32B-b79K"],
+    "open-clip": ["laion/CLIP-ViT-B-32-laion2B-s34B-b79K"],
+    "vlm[model=some/vlm, dtype=bfloat16]": ["some/vlm"],
+    "classifier[model=some/classifier]": ["some/classifier"],
+    "text-exemplar[texts=['a'], encoder=hps-v2]": ["hps-v2"],
+    "text-exemplar[texts=['a'], encoder=open-clip]": ["laion/CLIP-ViT-B-32-laion2B-s34B-b79K"],
+    "hps-v2.1[batch_size=4, dtype=bfloat16]": ["hps-v2.1"],
+    "tiny-clip": [],
+}
+
+
+@pytest.mark.parametrize("name", PREFETCHED)
+def test_prefetch_fetches_what_the_options_name(name, monkeypatch):
+    monkeypatch.setattr(hub, "weights", lambda name: name)
+    monkeypatch.setattr(hub, "snapshot", lambda model: model)
+    assert hub.prefetch(name) == PREFETCHED[name]
+
+
+def test_prefetch_of_any_model_needs_one():
+    with pytest.raises(ValueError, match=r"reward 'vlm' needs the option 'model': write vlm\[model=...\]"):
+        hub.prefetch("vlm")
+    with pytest.raises(ValueError, match="no option of reward 'jpeg' 'model'"):
+        hub.prefetch("jpeg", model="some/model")
+
+
+def test_every_reward_that_downloads_can_be_prefetched():
+    """What names no pinned file and has no `fetch` is computed, embedded, or a server's."""
+    computed = {name for name, entry in REWARDS.items() if not entry.weights and entry.fetch is None}
+    assert {name for name in computed if REWARDS[name].memory_mb > 10} == set()
+    assert computed & {"clip", "open-clip", "classifier", "vlm", "text-exemplar"} == set()
 
 
 def test_lock_table_says_what_it_does_not_know():

@@ -15,6 +15,7 @@ IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b", "c"]
 MODULE = '''
 """A module of a user."""
+import functools
 import torch
 from rewards.registry import register
 
@@ -36,6 +37,14 @@ class Blue:
         return self.scale * images[:, 2].mean(dim=(1, 2))
 
 blue = Blue(2.0)
+part = functools.partial(red)
+number = 3
+
+class Silent:
+    def __call__(self, images, prompts):
+        return red(images, prompts)
+
+silent = Silent()
 
 @register("of-a-plugin", "blue", needs_prompt=False, differentiable=True, range=(0, 1))
 class Registered(Blue): ...
@@ -77,6 +86,12 @@ def test_class_and_object_are_rewards_too(module):
     assert torch.equal(load("mine:blue")(IMAGES, PROMPTS), 2 * blue)
 
 
+@pytest.mark.parametrize("name", ["mine:part", "mine:silent"])
+def test_any_callable_is_tried(module, name):
+    assert entry(name).differentiable and load(name).differentiable
+    assert torch.equal(load(name)(IMAGES, PROMPTS), red())
+
+
 def test_function_is_weighted_on_the_command_line(module):
     weights = parse_rewards(["mine:red=2", "brightness"])
     assert weights == {"mine:red": 2.0, "brightness": 1.0}
@@ -88,6 +103,8 @@ def test_function_is_weighted_on_the_command_line(module):
     [
         ("no_such_module:red", "cannot import the reward 'no_such_module:red'"),
         ("mine:green", "the module 'mine' has no 'green'"),
+        ("mine:number", "'mine:number' is no reward: it cannot be called with images and prompts"),
+        ("mine:Silent", "the class 'mine:Silent' is no reward: write `differentiable = True`, or False, in its body"),
         ("mine:broken", r"a reward gives scores \(B,\) for B images, not \(\)"),
     ],
 )
