@@ -6,6 +6,7 @@ rollouts that are there make one batch.
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -97,18 +98,32 @@ def dts(problem: Problem, config: DTS | None = None, saved: Saved | None = None)
     what an earlier state's `saved()` gave; the search then goes on exactly as it would have.
     A state's callables speak of the trees as they are when they are called.
 
-    Raises ValueError for a deterministic sampler, more branches than steps, and a saved search of other settings.
+    Raises ValueError for a deterministic sampler, more branches than steps, and a saved search of other settings; warns
+    where the budget ends before the root is full.
     """
     config = config or DTS()
     problem.needs_noise("a tree")
     if config.branches > problem.steps:
         raise ValueError(f"{config.branches} branches and {problem.steps} steps: a tree branches once a step at most")
+    check_budget(problem, config)
     return _grown(Forest(problem, config), saved)
 
 
 def dts_star(problem: Problem, config: DTSStar | None = None, saved: Saved | None = None) -> Iterator[State]:
     """`dts` that follows the largest upper bounds (UCT)."""
     return dts(problem, config or DTSStar(), saved)
+
+
+def check_budget(problem: Problem, config: DTS) -> None:
+    """Warns where every rollout that the budgets pay for starts at the root: such a tree is best-of-n."""
+    budgets = ((problem.budget, problem.cost()), (problem.reward_budget, 1))
+    paid = min((budget // cost for budget, cost in budgets if budget is not None), default=None)
+    if paid and all(n < config.widening * (n + 1) ** config.growth for n in range(paid)):
+        warnings.warn(
+            f"the budget pays for {paid} rollouts, and with widening {config.widening:g} and growth {config.growth:g} "
+            "all of them start from new noise, as those of best-of-n do: raise it, or take widening 1 and growth 0.5",
+            stacklevel=3,
+        )
 
 
 def _grown(forest: "Forest", saved: Saved | None) -> Iterator[State]:

@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import time
+import warnings
 from dataclasses import replace
 from itertools import islice
 
@@ -549,6 +550,22 @@ def test_costs_are_the_remaining_steps_and_one_reward_call_each(parallel):
         drawn = sum(1 for n in range(1, len(t)) if t.depths[n] > 1)  # five branches, five steps: one step a node
         assert rows[group] == drawn and scored[group] == len(t.leaves)
     assert all(100 - TURNS < spent <= 100 for spent in rows)
+
+
+@pytest.mark.parametrize(("shape", "full"), [({}, 36), ({"widening": 1.0, "growth": 0.5}, 2)])
+def test_a_budget_that_ends_before_the_root_is_full_is_told(shape, full):
+    """All rollouts then start from new noise, as those of best-of-n do; with one more the tree branches."""
+
+    def roots(**budget: int) -> tuple[int, int]:
+        *_, state = dts_star(chain(**budget), DTSStar(**shape))
+        return int((state.graph().parent == -1).sum()), int(state.reward_calls)
+
+    for budget in ({"budget": TURNS * full}, {"reward_budget": full}):
+        with pytest.warns(UserWarning, match=f"pays for {full} rollouts, .* all of them start from new noise"):
+            assert roots(**budget) == (full, full)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert roots(reward_budget=full + 1) == (full, full + 1)
 
 
 def test_a_leaf_that_is_visited_again_costs_nothing():
