@@ -532,4 +532,5 @@ class SearchConfig:
     memory_budget: str | None = None
     """Bytes of the device that the search may take, weights included, as in 6GiB; None runs all rows at once."""
     resume: bool = False
-    """Go on with the search that output_dir holds, exactly as if it had not been interrupted."""
+    """Go on with the search that output_dir holds, exactly as if it had not been interrupted; the budgets may be
+    larger than they were."""

@@ -84,10 +84,11 @@ def size_for(problem: Problem, particles: int | None, nfe: int, reward_calls: in
 def runs(problem: Problem, kind: Kind, saved: Saved | None = None) -> Iterator[State]:
     """The state after each step of each run: runs follow one another while a group can pay; one without a budget.
 
-    Raises ValueError, before anything runs, where the budget does not pay for one run.
+    Raises ValueError, before anything runs, where the budget does not pay for one run, and for a saved search whose
+    runs have other sizes.
     """
     if saved is not None:
-        return _states(problem, kind, *restored(problem, saved))
+        return _states(problem, kind, *restored(problem, kind, saved))
     record = Record.empty(problem)
     return _states(problem, kind, record, next_run(problem, kind, record))
 
@@ -95,14 +96,14 @@ def runs(problem: Problem, kind: Kind, saved: Saved | None = None) -> Iterator[S
 def _states(problem: Problem, kind: Kind, record: Record, population: Population | None) -> Iterator[State]:
     population = population or next_run(problem, kind, record)
     if population is None:  # resumed at its end
-        yield state_of(problem, record, None)
+        yield state_of(problem, kind, record, None)
     while population:
         if not population.step:
             record = record._replace(begun=record.begun.index_add(0, population.groups, counts(population)))
         population = stepped(kind, population)
         if population.step == problem.steps:
             record, population = finished(record, population), None
-        yield state_of(problem, record, population)
+        yield state_of(problem, kind, record, population)
         population = population or next_run(problem, kind, record)
 
 
@@ -177,28 +178,28 @@ def grown(graph: Graph, population: Population) -> Graph:
     return Graph(*(torch.cat(pair) for pair in zip(graph, new, strict=True)))
 
 
-def state_of(problem: Problem, record: Record, population: Population | None) -> State:
+def state_of(problem: Problem, kind: Kind, record: Record, population: Population | None) -> State:
     spent = Spent(*(value.clone() for value in problem.spent))
     return State(
         *record.best,
         *spent,
         weighted=lambda: record.weighted,
         graph=lambda: record.graph if population is None else grown(record.graph, population),
-        saved=lambda: saved_of(record, population, spent),
+        saved=lambda: saved_of(kind, record, population, spent),
     )
 
 
 # ------------------------------------------------------------------------------------------------ saving
 
 
-def saved_of(record: Record, population: Population | None, spent: Spent) -> Saved:
+def saved_of(kind: Kind, record: Record, population: Population | None, spent: Spent) -> Saved:
     """All that `runs` goes on from. The names of tensors carry their owner."""
     tensors = {"begun": record.begun}
     owners: dict[str, Any] = {"best": record.best, "weighted": record.weighted, "graph": record.graph, "spent": spent}
     for owner, part in owners.items():
         tensors |= {f"{owner}.{name}": value for name, value in part._asdict().items()}
     if population is None:
-        return Saved(owned(tensors), {"step": None})
+        return Saved(owned(tensors), {"step": None, "sizes": list(kind.sizes)})
     particles, path = population.particles, population.particles.path
     own = ("log_weights", "log_mass", "parents", "roots")
     tensors |= {f"particles.{name}": vars(particles)[name] for name in own}
@@ -208,7 +209,7 @@ def saved_of(record: Record, population: Population | None, spent: Spent) -> Sav
     tensors |= {} if path.x0 is None else {"x0": path.x0}
     if population.step:
         tensors |= {"parents": torch.stack(population.parents), "values": torch.stack(population.values)}
-    return Saved(owned(tensors), {"step": population.step})
+    return Saved(owned(tensors), {"step": population.step, "sizes": list(kind.sizes)})
 
 
 def owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -216,8 +217,13 @@ def owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
 
 
-def restored(problem: Problem, saved: Saved) -> tuple[Record, Population | None]:
+def restored(problem: Problem, kind: Kind, saved: Saved) -> tuple[Record, Population | None]:
     """What `saved_of` saved; the problem's counters are put back."""
+    if (before := saved.info["sizes"]) != list(kind.sizes):
+        raise ValueError(
+            f"the saved {kind.name} has runs of {max(before)} particles, and this one of {max(kind.sizes)}: a "
+            "population cannot grow, begin anew; with particles set, a larger budget means more runs"
+        )
     tensors = {name: placed(problem, name, value) for name, value in saved.tensors.items()}
     step = saved.info["step"]
     for name, value in under(tensors, "spent").items():

@@ -1,7 +1,8 @@
 """`difftune search`: its folder, saving and resuming. The search itself is `difftune.searching`.
 
 `state.safetensors` is one file that is replaced as a whole: tensors, and as its metadata the settings, the curve so far
-and what the method keeps in JSON. Killed at any time, a search goes on from it with `--resume` to the same result.
+and what the method keeps in JSON. Killed at any time, a search goes on from it with `--resume` to the same result; one
+that has ended goes on with a larger budget.
 """
 
 import json
@@ -34,6 +35,7 @@ STATE, RESULT = "state.safetensors", "search.json"
 SAVE_SECONDS = 5.0  # between two savings
 DRAWN = 8  # prompts whose lineage is drawn
 FREE = {"output_dir", "resume"}  # what may differ between a search and its resumption
+BUDGETS = {"budget", "reward_budget"}  # what may grow
 
 
 def run(
@@ -157,20 +159,27 @@ def comparable(config: SearchConfig) -> dict[str, Any]:
 
 def resumed(folder: Path, config: SearchConfig) -> Earlier | None:
     """What the folder's state holds; None where the search was killed before it was first saved."""
-    if (folder / RESULT).exists():
-        raise UserError(f"{folder} holds a finished search: there is nothing to resume, choose another --output_dir")
+    now = json.loads(json.dumps(comparable(config)))
+    if (folder / RESULT).exists() and json.loads((folder / RESULT).read_text())["settings"] == now:
+        raise UserError(
+            f"{folder} holds a finished search: there is nothing to resume, give a larger --budget or another "
+            "--output_dir"
+        )
     if not (folder / STATE).exists():
         unused(folder)
         return None
     tensors, about = read(folder / STATE)
-    now = json.loads(json.dumps(comparable(config)))
     for name, value in now.items():
-        if about["settings"].get(name) != value:
-            raise UserError(
-                f"the search in {folder} was made with {name}={about['settings'].get(name)!r}, not {value!r}: "
-                "resume with that"
-            )
+        same_or_larger(folder, name, about["settings"].get(name), value)
     return Earlier(Saved(tensors, about["info"]), [Point(*point) for point in about["history"]])
+
+
+def same_or_larger(folder: Path, name: str, before: Any, now: Any) -> None:
+    """Raises UserError for a setting that changed, but for a budget that grew; None is no limit."""
+    if before == now or (name in BUDGETS and before is not None and (now is None or now > before)):
+        return
+    more = " or more" if name in BUDGETS else ""
+    raise UserError(f"the search in {folder} was made with {name}={before!r}, not {now!r}: resume with that{more}")
 
 
 def read(path: Path) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
