@@ -29,10 +29,14 @@ from difftune.named import at_least, differentiable, known
 from difftune.objective import frozen
 from guidance.cfg import CFG, Plain
 from guidance.contract import Guidance
+from guidance.dts import DTS
 from guidance.evaluate import Counter
+from guidance.fkc import FKC
 from guidance.guided import GuidedPredict, guided
+from guidance.population import size_for
 from guidance.problem import Problem, RowCounter, Saved, State, estimate
 from guidance.searches import SEARCHES
+from guidance.steering import SVDD, Beam
 from rewards.compose import WeightedSum, weighted
 from rewards.registry import Reward
 from solvers.budget import parse_size, size_text
@@ -205,7 +209,8 @@ def search(
     reward. budget, reward_budget: network evaluations and reward calls of each prompt, never exceeded; None is no
     limit. seed: the i-th prompt's randomness is that of seed + i, whichever run beside it. guidance: inside the search;
     CFG(5) by default. eta: 1 is DDPM; 0, DDIM, is for best-of-n and importance alone. memory_budget ("6GiB", weights
-    included): one row is measured, and as many are run at a time as fit; micro_batch sets them by hand.
+    included): one row is measured, and as many are run at a time as fit beside the samples that the budgets pay for;
+    micro_batch sets them by hand. saved: what a state's `saved()` gave, to go on from; the budgets may have grown.
     Raises UserError, before anything runs, for what is unknown or cannot be.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -222,7 +227,7 @@ def search(
         if eta == 0 and method not in ("best-of-n", "importance"):
             problem.needs_noise(method)
     problem.budget, problem.reward_budget = budget, reward_budget
-    problem.micro_batch = micro_batch or adapter.micro_batch(problem, memory_budget, method in GRADIENTS)
+    problem.micro_batch = micro_batch or adapter.micro_batch(problem, config, memory_budget, method in GRADIENTS)
     with worded():
         states = SEARCHES[method].search(problem, config, saved)
     return Search(problem, method, states, pipe, progress)
@@ -316,25 +321,61 @@ class Adapter:
         replace(real, networks=blind, counter=counter)(Path(x), at)
         return counter.rows
 
-    def micro_batch(self, problem: Problem, memory_budget: str | None, gradient: bool) -> int | None:
+    def micro_batch(self, problem: Problem, config: Any, memory_budget: str | None, gradient: bool) -> int | None:
         """The rows at a time that keep the predicted peak within the budget; all of them without one."""
         if memory_budget is None:
             return None
         with worded():
             limit = parse_size(memory_budget)
         group, i = torch.zeros(1, dtype=torch.int64), problem.steps - 1
-        x = problem.start(0, -1).x
+        x, said = problem.start(0, -1).x, list[Prediction]()
 
         def scored(x: Tensor) -> list[Tensor]:
-            return [self.scores(estimate(problem.predict(group)(Path(x), problem.levels[i])), group)]
+            said[:] = [problem.predict(group)(Path(x), problem.levels[i])]
+            return [self.scores(estimate(said[0]), group)]
 
         with frozen(self.model.pipe):
             peak = measured(scored, x).peak if gradient else forward_peak(lambda: scored(x))
-        base = held(self.model, 0)
+        base = held(self.model, 0) + kept(problem, config, said[0], gradient)
         if base + peak > limit:
             enough = size_text(base + peak)
-            raise UserError(f"memory_budget {memory_budget} is too small: one row at a time takes {enough}")
+            raise UserError(
+                f"memory_budget {memory_budget} is too small: one row at a time takes {enough}, with the model and the "
+                f"{paid(problem, config)} samples that the budgets pay for"
+            )
         return (limit - base) // max(peak, 1)
+
+
+def alive(problem: Problem, config: Any) -> int:
+    """The samples, of all prompts, that are on their way at once, at most."""
+    if isinstance(config, DTS):
+        return len(problem.seeds) * config.parallel
+    each = config.candidates if isinstance(config, SVDD | Beam) else 1
+    return len(problem.seeds) * each * size_for(problem, config.particles, each * problem.cost(), each)
+
+
+def paid(problem: Problem, config: Any) -> int:
+    """The samples, of all prompts, that the budgets pay for; without a budget, those of one run."""
+    if problem.budget is problem.reward_budget is None:
+        return alive(problem, config)
+    return len(problem.seeds) * size_for(problem, None, problem.cost(), 1)
+
+
+def kept(problem: Problem, config: Any, said: Prediction, gradient: bool) -> int:
+    """The most bytes that samples take on the device beside the rows that a network is run on. said: of one row.
+
+    Those on their way have each their state and what was last said of it, twice, since a step makes them anew, and what
+    a step computes between. Finished ones are gathered; a tree has, on the CPU, a state for each node instead: a
+    rollout's levels, and pure noise.
+    """
+    latent, memory = said.x0.nbytes, sum(value.nbytes for value in said.memory.values())
+    predictions = len(problem.experts) + 1 if isinstance(config, FKC) else 1  # the experts', and their mixture
+    latents = 2 * (2 + 2 * predictions + (said.shift is not None) + gradient) + (8 if gradient else 2)
+    going = alive(problem, config) * (latents * latent + 4 * memory)
+    if not isinstance(config, DTS):
+        return going + 2 * paid(problem, config) * latent
+    nodes = paid(problem, config) * (config.branches + 1) if torch.device(problem.device).type == "cpu" else 0
+    return going + nodes * (latent + memory)
 
 
 class Blind:
