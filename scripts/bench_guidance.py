@@ -173,14 +173,16 @@ def measured(name: str, scale: float | None, given: Set, size: Size) -> dict[str
 
 
 def _distance(seen: Tensor, real: Tensor, resamples: int) -> dict[str, float]:
-    """The Fréchet distance with a bootstrap over prompts."""
+    """The Fréchet distance, and the spread of a bootstrap over prompts around it: a resampled set, which repeats
+    itself, is farther away than the set is."""
 
     def of(index: Any) -> float:
         return float(frechet(seen[index].flatten(0, 1), real[index].flatten(0, 1), SHRINKAGE))
 
     rng = np.random.default_rng(0)
     draws = [of(rng.integers(len(seen), size=len(seen))) for _ in range(resamples)]
-    return {"score": of(slice(None)), "low": float(np.quantile(draws, 0.025)), "high": float(np.quantile(draws, 0.975))}
+    score, half = of(slice(None)), float(np.quantile(draws, 0.975) - np.quantile(draws, 0.025)) / 2
+    return {"score": score, "low": score - half, "high": score + half}
 
 
 def sweep(folder: File, size: Size, kind: str, methods: Sequence[str]) -> None:

@@ -619,14 +619,17 @@ def decoded() -> Tensor:
     return torch.cat([((part.clamp(-1, 1) + 1) * 127.5).round().byte().cpu() for part in parts])
 
 
-def train_clip(steps: int = 2000, more: int = 1400, last: int = 1000, batch: int = 64) -> CLIP:
+def train_clip(
+    steps: int = 2000, more: int = 1400, last: int = 1000, sides: int = 1500, orders: int = 1300, polish: int = 500
+) -> CLIP:
     """`tiny-clip`: each picture against its caption, seven minimal edits of it, and the batch's other false captions.
 
     Half of the pictures have been through the VAE, half of them carry Gaussian noise. The later stretches have more
-    edits of relations, counts and sizes, which are learnt last.
+    edits of relations, counts and sizes, which are learnt last: relations only where they are most of the pictures,
+    and what was forgotten for them at the end.
     """
     torch.manual_seed(SEED + 2)
-    model, phase = make_clip(), {"late": 0}
+    model, phase, batch = make_clip(), {"late": 0}, 64
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng([SEED, 3 + phase["late"], step])
@@ -652,7 +655,37 @@ def train_clip(steps: int = 2000, more: int = 1400, last: int = 1000, batch: int
     Fit("clip_late", {"clip": model}, loss, more, 8e-4).run()
     phase["late"] = 6  # its random numbers are of a stream of their own
     Fit("clip_last", {"clip": model}, loss, last, 8e-4).run()
+    phase["late"] = 7
+    sided = lambda step: placing_loss(model, step, 20, 40, 24) if step % 3 else loss(step)  # noqa: E731
+    Fit("clip_sides", {"clip": model}, sided, sides, 1e-3).run()
+    phase["late"] = 8
+    ordered = lambda step: placing_loss(model, step, 21, 56, 8) if step % 4 else loss(step)  # noqa: E731
+    Fit("clip_orders", {"clip": model}, ordered, orders, 1e-3).run()
+    phase["late"] = 9
+    polished = lambda step: loss(step) if step % 3 else placing_loss(model, step, 22, 56, 8)  # noqa: E731
+    Fit("clip_polish", {"clip": model}, polished, polish, 6e-4).run()
     return model.eval()
+
+
+def placing_loss(model: CLIP, step: int, stream: int, related: int, single: int) -> Tensor:
+    """Pictures with a relation against their edits, and single objects against the four sides that they may be on
+    ("a red circle left of"), which is what is learnt first."""
+    rng, (images, captions, worlds) = np.random.default_rng([SEED, stream, step]), scenes()
+    pairs, ones = (rng.choice(part.scene.numpy(), n) for part, n in zip(lessons()[1:], (related, single), strict=True))
+    texts = [[str(captions[i]), *negatives(rng, captions[i], worlds[i], late=True)] for i in pairs]
+    for i in ones:
+        what, where = replace(captions[i], background=None), side(worlds[i])
+        texts.append([f"{what} {word}" for word in sorted(shapes.RELATIONS, key=lambda word: word != where)])
+    chosen = np.concatenate([pairs, ones])
+    x = pixels(images[chosen])
+    x = x + 0.2 * (torch.rand(len(x), 1, 1, 1, device=DEVICE) - 0.5).clamp(min=0) * torch.randn_like(x)
+    image = model.encode_image(x, normalize=True)
+    text = model.encode_text(tokens([text for several in texts for text in several]), normalize=True)
+    losses = []
+    for own, its in zip(image.split([related, single]), text.split([related * (EDITS + 1), single * 4]), strict=True):
+        score = model.logit_scale.exp() * torch.einsum("bd,bkd->bk", own, its.view(len(own), -1, its.shape[-1]))
+        losses.append(cross_entropy(score, torch.zeros(len(own), dtype=torch.long, device=DEVICE)))
+    return sum(losses)
 
 
 def negatives(rng: np.random.Generator, caption: shapes.Caption, scene: shapes.Scene, late: bool) -> list[str]:
@@ -717,6 +750,9 @@ def restore() -> None:
         "clip": ([clip], 2000),
         "clip_late": ([clip], 1400),
         "clip_last": ([clip], 1000),
+        "clip_sides": ([clip], 1500),
+        "clip_orders": ([clip], 1300),
+        "clip_polish": ([clip], 500),
         "classifier": ([classifier], 1500),
     }
     for name, (modules, steps) in shipped.items():
