@@ -2,6 +2,7 @@
 
     python scripts/bench_search.py [--quick] [--methods dts-star ...] [--rewards tiny-clip oracle] [--seeds 0 1 2]
         [--budgets 250 500 1000] [--calls [5 10 20]] [--prompts 40] [--output FILE]
+    python scripts/bench_search.py --mixture [--budgets 2000 10000] [--seeds 0 1 2 3 4]
 
 Two tables, of equal network evaluations and of equal reward calls a prompt, over ShapeEval's hard prompts (two objects,
 counting, position, attribute binding; as many of each), with `tiny-clip` as reward, which keeps the oracle out, and
@@ -13,6 +14,9 @@ dts, dts-star and independent samples do not depend on the budget, so one run gi
 independent samples gives three rows: cfg (their mean), best-of-n (the best), importance (their mean, weighted by
 e^(lambda r)). The others run once for each budget. All prompts of a run advance in one batch. Every run is a line of
 --output, and one that is there is not run again.
+
+`--mixture` measures sampling instead, without a network: eight modes of equal weight, a reward that gives them the
+weights e^(1.5 i), and how far the weighted samples of each method are from these, in total variation.
 """
 
 import argparse
@@ -33,12 +37,17 @@ from torch import Tensor
 from difftune import evaluate, models
 from difftune.evaluate import Estimate
 from guidance.cfg import CFG
+from guidance.dts import DTS
+from guidance.fkc import FKC
 from guidance.guided import guided
 from guidance.problem import Problem, RowCounter, State
 from guidance.searches import SEARCHES
+from guidance.steering import FK, SVDD, TDS, BestOfN, Importance
 from rewards.registry import REWARDS, load
 from rewards.shapes import COMPOSITIONAL
+from solvers.exact import Mixture, bind
 from solvers.latent import LatentModel
+from solvers.noise import noise
 
 METHODS = ("cfg", "importance", "best-of-n", "fkc", "fk", "tds", "svdd", "dts", "dts-star")
 INDEPENDENT = ("cfg", "importance", "best-of-n")  # one run, three ways to answer
@@ -338,6 +347,57 @@ def settings_of(methods: Sequence[str], setting: Setting) -> Iterator[str]:
         yield f"{method}: {config_of(name, setting)}"
 
 
+# ------------------------------------------------------------------------------------------------ an exact mixture
+RING = torch.tensor([[4 * math.cos(math.pi * i / 4), 4 * math.sin(math.pi * i / 4)] for i in range(8)])
+TILT = (1.5 * torch.arange(8.0)).softmax(0)
+SAMPLED: dict[str, tuple[str, Any]] = {
+    "best-of-n, without weights": ("best-of-n", BestOfN(100)),
+    "importance": ("importance", Importance(100, 1.0)),
+    "fkc": ("fkc", FKC(start=0.0, stop=1.0, clamp=None, centred=False, inverse_temperature=1.0)),
+    "fk": ("fk", FK(inverse_temperature=1.0)),
+    "tds": ("tds", TDS(inverse_temperature=1.0)),
+    "svdd": ("svdd", SVDD(inverse_temperature=1.0)),
+    "dts": ("dts", DTS(1.0, parallel=10)),
+    "dts, narrow": ("dts", DTS(1.0, parallel=10, widening=1.0, growth=0.5)),
+    "dts, uniform": ("dts", DTS(1.0, "uniform", parallel=10)),
+    "dts, uniform and narrow": ("dts", DTS(1.0, "uniform", parallel=10, widening=1.0, growth=0.5)),
+}
+
+
+def ring(seeds: Sequence[int], budget: int, steps: int = 20) -> Problem:
+    base = Mixture(RING, 0.3)
+    tilted = dataclasses.replace(base, weights=TILT)
+    ramp = torch.linspace(10 ** (1 / 7), 0.02 ** (1 / 7), steps, dtype=torch.float64)
+    levels = [noise(1.0, k) for k in [*(ramp**7).tolist(), 0.0]]
+
+    def reward(x: Tensor, groups: Tensor) -> Tensor:
+        return tilted.log_prob(x) - base.log_prob(x)
+
+    return Problem(levels, lambda groups: bind(base, {}), reward, (2,), seeds, budget=budget)
+
+
+def variations(name: str, seeds: Sequence[int], budget: int) -> Tensor:
+    """Of each seed: the total variation between the modes' weights and those that the method gives them."""
+    method, config = SAMPLED[name]
+    *_, state = SEARCHES[method].search(ring(seeds, budget), config)
+    found, distances = state.weighted(), []
+    for group in range(len(seeds)):
+        mine = found.groups == group
+        nearest = torch.cdist(found.x0[mine].float(), RING).argmin(1)
+        shares = torch.zeros(8, dtype=torch.float64).index_add(0, nearest, found.log_weight[mine].double().softmax(0))
+        distances.append(float((shares - TILT).abs().sum() / 2))
+    return torch.tensor(distances)
+
+
+def mixture_table(seeds: Sequence[int], budgets: Sequence[int]) -> Iterator[str]:
+    yield f"| method | {' | '.join(f'{budget} NFE' for budget in budgets)} |"
+    yield "|---" * (len(budgets) + 1) + "|"
+    for name in SAMPLED:
+        found = [variations(name, seeds, budget) for budget in budgets]
+        cells = (f"{float(f.mean()):.3f} +- {float(f.std()) / len(f) ** 0.5:.3f}" for f in found)
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
 def hard_prompts(count: int) -> list[str]:
     """ShapeEval's first prompts of its four compositional categories."""
     each = evaluate.entries_of(-(-count // len(COMPOSITIONAL)))
@@ -346,6 +406,9 @@ def hard_prompts(count: int) -> list[str]:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.mixture:
+        print(*mixture_table(args.seeds, args.budgets), sep="\n")
+        return
     setting = Setting(**{name: value for name, value in vars(args).items() if name in Setting._fields})
     prompts, file = hard_prompts(args.prompts), File(args.output)
     print(f"{len(prompts)} prompts, {setting}, {torch.get_num_threads()} threads, torch {torch.__version__}, {file}")
@@ -361,11 +424,13 @@ def main(args: argparse.Namespace) -> None:
             print(verdict(reader, reward))
 
 
+MIXTURE = {"budgets": [2000, 10_000], "seeds": [0, 1, 2, 3, 4]}
 QUICK = {"prompts": 4, "steps": 5, "budgets": [20, 40], "calls": [2, 4], "seeds": [0]}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="everything, as small as can be")
+    parser.add_argument("--mixture", action="store_true", help="sampling of eight modes, without a network")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--rewards", nargs="+", default=("tiny-clip", "oracle"), choices=("tiny-clip", "oracle"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -380,5 +445,5 @@ if __name__ == "__main__":
     parser.add_argument("--growth", type=float, default=Setting._field_defaults["growth"], help="of dts, dts-star")
     parser.add_argument("--output", default="runs/bench_search.jsonl")
     first = parser.parse_args()
-    parser.set_defaults(**(QUICK if first.quick else {}))
+    parser.set_defaults(**(QUICK if first.quick else MIXTURE if first.mixture else {}))
     main(parser.parse_args())
