@@ -240,6 +240,13 @@ def test_reward_above_its_floor_gets_no_weight():
     assert torch.equal(lagrangian(parts, "aim", {"kept": 1.0}, {}), parts["aim"])
 
 
+def test_lagrangian_by_hand():
+    """(2 + 0.5 (4 - 1) + 2.5 (3 - 5)) / (1 + 0.5 + 2.5), so that its scale stays that of a reward."""
+    parts = {"aim": torch.tensor([2.0]), "a": torch.tensor([4.0]), "b": torch.tensor([3.0])}
+    found = lagrangian(parts, "aim", {"a": 1.0, "b": 5.0}, {"a": 0.5, "b": 2.5})
+    torch.testing.assert_close(found, torch.tensor([-0.375]))
+
+
 def test_prompts_are_routed_to_their_rewards():
     bright, colorful = load("brightness"), load("colorfulness")
     reward = Routed({"^a": bright, "[bc]": colorful})

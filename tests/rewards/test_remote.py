@@ -225,10 +225,12 @@ def test_client_follows_no_redirect():
     with http.server.HTTPServer(("127.0.0.1", 0), Elsewhere) as other:
         thread = threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
-        with pytest.raises(ConnectionError, match="refused with 302"):
-            Remote(f"http://127.0.0.1:{other.server_port}", TOKEN)(IMAGES[:1], ["a"])
-        other.shutdown()
-        thread.join()
+        try:
+            with pytest.raises(ConnectionError, match="refused with 302"):
+                Remote(f"http://127.0.0.1:{other.server_port}", TOKEN)(IMAGES[:1], ["a"])
+        finally:
+            other.shutdown()
+            thread.join()
     assert asked == ["/score"]
 
 
