@@ -56,6 +56,24 @@ class Path:
         return Path(self.x.detach(), x0, {k: v.detach() for k, v in self.memory.items()})
 
 
+class Shape(NamedTuple):
+    """How a path's tensors are read."""
+
+    has_x0: bool = False
+    keys: tuple[str, ...] = ()
+
+
+def pack(path: Path) -> tuple[list[Tensor], Shape]:
+    """A path's tensors, x first."""
+    x0 = [] if path.x0 is None else [path.x0]
+    return [path.x, *x0, *path.memory.values()], Shape(path.x0 is not None, tuple(path.memory))
+
+
+def unpack(tensors: Sequence[Tensor], shape: Shape) -> Path:
+    x0 = tensors[1] if shape.has_x0 else None
+    return Path(tensors[0], x0, dict(zip(shape.keys, tensors[1 + shape.has_x0 :], strict=True)))
+
+
 class Predict(Protocol):
     """A denoiser bound to its conditions, guided or not: what a solver calls."""
 

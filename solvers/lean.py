@@ -16,9 +16,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from solvers.denoiser import Path, Predict, Prediction
+from solvers.denoiser import Path, Predict, Prediction, pack, unpack
 from solvers.noise import Noise
-from solvers.revolve import Replay, pack, replayed, unpack
+from solvers.revolve import Replay, replayed
 from solvers.run import Leg, Run, no_option, no_step, observe
 from solvers.samplers import ancestral
 from solvers.sweep import Down, Gradients, Totals, given, replaying, swept, vjp

@@ -7,7 +7,7 @@ wrong in silence. Each such trap is an error here, which names the remedy.
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from solvers.denoiser import Path, Predict, Prediction
+from solvers.denoiser import Path, Predict, Prediction, pack, unpack
 from solvers.noise import Noise
 
 
@@ -26,7 +26,8 @@ from solvers.noise import Noise
 class Recomputed:
     """`predict`, whose inner activations are recomputed when gradients come back.
 
-    x is an argument of its own because checkpointing reads from it which device's random state to restore.
+    The path's tensors are arguments of their own: what is kept of them goes through the hooks of saved tensors, as
+    offloading wants, and checkpointing reads from them which device's random state to restore.
     Non-reentrant only: reentrant checkpointing loses the gradients of parameters where x needs none. Backward raises
     ValueError where weights, adapters or train/eval mode changed since the forward pass.
     """
@@ -44,12 +45,13 @@ class Recomputed:
 
     def __call__(self, path: Path, at: Noise) -> Prediction:
         check = unchanged(self.networks, self.predict.tensors)
+        tensors, shape = pack(path)
 
-        def call(x: Tensor) -> Prediction:
+        def call(*tensors: Tensor) -> Prediction:
             check()
-            return self.predict(replace(path, x=x), at)
+            return self.predict(unpack(tensors, shape), at)
 
-        return checkpoint(call, path.x, use_reentrant=False)
+        return checkpoint(call, *tensors, use_reentrant=False)
 
 
 def networks_of(predict: Predict) -> tuple[nn.Module, ...]:

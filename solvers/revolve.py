@@ -8,7 +8,6 @@ and r the integer with C(c + r - 1, c) < l <= C(c + r, c), a chain of l steps ca
 steps run again without a graph, beside the l that are run with one, and not with fewer.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import comb
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from solvers.denoiser import Path
+from solvers.denoiser import Path, Shape, pack, unpack
 from solvers.recompute import NoGenerator
 from solvers.run import Run, check_listed, observe, step_of
 from solvers.sweep import Down, Gradients, RandomState, Totals, replaying, swept, vjp
@@ -66,13 +65,6 @@ def replayed(run: Run, slots: int) -> Path:
     return unpack(ends, note.end)
 
 
-class Shape(NamedTuple):
-    """How a path's tensors are read."""
-
-    has_x0: bool = False
-    keys: tuple[str, ...] = ()
-
-
 States = list[tuple[int, Path]]  # steps, and the paths that they start from
 
 
@@ -82,17 +74,6 @@ class Note(NamedTuple):
     states: States  # each is let go once it has served: a second backward pass starts from x alone
     random: dict[int, RandomState]  # where a step drew random numbers (dropout), the state that it began with
     end: Shape
-
-
-def pack(path: Path) -> tuple[list[Tensor], Shape]:
-    """A path's tensors, x first."""
-    x0 = [] if path.x0 is None else [path.x0]
-    return [path.x, *x0, *path.memory.values()], Shape(path.x0 is not None, tuple(path.memory))
-
-
-def unpack(tensors: Sequence[Tensor], shape: Shape) -> Path:
-    x0 = tensors[1] if shape.has_x0 else None
-    return Path(tensors[0], x0, dict(zip(shape.keys, tensors[1 + shape.has_x0 :], strict=True)))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The counter of live bytes against arithmetic, and what saves memory without changing a bit."""
 
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -9,11 +10,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from difftune import lora
 from guidance.guided import guided
 from guidance.methods import CFG
+from solvers import memory
 from solvers.latent import LatentModel
 from solvers.memory import UNBOUNDED, LiveBytes, apart, block_checkpointing, has_blocks, measured, offloaded
+from solvers.noise import cosine, grid
 from solvers.rollout import rollout
-from solvers.samplers import SAMPLERS, euler
+from solvers.samplers import SAMPLERS, euler, is_stochastic
 from tests import pipelines
+from tests.sweeps import Net, randn
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +205,35 @@ def test_offloaded_latents_give_the_same_bits(pipe, device):
     moved = torch.autograd.grad(images.square().sum(), [job.x, job.words, *job.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(plain, moved, strict=True))
     assert ("nothing to do" in said) == (device == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "gradient"),
+    [*((name, "checkpoint") for name in SAMPLERS), ("euler", "truncated:4:alignprop"), ("heun", "truncated:4")]
+    + [(None, "adjoint:heun"), (None, "reversible:bdia")],
+)
+def test_no_latent_stays_where_saved_tensors_are_moved(name, gradient, monkeypatch):
+    """Of all that the network was called with, the device keeps the caller's x alone; a copy stands for the host's."""
+    step = None if name is None else SAMPLERS[name]
+    copying = lambda pin_memory: saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t)  # noqa: E731
+    monkeypatch.setattr(memory, "save_on_cpu", copying)
+    met, net, levels = [], Net(randn(3, 2, seed=3).requires_grad_()), grid(cosine, 5, 0.95, 0.0)
+
+    def noted(path, at):
+        met.append([weakref.ref(t.untyped_storage()) for t in (path.x, *path.memory.values())])
+        return net(path, at)
+
+    noted.tensors = net.tensors
+    x, noise = randn(3, 2).requires_grad_(), randn(5, 3, 2, seed=9) if is_stochastic(step) else None
+    with offloaded("meta", gradient):
+        end = rollout(step, noted, x, levels, gradient, noise).x
+    own = x.untyped_storage()
+    left = [storage for refs in met[:-1] for ref in refs if (storage := ref()) is not None]
+    assert all(storage.data_ptr() == own.data_ptr() for storage in left) and len(met) >= 5
+    moved = torch.autograd.grad(end.square().sum(), [x, *net.tensors], allow_unused=True)
+    again = rollout(step, net, x, levels, gradient, noise).x
+    plain = torch.autograd.grad(again.square().sum(), [x, *net.tensors], allow_unused=True)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(moved, plain, strict=True))
 
 
 def test_offload_wants_latents():

@@ -7,9 +7,9 @@ from functools import cache
 import pytest
 import torch
 
-from solvers.denoiser import Path
+from solvers.denoiser import Path, pack
 from solvers.noise import cosine, grid
-from solvers.revolve import Replay, milestones, pack, repeated
+from solvers.revolve import Replay, milestones, repeated
 from solvers.rollout import rollout
 from solvers.run import Run
 from solvers.samplers import SAMPLERS, euler
