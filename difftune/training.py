@@ -33,7 +33,7 @@ from difftune.optimizers import OPTIMIZERS
 from difftune.prompts import prompts_named
 from difftune.reward_statistics import PerPrompt
 from rewards.checks import NotFinite
-from solvers.run import watch_gradients, watching
+from solvers.run import unchecked_gradients, watch_gradients, watching
 
 Metrics = dict[str, float]
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,14 +119,14 @@ class Training:
         """Around a forward and its backward pass: dropout is on, and the processes' gradients meet in the `last`.
 
         A latent's gradient that is not finite is told with the sampler's step, but for several processes, which must
-        agree on what to do, and under a loss scaler, which finds its scale by overflowing.
+        agree on what to do, and under a loss scaler, which finds its scale by overflowing: there it passes on.
         """
         network = self.network.prepared
         network.train()
         named = self.world == 1 and self.accelerator.scaler is None and watching() is None
         try:
             with (
-                watch_gradients(lambda index, norm: None) if named else nullcontext(),
+                watch_gradients(lambda index, norm: None) if named else unchecked_gradients(),
                 nullcontext() if last else self.accelerator.no_sync(network),
             ):
                 yield
@@ -268,7 +268,7 @@ def scored(reward: Reward, images: Tensor, prompts: Sequence[str], run: Training
 
 
 def differentiate(run: Training, loss: Tensor) -> None:
-    """Add the loss's gradient to the weights'. Raises NotFinite where a sweep of the engine meets one that is not."""
+    """Add the loss's gradient to the weights'. Raises NotFinite where the engine meets one that is not finite."""
     try:
         run.accelerator.backward(loss)
     except FloatingPointError as error:

@@ -16,11 +16,20 @@ from solvers.noise import Noise
 from solvers.recompute import Recomputed, check_noise, check_step
 from solvers.reversible import reversible
 from solvers.revolve import revolve
-from solvers.run import Leg, Run, descend, no_option, unlisted, watch_gradients, watching
+from solvers.run import Leg, Run, checked, descend, no_option, unchecked_gradients, unlisted, watch_gradients, watching
 from solvers.samplers import Step, is_stochastic
 from solvers.truncated import truncated
 
-__all__ = ["MODES", "Recomputed", "Run", "parse_gradient", "rollout", "unlisted", "watch_gradients"]
+__all__ = [
+    "MODES",
+    "Recomputed",
+    "Run",
+    "parse_gradient",
+    "rollout",
+    "unchecked_gradients",
+    "unlisted",
+    "watch_gradients",
+]
 
 
 def rollout(
@@ -47,7 +56,7 @@ def rollout(
         check_step(step)
     check_noise(noise)
     mode, option = parse_gradient(gradient)
-    return mode(Run(step, predict, x, _legs(step, levels, noise), watching()), option)
+    return mode(Run(step, predict, x, _legs(step, levels, noise), watching(), checked()), option)
 
 
 def parse_gradient(gradient: str) -> tuple["Mode", str]:

@@ -18,6 +18,7 @@ Leg = tuple[Noise, Noise, Tensor | None]  # now, then, noise
 OnStep = Callable[[int, float], None]  # on_step(index, norm)
 
 _WATCHING: ContextVar[OnStep | None] = ContextVar("watching", default=None)
+_CHECKED: ContextVar[bool] = ContextVar("checked", default=True)
 
 
 class Run(NamedTuple):
@@ -28,6 +29,7 @@ class Run(NamedTuple):
     x: Tensor  # (B, ...)
     legs: Sequence[Leg]
     on_step: OnStep | None = None
+    checked: bool = True  # whether a sweep stops at a gradient that is not finite
 
 
 @contextmanager
@@ -36,7 +38,8 @@ def watch_gradients(on_step: OnStep) -> Iterator[None]:
 
     norm is that of the gradient with respect to the latent that step `index` starts from, so index 0 is x_T (a
     reversible sampler gives that of its pair of states). A gradient that is not finite raises FloatingPointError with
-    the step's index: under this block in every mode, and without it in the modes that are explicit sweeps.
+    the step's index, or says that it came so from the loss: under this block in every mode, and without it in the modes
+    that are explicit sweeps, but for `unchecked_gradients`.
     """
     token = _WATCHING.set(on_step)
     try:
@@ -50,8 +53,29 @@ def watching() -> OnStep | None:
     return _WATCHING.get()
 
 
+@contextmanager
+def unchecked_gradients() -> Iterator[None]:
+    """Runs that start inside this block, and are not watched, let a gradient pass that is not finite, in every mode.
+
+    For a caller that looks for it: a loss scaler, which finds its scale by overflowing, or one that leaves out the
+    samples it is of.
+    """
+    token = _CHECKED.set(False)
+    try:
+        yield
+    finally:
+        _CHECKED.reset(token)
+
+
+def checked() -> bool:
+    """Whether a sweep that starts now stops at a gradient that is not finite."""
+    return _CHECKED.get() or watching() is not None
+
+
 def observe(run: Run, index: int, *gradients: Tensor | None) -> None:
     """Report the norm of step `index`'s gradient. Raises FloatingPointError where it is not finite."""
+    if not run.checked:
+        return
     there = [g for g in gradients if g is not None]
     norm = sum((g.detach().float().norm().item() ** 2 for g in there), 0.0) ** 0.5
     if not all(g.isfinite().all() for g in there):
@@ -61,6 +85,15 @@ def observe(run: Run, index: int, *gradients: Tensor | None) -> None:
         )
     if run.on_step is not None:
         run.on_step(index, norm)
+
+
+def observe_end(run: Run, *gradients: Tensor | None) -> None:
+    """Raises FloatingPointError where a gradient with respect to the run's end is not finite: no step is to blame."""
+    if run.checked and not all(g.isfinite().all() for g in gradients if g is not None):
+        raise FloatingPointError(
+            f"the gradient of the loss is not finite at the run's end, before any of its {len(run.legs)} steps: look at"
+            " the reward and the decoder, or lower the loss scale"
+        )
 
 
 def watched(run: Run, index: int, path: Path) -> Path:
@@ -104,6 +137,8 @@ def descend(run: Run, predict: Predict, path: Path, start: int = 0, stop: int | 
     for i in range(len(run.legs))[start:stop]:
         path = watched(run, i, path)
         path = first(run, predict, path, i) if i == start else step_of(run)(predict, path, *run.legs[i])
+        if i == len(run.legs) - 1 and run.on_step is not None and path.x.requires_grad:
+            path.x.register_hook(lambda gradient: observe_end(run, gradient))
     return path
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from solvers.denoiser import widen
 from solvers.recompute import networks_of, unchanged
-from solvers.run import Run, differentiated
+from solvers.run import Run, differentiated, observe_end
 
 Gradients = Sequence[Tensor | None]
 
@@ -31,6 +31,8 @@ class Down(NamedTuple):
 class Sweep(Protocol):
     """A sampler and its gradient, both explicit; neither is called under a graph."""
 
+    @property
+    def run(self) -> Run: ...
     def down(self, x: Tensor, check: bool) -> Down:
         """The run from x; `check` that its first step depends on no unlisted tensor that requires grad."""
         ...
@@ -106,6 +108,7 @@ class _Swept(torch.autograd.Function):
         ctx.check()
         if all(c is None for c in cotangents):
             return (None,) * (5 + len(ctx.tensors))
+        observe_end(ctx.sweep.run, *cotangents)
         totals = Totals(ctx.tensors)
         with ctx.setting():
             x = ctx.sweep.up(Down((), ctx.saved_tensors, ctx.note), cotangents, totals)

@@ -1,5 +1,8 @@
 """Tiny random diffusers pipelines: every part real, seeded, and small enough to build in a fraction of a second."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 
 import torch
@@ -105,6 +108,28 @@ def sd(
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def kinked(pipe, steps: int, index: int, words: torch.Tensor | None = None) -> Iterator[None]:
+    """A UNet whose answer stays as it is, and whose gradient is not finite, at step `index` of `steps`; for the rows
+    with the embedding `words` alone, if it is given."""
+    scheduler = deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    broken = float(scheduler.timesteps[index])
+
+    def kink(unet, args, kwargs, out):
+        if abs(float(kwargs["timestep"].flatten()[0]) - broken) > 0.5:
+            return out
+        rows = [words is None or torch.equal(own, words) for own in kwargs["encoder_hidden_states"]]
+        bent = [(0 * row).sqrt() if bad else 0 * row for row, bad in zip(args[0], rows, strict=True)]
+        return (out[0] + torch.stack(bent), *out[1:])
+
+    hook = pipe.unet.register_forward_hook(kink, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def sdxl(

@@ -277,8 +277,8 @@ class Broken(Brightness):
     ("how", "gradient", "what"),
     [
         (float("nan"), None, "the reward for 'red"),
-        (0, "checkpoint", "the gradient is not finite at step 2 of 3"),
-        (0, "truncated:1", "the gradient's norm is nan"),  # no latent of the run requires grad
+        (0, "checkpoint", "the gradient of the loss is not finite at the run's end, before any of its 3 steps"),
+        (0, "truncated:1", "the gradient of the loss is not finite at the run's end"),
     ],
 )
 def test_what_is_not_finite_ends_the_run_and_the_last_checkpoint_stays(toy, tmp_path, how, gradient, what):
@@ -291,12 +291,13 @@ def test_what_is_not_finite_ends_the_run_and_the_last_checkpoint_stays(toy, tmp_
     assert not (out / lora.WEIGHTS).exists()
 
 
-def test_a_sweep_that_is_not_finite_names_its_step(toy, tmp_path):
-    out = tmp_path / "out"
-    config = replace(toy, output_dir=str(out), checkpointing_steps=1, gradient="revolve:2")
-    with pytest.raises(RunError, match="step 3: the gradient is not finite at step .*checkpoints are as they were"):
-        alignprop.run(config, pipe=pipelines.sd(), reward=Broken(0))
-    assert checkpoint.latest(out).name == "checkpoint-2"
+@pytest.mark.parametrize("gradient", ["checkpoint", "revolve:2", "adjoint:exact_endpoint"])
+def test_a_gradient_that_is_not_finite_names_its_step(toy, gradient):
+    """The optimiser's, and the sampler's."""
+    pipe = pipelines.sd()
+    what = "step 1: the gradient is not finite at step 1 of 3 .*checkpoints are as they were"
+    with pipelines.kinked(pipe, 3, 1), pytest.raises(RunError, match=what):
+        list(train(replace(toy, gradient=gradient), None, pipe, BRIGHT))
 
 
 @pytest.mark.parametrize(

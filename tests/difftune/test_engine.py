@@ -7,9 +7,10 @@ from itertools import islice
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 
-from difftune import alignprop, doctor, engine, optimize, reno, reward_gradient, runs
+from difftune import alignprop, doctor, engine, optimize, reno, reward_gradient, runs, training
 from difftune.alignprop import train
 from difftune.cli import cli
 from difftune.configs import AlignPropConfig, RenoConfig
@@ -176,6 +177,36 @@ def test_recipes_run_every_mode(toy, gradient):
     config = replace(toy, gradient=gradient.replace("10", "1"), train_batch_size=1, max_train_steps=1)
     ((metrics, _),) = train(config, None, pipelines.sd(), Brightness())
     assert 0 < metrics["grad_norm"] < float("inf")
+
+
+class Scaled(training.Accelerator):
+    """With a loss scaler on a CPU, as there is on a GPU under float16, whose first scale overflows."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", 2.0**28)
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """The precision of a process is set once, unless accelerate forgets it."""
+    monkeypatch.setattr(training, "Accelerator", Scaled)
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.slow
+def test_a_loss_scaler_finds_its_scale_in_every_mode(toy, scaled):
+    """A sweep lets an overflow through, and what is left at the same scale is the gradient of `full`."""
+    config = replace(toy, mixed_precision="fp16", train_batch_size=1, max_train_steps=9, guidance_scale=2.0)
+    found = {}
+    for gradient in ("full", "checkpoint", "revolve:2", "reversible:alf", "adjoint:heun", "lean"):
+        steps = train(replace(config, gradient=gradient), None, pipelines.sd(), Brightness())
+        metrics, state = next(made for made in steps if made[0]["grad_norm"] > 0)
+        found[gradient] = metrics["grad_norm"]
+        assert state.step > 1 and metrics["skipped"] == 0 and state.info["scaler"]["scale"] < 2.0**28
+    assert found["checkpoint"] == pytest.approx(found["full"], rel=1e-3) == found["revolve:2"]
 
 
 @pytest.mark.parametrize("gradient", ["checkpoint", "truncated:10"])

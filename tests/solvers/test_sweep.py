@@ -15,7 +15,7 @@ from solvers.latent import LatentModel
 from solvers.lean import WithBase, lean_sweep
 from solvers.noise import cosine, grid
 from solvers.reversible import reversible_sampler
-from solvers.rollout import MODES, rollout, watch_gradients
+from solvers.rollout import MODES, rollout, unchecked_gradients, watch_gradients
 from solvers.samplers import ancestral, dpmpp_2m, euler
 from solvers.sweep import Totals
 from tests import pipelines
@@ -167,6 +167,45 @@ def test_a_gradient_that_is_not_finite_names_its_step(mode):
     end = watched(mode, Broken(randn(3, 2, seed=3)), randn(3, 2).requires_grad_(), levels, lambda *_: None).x
     with pytest.raises(FloatingPointError, match=rf"not finite at step {broken[0]} of 6"):
         end.sum().backward()
+
+
+SWEEPS = ["revolve:2", *OWN]
+
+
+@pytest.mark.parametrize("mode", SWEEPS)
+def test_a_scaled_loss_has_the_gradient_times_the_scale(mode):
+    """To the last bit in float32, as a sweep is linear: what a loss scaler divides by is what it multiplied with."""
+
+    def gradients(scale):
+        x, net = randn(3, 2).float().requires_grad_(), Net(randn(3, 2, seed=3).float().requires_grad_(), torch.float32)
+        loss = (run(mode, net, x).x ** 3).sum()
+        return torch.autograd.grad(scale * loss, [x, *net.tensors])
+
+    for scaled, plain in zip(gradients(2.0**14), gradients(1.0), strict=True):
+        assert plain.any() and torch.equal(scaled, 2.0**14 * plain)
+
+
+@pytest.mark.parametrize("mode", SWEEPS)
+def test_a_loss_scaler_finds_its_scale_by_overflowing(mode):
+    """From a scale that overflows float32 it backs off until nothing overflows; its gradient is then the plain one."""
+    net = Net(randn(3, 2, seed=3).float(), torch.float32)
+    x, weights = randn(3, 2).float(), list(net.parameters())
+    exact = torch.autograd.grad((run(mode, net, x).x ** 3).sum(), weights)
+    scaler, optimizer = torch.amp.GradScaler("cpu", 2.0**127), torch.optim.SGD(weights, 0.0)
+    scales = []
+    for _ in range(60):
+        with unchecked_gradients():
+            scaler.scale((run(mode, net, x).x ** 3).sum()).backward()
+        scaler.unscale_(optimizer)
+        found = [weight.grad for weight in weights]
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+        if all(gradient.isfinite().all() for gradient in found):
+            break
+    assert 2.0**100 < scales[-1] < 2.0**127 and len(scales) > 1
+    assert all(rel(a, b) <= 1e-6 for a, b in zip(found, exact, strict=True))
 
 
 def watched(mode, net, x, levels, on_step):

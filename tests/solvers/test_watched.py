@@ -5,7 +5,7 @@ import torch
 
 from solvers.denoiser import predicted
 from solvers.noise import cosine, grid
-from solvers.rollout import rollout, watch_gradients
+from solvers.rollout import rollout, unchecked_gradients, watch_gradients
 from solvers.samplers import euler
 
 
@@ -48,3 +48,24 @@ def test_norms_of_every_step_are_those_of_the_latents(gradient):
         expected[i] = abs(factor) * 2
     assert norms == pytest.approx(expected, rel=1e-5)
     assert norms[0] == pytest.approx(at_start.norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("gradient", ["full", "checkpoint", "truncated:2", "truncated:2:drtune", "revolve:2"])
+def test_a_gradient_that_comes_so_from_the_loss_blames_no_step(gradient):
+    with watch_gradients(lambda index, norm: None):
+        end = rollout(euler, Sharp(None), torch.ones(1, 2, requires_grad=True), LEVELS, gradient).x
+    with pytest.raises(FloatingPointError, match="loss is not finite at the run's end, before any of its 5 steps"):
+        (0 * end).sqrt().sum().backward()
+
+
+def test_only_a_run_that_is_watched_is_checked_where_checks_are_off():
+    x = torch.ones(1, 2, requires_grad=True)
+    with unchecked_gradients():
+        free = rollout(euler, Sharp(LEVELS[3]), x, LEVELS, "revolve:2").x
+        with watch_gradients(lambda index, norm: None):
+            ends = [rollout(euler, Sharp(LEVELS[3]), x, LEVELS, mode).x for mode in ("revolve:2", "checkpoint")]
+    assert not torch.autograd.grad(free.sum(), x)[0].isfinite().any()
+    ends.append(rollout(euler, Sharp(LEVELS[3]), x, LEVELS, "revolve:2").x)  # the block is left
+    for end in ends:
+        with pytest.raises(FloatingPointError, match="not finite at step 3 of 5"):
+            end.sum().backward()
