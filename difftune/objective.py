@@ -27,7 +27,7 @@ from solvers.budget import Plan, Probe, probe
 from solvers.denoiser import Cond, widen
 from solvers.latent import LatentModel
 from solvers.noise import Noise
-from solvers.rollout import rollout
+from solvers.rollout import rollout, unchecked_gradients, watch_gradients
 
 EMBEDDING = "encoder_hidden_states"  # the condition that may be optimised, which every family has
 Variables = Literal["noise", "prompt", "both"]
@@ -155,7 +155,8 @@ class Objective:
     def _evaluate(self, z: Tensor, rows: Tensor, backward: bool, where: str) -> Evaluated:
         z, prompts = z.detach().requires_grad_(backward), [self.prompts[i] for i in rows.tolist()]
         with torch.set_grad_enabled(backward):
-            images = self.images(z, rows)
+            with unchecked_gradients():  # what is not finite is one sample's, and is refused or leaves by itself
+                images = self.images(z, rows)
             parts = {name: reward(images, prompts) for name, reward in self.reward.rewards.items()}
             total = self.reward.total(parts)
             away = REGULARIZERS[self.settings.regularizer](self.unknowns.noise_of(z, rows))
@@ -173,8 +174,25 @@ class Objective:
     def _gradient(self, loss: Tensor, z: Tensor, where: str) -> Tensor:
         try:
             return torch.autograd.grad(loss, z)[0]
-        except FloatingPointError as error:  # of a sweep, or of a run that is watched
+        except FloatingPointError as error:  # a run that is watched, or an inverse that misses its start
             raise RunError(f"{where}: {error}") from error
+
+    def refuse_not_finite(self, record: Iteration, z: Tensor, rows: Tensor, where: str) -> None:
+        """RunError, naming the reward, or the prompt and the step of the gradient, where a number of z's is not finite.
+
+        The gradient is taken once more, of that sample alone and watched, to find the step.
+        """
+        prompts = [self.prompts[i] for i in rows.tolist()]
+        for name, scores in record.parts.items():
+            try:
+                checked(scores, name, prompts)
+            except ValueError as error:
+                raise RunError(f"{where}: {error}") from error
+        if not record.grad_norm.isfinite().all():
+            first = int(record.grad_norm.isfinite().int().argmin())
+            with watch_gradients(lambda index, norm: None):
+                self.evaluate(z[[first]], rows[[first]], True, f"{where}, {prompts[first]!r}")
+            raise RunError(f"{where}: the gradient of the noise for {prompts[first]!r} is not finite")
 
     def images(self, z: Tensor, rows: Tensor) -> Tensor:
         """(A, 3, H, W) in [0, 1], differentiable in z (A, D)."""
@@ -229,18 +247,6 @@ def joined(records: Sequence[Iteration]) -> Iteration:
     parts = {name: torch.cat([record.parts[name] for record in records]) for name in records[0].parts}
     rest = [None if column[0] is None else torch.cat(column) for column in list(zip(*records, strict=True))[1:]]
     return Iteration(parts, *rest)  # type: ignore[arg-type]
-
-
-def refuse_not_finite(record: Iteration, prompts: Sequence[str], where: str) -> None:
-    """RunError, naming the reward or the gradient and the prompt, where a number is not finite."""
-    for name, scores in record.parts.items():
-        try:
-            checked(scores, name, prompts)
-        except ValueError as error:
-            raise RunError(f"{where}: {error}") from error
-    if not record.grad_norm.isfinite().all():
-        of = prompts[int(record.grad_norm.isfinite().int().argmin())]
-        raise RunError(f"{where}: the gradient of the noise for {of!r} is not finite")
 
 
 def embeddings(conds: Mapping[str, Cond], like: Tensor) -> Tensor:

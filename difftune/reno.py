@@ -24,7 +24,7 @@ from difftune.errors import UserError
 from difftune.named import at_least, differentiable, gradient_named, known, sampler_named
 from difftune.noise_named import Rewards, needs_gradient, optimizer_named, sized, summed, weights_over_ranges
 from difftune.noise_results import Live, Result, result
-from difftune.objective import Iteration, Objective, Unknowns, Variables, embeddings, refuse_not_finite
+from difftune.objective import Iteration, Objective, Unknowns, Variables, embeddings
 from difftune.progress import Progress, beginning, chosen, of_state
 from difftune.regularize import REGULARIZERS
 from difftune.reno_settings import levels_at, setting_of, start_scale
@@ -177,7 +177,7 @@ class ReNO:
                 progress = self._moved(objective, optimizer, progress, self._evaluated(objective, progress, True))
             moves = progress.iteration < iterations - 1
             rows, found = progress.rows, self._evaluated(objective, progress, moves)
-            refused(found.record, objective, rows, progress)
+            refused(found.record, objective, progress.z[rows], rows, progress)
             progress = progress.seen(found, progress.z[rows], rows, torch.ones_like(rows), self)
             live, progress = self._live(objective, progress), replace(progress, pending=True)
             if moves:
@@ -217,7 +217,7 @@ class ReNO:
         each = rows.repeat_interleave(size)
         z = objective.unknowns.within(asked.flatten(0, 1), each, self.max_distance)
         found = objective.evaluate(z, each, False, f"iteration {progress.iteration + 1}")
-        refused(found.record, objective, rows, progress)
+        refused(found.record, objective, z, each, progress)
         totals = found.record.total.nan_to_num(-torch.inf, -torch.inf, -torch.inf).view(-1, size)
         place = (torch.arange(len(rows)) * size + totals.argmax(dim=1)).to(z.device)
         values = torch.stack([ranked(row) for row in -found.loss.view(-1, size)])
@@ -298,10 +298,10 @@ class ReNO:
         return of_state(state, z, objective.prompts, seeds)
 
 
-def refused(record: Iteration, objective: Objective, rows: Tensor, progress: Progress) -> None:
+def refused(record: Iteration, objective: Objective, z: Tensor, rows: Tensor, progress: Progress) -> None:
     """RunError for what is not finite in the first iteration, after which there would be nothing to keep."""
     if progress.iteration == 0:
-        refuse_not_finite(record, [objective.prompts[i] for i in rows.tolist()], "iteration 1")
+        objective.refuse_not_finite(record, z, rows, "iteration 1")
 
 
 def started_at(start: Tensor, noise: Tensor) -> Tensor:
