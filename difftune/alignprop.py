@@ -15,6 +15,7 @@ from torch import Tensor
 
 from difftune.checkpoint import Say, State
 from difftune.configs import AlignPropConfig
+from difftune.engine import check_offloading
 from difftune.named import at_least, gradient_named, known
 from difftune.reward_gradient import Modes, ascents, check_gradient
 from difftune.training import Metrics, Reward, follow
@@ -105,6 +106,7 @@ def check(config: AlignPropConfig, pipe: Any = None, reward: Reward | None = Non
     at_least(config.truncation_min, truncation_max=config.truncation_max)
     if config.gradient is not None:
         gradient_named(config.gradient, config.num_inference_steps, config.sampler)
+        check_offloading(config.offload, config.gradient)
 
 
 def card(config: AlignPropConfig, metrics: Metrics) -> str:

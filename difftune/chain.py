@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from difftune.configs import TrainingConfig
-from difftune.engine import step_of, wants_noise
+from difftune.engine import moving, step_of, wants_noise
 from difftune.named import guidance_named, sampler_named
 from difftune.prompts import Prompts
 from difftune.training import Called, mixed
@@ -39,6 +39,7 @@ class Chain:
     step: Step
     levels: Sequence[Noise]
     seed: int
+    offload: bool = False  # the latents of a run that wait for its backward pass
 
     @classmethod
     def of(cls, config: TrainingConfig, pipe: Any, network: Called) -> "Chain":
@@ -56,7 +57,8 @@ class Chain:
     def draw(self, prompts: Prompts, indices: Sequence[int], gradient: str) -> Drawn:
         """The ends of the samples' runs, connected to the network's weights as the engine's mode has it."""
         texts, x, noise, predict = self.begin(prompts, indices, gradient)
-        path = rollout(step_of(gradient, self.step), predict, x, self.levels, gradient, noise)
+        with moving(self.offload, x.device, gradient):
+            path = rollout(step_of(gradient, self.step), predict, x, self.levels, gradient, noise)
         copies = len(path.x) // len(x)  # draft_lv's, copy after copy
         return Drawn(path, texts * copies, predict.conds)
 

@@ -132,6 +132,8 @@ class RewardGradientConfig(TrainingConfig):
     memory_budget: str | None = None
     """Bytes of the device that the run may take, weights included, as in 6GiB: block checkpointing and the images
     at a time are chosen to fit. None: no limit, and nothing is measured."""
+    offload: bool = False
+    """Let the latents that wait for the backward pass do so in the host's memory; on a CPU they do in any case."""
     loss_coeff: float = 1.0
     """Multiplies the loss of the rewards. AdamW does not feel it; the clip, kl_coeff and float16's range do."""
     kl_coeff: float = 0.0
@@ -439,6 +441,8 @@ class RenoConfig:
     memory_budget: str | None = None
     """Bytes of the device that the run may take, weights included, as in 6GiB: the mode, block checkpointing and the
     images at a time are chosen to fit. None: no limit, and nothing is measured."""
+    offload: bool = False
+    """Let the latents that wait for the backward pass do so in the host's memory; on a CPU they do in any case."""
     enable_xformers_memory_efficient_attention: bool = False
     """Let the network attend by xformers, if a probe on this GPU shows it no slower than SDPA, the default."""
     deterministic: bool = False

@@ -1,15 +1,16 @@
 """From a recipe's settings to the engine's: the gradient mode, the memory plan, the attention, and a line for each.
 
-Both recipes have the same four: `gradient`, `memory_budget`, `enable_xformers_memory_efficient_attention` and
-`deterministic`.
+All that differentiate a sampler have the same: `gradient`, `memory_budget`, `offload`,
+`enable_xformers_memory_efficient_attention` and `deterministic`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from difftune.errors import UserError
@@ -17,6 +18,7 @@ from rewards.compose import Recomputed, WeightedSum
 from solvers.attention import Verdict, attention, choose, deterministic, obstacle
 from solvers.budget import Plan, Probe, parse_size, planned, resident
 from solvers.latent import LatentModel
+from solvers.memory import check_offload, offload_line, offloaded
 from solvers.samplers import Step, ancestral, euler, is_stochastic
 
 OWN_SOLVER = ("adjoint", "reversible", "lean")  # modes that bring their own solver, and take no step
@@ -30,6 +32,22 @@ def check_engine(memory_budget: str | None, xformers: bool) -> None:
         _worded(partial(parse_size, memory_budget))
     if xformers and (reason := obstacle()):
         raise UserError(reason)
+
+
+def check_offloading(offload: bool, gradient: str | None) -> None:
+    """UserError for a mode whose latents cannot be offloaded."""
+    if offload and gradient is not None:
+        _worded(partial(check_offload, gradient))
+
+
+def bound_mode(gradient: str | None, offload: bool) -> str | None:
+    """The mode that a plan is bound to: the one given, or the one that it would choose and can offload; None: none."""
+    return "checkpoint" if gradient is None and offload else gradient
+
+
+def moving(offload: bool, device: torch.device, gradient: str) -> AbstractContextManager[Any]:
+    """Around a rollout: its latents are offloaded, if that is asked for."""
+    return offloaded(device, gradient) if offload else nullcontext()
 
 
 def brings_solver(gradient: str) -> bool:
@@ -53,13 +71,21 @@ class Engine:
     plan: Plan
     attention: Verdict = DEFAULT
     deterministic: bool = False
+    offload: str | None = None  # what it does
 
     def lines(self, gradient: str) -> dict[str, str]:
         """What was resolved, in words; `gradient` is the recipe's own word for the mode."""
         found = {"gradient": gradient, "attention": f"{self.attention.backend} ({self.attention.why})"}
         if self.plan.peak:
             found["memory_budget"] = str(self.plan)
+        if self.offload is not None:
+            found["offload"] = self.offload
         return found | ({"deterministic": "torch's deterministic algorithms"} if self.deterministic else {})
+
+
+def offload_of(offload: bool, device: torch.device) -> str | None:
+    """What offloading does on this device, if it is asked for."""
+    return offload_line(device) if offload else None
 
 
 def verdict(xformers: bool, network: Any) -> Verdict:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from difftune.engine import held, plan_for, probe_step, scores_of, step_of
+from difftune.engine import bound_mode, held, moving, plan_for, probe_step, scores_of, step_of
 from difftune.errors import RunError
 from difftune.named import sampler_named
 from difftune.regularize import REGULARIZERS
@@ -199,7 +199,8 @@ class Objective:
         step, gradient = sampler_named(self.settings.sampler), self.plan.gradient
         fixed = None if self.fixed is None else [noise[rows] for noise in self.fixed]
         x = self.scale * self.unknowns.noise_of(z, rows)
-        path = rollout(step_of(gradient, step), self.predict(z, rows), x, self.levels, gradient, fixed)
+        with moving(self.settings.offload, x.device, gradient):
+            path = rollout(step_of(gradient, step), self.predict(z, rows), x, self.levels, gradient, fixed)
         return self.model.decode(path.x, checkpointed=True)
 
     def predict(self, z: Tensor, rows: Tensor) -> GuidedPredict:
@@ -213,6 +214,7 @@ class Objective:
     def planned(self) -> Plan:
         """The plan for the memory budget, from one step for the first sample."""
         settings, steps = self.settings, len(self.levels) - 1
+        bound = bound_mode(settings.gradient, settings.offload)
         first = torch.zeros(1, dtype=torch.long, device=self.unknowns.noise.device)
         z = self.unknowns.start()[:1]
         fixed = None if self.fixed is None else [noise[first] for noise in self.fixed]
@@ -220,7 +222,7 @@ class Objective:
         def measure(limit: int | None) -> Probe:
             with frozen(self.model.pipe):
                 return probe(
-                    probe_step(settings.gradient, sampler_named(settings.sampler)),
+                    probe_step(bound, sampler_named(settings.sampler)),
                     self.predict(z, first),
                     self.unknowns.noise_of(z, first),
                     self.levels,
@@ -233,7 +235,7 @@ class Objective:
                     limit=limit,
                 )
 
-        return plan_for(settings.memory_budget, settings.gradient, steps, self.plan.batch, measure)
+        return plan_for(settings.memory_budget, bound, steps, self.plan.batch, measure)
 
     def _results(self) -> int:
         """Bytes of z, what its optimiser keeps of it, and of the first, the best and the present images."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from difftune import checkpoint, runs
 from difftune.checkpoint import Say, State
 from difftune.configs import RenoConfig
-from difftune.engine import Engine, check_engine, kernels
+from difftune.engine import Engine, check_engine, check_offloading, kernels, offload_of
 from difftune.errors import UserError
 from difftune.generate import NOISE, noises_of
 from difftune.models import load as load_model
@@ -74,7 +74,7 @@ def run(config: RenoConfig, show: Say | None = None, pipe: Any = None, reward: R
     with kernels(config.enable_xformers_memory_efficient_attention, exact, network) as attention:
         batches = list(batched(config))
         plan = reno.planned(batches[0].prompts)
-        engine = Engine(plan, attention, exact).lines(plan.gradient)
+        engine = Engine(plan, attention, exact, offload_of(config.offload, network.device)).lines(plan.gradient)
         engine |= precision(reno)
         for name, line in engine.items():
             say(f"{name}: {line}")
@@ -127,6 +127,7 @@ def configured(config: RenoConfig, pipe: Any, reward: Reward | None) -> ReNO:
         config.gradient,
         config.sampler,
         memory_budget=config.memory_budget,
+        offload=config.offload,
         held_out=None if config.held_out is None else summed({config.held_out: 1.0}),
         normalize=config.normalize,
         patience=config.patience,
@@ -159,6 +160,7 @@ def check(config: RenoConfig, pipe: Any = None, reward: Reward | None = None) ->
     if config.gradient is not None and needs_gradient(optimizer):
         of = "weights" if config.variables == "prompt" else "noise"
         gradient_named(config.gradient, config.num_inference_steps, config.sampler, of)
+        check_offloading(config.offload, config.gradient)
     check_names(config)
     if pipe is None:
         model_named(config.model)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from difftune.checkpoint import Say, State
 from difftune.configs import RenoConfig
-from difftune.engine import check_engine, one_at_a_time, wants_noise
+from difftune.engine import check_engine, check_offloading, one_at_a_time, wants_noise
 from difftune.errors import UserError
 from difftune.named import at_least, differentiable, gradient_named, known, sampler_named
 from difftune.noise_named import Rewards, needs_gradient, optimizer_named, sized, summed, weights_over_ranges
@@ -51,6 +51,7 @@ class ReNO:
     None here is then the paper's: learning_rate, height, width, timesteps.
     gradient: a mode of `solvers.rollout`; None is "checkpoint", or what `memory_budget` ("6GiB", weights included) has
     room for: one step is measured, and mode, block checkpointing and the samples at a time are chosen to fit.
+    offload: the latents that wait for the backward pass do so in the host's memory, which on a CPU changes nothing.
     Raises UserError for what is unknown, and for a reward without a gradient under an optimiser that needs it.
     """
 
@@ -68,6 +69,7 @@ class ReNO:
     sampler: str = "euler"
     progress: bool = True
     memory_budget: str | None = None
+    offload: bool = False
     held_out: Rewards | None = None  # watched beside the optimised one; it needs no gradient
     normalize: bool = False  # divide each reward by the width of its nominal range, so that weights compare
     patience: int | None = None  # iterations without a better image after which a sample leaves
@@ -91,6 +93,7 @@ class ReNO:
         if self.gradient is not None and by_gradient:
             of = "weights" if self.variables == "prompt" else "noise"
             gradient_named(self.gradient, self.num_inference_steps, self.sampler, of)
+            check_offloading(self.offload, self.gradient)
 
     def optimize(
         self,

@@ -8,7 +8,7 @@ both and leaves the rest to `ascents`.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import exp, hypot, log
 from typing import Any, NamedTuple
@@ -19,7 +19,18 @@ from torch import Tensor
 from difftune.chain import Chain, Drawn
 from difftune.checkpoint import Say, State
 from difftune.configs import RewardGradientConfig
-from difftune.engine import Engine, check_engine, held, kernels, one_at_a_time, plan_for, probe_step, scores_of
+from difftune.engine import (
+    Engine,
+    bound_mode,
+    check_engine,
+    held,
+    kernels,
+    offload_of,
+    one_at_a_time,
+    plan_for,
+    probe_step,
+    scores_of,
+)
 from difftune.models import load as load_model
 from difftune.named import at_least, differentiable, reward_named
 from difftune.prompts import Prompts, prompts_named
@@ -81,7 +92,7 @@ def ascents(
     reward = reward_named(config.reward) if reward is None else reward
     prompts = prompts_named(config.prompts, config.seed)
     run = begin(config, state, load_model(config.model) if pipe is None else pipe, reference=config.kl_coeff > 0)
-    chain = Chain.of(config, run.pipe, run.network)
+    chain = replace(Chain.of(config, run.pipe, run.network), offload=config.offload)
     reference = Chain.of(config, run.pipe, run.reference) if config.kl_coeff > 0 else None
     with running(config, modes, run, chain, prompts, reward, say) as plan:
         ascent = Ascent(config, run, chain, reference, prompts, one_at_a_time(reward, plan), loss, plan)
@@ -180,8 +191,10 @@ def running(
     """The engine as it is set for this run: kernels, and the plan, under its block checkpointing."""
     pipe, network = chain.model.pipe, chain.model.network
     with kernels(config.enable_xformers_memory_efficient_attention, config.deterministic, network) as found:
-        plan = planned(config, modes.greatest, run, chain, prompts, reward)
-        for name, line in Engine(plan, found, config.deterministic).lines(modes.words or plan.gradient).items():
+        bound = bound_mode(modes.greatest, config.offload)
+        plan = planned(config, bound, run, chain, prompts, reward)
+        engine = Engine(plan, found, config.deterministic, offload_of(config.offload, network.device))
+        for name, line in engine.lines(modes.words or plan.gradient).items():
             (say or quiet)(f"{name}: {line}")
         with plan.applied(network, pipe.vae):
             yield plan

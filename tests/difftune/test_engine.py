@@ -1,6 +1,7 @@
 """The engine's settings as recipes take them: budgets that are kept, results that do not depend on them, errors."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -209,6 +210,51 @@ def test_a_loss_scaler_finds_its_scale_in_every_mode(toy, scaled):
     assert found["checkpoint"] == pytest.approx(found["full"], rel=1e-3) == found["revolve:2"]
 
 
+OFFLOADED = "nothing to do, the latents are in the host's memory already"
+
+
+@pytest.mark.parametrize("gradient", [None, "checkpoint", "reversible:bdia"])
+def test_offloading_changes_no_bit_and_says_what_it_does(toy, gradient):
+    plain, _, _ = trained(replace(toy, gradient=gradient))
+    moved, said, _ = trained(replace(toy, gradient=gradient, offload=True))
+    assert said[-1] == f"offload: {OFFLOADED}"
+    assert all(torch.equal(plain[name], moved[name]) for name in plain)
+
+
+def test_offloading_goes_around_the_rollouts_of_recipes_and_of_reno(toy, monkeypatch):
+    entered = []
+
+    def noted(device, gradient):
+        entered.append((str(device), gradient))
+        return nullcontext()
+
+    monkeypatch.setattr(engine, "offloaded", noted)
+    budgets = {"offload": True, "memory_budget": "1GiB"}  # the plan is then bound to a mode that can be offloaded
+    _, said, _ = trained(replace(toy, train_batch_size=1, **budgets))
+    assert said[0] == "gradient: checkpoint" and entered == [("cpu", "checkpoint")]
+    pipe = pipelines.sd()
+    result = ReNO(pipe, SUM, 2, progress=False, **budgets).optimize(PROMPTS[:1], 2)
+    assert result.plan.gradient == "checkpoint" and len(entered) == 3
+    plain = ReNO(pipe, SUM, 2, progress=False).optimize(PROMPTS[:1], 2)
+    assert torch.equal(result.noises, plain.noises) and len(entered) == 3
+
+
+def test_optimize_says_that_it_offloads(tmp_path):
+    config = RenoConfig(prompt=PROMPTS[:1], iterations=1, output_dir=str(tmp_path / "out"), offload=True)
+    assert reno.run(config, [].append, pipelines.sd(), Brightness())["engine"]["offload"] == OFFLOADED
+
+
+@pytest.mark.parametrize("gradient", ["full", "revolve:2", "lean", "adjoint:exact_endpoint"])
+def test_what_cannot_be_offloaded_is_refused_at_once(toy, gradient):
+    what = f"gradient mode '{gradient}' (keeps whole graphs|holds its states).*offload with 'checkpoint'"
+    with pytest.raises(UserError, match=what):
+        next(train(replace(toy, gradient=gradient, offload=True)))
+    with pytest.raises(UserError, match=what):
+        optimize.check(RenoConfig(prompt=PROMPTS[:1], gradient=gradient, offload=True))
+    with pytest.raises(UserError, match=what):
+        ReNO(pipelines.sd(), SUM, gradient=gradient, offload=True, num_inference_steps=2)
+
+
 @pytest.mark.parametrize("gradient", ["checkpoint", "truncated:10"])
 def test_noise_gets_a_gradient_through_all_steps(gradient):
     assert gradient_named(gradient, 10, of="noise") == gradient
@@ -231,6 +277,7 @@ def test_a_mode_with_its_own_solver_takes_no_other_sampler():
     [
         (["--memory_budget", "6 parsecs"], "cannot read the size '6 parsecs'"),
         (["--gradient", "fool"], "no gradient mode 'fool'"),
+        (["--gradient", "full", "--offload"], "gradient mode 'full' keeps whole graphs"),
         ([FLAG], "xformers (is not installed|needs a CUDA GPU)"),
     ],
 )
@@ -290,7 +337,7 @@ def test_the_doctor_says_what_is_in_the_way_of_xformers_or_what_the_probe_found(
 
 def test_a_checkpoint_older_than_a_setting_has_its_default(toy):
     *_, (_, state) = train(toy, None, pipelines.sd(), Brightness())
-    for name in ("memory_budget", "deterministic", "enable_xformers_memory_efficient_attention"):
+    for name in ("memory_budget", "offload", "deterministic", "enable_xformers_memory_efficient_attention"):
         del state.info["config"][name]
     runs.same_run(replace(toy, max_train_steps=2), state)
     with pytest.raises(UserError, match="deterministic=False, not True"):
