@@ -102,7 +102,7 @@ def _check_unchanged(before: Stamp, after: Stamp) -> None:
     changed = {
         "the adapters were disabled, removed or changed": before.adapters != after.adapters,
         "train() or eval() was called": before.training != after.training,
-        "a tensor in predict.tensors was written in place": before.versions != after.versions,
+        "a tensor in predict.tensors, or noise, was written in place": before.versions != after.versions,
     }
     for what, happened in changed.items():
         if happened:

@@ -92,7 +92,7 @@ def observe_end(run: Run, *gradients: Tensor | None) -> None:
     if run.checked and not all(g.isfinite().all() for g in gradients if g is not None):
         raise FloatingPointError(
             f"the gradient of the loss is not finite at the run's end, before any of its {len(run.legs)} steps: look at"
-            " the reward and the decoder, or lower the loss scale"
+            " that end, the decoder and the reward, or lower the loss scale"
         )
 
 

@@ -81,14 +81,15 @@ def ambient(device: str) -> Ambient:
 def swept(run: Run, sweep: Sweep) -> tuple[Sequence[Tensor], Any]:
     """The ends of a run, connected to run.x and to what `predict` depends on, and the run's note.
 
-    There is no second derivative: RuntimeError under create_graph=True. A condition or parameter that is changed in
-    place before the backward pass is a RuntimeError too; other adapters, train() and eval() are a ValueError.
+    There is no second derivative: RuntimeError under create_graph=True. A condition, a parameter or noise that is
+    changed in place before the backward pass is an error too, and so are other adapters, train() and eval().
     """
     x, setting, connected = widen(run.x), ambient(run.x.device.type), torch.is_grad_enabled()
     tensors = differentiated(run) if connected else []
     with torch.no_grad(), setting():
         down = sweep.down(x.detach(), connected)
-    return _Swept.apply(sweep, down, setting, unchanged(networks_of(run.predict)), x, *tensors), down.note
+    used = (*run.predict.tensors, *(noise for *_, noise in run.legs if noise is not None))
+    return _Swept.apply(sweep, down, setting, unchanged(networks_of(run.predict), used), x, *tensors), down.note
 
 
 class _Swept(torch.autograd.Function):

@@ -3,18 +3,19 @@
 import weakref
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
 
 from solvers.denoiser import Path, pack
-from solvers.noise import cosine, grid
+from solvers.noise import cosine, grid, log_snr
 from solvers.revolve import Replay, milestones, repeated
 from solvers.rollout import rollout
 from solvers.run import Run
 from solvers.samplers import SAMPLERS, euler
 from solvers.sweep import Totals
-from tests.sweeps import Net, mixture, randn, rel
+from tests.sweeps import MEANS, Net, loss_of, mixture, randn, rel, vp
 
 LEVELS = grid(cosine, 5, 0.95, 0.0)
 
@@ -111,6 +112,31 @@ def test_gradient_is_that_of_full(name, slots, dropout):
     assert torch.equal(loss, other) and torch.equal(after, then)
     for a, b in zip(full, again, strict=True):
         assert (a is None and (b is None or not b.any())) or rel(b, a) <= 1e-12
+
+
+def test_the_recursion_of_two_steps_by_hand():
+    """T3, of DPM-Solver++(2M): w_i = B_i (1 + k_i) a_{i+1} - B_{i+1} k_{i+1} a_{i+2}, a_i = A_i a_{i+1} + J_i^T w_i."""
+    levels, means, x = vp(9), MEANS.clone().requires_grad_(), randn(6, 2).requires_grad_()
+    path = rollout(SAMPLERS["dpmpp_2m"], mixture(means), x, levels, "revolve:3")
+    ours = torch.autograd.grad(loss_of(path.x), (x, means))
+    predict, n = mixture(means), len(levels) - 1
+    h = [log_snr(then) - log_snr(now) for now, then in pairwise(levels)]
+    a = [then.sigma / now.sigma for now, then in pairwise(levels)]
+    b = [then.alpha - now.alpha * k for k, (now, then) in zip(a, pairwise(levels), strict=True)]
+    k = [0.0, *(ahead / (2 * before) for before, ahead in pairwise(h))]
+    states, said = [x.detach()], []
+    for i in range(n):
+        at = states[-1].requires_grad_()
+        said.append(predict(Path(at), levels[i]).x0)
+        states.append((a[i] * at + b[i] * ((1 + k[i]) * said[i] - k[i] * said[i - 1])).detach())
+    assert rel(states[-1], path.x.detach()) <= 1e-12
+    end = states[-1].requires_grad_()
+    later, beyond, total = torch.autograd.grad(loss_of(end), end)[0], None, torch.zeros_like(means)
+    for i in reversed(range(n)):
+        w = b[i] * (1 + k[i]) * later - (0 if beyond is None else b[i + 1] * k[i + 1] * beyond)
+        pull, own = torch.autograd.grad(said[i], (states[i], means), w)
+        later, beyond, total = a[i] * later + pull, later, total + own
+    assert rel(ours[0], later) <= 1e-12 and rel(ours[1], total) <= 1e-12
 
 
 def test_eulers_gradient_is_bit_for_bit_that_of_full():

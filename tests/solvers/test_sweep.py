@@ -9,7 +9,7 @@ from difftune import lora
 from difftune.models import load
 from guidance.guided import guided
 from guidance.methods import CFG
-from solvers.denoiser import Path, Prediction
+from solvers.denoiser import Path, Prediction, predicted
 from solvers.exact import Gaussian, bind
 from solvers.latent import LatentModel
 from solvers.lean import WithBase, lean_sweep
@@ -27,6 +27,9 @@ OWN = [
     *(f"reversible:{name}" for name in ("bdia", "alf", "belm", "reversible-heun", "mccallum-foster:midpoint", "edict")),
     "lean",
 ]
+SWEEPS = ["revolve:2", *OWN]
+TO_THE_LAST = [mode for mode in OWN if mode.startswith(("adjoint", "reversible:reversible", "reversible:mccallum"))]
+TO_THE_LAST.remove("adjoint:exact_endpoint")  # the others call the network at the last level
 STEPPED = ["full", "checkpoint", "revolve:2", "truncated:5"]
 NO_MEMORY = [mode for mode in OWN if mode not in ("adjoint:exact_endpoint", "lean")]
 
@@ -38,7 +41,7 @@ def run(mode, predict, x, levels=LEVELS, step=None, noise=None):
     return rollout(step, predict, x, levels, mode, noise)
 
 
-@pytest.mark.parametrize("mode", ["revolve:2", *OWN])
+@pytest.mark.parametrize("mode", SWEEPS)
 def test_gradients_reach_what_x_and_conditions_are_made_from(mode):
     seed, words = randn(3, 2, seed=2).requires_grad_(), randn(3, 2, seed=3).requires_grad_()
 
@@ -54,7 +57,7 @@ def test_gradients_reach_what_x_and_conditions_are_made_from(mode):
     assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(direct, upstream, strict=True))
 
 
-@pytest.mark.parametrize("mode", ["revolve:2", *OWN])
+@pytest.mark.parametrize("mode", SWEEPS)
 def test_state_is_float32_at_least_and_forward_needs_no_graph(mode):
     net = Net(randn(3, 2, seed=3).float(), torch.float32)
     x = randn(3, 2).half()
@@ -103,7 +106,7 @@ def test_weights_under_autocast_get_the_gradient_of_full(mode, backward):
         assert b.abs().max() > 0 and rel(a, b) <= 1e-6
 
 
-@pytest.mark.parametrize("mode", ["revolve:2", *OWN])
+@pytest.mark.parametrize("mode", SWEEPS)
 def test_a_tensor_that_is_listed_twice_counts_once(mode):
     def gradient(times):
         mean = torch.tensor([0.3, -0.2]).double().requires_grad_()
@@ -113,7 +116,7 @@ def test_a_tensor_that_is_listed_twice_counts_once(mode):
     assert torch.equal(gradient(1), gradient(2))
 
 
-@pytest.mark.parametrize("mode", ["revolve:2", *OWN])
+@pytest.mark.parametrize("mode", SWEEPS)
 def test_a_tensor_listed_beside_what_it_is_made_from_is_refused(mode):
     word = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     mean = word * 2 + 1
@@ -121,7 +124,7 @@ def test_a_tensor_listed_beside_what_it_is_made_from_is_refused(mode):
         run(mode, bind(Gaussian(mean, 0.5), {}, [mean, word]), randn(3, 2))
 
 
-@pytest.mark.parametrize("mode", ["revolve:2", *OWN])
+@pytest.mark.parametrize("mode", SWEEPS)
 def test_an_unlisted_leaf_is_named(mode):
     hidden = torch.ones(7, 2, dtype=torch.float64, requires_grad=True)
     predict = bind(Gaussian(hidden.mean(0), 0.5), {})
@@ -131,7 +134,7 @@ def test_an_unlisted_leaf_is_named(mode):
         run(mode, predict, randn(3, 2))
 
 
-@pytest.mark.parametrize("mode", ["revolve:2", *OWN])
+@pytest.mark.parametrize("mode", SWEEPS)
 def test_no_second_derivative(mode):
     x = randn(3, 2).requires_grad_()
     end = run(mode, mixture(), x).x
@@ -139,7 +142,7 @@ def test_no_second_derivative(mode):
         torch.autograd.grad(end.sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("mode", ["revolve:2", *OWN])
+@pytest.mark.parametrize("mode", SWEEPS)
 def test_a_parameter_changed_before_the_backward_pass_is_an_error(mode):
     net = Net(randn(3, 2, seed=3))
     end = run(mode, net, randn(3, 2)).x
@@ -147,6 +150,55 @@ def test_a_parameter_changed_before_the_backward_pass_is_an_error(mode):
         net.body[0].weight.mul_(1.1)
     with pytest.raises(RuntimeError, match=r"\(16, 5\) was changed in place.*before the optimizer's step"):
         end.sum().backward()
+
+
+@pytest.mark.parametrize("mode", SWEEPS)
+def test_a_condition_or_noise_written_in_place_is_an_error(mode):
+    """Though it needs no gradient: the network, or the step, is called with it again."""
+    net, noise = Net(randn(3, 2, seed=3)), randn(5, 3, 2, seed=9)
+    changes = [net.cond] if mode != "lean" else [net.cond, noise]
+    for changed in changes:
+        step, drawn = (euler, None) if mode == "revolve:2" else (None, noise if mode == "lean" else None)
+        end = rollout(step, net, randn(3, 2), LEVELS, mode, drawn).x
+        changed += 1
+        with pytest.raises(ValueError, match=r"predict.tensors, or noise, was written in place.*backward\(\) first"):
+            end.sum().backward()
+
+
+@pytest.mark.parametrize("mode", SWEEPS)
+def test_a_generator_inside_is_refused(mode):
+    generator = torch.Generator().manual_seed(0)
+
+    class Augmented(Net):
+        def forward(self, path, at):
+            return super().forward(Path(path.x + torch.randn(path.x.shape, generator=generator).to(path.x)), at)
+
+    with pytest.raises(ValueError, match="torch.Generator is used inside the step.*draw before the run"):
+        run(mode, Augmented(randn(3, 2)), randn(3, 2))
+
+
+@pytest.mark.parametrize("mode", SWEEPS)
+def test_nothing_that_requires_grad_is_an_error(mode):
+    frozen = Net(randn(3, 2)).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"nothing .* requires grad.*requires_grad_\(\).*no_grad"):
+        run(mode, frozen, randn(3, 2))
+    with torch.no_grad():
+        assert not run(mode, frozen, randn(3, 2)).x.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("mode", "calls"),
+    [("adjoint:euler", (5, 10)), ("adjoint:midpoint", (10, 20)), ("adjoint:heun", (10, 20)), ("adjoint:rk4", (20, 40))]
+    + [(f"adjoint:{name}", (5, 10)) for name in ("deis-1", "deis-2m", "exact_endpoint")]
+    + [("lean", (5, 10))],
+)
+def test_network_calls(mode, calls):
+    """Of five steps: forward, and with the backward pass."""
+    net = Net(randn(3, 2, seed=3))
+    end = run(mode, net, randn(3, 2)).x
+    forward = net.calls
+    end.sum().backward()
+    assert (forward, net.calls) == calls
 
 
 class Broken(Net):
@@ -169,7 +221,18 @@ def test_a_gradient_that_is_not_finite_names_its_step(mode):
         end.sum().backward()
 
 
-SWEEPS = ["revolve:2", *OWN]
+@pytest.mark.parametrize("mode", SWEEPS)
+def test_clean_data_gives_a_network_of_x0_no_eps(mode):
+    """At sigma = 0: refused where the network is called there."""
+    weight, x = randn(2, 2, seed=3).requires_grad_(), randn(3, 2).requires_grad_()
+    predict = lambda path, at: predicted("x0", path.x, at, (path.x @ weight).tanh())  # noqa: E731
+    predict.tensors = (weight,)
+    end = run(mode, predict, x).x
+    if mode in TO_THE_LAST:
+        with pytest.raises(FloatingPointError, match="the gradient is not finite at step 4 of 5"):
+            end.sum().backward()
+    else:
+        assert all(g.isfinite().all() and g.any() for g in torch.autograd.grad(end.sum(), (x, weight)))
 
 
 @pytest.mark.parametrize("mode", SWEEPS)
@@ -386,6 +449,20 @@ def adapted(pipe):
 @pytest.fixture(scope="module")
 def small():
     return adapted(pipelines.sd())
+
+
+@pytest.mark.parametrize("mode", ["adjoint:euler", "adjoint:exact_endpoint", "reversible:alf", "lean"])
+@pytest.mark.parametrize(("change", "what"), [("disable_adapters", "adapters"), ("train", "train")])
+def test_a_network_that_changed_before_backward_is_an_error(small, mode, change, what):
+    model, predict, _ = small
+    end = run(mode, predict, model.noise(1, torch.Generator().manual_seed(0)), model.levels(2)).x
+    getattr(model.network, change)()
+    try:
+        with pytest.raises(ValueError, match=rf"{what}.*backward\(\) first.*gradient='full'"):
+            end.sum().backward()
+    finally:
+        model.network.enable_adapters()
+        model.network.eval()
 
 
 @pytest.mark.parametrize("option", ["bdia", "alf", "mccallum-foster:midpoint"])
