@@ -98,14 +98,15 @@ def saved(tiny, conds, gradient, steps):
     return sum(size for size, _ in kept.values()), path.x.nbytes
 
 
-def test_full_grows_by_a_graph_a_step_and_checkpoint_by_a_latent(tiny, conds):
+def test_full_grows_by_a_graph_a_step_and_checkpoint_by_a_state(tiny, conds):
+    """A state is the latent and the last clean estimate, which guidance may read; beside it, the level's numbers."""
     grown, one = {}, 0
     for gradient in ("full", "checkpoint"):
         (short, latent), (long, _) = (saved(tiny, conds, gradient, steps) for steps in (1, 3))
         grown[gradient] = (long - short) / 2
         one = short if gradient == "full" else one
     assert grown["full"] == pytest.approx(one, rel=0.05)
-    assert latent <= grown["checkpoint"] <= 2 * latent
+    assert latent <= grown["checkpoint"] <= 2 * latent + 32
     assert grown["full"] > 200 * grown["checkpoint"]
 
 
