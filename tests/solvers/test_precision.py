@@ -29,12 +29,12 @@ class Seen:
         return p
 
 
-def job(pipe, steps, prompt="red circle", scale=5.0):
+def job(pipe, steps):
     model = LatentModel(pipe)
     with torch.no_grad():
-        conds = model.encode([prompt])
+        conds = model.encode(["red circle"])
     x = model.noise(1, torch.Generator().manual_seed(0))
-    return guided(model.denoiser, CFG(scale), conds), x.float().requires_grad_(), model.levels(steps)
+    return guided(model.denoiser, CFG(5.0), conds), x.float().requires_grad_(), model.levels(steps)
 
 
 class Toy:
@@ -82,19 +82,23 @@ def test_recomputed_is_full_bit_for_bit_in_half_precision(dtype):
     assert torch.equal(full, again)
 
 
-@pytest.mark.parametrize(("scale", "least"), [(1.0, 0.99), (3.0, 0.9)])
+@pytest.mark.parametrize(("scale", "least"), [(1.0, 0.97), (3.0, 0.9)])
 def test_a_bfloat16_network_keeps_the_gradients_direction(scale, least):
-    """tiny itself: the cosine with the gradient of the float32 network, for the noise; .997 and .950 were measured.
+    """tiny itself: the cosine with the gradient of the float32 network, for the noise, in the median of eight noises.
 
-    The first step multiplies the rounding of eps by sigma / alpha, which is 14 there, and CFG by its scale. In 4 steps:
-    2 would start in the middle of the levels, where pure noise is no input.
+    A single one may be far off: the first step multiplies the rounding of eps by sigma / alpha, which is 14 there, and
+    CFG by its scale. In 4 steps: 2 would start in the middle of the levels, where pure noise is no input.
     """
     pipe, found = load("tiny"), []
     pipe.unet.requires_grad_(False)
+    model = LatentModel(pipe)
+    x = model.noise(8, [torch.Generator().manual_seed(seed) for seed in range(8)]).requires_grad_()
+    with torch.no_grad():
+        conds = model.encode(["a red circle left of a blue square"] * 8)
     for dtype in (torch.float32, torch.bfloat16):
         pipe.unet.to(dtype)
-        predict, x, levels = job(pipe, 4, "a red circle left of a blue square", scale)
-        end = rollout(euler, predict, x, levels).x
-        found.append(torch.autograd.grad((end.sin() + end.square() / 2).mean(), x)[0].flatten())
-    assert torch.nn.functional.cosine_similarity(*found, dim=0) >= least
+        end = rollout(euler, guided(model.denoiser, CFG(scale), conds), x, model.levels(4)).x
+        found.append(torch.autograd.grad((end.sin() + end.square() / 2).mean(), x)[0].flatten(1))
+    cosines = torch.nn.functional.cosine_similarity(*found, dim=1)
+    assert cosines.median() >= least, cosines
     assert not torch.equal(*found)
