@@ -1,6 +1,7 @@
 """Noise optimisation against searches of the same cost, over ShapeEval: `tiny-clip` is raised, the oracle is held out.
 
-    python scripts/bench_reno.py [turbo tiny] [--methods reno ...] [--part I/N] [--quick] [--output_dir FOLDER]
+    python scripts/bench_reno.py [turbo tiny] [--methods reno ...] [--prompts 10] [--part I/N] [--quick]
+        [--output_dir FOLDER]
 
 turbo       tiny-turbo in one step, 50 iterations
 tiny        tiny in 20 steps under CFG, 20 iterations
@@ -246,10 +247,12 @@ def smaller(part: Part) -> Part:
     return replace(part, prompts=1, iterations=3, steps=min(3, part.steps))
 
 
-def main(parts: Sequence[str], methods: Sequence[str], part: str, quick: bool, output_dir: str) -> None:
+def main(
+    parts: Sequence[str], methods: Sequence[str], prompts: int | None, part: str, quick: bool, output_dir: str
+) -> None:
     folder, (index, of) = Path(output_dir), map(int, part.split("/"))
     for name in parts or PARTS:
-        settings = smaller(PARTS[name]) if quick else PARTS[name]
+        settings = smaller(PARTS[name]) if quick else replace(PARTS[name], prompts=prompts)
         chosen = [method for method in methods if has(name, method)]
         if left := sorted(set(methods) - set(chosen)):
             print(f"{name}: without {', '.join(left)}")
@@ -269,6 +272,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="turbo, tiny; both by default")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--prompts", type=int, help="of each category; all without it")
     parser.add_argument("--part", default="1/1", help="I/N: the I-th of N parts of the prompts")
     parser.add_argument("--quick", action="store_true", help="one prompt of each category, three iterations")
     parser.add_argument("--output_dir", default="runs/bench_reno")
