@@ -14,6 +14,7 @@ a smoke test of all parts. All intervals are 95 %, over prompts (over pictures f
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -80,12 +81,13 @@ def cell(folder: File, name: str, measure: Callable[[], dict[str, Any]]) -> dict
 
 # ------------------------------------------------------------------------------------------------ overhead
 def timed(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each; the runs take turns, so that a drift of the machine falls on all. The first turn warms up."""
+    """Seconds of each; the runs take turns, in an order of each turn's own, so that a drift of the machine and what one
+    leaves behind for the next fall on all. The first turn warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
-        for name, run in runs.items():
+        for name in random.Random(turn).sample(list(runs), len(runs)):
             began = time.perf_counter()
-            run()
+            runs[name]()
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
