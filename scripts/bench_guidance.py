@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
-from difftune import evaluate, models, outputs
+from difftune import evaluate, outputs
 from difftune.compare import at_cfg_scale
 from difftune.equip import TEXTS
-from difftune.generate import generate
+from difftune.generate import generate, opened
 from difftune.named import guidance_named, takes_scale
 from guidance.attach import attach
 from guidance.contract import Guidance
@@ -63,10 +64,11 @@ class Size(NamedTuple):
     pictures: int = 64  # that are inverted
     inversion_steps: int = 50
     adaptive_images: int = 12  # of a prompt
+    batch_size: int = 16  # in which those are made
     resamples: int = 200
 
 
-QUICK = Size((2.0,), 4, 2, 1, 2, 1, 2, 2, 1, 20)
+QUICK = Size((2.0,), 4, 2, 1, 2, 1, 2, 2, 1, 16, 20)
 
 
 def cell(folder: File, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -88,6 +90,8 @@ def timed(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list
         for name in random.Random(turn).sample(list(runs), len(runs)):
             began = time.perf_counter()
             runs[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
@@ -200,16 +204,25 @@ def sweep(folder: File, size: Size, kind: str, methods: Sequence[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ adaptive guidance
-def adaptive(size: Size, ag: AdaptiveGuidance) -> dict[str, Any]:
+def adaptive(size: Size, ag: AdaptiveGuidance, spacing: str | None) -> dict[str, Any]:
     """AG against CFG: the paired difference in score, evaluations, and seconds of batches of 16 in turns."""
     pipe, entries = _pipe(), evaluate.entries_of(size.prompts)
+    if spacing is not None:
+        noise = {"timestep_spacing": "linspace", f"use_{spacing}_sigmas": True}
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, **noise)
     methods = {"cfg": CFG(ag.scale), "ag": ag}
-    made = {n: evaluate.evaluate(pipe, m, entries, size.adaptive_images, size.steps) for n, m in methods.items()}
+    made = {
+        n: evaluate.evaluate(pipe, m, entries, size.adaptive_images, size.steps, batch_size=size.batch_size)
+        for n, m in methods.items()
+    }
     change = evaluate.differences(made["ag"].results, made["cfg"].results)["overall"]
     seconds = timed({n: lambda m=m: _loop(pipe, m, size.steps) for n, m in methods.items()}, size.repeats)  # type: ignore[misc]
     return {
         **asdict(ag),
+        "steps": size.steps,
+        "spacing": spacing,
         "images": len(made["ag"].results),
+        "score": asdict(evaluate.scores(made["cfg"].results)["overall"]),
         "difference": asdict(change),
         "nfe": {name: e.nfe for name, e in made.items()},
         "nfe_saved": 1 - made["ag"].nfe / made["cfg"].nfe,
@@ -248,20 +261,22 @@ def invert_all(folder: File, size: Size) -> None:
 
 
 def _pipe() -> Any:
-    pipe = models.load("tiny")
+    pipe = opened("tiny")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def main(parts: Sequence[str], quick: bool, output_dir: str, ag: AdaptiveGuidance, size: Size) -> None:
+def main(
+    parts: Sequence[str], quick: bool, output_dir: str, ag: AdaptiveGuidance, spacing: str | None, size: Size
+) -> None:
     folder = File(output_dir)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, results in {folder}")
-    label = f"adaptive-{ag.scale:g}-{ag.threshold:g}-{ag.min_cfg_steps}"
+    label = f"adaptive-{ag.scale:g}-{ag.threshold:g}-{ag.min_cfg_steps}-{size.steps}-{spacing or 'uniform'}"
     todo: dict[str, Callable[[], object]] = {
         "overhead": lambda: cell(folder, "overhead", lambda: overhead(size)),
         "sweep": lambda: sweep(folder, size, "shapeeval", METHODS),
         "classes": lambda: sweep(folder, size, "classes", ("none", "cfg", "gfcg")),
-        "adaptive": lambda: cell(folder, label, lambda: adaptive(size, ag)),
+        "adaptive": lambda: cell(folder, label, lambda: adaptive(size, ag, spacing)),
         "inversion": lambda: invert_all(folder, size),
     }
     for part in parts or (todo if quick else ["overhead"]):
@@ -281,10 +296,13 @@ if __name__ == "__main__":
     parser.add_argument("--threshold", type=float, default=AdaptiveGuidance.threshold, help="of `adaptive`")
     parser.add_argument("--min_cfg_steps", type=int, default=1, help="of `adaptive`")
     parser.add_argument("--adaptive_images", type=int, help="of a prompt in `adaptive`")
+    parser.add_argument("--spacing", choices=("karras", "exponential"), help="of sigmas in `adaptive`, not DDIM's")
+    parser.add_argument("--steps", type=int, help="of the sampler, 25 without it")
+    parser.add_argument("--batch_size", type=int, help="in `adaptive`, 16 without it")
     options = vars(parser.parse_args())
     ag = AdaptiveGuidance(
         *(options.pop(name) for name in ("scale", "threshold")), min_cfg_steps=options.pop("min_cfg_steps")
     )
-    sizes = {name: options.pop(name) for name in ("scales", "evaluations", "images", "prompts", "adaptive_images")}
+    sizes = {name: options.pop(name) for name in Size._fields if name in options}
     size = QUICK if options["quick"] else Size()
     main(**options, ag=ag, size=size._replace(**{name: value for name, value in sizes.items() if value is not None}))

@@ -1,0 +1,129 @@
+"""Seconds and memory of an optimiser step of `alignprop` and `d3po` on a model of Stable Diffusion 1.5's size.
+
+    python scripts/bench_training.py                     a CUDA GPU: 512 x 512, batch 4, bf16, 50 steps, CFG 7.5
+    python scripts/bench_training.py --small             an embedded model on any device: whether it works
+
+The weights are random: they cost what trained ones cost. `alignprop` carries the gradient through the last 10 of 50
+steps by recomputing each; `d3po` trains on all 50. Both score images by `saturation`, which costs next to nothing, and
+train a LoRA of rank 4. `blocks` recomputes the network block by block too. The memory is the allocator's peak, weights
+included, and the seconds are the median of the steps after the first.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from difftune import alignprop, d3po, engine, models
+from difftune.configs import AlignPropConfig, D3POConfig
+from rewards.registry import load
+from solvers.attention import Verdict, choose, obstacle
+from solvers.memory import block_checkpointing
+
+DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+WIDTHS = (128, 256, 512, 512)  # of the VAE
+
+
+def random_sd15(device: str) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5 with random weights; the tokenizer is that of `tiny`, whose ids are fewer."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+        encoder = CLIPTextModel(text)
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        vae = AutoencoderKL(block_out_channels=WIDTHS, layers_per_block=2, latent_channels=4, sample_size=512, **blocks)
+    tokenizer = models.load("tiny").tokenizer
+    tokenizer.model_max_length = 77
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**DIFFUSION, steps_offset=1, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def setting(recipe: str, steps: int, small: bool) -> Any:
+    """The configuration of a recipe; its first step warms up."""
+    shared: dict[str, Any] = {
+        "prompts": "animals",
+        "max_train_steps": steps + 1,
+        "train_batch_size": 4,
+        "num_inference_steps": 50,
+        "guidance_scale": 7.5,
+        "mixed_precision": "bf16",
+    }
+    if small:
+        shared |= {"num_inference_steps": 4, "mixed_precision": "no"}
+    most = shared["num_inference_steps"] if small else 10
+    if recipe == "alignprop":
+        return AlignPropConfig(reward=["saturation"], truncation_min=most, truncation_max=most, **shared)
+    return D3POConfig(reward=["saturation"], **shared)
+
+
+def timed(recipe: str, pipe: Any, config: Any) -> tuple[float, float]:
+    """(seconds of a step, peak memory in GB); a number that was not finite ends the run with an error."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    algorithm = {"alignprop": alignprop.train, "d3po": d3po.train}[recipe]
+    seconds, began = [], time.perf_counter()
+    for _ in algorithm(replace(config, max_skipped_steps=0), pipe=pipe, reward=load("saturation")):
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+        began = time.perf_counter()
+    return median(seconds[1:]), torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
+
+
+def variants() -> Iterator[tuple[str, bool]]:
+    """(attention, block checkpointing) that can run here."""
+    yield from (("sdpa", False), ("sdpa", True))
+    if reason := obstacle():
+        return print(reason)
+    verdict = choose("cuda", torch.bfloat16)
+    print(verdict.why)
+    if "fails" not in verdict.why:
+        yield "xformers", False
+
+
+def measure(recipes: Sequence[str], steps: int, small: bool) -> None:
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{where}, torch {torch.__version__}")
+    chosen, usual = list(variants()), engine.verdict
+    print("\n| recipe | attention | blocks | seconds a step | peak, GB |\n|---|---|---|---|---|", flush=True)
+    for recipe in recipes:
+        for backend, blocks in chosen:
+            pipe = models.load("tiny") if small else random_sd15("cuda")
+            engine.verdict = lambda xformers, network, name=backend: Verdict(name, "measured")  # the probe may differ
+            try:
+                with block_checkpointing(pipe.unet) if blocks else nullcontext():
+                    seconds, peak = timed(recipe, pipe, setting(recipe, steps, small))
+            finally:
+                engine.verdict = usual
+            print(f"| {recipe} | {backend} | {'yes' if blocks else 'no'} | {seconds:.2f} | {peak:.1f} |", flush=True)
+            del pipe
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=["alignprop", "d3po"], choices=["alignprop", "d3po"])
+    parser.add_argument("--steps", type=int, default=3, help="that are timed, after one that is not")
+    parser.add_argument("--small", action="store_true", help="an embedded model")
+    args = parser.parse_args()
+    if not (args.small or torch.cuda.is_available()):
+        raise SystemExit("Stable Diffusion 1.5's size needs a CUDA GPU, and there is none: pass --small")
+    measure(args.recipes, args.steps, args.small)
