@@ -285,7 +285,7 @@ def update(config: TrainingConfig, run: Training) -> float:
     """
     norm = float(whole(run.accelerator.clip_grad_norm_(list(run.weights.values()), config.max_grad_norm)))
     if not norm < float("inf") and run.accelerator.scaler is None:
-        raise NotFinite(f"the gradient's norm is {norm}")
+        raise NotFinite(f"the gradient is not finite, its norm is {norm}")
     run.optimizer.step()
     run.optimizer.zero_grad()
     if run.average is not None and not run.accelerator.optimizer_step_was_skipped:

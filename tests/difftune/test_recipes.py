@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +36,7 @@ def different(a: State, b: State) -> list[str]:
     return [name for name in a.tensors if not torch.equal(a.tensors[name], b.tensors[name])]
 
 
+EVERY_STEP = ("alignprop", "draft", "refl", "drtune", "d3po", "pso")  # makes new images
 NO_DROPOUT = ("ddpo", "d3po", "pso")  # a ratio of probabilities refuses it
 
 
@@ -55,31 +59,57 @@ def test_resumed_equals_uninterrupted_bit_for_bit(name, tmp_path):
     assert {**json.loads(json.dumps(resumed.info)), **times} == {**json.loads(json.dumps(whole.info)), **times}
 
 
-class Broken(Brightness):
-    """Not a number in its second call."""
+class Faulty(Bright):
+    """Not a number for one picture of each batch while `now` is not empty."""
 
-    def __init__(self, always: bool):
-        object.__setattr__(self, "always", always)
-        object.__setattr__(self, "calls", [])
+    def __init__(self):
+        object.__setattr__(self, "now", [])
 
     def __call__(self, images, prompts):
-        self.calls.append(1)
-        broken = len(self.calls) == 2 or (self.always and len(self.calls) > 2)
-        return super().__call__(images, prompts) * (float("nan") if broken else 1.0)
+        scores = super().__call__(images, prompts)
+        return torch.cat([scores[:1] * float("nan"), scores[1:]]) if self.now else scores
 
 
-@pytest.mark.parametrize("name", ["alignprop", "refl"])
-def test_what_is_not_finite_is_skipped_counted_and_never_saved(name, tmp_path):
-    config = toy(name, tmp_path, max_skipped_steps=1)
-    found = list(module_of(name).train(config, None, pipelines.sd(), Broken(always=False)))
-    assert [metrics["skipped"] for metrics, _ in found] == [0, 1, 1, 1]
-    assert ["reward_mean" in metrics for metrics, _ in found] == [True, False, True, True]
-    (_, first), (_, second), (_, third), _ = found
-    weights = [k for k in first.tensors if k.startswith(("weights.", "optimizer."))]
-    assert all(torch.equal(first.tensors[k], second.tensors[k]) for k in weights)
-    assert any(not torch.equal(second.tensors[k], third.tensors[k]) for k in weights)
-    with pytest.raises(RunError, match=r"step 3: .*not finite.*checkpoints are as they were"):
-        list(module_of(name).train(config, None, pipelines.sd(), Broken(always=True)))
+@contextmanager
+def faulty_reward(reward: Faulty, pipe: Any) -> Iterator[None]:
+    reward.now.append(True)
+    yield
+    reward.now.clear()
+
+
+@contextmanager
+def faulty_gradient(reward: Faulty, pipe: Any) -> Iterator[None]:
+    """One weight's, behind a loss that is finite."""
+    weight = next(weight for weight in pipe.unet.parameters() if weight.requires_grad)
+    hook = weight.register_hook(lambda gradient: gradient / 0)
+    yield
+    hook.remove()
+
+
+FAULTS = {"reward": faulty_reward, "gradient": faulty_gradient}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_not_finite_is_skipped_counted_and_never_saved(name, fault, tmp_path):
+    """The second step of five is skipped, the third moves the weights again, and the next fault ends the run."""
+    one = {} if name in EVERY_STEP else {"updates_per_round": 1}
+    config = toy(name, tmp_path, max_skipped_steps=1, max_train_steps=5, ema_decay=0.9, **one)
+    pipe, reward = pipelines.sd(), Faulty()
+    run, found = module_of(name).train(config, None, pipe, reward), []
+    for step in (1, 2, 3):
+        with FAULTS[fault](reward, pipe) if step == 2 else nullcontext():
+            found.append(next(run))
+    with FAULTS[fault](reward, pipe), pytest.raises(RunError, match=r"step 4: .*not finite.*checkpoints are as they"):
+        next(run)
+    assert [metrics["skipped"] for metrics, _ in found] == [0, 1, 1]
+    assert ["loss" in metrics for metrics, _ in found] == [True, False, True]
+    (_, first), (_, second), (_, third) = found
+    learnt = {key for key in first.tensors if key.startswith(("weights.", "optimizer.", "ema."))}
+    assert not learnt & set(different(first, second)) and learnt & set(different(second, third))
+    for state in (first, second, third):
+        assert all(tensor.isfinite().all() for tensor in state.tensors.values())
+        json.dumps(state.info, allow_nan=False)
 
 
 # ------------------------------------------------------------------------------------------------ real processes

@@ -19,7 +19,11 @@ SHARED = {
     "guidance": "cfg",
     "rank": 2,
 }
-MORE: dict[str, dict[str, Any]] = {"drtune": {"truncation_steps": 2}, "kto": {"train_batch_size": 4}}
+MORE: dict[str, dict[str, Any]] = {
+    "drtune": {"truncation_steps": 2},
+    "kto": {"train_batch_size": 4},
+    "dragon": {"pairs_per_round": 4},
+}
 
 
 def toy(name: str, folder: Path, **more: Any) -> Any:
