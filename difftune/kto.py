@@ -28,12 +28,14 @@ from difftune.prompts import listed, prompts_named
 from difftune.rounds import Made, Rounds, check_groups, engine, make, repeated
 from difftune.training import (
     Called,
+    Kept,
     Metrics,
     Reward,
     Training,
     begin,
     differentiate,
     follow,
+    nothing,
     samples,
     statistics,
     steps,
@@ -100,7 +102,7 @@ def train(
 
 def marked_of(
     config: KTOConfig, run: Training, chain: Chain, reward: Reward | None
-) -> tuple[Batches, Callable[[], Any]]:
+) -> tuple[Batches, Callable[[], Kept]]:
     """The images of each backward pass of an optimiser step, and what `snapshot` is to keep for them."""
     passes = range(config.gradient_accumulation_steps)
 
@@ -109,7 +111,7 @@ def marked_of(
 
     if config.labels is not None:
         chosen = listed(decided(config.labels), config.seed)
-        return lambda step: [(r, labelled(chain.model, chosen, r)) for r in numbers(step)], dict
+        return lambda step: [(r, labelled(chain.model, chosen, r)) for r in numbers(step)], nothing
     assert reward is not None
     prompts = repeated(prompts_named(config.prompts, config.seed), config.num_images_per_prompt)
 

@@ -19,7 +19,7 @@ from difftune.labels import Choice, decided
 from difftune.named import at_least, reward_named, rewards_named
 from difftune.prompts import listed, prompts_named
 from difftune.rounds import Made, Rounds, make, repeated
-from difftune.training import Called, Reward, Training, samples
+from difftune.training import Called, Kept, Reward, Training, nothing, samples
 from solvers.denoiser import Cond
 from solvers.latent import LatentModel
 
@@ -45,7 +45,7 @@ Batches = Callable[[int], Sequence[tuple[range, Pairs]]]  # optimiser step -> sa
 
 def pairs_of(
     config: PreferenceConfig, run: Training, chain: Chain, reward: Reward | None
-) -> tuple[Batches, Callable[[], Any]]:
+) -> tuple[Batches, Callable[[], Kept]]:
     """The pairs of each backward pass of an optimiser step, and what `snapshot` is to keep for them.
 
     From `config.labels`; else each is the best and the worst of `config.num_images_per_prompt` images that are made.
@@ -57,7 +57,7 @@ def pairs_of(
 
     if config.labels is not None:
         chosen = listed(decided(config.labels), config.seed)
-        return lambda step: [(r, labelled(chain.model, [chosen(i) for i in r])) for r in numbers(step)], dict
+        return lambda step: [(r, labelled(chain.model, [chosen(i) for i in r])) for r in numbers(step)], nothing
     assert reward is not None
     group = config.num_images_per_prompt
     prompts = repeated(prompts_named(config.prompts, config.seed), group)

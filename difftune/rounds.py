@@ -1,8 +1,9 @@
 """What preferences and policy gradients are trained on: images that the model itself makes, round by round.
 
 A round is sampled by the weights that it begins with and serves one optimiser step or several. A run that is resumed
-within a round samples it again, by those weights, which are saved with it, and from generators that are a function of
-the seed and the round (a reward may draw from them): nothing that a round holds needs to be saved.
+within a round samples it again, by those weights and from the statistics of the rewards before it, which are saved with
+it, and from generators that are a function of the seed and the round (a reward may draw from them): nothing that a
+round holds needs to be saved.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from difftune.configs import TrainingConfig
 from difftune.engine import kernels
 from difftune.errors import UserError
 from difftune.prompts import Prompts
-from difftune.training import Called, Reward, Training, mixed, scored
+from difftune.training import Called, Kept, Reward, Training, copied, mixed, nothing, scored
 from difftune.trajectories import ETAS, KERNELS, Policy, Trajectory, kernel_of
 from guidance.guided import GuidedPredict
 from solvers.denoiser import Cond
@@ -38,29 +39,32 @@ class Rounds(Generic[Found]):
     collect: Callable[[range], Found]
     seed: int
     first: int = -1  # step of the round that is held
-    began: Mapping[str, Tensor] = field(default_factory=dict)  # the weights at its beginning
+    began: Kept = field(default_factory=nothing)  # the weights and the rewards' statistics at its beginning
     found: Found | None = None
 
     def at(self, run: Training, step: int) -> Found:
         """What the round of `step` holds."""
         first = step - step % self.length
-        if self.found is None or self.first != first:
+        if self.first != first:
             within = first < step == run.done
-            self.began = run.own.tensors if within else {name: w.detach().clone() for name, w in run.weights.items()}
+            self.began = run.own if within else Kept(copied(run.weights), {"seen": run.seen.state()})
             self.first, self.found = first, None
-            with lent(run.weights, self.began), seeded(mixed(self.seed, first, f"round of process {run.rank}")):
+        if self.found is None:
+            run.seen.load(self.began.info["seen"])
+            of = mixed(self.seed, first, f"round of process {run.rank}")
+            with lent(run.weights, self.began.tensors), seeded(of):
                 self.found = self.collect(range(first, first + self.length))
         return self.found
 
-    def kept(self) -> Mapping[str, Tensor]:
+    def kept(self) -> Kept:
         """What `snapshot` is to save, so that the round can be made again."""
-        return self.began if self.length > 1 else {}
+        return self.began if self.length > 1 else nothing()
 
 
 @contextmanager
 def lent(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
     """The weights with other values; they have their own again afterwards, bit for bit."""
-    own = {name: weight.detach().clone() for name, weight in weights.items()}
+    own = copied(weights)
     try:
         put(weights, values)
         yield

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -79,6 +79,17 @@ class Reference(Called):
         return iter(())
 
 
+class Kept(NamedTuple):
+    """What a recipe itself must find again, as `Training.own` of a resumed run."""
+
+    tensors: Mapping[str, Tensor]
+    info: Mapping[str, Any]
+
+
+def nothing() -> Kept:
+    return Kept({}, {})
+
+
 @dataclass
 class Training:
     """What a run trains and with what; made by `begin`."""
@@ -94,7 +105,7 @@ class Training:
     done: int = 0  # optimiser steps before this process began
     skipped: int = 0  # of them and since, how many were not finite
     seen: PerPrompt = field(default_factory=PerPrompt)  # the rewards of each prompt, in all processes
-    own: State = field(default_factory=lambda: State(0, {}, {}))  # what a recipe gave `snapshot`, of the resumed state
+    own: Kept = field(default_factory=nothing)  # what a recipe gave `snapshot`, of the resumed state
 
     @property
     def reference(self) -> Reference:
@@ -218,7 +229,7 @@ def steps(
     config: TrainingConfig,
     run: Training,
     one: Callable[[int], Metrics],
-    kept: Callable[[], Mapping[str, Tensor]] = dict,
+    kept: Callable[[], Kept] = nothing,
 ) -> Iterator[tuple[Metrics, State]]:
     """Metrics and state after each optimiser step that is left, which `one` takes; `kept` is for `snapshot`."""
     for step in range(run.done, config.max_train_steps):
@@ -325,14 +336,11 @@ def snapshot(
     run: Training,
     step: int,
     metrics: Metrics,
-    tensors: Mapping[str, Tensor] | None = None,
-    info: Mapping[str, Any] | None = None,
+    own: Kept | None = None,
 ) -> State:
-    """Everything that the next step depends on, copied.
-
-    tensors, info: what the recipe itself must find again, as `run.own.tensors` and `run.own.info` of a resumed run.
-    """
-    kept = {f"own.{name}": tensor for name, tensor in (tensors or {}).items()}
+    """Everything that the next step depends on, copied. own: what the recipe must find as `run.own` when resumed."""
+    own = own or nothing()
+    kept = {f"own.{name}": tensor for name, tensor in own.tensors.items()}
     kept |= {f"weights.{name}": whole(weight) for name, weight in run.weights.items()}
     if run.average is not None:
         kept |= {f"ema.{name}": whole(tensor) for name, tensor in run.average.tensors.items()}
@@ -355,7 +363,7 @@ def snapshot(
         "updates": run.average.updates if run.average is not None else 0,
         "seen": run.seen.state(),
         "optimizer": numbers,
-        "own": dict(info or {}),
+        "own": dict(own.info),
         "rng": [its.info for its in everyone],
         "scaler": None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict(),
     }
@@ -375,7 +383,7 @@ def resume(run: Training, state: State) -> None:
     if run.accelerator.scaler is not None and state.info["scaler"]:
         run.accelerator.scaler.load_state_dict(state.info["scaler"])
     run.done, run.skipped = state.step, state.info["skipped"]
-    run.own = State(state.step, owned(state.tensors, "own."), state.info["own"])
+    run.own = Kept(owned(state.tensors, "own."), state.info["own"])
     run.seen.load(state.info["seen"])
     checkpoint.restore(Randomness(owned(state.tensors, f"rng.{run.rank}."), state.info["rng"][run.rank]))
 
