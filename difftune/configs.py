@@ -218,6 +218,12 @@ class DDPOConfig(TrainingConfig):
     """Optimiser steps on the images that the weights of the first have made, each step on its own share of them."""
     num_images_per_prompt: int = 1
     """Images of each prompt; from 2 on, a reward is compared with the mean of its prompt, not of the round."""
+    per_prompt_stat_tracking: bool = False
+    """A reward is compared with the mean and the deviation of its prompt's latest rewards, in this round and before."""
+    per_prompt_stat_tracking_buffer_size: int = 32
+    """Latest rewards of each prompt that these are taken of."""
+    per_prompt_stat_tracking_min_count: int = 16
+    """With fewer, mean and deviation are those of the round."""
     clip_range: float = 1e-4
     """How far the ratio of a step's probabilities may leave 1, the way its advantage points, and still be moved."""
     adv_clip_max: float = 5.0

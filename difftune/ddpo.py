@@ -11,15 +11,18 @@ With `kl_weight` there is a penalty besides, kl_weight * KL(pi_theta || pi_ref) 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from difftune.chain import Chain
 from difftune.checkpoint import Say, State
 from difftune.configs import DDPOConfig
+from difftune.errors import UserError
 from difftune.models import load as load_model
 from difftune.named import at_least, reward_named, rewards_named
 from difftune.prompts import Prompts, prompts_named
@@ -80,6 +83,9 @@ def train(
     reward = reward_named(config.reward, gradient=False) if reward is None else reward
     prompts = repeated(prompts_named(config.prompts, config.seed), config.num_images_per_prompt)
     run = begin(config, state, load_model(config.model) if pipe is None else pipe, reference=config.kl_weight > 0)
+    if config.per_prompt_stat_tracking:
+        size, least = config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
+        run.seen = replace(run.seen, size=size, least=least)
     chain = Chain.of(config, run.pipe, run.network)
     policy = policy_of(chain, config.eta)
     sampled = partial(collect, config, run, chain, policy, prompts, reward)
@@ -104,8 +110,15 @@ def collect(
     parts = [samples(config, step, i, run.rank, run.world) for step in steps for i in passes]
     batches = [roll(chain, policy, prompts, reward, indices, run) for indices in parts]
     everyone = run.accelerator.gather(torch.cat([batch.scores for batch in batches]))
-    found = advantages(everyone, config.num_images_per_prompt, config.adv_clip_max)
+    found = compared(config, run, gather_object([text for batch in batches for text in batch.texts]), everyone)
     return Judged(batches, found.view(run.world, len(batches), -1)[run.rank].unbind(), everyone)
+
+
+def compared(config: DDPOConfig, run: Training, texts: Sequence[str], scores: Tensor) -> Tensor:
+    """The advantages (N,) of a round's scores, of all processes: by the round's moments, or by each prompt's latest."""
+    if config.per_prompt_stat_tracking:
+        return run.seen.advantages(texts, scores).clamp(-config.adv_clip_max, config.adv_clip_max)
+    return advantages(scores, config.num_images_per_prompt, config.adv_clip_max)
 
 
 def ascend(config: DDPOConfig, run: Training, policy: Policy, rounds: Rounds[Judged], step: int) -> Metrics:
@@ -159,6 +172,12 @@ def check(config: DDPOConfig, pipe: Any = None, reward: Reward | None = None) ->
     check_policy(config)
     check_groups(config)
     at_least(1, updates_per_round=config.updates_per_round)
+    least, size = config.per_prompt_stat_tracking_min_count, config.per_prompt_stat_tracking_buffer_size
+    at_least(1, per_prompt_stat_tracking_min_count=least)
+    if size < least:
+        raise UserError(
+            f"per_prompt_stat_tracking_buffer_size is {size}: give at least per_prompt_stat_tracking_min_count, {least}"
+        )
     at_least(0, clip_range=config.clip_range, adv_clip_max=config.adv_clip_max, kl_weight=config.kl_weight)
     if reward is None:
         rewards_named(config.reward)

@@ -48,10 +48,11 @@ class PerPrompt:
 
         The batch is to be taken in by `update` before, as DDPO does.
         """
-        batch = (scores.mean().item(), scores.std(correction=0).item())
+        exact = scores.detach().cpu().double()  # their gaps may be small beside them
+        batch = (exact.mean().item(), exact.std(correction=0).item())
         known = {p: (m.mean, m.std) for p, m in self.moments().items() if m.number >= self.least}
-        means, stds = scores.new_tensor([known.get(p, batch) for p in prompts]).unbind(1)
-        return (scores - means) / (stds + LEAST_STD)
+        means, stds = exact.new_tensor([known.get(p, batch) for p in prompts]).unbind(1)
+        return ((exact - means) / (stds + LEAST_STD)).to(scores)
 
     def state(self) -> dict[str, list[float]]:
         """What JSON keeps of it."""

@@ -1,6 +1,8 @@
 """DDPO: its loss and advantages by hand, its gradient by another loop, its optimum in closed form, and resumption."""
 
+from collections import defaultdict, deque
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -189,6 +191,53 @@ def test_a_constant_reward_gives_no_gradient(toy):
     assert metrics["grad_norm"] == 0
 
 
+class Noted(Brightness):
+    """Notes the prompts and the scores of each call."""
+
+    def __init__(self):
+        object.__setattr__(self, "met", [])
+
+    def __call__(self, images, prompts):
+        scores = super().__call__(images, prompts)
+        self.met.append((list(prompts), scores.tolist()))
+        return scores
+
+
+def released(met, size: int, least: int):
+    """The advantages of rounds of prompts and scores as the paper's code tracks them: deques, then the round's."""
+    latest = defaultdict(partial(deque, maxlen=size))
+    for prompts, scores in met:
+        for prompt, score in zip(prompts, scores, strict=True):
+            latest[prompt].append(score)
+        of = [latest[prompt] if len(latest[prompt]) >= least else scores for prompt in prompts]
+        yield [(score - np.mean(its)) / (np.std(its) + 1e-6) for score, its in zip(scores, of, strict=True)]
+
+
+def test_advantages_by_each_prompts_latest_rewards_are_those_of_the_released_tracker(toy, monkeypatch):
+    """Of the first round every prompt has one reward or two, of which 3 are wanted; later the oldest of 4 leave."""
+    found, reward = [], Noted()
+    monkeypatch.setattr(ddpo, "ddpo_loss", lambda a, r, c: found.append(a.tolist()) or ddpo_loss(a, r, c))
+    few = {"per_prompt_stat_tracking_buffer_size": 4, "per_prompt_stat_tracking_min_count": 3}
+    config = replace(toy, per_prompt_stat_tracking=True, **few)
+    for _ in train(config, None, pipelines.sd(), reward):
+        pass
+    per_round = len(found) // 4  # backward passes, all on the same advantages
+    for round, expected in zip(found[::per_round], released(reward.met, 4, 3), strict=True):
+        assert round == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert found[-1] != pytest.approx(advantages(torch.tensor(reward.met[-1][1])).tolist(), abs=1e-2)
+
+
+def test_a_reward_of_the_prompt_alone_gives_no_gradient_once_the_prompts_are_known(toy):
+    class Length(Brightness):
+        def __call__(self, images, prompts):
+            return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    for tracked in (True, False):
+        config = replace(toy, per_prompt_stat_tracking=tracked, per_prompt_stat_tracking_min_count=2)
+        norms = [metrics["grad_norm"] for metrics, _ in train(config, None, pipelines.sd(), Length())]
+        assert [norm > 0 for norm in norms] == [True, not tracked, not tracked, not tracked]
+
+
 def test_accumulated_gradients_equal_those_of_the_joined_batch(toy):
     config = replace(toy, max_train_steps=1, num_images_per_prompt=2)
     joined = final(config)
@@ -236,6 +285,8 @@ def test_run_writes_a_lora_that_loads(toy, tmp_path):
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
         ({"updates_per_round": 0}, "updates_per_round is 0"),
         ({"clip_range": -1.0}, "clip_range is -1"),
+        ({"per_prompt_stat_tracking_min_count": 0}, "per_prompt_stat_tracking_min_count is 0"),
+        ({"per_prompt_stat_tracking_buffer_size": 9}, "buffer_size is 9: give at least .*min_count, 16"),
         ({"reward": ["tiny-clap"]}, "did you mean 'tiny-clip'"),
     ],
 )

@@ -20,6 +20,11 @@ SHARED = {
     "rank": 2,
 }
 MORE: dict[str, dict[str, Any]] = {
+    "ddpo": {
+        "per_prompt_stat_tracking": True,
+        "per_prompt_stat_tracking_buffer_size": 3,
+        "per_prompt_stat_tracking_min_count": 2,
+    },
     "drtune": {"truncation_steps": 2},
     "kto": {"train_batch_size": 4},
     "dragon": {"pairs_per_round": 4},
