@@ -46,7 +46,7 @@ def test_an_example_is_found_by_its_bare_name_and_flags_win(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     ctx = train.commands["alignprop"].make_context("alignprop", ["--config", "tiny-alignprop", "--rank", "7"])
     config = _configured(ctx, RECIPES["alignprop"])
-    assert (config.num_inference_steps, config.rank, config.guidance_scale) == (10, 7, 4.0)
+    assert (config.num_inference_steps, config.rank, config.guidance) == (10, 7, "none")
 
 
 def test_a_file_of_ones_own_goes_before_an_example(tmp_path, monkeypatch):
