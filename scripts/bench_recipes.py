@@ -11,8 +11,8 @@ Costs are counted while training: a row through the network is one forward-equiv
 the decoder and of the reward are not among them.
 
 Each finished run is a line of FOLDER/results.jsonl: what stands there is not run again, a run that was cut off begins
-anew. `--against` trains alignprop for three minutes and ddpo for ten times its forward-equivalents, and measures
-their checkpoints on the way.
+anew. `--against` trains alignprop for three minutes and ddpo for ten times its forward-equivalents, both on saturation,
+and measures their checkpoints on the way.
 """
 
 import argparse
@@ -53,7 +53,8 @@ from solvers.latent import LatentModel
 THRICE = ("alignprop", "d3po", "pso", "dragon", "ddpo")  # seeds 0, 1, 2; the others seed 0
 CAP, GRACE = 480, 1200  # seconds of a run, and of what is measured around it
 QUICK = ("--max_train_steps", "2", "--num_inference_steps", "3")
-EVAL_SEED, POINTS = 1000, 6  # of the held-out noises; checkpoints that are measured of a run
+EVAL_SEED, POINTS = 1000, 12  # of the held-out noises; checkpoints that are measured of a run of `--against`
+SAME = ("--reward", "saturation", "--guidance", "none")  # for both recipes of `--against`
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,8 @@ def jobs(given: argparse.Namespace) -> list[Job]:
 
 def against(given: argparse.Namespace) -> None:
     """AlignProp for three minutes, DDPO for ten times its forward-equivalents, and their table."""
-    flags, results = ("--max_train_steps", "1000000", "--checkpointing_steps", "5"), given.folder / "results.jsonl"
+    flags = (*SAME, "--max_train_steps", "1000000", "--checkpointing_steps", "5")
+    results = given.folder / "results.jsonl"
     sizes: dict[str, Any] = {"points": POINTS, "flags": flags, "per_category": 1 if given.quick else 5}
     cap, most = (20, 240) if given.quick else (180, 3 * 3600)
     follow(Job("alignprop", 0, given.folder / "against-alignprop", cap=cap, **sizes), results)
