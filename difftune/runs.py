@@ -24,6 +24,7 @@ from difftune import checkpoint, finetune, log, lora, validation
 from difftune.checkpoint import Say, State
 from difftune.errors import UserError
 from difftune.outputs import write
+from rewards.checks import NotFinite
 from rewards.monitor import Parting
 
 CONFIG, METRICS, CARD = "config.yaml", "metrics.jsonl", "README.md"
@@ -104,10 +105,17 @@ def save_weights(pipe: Any, state: State, folder: Path) -> None:
 def validated(
     config: Config, pipe: Any, state: State, scorers: Mapping[str, Any], trackers: Sequence[Any], last: bool
 ) -> Parting | None:
-    """A validation where one is due, in every process alike; the main one writes it. Returns what `Monitor` finds."""
+    """A validation where one is due, in every process alike; the main one writes it. Returns what `Monitor` finds.
+
+    One whose reward is not finite is skipped.
+    """
     if state.step % config.validation_steps and not last:
         return None
-    found = validation.validate(config, pipe, state, scorers)
+    try:
+        found = validation.validate(config, pipe, state, scorers)
+    except NotFinite as error:
+        shown(f"the validation at step {state.step} is skipped: {error}")
+        return None
     if process().is_main_process:
         validation.keep(config, found, partial(save_weights, pipe, state))
         log.show(trackers, "validation", found.record, found.images)

@@ -18,6 +18,7 @@ from difftune.errors import UserError
 from difftune.generate import generate, pixels
 from difftune.named import at_least, guidance_named, scorer_named, weights_named
 from difftune.prompts import read
+from rewards.checks import finite
 from rewards.monitor import Monitor, Parting
 
 RECORDS, GRIDS, BEST = "validation.jsonl", "validation", "best"
@@ -74,18 +75,21 @@ def scorers(config: TrainingConfig, reward: Scorer | None) -> dict[str, Scorer]:
 def validate(config: TrainingConfig, pipe: Any, state: State, scores: Mapping[str, Scorer]) -> Found:
     """Draw, score, and compare with the earlier validations of this run.
 
-    The weights are the average's, where the run keeps one; the global generators are left as they were.
+    The weights are the average's, where the run keeps one; the global generators are left as they were. Raises
+    NotFinite where a score is not finite.
     """
     random = checkpoint.randomness()
     some = prompts(config)
     chosen = [some[i % len(some)] for i in range(config.num_validation_images)]
     seeds = [config.seed + i for i in range(len(chosen))]
     method = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
-    with _average(pipe, state):
-        batches = generate(pipe, chosen, seeds, method, config.num_inference_steps, config.train_batch_size)
-        images = torch.cat([batch.images for batch in batches])
-        means = {f"{name}_mean": _mean(scorer, images.to(pipe.device), chosen) for name, scorer in scores.items()}
-    checkpoint.restore(random)
+    try:
+        with _average(pipe, state):
+            batches = generate(pipe, chosen, seeds, method, config.num_inference_steps, config.train_batch_size)
+            images = torch.cat([batch.images for batch in batches])
+            means = {f"{name}_mean": _mean(scorer, images.to(pipe.device), chosen) for name, scorer in scores.items()}
+    finally:
+        checkpoint.restore(random)
     record = {"step": state.step, **means}
     earlier = [r for r in _records(config) if r["step"] < state.step]
     curve = [*earlier, record]
@@ -114,7 +118,7 @@ def _records(config: TrainingConfig) -> list[dict[str, float]]:
 
 
 def _mean(scorer: Scorer, images: Tensor, prompts: list[str]) -> float:
-    return float(scorer(images, prompts).float().mean())
+    return float(finite(scorer(images, prompts), "a reward of the validation").float().mean())
 
 
 @contextmanager

@@ -179,6 +179,29 @@ LAUNCHERS = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["alignprop", "ddpo"])
+def test_what_is_not_finite_in_one_process_is_skipped_in_both(name, tmp_path):
+    """The reward of the second process breaks in its second call, and both go on together."""
+    config = toy(name, tmp_path, max_train_steps=3, max_skipped_steps=1, output_dir=str(tmp_path / "two"))
+    faulty = """
+import os
+class Once(Bright):
+    calls = []
+    def __call__(self, images, prompts):
+        self.calls.append(1)
+        broken = os.environ["RANK"] == "1" and len(self.calls) == 2
+        return super().__call__(images, prompts) * (float("nan") if broken else 1)
+"""
+    head, run = SCRIPT.replace("reward=Bright()", "reward=Once()").split("name, settings =")
+    (tmp_path / "script.py").write_text(f"{head}{faulty}name, settings ={run}")
+    launch = [sys.executable, *LAUNCHERS["torchrun"], str(tmp_path / "script.py"), name, json.dumps(asdict(config))]
+    end = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert end.returncode == 0, end.stderr
+    met = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [("loss" in metrics, metrics["skipped"]) for metrics in met] == [(True, 0), (False, 1), (True, 1)]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "name"), [("torchrun", "alignprop"), ("accelerate", "alignprop"), ("torchrun", "ddpo")]
 )

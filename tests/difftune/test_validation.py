@@ -86,6 +86,15 @@ def test_the_best_is_the_one_that_the_held_out_reward_likes_most(config, monkeyp
     assert all(torch.equal(state.tensors[f"{kind}.{k}"], v) for k, v in seen[3].items())
 
 
+def test_a_validation_that_is_not_finite_is_skipped_and_the_run_goes_on(config, monkeypatch, capsys):
+    values = [0.1, float("nan"), 0.3, 0.2]
+    found, _ = followed(config, values, monkeypatch)
+    assert [record["step"] for record in records(config.output_dir)] == [1, 3, 4]
+    assert "the validation at step 2 is skipped: a reward of the validation is not finite" in capsys.readouterr().err
+    assert found["optimizer_steps"] == 4
+    assert '"step": 3' in (Path(config.output_dir) / "best" / "validation.json").read_text()
+
+
 @pytest.mark.slow
 def test_a_run_stops_where_the_held_out_reward_falls(config, monkeypatch, capsys):
     """Eight validations to 0.8 and then a fall; brightness, which is trained on, rises all along."""
