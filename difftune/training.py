@@ -292,13 +292,16 @@ def update(config: TrainingConfig, run: Training) -> float:
     """Clip the gradient, take an optimiser step, and return the norm before the clip.
 
     Raises NotFinite where that is not finite. Under float16 the loss scaler finds its scale by overflowing: it then
-    skips the step by itself, and -1 is returned.
+    skips the step by itself, and -1 is returned, unless the loss is no longer scaled up at all.
     """
     norm = float(whole(run.accelerator.clip_grad_norm_(list(run.weights.values()), config.max_grad_norm)))
-    if not norm < float("inf") and run.accelerator.scaler is None:
-        raise NotFinite(f"the gradient is not finite, its norm is {norm}")
+    fault, scaler = f"the gradient is not finite, its norm is {norm}", run.accelerator.scaler
+    if not norm < float("inf") and scaler is None:
+        raise NotFinite(fault)
     run.optimizer.step()
     run.optimizer.zero_grad()
+    if not norm < float("inf") and scaler.get_scale() < 1:
+        raise NotFinite(f"{fault}, with its loss scaled by {scaler.get_scale():g}")
     if run.average is not None and not run.accelerator.optimizer_step_was_skipped:
         run.average.update(run.weights)
     return norm if norm < float("inf") else -1.0

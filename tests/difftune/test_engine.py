@@ -15,7 +15,7 @@ from difftune import alignprop, doctor, engine, optimize, reno, reward_gradient,
 from difftune.alignprop import train
 from difftune.cli import cli
 from difftune.configs import AlignPropConfig, RenoConfig
-from difftune.errors import UserError
+from difftune.errors import RunError, UserError
 from difftune.named import gradient_named
 from difftune.reno import ReNO
 from rewards.compose import Recomputed, WeightedSum
@@ -183,9 +183,11 @@ def test_recipes_run_every_mode(toy, gradient):
 class Scaled(training.Accelerator):
     """With a loss scaler on a CPU, as there is on a GPU under float16, whose first scale overflows."""
 
+    scale = 2.0**28
+
     def __init__(self, **options):
         super().__init__(**options)
-        self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", 2.0**28)
+        self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", self.scale)
 
 
 @pytest.fixture
@@ -208,6 +210,23 @@ def test_a_loss_scaler_finds_its_scale_in_every_mode(toy, scaled):
         found[gradient] = metrics["grad_norm"]
         assert state.step > 1 and metrics["skipped"] == 0 and state.info["scaler"]["scale"] < 2.0**28
     assert found["checkpoint"] == pytest.approx(found["full"], rel=1e-3) == found["revolve:2"]
+
+
+def test_a_gradient_that_no_scale_makes_finite_is_counted_and_ends_the_run(toy, scaled, monkeypatch):
+    """The scale falls from 2 to 1, and the step may have lacked that; then to 1/2 and 1/4, which helps no gradient."""
+    monkeypatch.setattr(Scaled, "scale", 2.0)
+    pipe = pipelines.sd()
+    config = replace(toy, mixed_precision="fp16", max_train_steps=9, max_skipped_steps=1)
+    steps = train(config, None, pipe, Brightness())
+    met = [next(steps)]
+    weight = next(weight for weight in pipe.unet.parameters() if weight.requires_grad)
+    hook = weight.register_hook(lambda gradient: gradient / 0)
+    met += [next(steps), next(steps)]
+    assert [(metrics.get("grad_norm", 0) < 0, metrics["skipped"]) for metrics, _ in met] == [(0, 0), (1, 0), (0, 1)]
+    with pytest.raises(RunError, match=r"step 4: the gradient is not finite, .*scaled by 0.25"):
+        next(steps)
+    hook.remove()
+    assert all(tensor.isfinite().all() for _, state in met for tensor in state.tensors.values())
 
 
 OFFLOADED = "nothing to do, the latents are in the host's memory already"
