@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType, gather_object
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from difftune import checkpoint, finetune, lora, optimizers, runs, validation
 from difftune.checkpoint import Randomness, Say, State
@@ -57,6 +58,19 @@ class Called:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.prepared(*args, **kwargs)
+
+    @property
+    def config(self) -> Any:
+        """Of the network, which some families' calls look into."""
+        return self._network.config
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Of the network: what a guidance method patches."""
+        return self._network.named_modules()
+
+    @property
+    def _network(self) -> Any:
+        return self.prepared.module if isinstance(self.prepared, DistributedDataParallel) else self.prepared
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.prepared.parameters()

@@ -12,14 +12,15 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
-from difftune import alignprop, checkpoint, finetune, runs, training
+from difftune import alignprop, checkpoint, finetune, lora, runs, training
+from difftune.chain import Chain
 from difftune.configs import AlignPropConfig
 from difftune.errors import UserError
 from difftune.optimizers import OPTIMIZERS
 from difftune.reward_statistics import PerPrompt
-from difftune.training import Average, mixed
+from difftune.training import Average, Called, mixed
 from rewards.simple import Brightness
-from tests import pipelines
+from tests import dits, pipelines
 from tests.difftune.toys import toy
 
 
@@ -54,6 +55,29 @@ def test_advantages_golden_and_the_prompts_own_statistics():
     assert again.moments() == few.moments()
     few.update([str(i) for i in range(5000)], [0.0] * 5000)
     assert len(few.history) == few.prompts and "a" not in few.history
+
+
+TRAINED = {
+    **{name: (getattr(dits, name), "cfg") for name in ("sd3", "pixart", "sana")},
+    "sdxl": (pipelines.sdxl, "cfg"),
+    "flux": (dits.flux, "none"),
+    **{name: (pipelines.sd, name) for name in ("pag", "slg", "seg")},
+}
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_what_is_trained_is_the_network_itself_in_every_family_and_under_methods_that_patch_it(case, tmp_path):
+    """The images of the network as it is called in training are those of the network, and a gradient reaches it."""
+    make, guidance = TRAINED[case]
+    config, pipe = toy("alignprop", tmp_path, guidance=guidance, max_train_steps=1), make()
+    network = lora.network_of(pipe)
+    ends = [
+        Chain.of(config, pipe, which).draw(lambda i: "red circle", [0, 1], "full").path.x
+        for which in (Called(network, network.dtype), network)
+    ]
+    assert torch.equal(*ends)
+    ((metrics, _),) = alignprop.train(config, None, pipe, Brightness())
+    assert metrics["grad_norm"] > 0
 
 
 def test_seeds_differ_by_index_seed_and_use():
