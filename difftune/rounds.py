@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from difftune import lora
 from difftune.chain import Chain
@@ -22,7 +23,7 @@ from difftune.configs import TrainingConfig
 from difftune.engine import kernels
 from difftune.errors import UserError
 from difftune.prompts import Prompts
-from difftune.training import Called, Kept, Reward, Training, copied, mixed, nothing, scored
+from difftune.training import Called, Kept, Reward, Training, copied, mixed, nothing, placed, scored
 from difftune.trajectories import ETAS, KERNELS, Policy, Trajectory, kernel_of
 from guidance.guided import GuidedPredict
 from solvers.denoiser import Cond
@@ -86,7 +87,8 @@ def seeded(seed: int) -> Iterator[None]:
 @torch.no_grad()
 def put(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
-        weight.copy_(values[name])
+        value = values[name]
+        weight.copy_(value if isinstance(value, DTensor) else placed(name, value, weight))
 
 
 # ------------------------------------------------------------------------------------------------ images of the model

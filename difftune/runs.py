@@ -111,16 +111,16 @@ def validated(
     """
     if state.step % config.validation_steps and not last:
         return None
+    found = None
     try:
         found = validation.validate(config, pipe, state, scorers)
     except NotFinite as error:
         shown(f"the validation at step {state.step} is skipped: {error}")
-        return None
-    if process().is_main_process:
+    if found is not None and process().is_main_process:
         validation.keep(config, found, partial(save_weights, pipe, state))
         log.show(trackers, "validation", found.record, found.images)
     process().wait_for_everyone()
-    return found.parting
+    return None if found is None else found.parting
 
 
 def process() -> PartialState:

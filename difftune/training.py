@@ -357,7 +357,7 @@ def snapshot(
 ) -> State:
     """Everything that the next step depends on, copied. own: what the recipe must find as `run.own` when resumed."""
     own = own or nothing()
-    kept = {f"own.{name}": tensor for name, tensor in own.tensors.items()}
+    kept = {f"own.{name}": whole(tensor) for name, tensor in own.tensors.items()}
     kept |= {f"weights.{name}": whole(weight) for name, weight in run.weights.items()}
     if run.average is not None:
         kept |= {f"ema.{name}": whole(tensor) for name, tensor in run.average.tensors.items()}
@@ -392,11 +392,11 @@ def resume(run: Training, state: State) -> None:
     moments = {**owned(state.tensors, "optimizer."), **state.info["optimizer"]}
     for name, weight in run.weights.items():
         its = {key.removesuffix(f".{name}"): value for key, value in moments.items() if key.endswith(f".{name}")}
-        run.optimizer.state[weight] = {key: _placed(key, value, weight) for key, value in its.items()}
+        run.optimizer.state[weight] = {key: placed(key, value, weight) for key, value in its.items()}
     if run.average is not None:
         run.average.updates = state.info["updates"]
         for name, tensor in owned(state.tensors, "ema.").items():
-            run.average.tensors[name] = _placed("ema", tensor, run.weights[name])
+            run.average.tensors[name] = placed("ema", tensor, run.weights[name])
     if run.accelerator.scaler is not None and state.info["scaler"]:
         run.accelerator.scaler.load_state_dict(state.info["scaler"])
     run.done, run.skipped = state.step, state.info["skipped"]
@@ -410,7 +410,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _placed(key: str, value: Any, weight: Tensor) -> Any:
+def placed(key: str, value: Any, weight: Tensor) -> Any:
     """An entry of the optimiser's state where the optimiser looks for it: torch's counter stays on the CPU."""
     if not isinstance(value, Tensor):
         return value

@@ -174,7 +174,7 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(name, tmp_pat
 
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29741"],
-    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=29743"],
+    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=29745"],
 }
 
 

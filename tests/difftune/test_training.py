@@ -174,7 +174,8 @@ DIVIDED = """
 import torch
 from torch.distributed import destroy_process_group, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from difftune.training import _placed, copied, whole
+from difftune.rounds import lent
+from difftune.training import copied, placed, whole
 mesh = init_device_mesh("cpu", (2,))
 torch.manual_seed(0)
 net = torch.nn.Linear(3, 4)
@@ -189,11 +190,17 @@ assert all((whole(w) - before[n]).abs().max() > 0.09 for n, w in weights.items()
 for name, weight in weights.items():
     for key, value in dict(optimizer.state[weight]).items():
         kept = whole(value).clone()
-        back = _placed(key, kept, weight)
+        back = placed(key, kept, weight)
         assert kept.shape == (before[name].shape if key != "step" else ())
         assert type(back) is type(value) and torch.equal(whole(back), kept), key
         if key != "step":
             assert torch.equal(back.to_local(), value.to_local())
+after = {name: whole(weight).clone() for name, weight in weights.items()}
+divided = {name: placed("weights", tensor, weights[name]) for name, tensor in before.items()}
+for values in (before, divided):  # a round's weights, as a checkpoint has them and as the run has
+    with lent(weights, values):
+        assert all(torch.equal(whole(w), before[n]) for n, w in weights.items())
+    assert all(torch.equal(whole(w), after[n]) for n, w in weights.items())
 destroy_process_group()
 """
 
