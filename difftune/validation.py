@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ Scorer = Callable[[Tensor, list[str]], Tensor]
 class Found(NamedTuple):
     """One validation."""
 
-    record: dict[str, float]  # step, reward_mean of the trained reward, held_out_mean where there is one
+    record: dict[str, float]  # step, reward_mean and held_out_mean, see `scorers`
     images: Tensor  # (B, 3, H, W) in [0, 1]
     best: bool  # whether no earlier one was as good
     parting: Parting | None  # where the held-out reward falls while the trained one rises
@@ -49,8 +50,20 @@ def check(config: TrainingConfig) -> None:
             raise UserError("early_stop compares with a reward that is not trained on: give --validation_reward")
         return
     held_out = weights_named([config.validation_reward])
+    if not rewarded(config):
+        if config.early_stop:
+            raise UserError("early_stop compares with the reward that is trained on, and here none is: leave it out")
+        return
     if both := sorted(held_out.keys() & weights_named(config.reward).keys()):
         raise UserError(f"validation_reward {both[0]!r} is trained on: what is held out must be another")
+
+
+def rewarded(config: TrainingConfig) -> bool:
+    """Whether the recipe trains on `config.reward`: not where a person's labels, a folder of pictures, or an objective
+    of sets takes its place."""
+    settings = asdict(config)
+    others = (settings.get("labels"), settings.get("images"), settings.get("objective", "instance") != "instance")
+    return not any(others)
 
 
 def prompts(config: TrainingConfig) -> list[str]:
@@ -64,8 +77,13 @@ def prompts(config: TrainingConfig) -> list[str]:
 
 
 def scorers(config: TrainingConfig, reward: Scorer | None) -> dict[str, Scorer]:
-    """The trained reward, as given or as named, and the held-out one where there is one."""
-    found: dict[str, Scorer] = {"reward": scorer_named(config.reward) if reward is None else reward}
+    """The trained reward, as given or as named, and the held-out one where there is one.
+
+    Where no reward is trained on, the held-out one is alone, or `config.reward` in its place.
+    """
+    found: dict[str, Scorer] = {}
+    if rewarded(config) or config.validation_reward is None:
+        found["reward"] = scorer_named(config.reward) if reward is None else reward
     if config.validation_reward is not None:
         found["held_out"] = scorer_named([config.validation_reward])
     return found
@@ -96,7 +114,7 @@ def validate(config: TrainingConfig, pipe: Any, state: State, scores: Mapping[st
     key = "held_out_mean" if "held_out_mean" in record else "reward_mean"
     best = all(record[key] > r[key] for r in earlier)
     parting = None
-    if "held_out_mean" in record:
+    if {"reward_mean", "held_out_mean"} <= record.keys():
         parting = Monitor()([r["reward_mean"] for r in curve], [r["held_out_mean"] for r in curve])
     return Found(record, images, best, parting)
 

@@ -9,7 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from difftune import alignprop, checkpoint, log, lora, validation
+from difftune.cli import RECIPES
 from difftune.configs import AlignPropConfig
+from difftune.errors import UserError
 from rewards.simple import Brightness, Saturation
 from tests import pipelines
 from tests.difftune.toys import Bright, toy
@@ -84,6 +86,38 @@ def test_the_best_is_the_one_that_the_held_out_reward_likes_most(config, monkeyp
     kind = "weights" if ema_decay is None else "ema"
     state = checkpoint.load(Path(config.output_dir) / "checkpoint-4")
     assert all(torch.equal(state.tensors[f"{kind}.{k}"], v) for k, v in seen[3].items())
+
+
+UNREWARDED = {
+    "d3po": {"labels": "x"},
+    "dpo": {"labels": "x"},
+    "kto": {"labels": "x"},
+    "dro": {"labels": "x"},
+    "pso": {"images": "x"},
+    "dragon": {"objective": "vendi"},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_reward_that_is_not_trained_on_is_held_out(name, tmp_path):
+    """The default reward, tiny-clip, is refused where it is trained on, and is alone where labels and the like are."""
+    found = {"validation_steps": 2, "validation_reward": "tiny-clip"}
+    with pytest.raises(UserError, match="'tiny-clip' is trained on"):
+        validation.check(toy(name, tmp_path, **found))
+    if name in UNREWARDED:
+        config = toy(name, tmp_path, **found, **UNREWARDED[name])
+        validation.check(config)
+        assert validation.scorers(config, Brightness()).keys() == {"held_out"}
+        assert validation.scorers(replace(config, validation_reward=None), Brightness()).keys() == {"reward"}
+        with pytest.raises(UserError, match="early_stop compares with the reward that is trained on, and here none is"):
+            validation.check(replace(config, early_stop=True))
+
+
+def test_a_validation_without_a_trained_reward_is_the_held_out_one_alone(config, monkeypatch):
+    monkeypatch.setattr(validation, "rewarded", lambda config: False)
+    alignprop.run(config, [].append, pipelines.sd(), Bright())
+    assert all(record.keys() == {"step", "held_out_mean"} for record in records(config.output_dir))
+    assert (Path(config.output_dir) / "best" / "validation.json").exists()
 
 
 def test_a_validation_that_is_not_finite_is_skipped_and_the_run_goes_on(config, monkeypatch, capsys):
