@@ -266,8 +266,7 @@ def start_of(config: RenoConfig, reno: ReNO) -> Tensor:
     assert config.start is not None
     if config.start.endswith(".safetensors"):
         return noises_of(config.start)
-    model = LatentModel(reno.pipe)
-    height, width = model.size(config.height, config.width)
+    height, width = LatentModel(reno.pipe).size(*reno.size)
     picture = opened(config.start)
     if picture.shape[1:] != (height, width):
         size = f"{picture.shape[1]} x {picture.shape[2]}"

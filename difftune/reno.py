@@ -152,6 +152,13 @@ class ReNO:
         return x / start_scale(self.pipe.scheduler, num_inference_steps, levels[0])
 
     @property
+    def size(self) -> tuple[int | None, int | None]:
+        """Height and width: as given, or the paper's, or None for the pipeline's own."""
+        paper = setting_of(self.pipe, self.setting)
+        side = paper.size if paper else None
+        return self.height or side, self.width or side
+
+    @property
     def copies(self) -> int:
         """Tensors like z that the optimiser keeps, or asks for at a time."""
         options = vars(self._optimizer)
@@ -255,15 +262,9 @@ class ReNO:
         if not texts:
             raise UserError("the list of prompts is empty: give at least one")
         seeds = [seed + i for i in range(len(texts))]
-        height, width = self._size()
+        height, width = self.size
         own = replace(self, height=height, width=width)
         return own._made(texts, generator or [fresh(s) for s in seeds], start), seeds
-
-    def _size(self) -> tuple[int | None, int | None]:
-        """Height and width: as given, or the paper's, or None for the pipeline's own."""
-        paper = setting_of(self.pipe, self.setting)
-        side = paper.size if paper else None
-        return self.height or side, self.width or side
 
     @torch.no_grad()
     def _made(self, prompts: list[str], generator: Generators, start: Tensor | None) -> Objective:

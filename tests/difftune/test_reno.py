@@ -490,7 +490,7 @@ def test_the_papers_settings_are_the_defaults_of_its_models(pipe):
     turbo.register_to_config(_name_or_path="stabilityai/sd-turbo")
     assert setting_of(pipe, None) is None and setting_of(turbo, None) is PAPER["sd-turbo"]
     own = quiet(turbo)
-    assert own._size() == (512, 512) and quiet(turbo, height=16)._size() == (16, 512)
+    assert own.size == (512, 512) and quiet(turbo, height=16).size == (16, 512)
     small = {"height": 16, "width": 16}
     one = [x.noises for x in quiet(turbo, grad_clip=1e-3, **small).iterate(PROMPTS[:1], 2)]
     first = (one[1] - one[0]).norm().item()

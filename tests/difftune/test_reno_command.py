@@ -14,6 +14,7 @@ from difftune.cli import cli
 from difftune.configs import RenoConfig
 from difftune.errors import UserError
 from difftune.outputs import png
+from difftune.reno_settings import Setting
 from difftune.score import opened
 from tests import pipelines
 
@@ -191,6 +192,15 @@ def test_a_noise_that_does_not_fit_is_named(model, tmp_path):
         found, said = sample(noise)
         assert (found, what in said) == (code, True), said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_has_the_size_of_the_papers_setting(pipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(optimize.PAPER, "larger", Setting((), 24, 5.0))
+    (tmp_path / "picture.png").write_bytes(png(torch.rand(24, 24, 3).numpy()))
+    config = settings(tmp_path / "out", start=str(tmp_path / "picture.png"), setting="larger", inversion_steps=2,
+                      iterations=1)  # fmt: skip
+    reno.run(config, [].append, pipe)
+    assert load_file(tmp_path / "out" / "noise.safetensors")["noise_before"].shape == (2, 4, 12, 12)
 
 
 def test_a_run_begins_with_a_picture_or_with_a_noise(pipe, tmp_path):
