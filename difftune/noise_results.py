@@ -13,6 +13,8 @@ from difftune.progress import Progress
 from rewards.monitor import Monitor, Parting
 from solvers.budget import Plan
 
+START = "start"  # of a state's tensors, the noise that the run began with
+
 
 class Live(NamedTuple):
     """Where an optimisation stands. Of a sample that has left the batch, its best."""
@@ -32,7 +34,8 @@ class Live(NamedTuple):
     @property
     def state(self) -> State:
         """All that `optimize(..., state=...)` needs to go on from here, for `difftune.checkpoint.save`."""
-        return self.progress.state()
+        state, start = self.progress.state(), self.objective.unknowns.noise.cpu().clone()
+        return state._replace(tensors={**state.tensors, START: start})
 
 
 class Result(NamedTuple):

@@ -23,7 +23,7 @@ from difftune.engine import check_engine, check_offloading, one_at_a_time, wants
 from difftune.errors import UserError
 from difftune.named import at_least, differentiable, gradient_named, known, sampler_named
 from difftune.noise_named import Rewards, needs_gradient, optimizer_named, sized, summed, weights_over_ranges
-from difftune.noise_results import Live, Result, result
+from difftune.noise_results import START, Live, Result, result
 from difftune.objective import Iteration, Objective, Unknowns, Variables, embeddings
 from difftune.progress import Progress, beginning, chosen, of_state
 from difftune.regularize import REGULARIZERS
@@ -299,13 +299,21 @@ class ReNO:
         z = objective.unknowns.start()
         if state is None:
             return beginning(z, objective.prompts, seeds)
-        return of_state(state, z, objective.prompts, seeds)
+        progress = of_state(state, z, objective.prompts, seeds)
+        begun_with(state, objective.unknowns.noise)
+        return progress
 
 
 def refused(record: Iteration, objective: Objective, z: Tensor, rows: Tensor, progress: Progress) -> None:
     """RunError for what is not finite in the first iteration, after which there would be nothing to keep."""
     if progress.iteration == 0:
         objective.refuse_not_finite(record, z, rows, "iteration 1")
+
+
+def begun_with(state: State, noise: Tensor) -> None:
+    """UserError where the state's run began with another noise: distances to it, and what is drawn, would differ."""
+    if not torch.equal(state.tensors[START], noise.cpu()):
+        raise UserError("the state began with another noise: resume with the same start, or a generator as it was then")
 
 
 def started_at(start: Tensor, noise: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from difftune import checkpoint, models, optimize
 from difftune.errors import RunError, UserError
 from difftune.noise_named import OPTIMIZERS
 from difftune.objective import Objective
-from difftune.reno import ReNO
+from difftune.reno import ReNO, fresh
 from difftune.reno_settings import PAPER, setting_of
 from guidance.guided import guided
 from guidance.invert import edit
@@ -153,6 +153,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(pipe, tmp_path, name):
         with pytest.raises(UserError, match=f"state is not of optimizer {other.optimizer}"):
             other.optimize(PROMPTS, 5, state=state)
     assert torch.equal(settings.optimize(PROMPTS, 3, state=short.state).noises, short.best.noises)
+
+
+@pytest.mark.parametrize("variables", ["noise", "prompt"])
+def test_a_run_is_resumed_with_the_noise_that_it_began_with(pipe, variables):
+    """A generator that has gone on would draw another one, and another noise of the sampler, unseen."""
+    settings = quiet(pipe, num_inference_steps=2, sampler="ancestral", variables=variables, learning_rate=2.0)
+    whole = settings.optimize(PROMPTS, 3, generator=fresh(4))
+    state = next(settings.iterate(PROMPTS, 3, generator=fresh(4))).state
+    assert torch.equal(settings.optimize(PROMPTS, 3, generator=fresh(4), state=state).images, whole.images)
+    for other in ({"generator": fresh(5)}, {"start": torch.ones(1, 4, 8, 8)}, {}):
+        with pytest.raises(UserError, match="the state began with another noise: resume with the same start"):
+            settings.optimize(PROMPTS, 3, state=state, **other)
 
 
 def test_best_is_kept_by_reward_alone_and_is_no_alias(pipe):
