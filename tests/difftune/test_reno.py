@@ -283,6 +283,27 @@ def test_several_steps_with_guidance_have_the_engines_gradient(pipe, sampler):
     assert modes["full"][0].record.grad_norm.min() > 0
 
 
+def test_the_noise_of_a_stochastic_sampler_is_each_samples_own_and_stays(exact):
+    settings = quiet(exact, num_inference_steps=3, sampler="ancestral", learning_rate=0.0)
+    both = settings.optimize(PROMPTS, 3, seed=1)
+    assert all(len(set(both.curve("total", row))) == 1 for row in range(2))  # nothing moves: the objective is one
+    assert torch.allclose(both.images[1:], settings.optimize(PROMPTS[1:], 1, seed=2).images, atol=1e-10)
+    twins = settings.optimize(PROMPTS[1:], 1, seed=2, seeds_per_prompt=2, start=both.noises[1:])
+    assert not torch.allclose(twins.images[0], twins.images[1], atol=1e-3)  # their samplers' noise differs
+
+
+def test_samples_that_are_run_in_parts_are_the_batch(exact):
+    """Three of four, two at a time, as a plan for a memory budget asks."""
+    settings = quiet(exact, num_inference_steps=2, variables="both", sampler="ancestral")
+    objective, _ = settings._objective(PROMPTS, 2, 0, None, 2, None)
+    small = replace(objective, plan=replace(objective.plan, micro_batch=2))
+    z, every, rows = objective.unknowns.start(), torch.arange(4), torch.tensor([0, 1, 3])
+    whole, parts = objective.evaluate(z, every, True, ""), small.evaluate(z[rows], rows, True, "")
+    for key in ("images", "loss", "gradient"):
+        assert torch.allclose(whole._asdict()[key][rows], parts._asdict()[key], atol=1e-10), key
+    assert torch.allclose(whole.record.total[rows], parts.record.total) and len(parts.record.grad_norm) == 3
+
+
 @pytest.mark.parametrize("mode", ["revolve:1", "adjoint:rk4", "reversible:bdia", "lean"])
 def test_every_engine_mode_raises_the_reward_of_noise_and_prompt(pipe, mode):
     settings = quiet(pipe, gradient=mode, num_inference_steps=2, variables="both", learning_rate=3.0)
@@ -369,6 +390,19 @@ def test_a_sample_that_is_done_leaves_the_batch(pipe):
     assert len(result.curve("total")) == 6 and all(v == v for v in result.curve("total"))
     worse = quiet(pipe, learning_rate=0.0, patience=2).optimize(PROMPTS, 9)  # nothing moves
     assert worse.stopped == ["patience"] * 2 and worse.reward_calls.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_who_stays_moves_as_if_alone_under_any_optimizer(exact, name):
+    """The first of two is done after its second iteration; its optimiser's memory leaves with it."""
+    settings = quiet(exact, Counting(), optimizer=optional(name), regularizer="spectral")
+    free = settings.optimize(PROMPTS, 5)
+    target = max(free.curve("total", 0)[:2])
+    result = replace(settings, target=target).optimize(PROMPTS, 5)
+    stays = next(i for i, total in enumerate(free.curve("total", 0)) if total >= target) + 1
+    assert result.stopped == ["target", ""] and stays <= 2 and len(result.curve("total", 0)) == stays
+    assert (result.noises[1] - free.noises[1]).abs().max() < 1e-8
+    assert result.curve("total", 1) == pytest.approx(free.curve("total", 1), abs=1e-8)
 
 
 class Breaking(Linear):
@@ -512,6 +546,34 @@ def test_the_papers_settings_are_the_defaults_of_its_models(pipe):
     assert objective.model.denoiser.clock(now).item() == 800 and then.sigma.item() == 0
     with pytest.raises(UserError, match="did you mean 'sdxl-turbo'"):
         quiet(pipe, setting="sdxl-turob")
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "rate", "first"),
+    [
+        ("stabilityai/sd-turbo", 512, 5.0, None),
+        ("stabilityai/sdxl-turbo", 512, 5.0, None),
+        ("PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512", 512, 5.0, 400),
+        ("black-forest-labs/FLUX.1-schnell", 512, 5.0, None),
+        ("hyper-sdxl", 1024, 10.0, 800),
+    ],
+)
+def test_each_model_of_the_paper_has_the_settings_of_its_code(model, size, rate, first):
+    """The sheet's 4.4, and for one step alone: more steps are the scheduler's own."""
+    own = pipelines.sd()
+    own.register_to_config(_name_or_path=model)
+    name = model if model in PAPER else None
+    settings, noises = quiet(own, setting=name, height=16, width=16, grad_clip=1e-3), []
+    assert quiet(own, setting=name).size == (size, size)
+    for live in settings.iterate(PROMPTS[:1], 2):
+        noises.append(live.noises)
+    assert (noises[1] - noises[0]).norm().item() == pytest.approx(rate * 1e-3 * 1.9, rel=1e-2)
+    latent = LatentModel(own)
+    usual = [latent.denoiser.clock(level).item() for level in latent.levels(1)[:1]]
+    assert [latent.denoiser.clock(level).item() for level in settings.levels(latent)[:-1]] == [first or usual[0]]
+    several = replace(settings, num_inference_steps=3)
+    assert [level.sigma for level in several.levels(latent)] == [level.sigma for level in latent.levels(3)]
+    assert replace(settings, timesteps=(600, 200)).levels(latent)[0].sigma < 1 and len(noises) == 2
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", None])
