@@ -87,6 +87,44 @@ def test_seeds_per_prompt_and_a_webp(pipe, tmp_path):
     assert load_file(tmp_path / "out" / "noise.safetensors")["noise"].shape == (4, 4, 8, 8)
 
 
+class Watched:
+    """Falls as the picture gets brighter."""
+
+    differentiable = False
+
+    def __call__(self, images, prompts):
+        return -images.mean(dim=(1, 2, 3))
+
+
+def test_a_held_out_reward_that_falls_is_said_with_its_iteration(pipe, tmp_path, monkeypatch):
+    """In optimize.json, of each sample and of the mean, and in the last line; silent where it does not fall."""
+    config, said = settings(tmp_path / "a", reward=["brightness"], iterations=12, held_out="contrast"), []
+    monkeypatch.setattr(optimize, "summed", lambda rewards: Watched())
+    summary = reno.run(config, said.append, pipe)
+    parting = summary["parting"]
+    assert parting["best"] == 2 and parting["rise"] > 0 and parting["drop"] == pytest.approx(parting["rise"], rel=1e-3)
+    assert said[-1].startswith("contrast fell while the reward rose: over-optimised since evaluation 2")
+    assert all(sample["parting"]["best"] == 2 for sample in summary["prompts"])
+    curves = [[entry["held_out"] for entry in sample["history"]] for sample in summary["prompts"]]
+    assert summary["held_out_before"] == pytest.approx((curves[0][0] + curves[1][0]) / 2)
+    assert summary["held_out_after"] < summary["held_out_before"]
+    said.clear()
+    down = reno.run(replace(config, reward=["brightness=-1"], output_dir=str(tmp_path / "b")), said.append, pipe)
+    assert down["parting"] is None and not [line for line in said if "fell" in line]
+
+
+def test_half_precision_is_of_the_networks_alone(model, tmp_path):
+    found = {}
+    for kind in ("no", "bf16"):
+        config = settings(tmp_path / kind, model=str(model), mixed_precision=kind, iterations=3, num_inference_steps=4)
+        found[kind] = reno.run(config, [].append), load_file(tmp_path / kind / "noise.safetensors")
+    (exact, noise), (half, same) = found["no"], found["bf16"]
+    assert torch.equal(same["noise_before"].bfloat16(), noise["noise_before"].bfloat16())
+    assert same["noise"].dtype == torch.float32 and not torch.equal(same["noise"], noise["noise"])
+    assert half["reward_after"] == pytest.approx(exact["reward_after"], rel=0.02)
+    assert half["reward_after"] != exact["reward_after"]
+
+
 def test_many_frames_are_thinned_to_both_ends():
     frames = torch.arange(120, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
     import io

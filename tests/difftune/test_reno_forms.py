@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from difftune import zero_order
 from difftune.errors import UserError
 from difftune.noise_named import optimizer_named, sized
 from difftune.noise_optimizers import FIRST_ORDER, LBFGS, SGD, Adam, _two_loops, clipped
@@ -321,6 +322,14 @@ def test_spsa_is_spalls_step_on_a_linear_function():
     assert torch.allclose(signs.abs(), torch.ones_like(signs)) and torch.allclose(pairs[2:], z - 0.2 * signs)
     moved = z + 0.1 * ((signs @ c)[:, None] * signs).mean(dim=0)
     assert torch.allclose((second[:2] + second[2:]) / 2, moved.expand(2, -1))
+
+
+def test_an_extra_that_is_missing_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setattr(zero_order, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"optimizer 'cma' needs the package cma: pip install 'difftune\[cma\]'"):
+        optimizer_named("cma")
+    with pytest.raises(ValueError, match="candidates is 3: optimizer 'cma' needs at least 4"):
+        zero_order.CMA(3)
 
 
 def test_what_is_not_finite_ranks_last():
