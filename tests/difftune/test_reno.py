@@ -354,9 +354,9 @@ def test_bfloat16_has_the_gradient_and_the_reward_of_float32():
 
 @pytest.mark.slow
 def test_bfloat16_reaches_the_reward_of_float32_on_tiny_turbo():
-    """Eight noises, ten iterations. A single gradient may be far off, for the one step multiplies the rounding of eps."""
-    prompts = ["a red circle", "a blue square above a yellow triangle", "two green triangles", "a blue square"] * 2
-    found = {}
+    """Eight noises, ten iterations. A single gradient may be far off: the one step multiplies the rounding of eps."""
+    relation, other = "a blue square above a yellow triangle", "a red circle left of a blue square"
+    prompts, found = ["a red circle", relation, other, "two green triangles"] * 2, {}
     for dtype in (torch.float32, torch.bfloat16):
         settings = quiet(models.load("tiny-turbo", torch_dtype=dtype), {"tiny-clip": 1.0})
         objective, _ = settings._objective(prompts, 2, 0, None, 1, None)
