@@ -93,7 +93,8 @@ class FKC:
 
     exponents: b_i by the experts' names (the problem's experts, or its conditions); None reads them off the problem's
     guidance, which is CFG of one number or none. particles: K of a run; None takes what the budget pays for. sampler:
-    "ddim" with churn zeta, or "euler-maruyama" with noise zeta. zeta: None is the problem's eta.
+    "ddim" with churn zeta, or "euler-maruyama" with noise zeta. zeta: None is the problem's eta; for B above 1, what
+    two seeds give differs by a finite variance only where zeta^2 > 2 (B - 1) / B.
 
     start, stop: the share of the run in which the experts give weight. centred: their log-weights lose their mean in
     the group; clamp: the largest size of a step's, afterwards. All four are for images; `EXACT` turns them off.
