@@ -148,7 +148,7 @@ class Search:
             for state in self._unwatched():
                 self.history = appended(self.history, state)
                 self._last = Found(state, self.history, decode)
-                bar.set_postfix(reward=f"{float(state.reward.mean()):.4f}", refresh=False)
+                bar.set_postfix(standing(state), refresh=False)
                 bar.update(int(state.nfe.sum()) - bar.n)
                 yield self._last
 
@@ -163,6 +163,13 @@ class Search:
             if state is None:
                 return
             yield state
+
+
+def standing(state: State) -> dict[str, str]:
+    """What a progress bar says beside the NFEs: the mean over prompts of the best reward so far, and all calls."""
+    best = float(state.reward.mean())
+    said = {"best reward": f"{best:.4f}"} if best > -torch.inf else {}
+    return {**said, "reward calls": str(int(state.reward_calls.sum()))}
 
 
 def appended(history: tuple[Point, ...], state: State) -> tuple[Point, ...]:

@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from io import StringIO
 from math import prod
 from pathlib import Path as File
 
@@ -17,8 +18,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from tqdm import tqdm
 
-from difftune import SEARCHES, search
+from difftune import SEARCHES, search, searching
 from difftune.cli import cli
 from difftune.cli import search as command
 from difftune.configs import SearchConfig
@@ -97,6 +99,26 @@ def test_a_search_is_followed_live_and_left(pipe):
     assert live.nfe.tolist() == [18, 18]
     assert all((b >= a).all() for a, b in zip(seen, seen[1:], strict=False))
     assert live.images.isfinite().all()
+
+
+def test_the_progress_bar_says_the_best_so_far_and_counts(pipe, monkeypatch):
+    """On a terminal, unless it is turned off: of all prompts, the mean best reward, the NFEs and the reward calls."""
+    made, text = [], StringIO()
+
+    def bar(**options) -> tqdm:
+        made.append(options["disable"])
+        return tqdm(**{**options, "disable": False, "file": text, "mininterval": 0, "ncols": 200})
+
+    monkeypatch.setattr(searching, "tqdm", bar)
+    seen = list(searched(pipe, method="best-of-n", particles=1, budget=18, progress=True))
+    said = re.compile(r"(\d+)/36 [^\r]*?(?:best reward=(-?[\d.]+), )?reward calls=(\d+)\]")
+    shown = [(int(nfe), reward, int(calls)) for nfe, reward, calls in said.findall(text.getvalue())]
+    best = ["" if live.rewards.min() == -torch.inf else f"{live.rewards.mean():.4f}" for live in seen]
+    want = [(int(live.nfe.sum()), mean, int(live.reward_calls.sum())) for live, mean in zip(seen, best, strict=True)]
+    assert shown[: len(want)] == want
+    assert best[:2] == ["", ""] and len({*best}) > 2 and want[-1] == (36, best[-1], 6)
+    searched(pipe, method="best-of-n", budget=6).result()
+    assert made == [None, True]
 
 
 @pytest.mark.parametrize("method", [name for name in SEARCHES if name in {*PARTICLES, "beam", "best-of-n"}])
