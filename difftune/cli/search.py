@@ -26,6 +26,7 @@ from difftune.named import at_least, guidance_named, known, model_named
 from difftune.outputs import grid, png, unused, write, write_json
 from difftune.searching import Found, Point, Search, configured, reward_for, search
 from difftune.treeplot import picture
+from guidance.fkc import Exponents
 from guidance.problem import Saved
 from guidance.searches import SEARCHES
 from rewards.compose import parse_rewards
@@ -85,6 +86,8 @@ def typed(name: str, value: str, hint: Any) -> Any:
     kinds = get_args(hint) or (hint,)
     if value.lower() == "none" and type(None) in kinds:
         return None
+    if Exponents in kinds:
+        return exponents(name, value)
     for kind in [kind for kind in (int, float) if kind in kinds]:
         try:
             return kind(value)
@@ -95,6 +98,15 @@ def typed(name: str, value: str, hint: Any) -> Any:
     if not {int, float, bool} & set(kinds):
         return value  # a name, which the method checks
     raise UserError(f"--setting {name}={value} is no {' or '.join(k.__name__ for k in kinds)}")
+
+
+def exponents(name: str, value: str) -> dict[str, float]:
+    """Experts' exponents, written cond:2,uncond:-1."""
+    pairs = [pair.rpartition(":") for pair in value.split(",")]
+    try:
+        return {expert.strip(): float(number) for expert, _, number in pairs}
+    except ValueError:
+        raise UserError(f"--setting {name}={value} is no list of exponents: write it cond:2,uncond:-1") from None
 
 
 def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: Reward | None) -> Search:

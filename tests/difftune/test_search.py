@@ -158,6 +158,40 @@ def test_particles_run_over_sdxl_and_over_flows(make):
     assert len(weighted.x0[weighted.groups == 0].flatten(1).unique(dim=0)) == 4
 
 
+@pytest.mark.parametrize("make", [pipelines.sdxl, dits.sd3])
+def test_every_method_runs_over_sdxl_and_over_flows(make):
+    pipe = make()
+    for method in SEARCHES:
+        found = searched(pipe, method=method, budget=24).result()
+        torch.testing.assert_close(Left()(found.images, PROMPTS).double(), found.rewards, rtol=1e-3, atol=1e-3)
+        assert all(12 < nfe <= 24 for nfe in found.nfe.tolist())
+
+
+def test_fkc_over_a_pipeline_weighs_what_its_guidance_stands_for(pipe):
+    """CFG(3) is the exponents 3 and -2; in an empty interval nobody is weighed."""
+    everywhere = {"method": "fkc", "guidance": CFG(3.0), "start": 0.0, "stop": 1.0, "budget": 24}
+    read, named = (searched(pipe, **everywhere, **o).result() for o in ({}, {"exponents": {"cond": 3, "uncond": -2}}))
+    assert read.latents.equal(named.latents) and read.nfe.tolist() == [24, 24] and read.reward_calls.tolist() == [4, 4]
+    assert len(read.state.weighted().log_weight.unique()) > 2
+    assert not searched(pipe, **{**everywhere, "stop": 0.0}).result().state.weighted().log_weight.any()
+
+
+def test_fkc_multiplies_two_prompts(pipe):
+    """The second one stands where the negative prompt does; their order does not matter."""
+    product = {"method": "fkc", "exponents": {"cond": 1.0, "uncond": 1.0}, "budget": 24, "start": 0.0, "stop": 1.0}
+    one = searched(pipe, PROMPTS[:1], **product, negative_prompts=PROMPTS[1]).result()
+    other = searched(pipe, PROMPTS[1:], **product, negative_prompts=PROMPTS[0]).result()
+    torch.testing.assert_close(one.latents, other.latents, rtol=1e-4, atol=1e-4)
+    alone = searched(pipe, PROMPTS[:1], **product, negative_prompts=PROMPTS[0]).result()
+    assert (alone.latents - one.latents).abs().max() > 1e-3
+
+
+def test_exponents_are_given_on_the_command_line():
+    for value, want in (("cond:1.5, uncond:-.5", {"cond": 1.5, "uncond": -0.5}), ("none", None)):
+        given = SearchConfig("fkc", PROMPTS, "tiny", output_dir="out", setting=[f"exponents={value}"])
+        assert command.settings_of(given) == {"exponents": want}
+
+
 def test_the_gradient_raises_the_reward_and_leaves_the_pipeline_alone(pipe):
     before = [p.requires_grad for p in pipe.unet.parameters()]
     plain = searched(pipe, method="importance", budget=24)
@@ -402,6 +436,8 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(pipe, tmp_path, m
         (["fk", "--prompt", "x", "--setting", "particles"], 2, "has no value: write it KEY=VALUE"),
         (["fk", "--prompt", "x", "--setting", "particles=few"], 2, "particles=few is no int or NoneType"),
         (["fk", "--prompt", "x", "--setting", "potential=product"], 2, "no potential 'product'"),
+        (["fkc", "--prompt", "x", "--setting", "exponents=cond"], 2, "exponents=cond is no list of exponents: write"),
+        (["fkc", "--prompt", "x", "--setting", "exponents=good:1"], 2, "no expert 'good'; known: cond, uncond"),
         (["fk", "--prompt", "x", "--reward", "nothing"], 2, "no reward 'nothing'"),
         (["fk", "--prompt", "x", "--model", "large"], 2, "no model 'large'"),
         (["fk"], 2, "no prompt to search for|Missing option"),
