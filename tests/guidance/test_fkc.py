@@ -222,10 +222,10 @@ def spread(mass: Tensor, x: Tensor, new: Tensor, std: Tensor) -> Tensor:
     return mass.where(mass > 1e-14 * mass.max(), 0.0)  # the rounding of the transform, which weights would blow up
 
 
-def limit(case: Case, weigh: bool = True) -> Tensor:
+def limit(case: Case, weigh: bool = True, **options) -> Tensor:
     """Mean, variance and P(x > 0) for infinitely many particles: `fkc_step` on a density instead of on draws of it."""
     problem = problem_of(case.experts, karras(case.steps), case.reward, (0,), kind=Still)
-    config, one = config_of(case, threshold=0.0), torch.zeros(1, dtype=torch.int64)
+    config, one = config_of(case, threshold=0.0, **options), torch.zeros(1, dtype=torch.int64)
     x = points(problem.levels[0])
     mass = log_density(case, problem.levels[0], 0.0, x).softmax(0)
     for i, (now, then) in enumerate(pairwise(problem.levels)):
@@ -253,6 +253,21 @@ def test_the_limit_of_many_particles_is_the_target(name):
 
 
 # ------------------------------------------------------------------------------------------------ tables
+
+
+@pytest.mark.parametrize("name", ["linear", "quadratic"])
+def test_the_limit_is_the_target_by_weights_without_a_gradient_too(name):
+    """Sheet, T6: the change of rho along the probability flow, in place of its derivative there."""
+    case = CASES[name]
+    assert ((limit(case, tilt="difference") - tensor(*case.target)).abs() <= TOLERANCE[name]).all()
+
+
+@pytest.mark.slow
+def test_a_tilt_whose_moves_follow_no_gradient_has_the_target():
+    case = CASES["linear"]
+    got = measured(run(case, tilt="free"))
+    print("free", got.mean(0), got.std(0) / 5**0.5)
+    assert ((got.mean(0) - tensor(*case.target)).abs() <= TOLERANCE["linear"]).all()
 
 
 SLOW = [pytest.param(n, marks=pytest.mark.slow if CASES[n].reward else ()) for n in CASES]
