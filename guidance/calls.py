@@ -119,6 +119,8 @@ class Asked:
     def _place(self, branch: Branch) -> tuple[Call, int, int]:
         """The call that holds a branch, its position along the batch, and how many lie there."""
         cond = branch.cond if isinstance(branch.cond, str) else "cond"
+        if branch.patch is not None:  # before its inputs, which another family does not know either
+            self.family.known_patch(branch.patch.partition(":")[0])
         if cond not in self.branches:
             raise ValueError(self._missing(cond))
         position = self.branches.index(cond)

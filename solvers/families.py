@@ -75,14 +75,15 @@ class Family:
     patches: Mapping[str, Patch] = field(default_factory=dict)
 
     def patched(self, network: Any, name: str) -> AbstractContextManager[Any]:
-        """A context in which the network runs with a named change; settings follow the name, as in "nag:2.5:0.25".
-
-        Raises ValueError, listing the known, for another name.
-        """
+        """A context in which the network runs with a named change; settings follow the name, as in "nag:2.5:0.25"."""
         kind, *settings = name.split(":")
+        return self.known_patch(kind)(network, *settings)
+
+    def known_patch(self, kind: str) -> Patch:
+        """Raises ValueError, listing the known, for another name."""
         if kind not in self.patches:
             raise ValueError(f"family {self.name} has no patch {kind!r}; known: {', '.join(self.patches) or 'none'}")
-        return self.patches[kind](network, *settings)
+        return self.patches[kind]
 
 
 def keywords(batch_first: Sequence[str], cond: Cond) -> dict[str, Any]:
