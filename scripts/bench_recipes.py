@@ -235,8 +235,8 @@ def chosen(paths: Sequence[Path], count: int) -> list[Path]:
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """A markdown row for each recipe, over its seeds."""
-    head = ["recipe", "seeds", "reward before", "reward after", "difference", "oracle", "difference of the oracle"]
-    head += ["Vendi", "difference of Vendi", "drift", "seconds", "forward-equivalents"]
+    head = ["recipe", "reward", "seeds", "reward before", "reward after", "difference", "oracle"]
+    head += ["difference of the oracle", "Vendi", "difference of Vendi", "drift", "seconds", "forward-equivalents"]
     recipes = list(dict.fromkeys(line["recipe"] for line in lines))
     rows = [row([line for line in lines if line["recipe"] == recipe]) for recipe in recipes]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
@@ -248,6 +248,7 @@ def row(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     stopped = sum(not line["ended"] for line in lines)
     return [
         lines[0]["recipe"] + (f" ({stopped} stopped at the cap)" if stopped else ""),
+        ", ".join(name.removesuffix("=1.0") for name in lines[0]["settings"]["reward"]),
         str(len(lines)),
         f"{mean['reward_before'].mean():.4f}",
         f"{mean['reward_after'].mean():.4f}",

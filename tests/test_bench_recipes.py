@@ -76,16 +76,18 @@ def line(recipe, seed, after, cost, ended=True):
     values = {"reward_before": [0.5] * 3, "reward_after": after, "oracle_before": [0.0, 1.0, 0.5]}
     values |= {"oracle_after": [0.5, 1.0, 0.5], "vendi_before": [2.0] * 3, "vendi_after": [1.5] * 3, "drift": [0.1] * 3}
     point = {"step": 1, "seconds": cost / 10, "forward_equivalents": cost, **values}
-    return {"run": f"{recipe}-{seed}", "recipe": recipe, "seed": seed, "ended": ended, "points": [point]}
+    settings = {"reward": ["tiny-clip=1.0", "jpeg=-0.5"]}
+    run = {"run": f"{recipe}-{seed}", "recipe": recipe, "seed": seed, "ended": ended, "settings": settings}
+    return {**run, "points": [point]}
 
 
 def test_a_row_is_the_mean_over_seeds_and_its_interval_is_over_prompts(bench):
     lines = [line("ddpo", 0, [0.6, 0.7, 0.8], 100), line("ddpo", 1, [0.8, 0.9, 1.0], 300, ended=False)]
     (_, _, row) = bench.table(lines).splitlines()
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[:4] == ["ddpo (1 stopped at the cap)", "2", "0.5000", "0.8000"]
-    assert cells[4].startswith("+0.3000 [+0.2") and cells[4].endswith("]")
-    assert cells[5] == "0.500 to 0.667" and cells[7] == "2.000 to 1.500"
+    assert cells[:5] == ["ddpo (1 stopped at the cap)", "tiny-clip, jpeg=-0.5", "2", "0.5000", "0.8000"]
+    assert cells[5].startswith("+0.3000 [+0.2") and cells[5].endswith("]")
+    assert cells[6] == "0.500 to 0.667" and cells[8] == "2.000 to 1.500"
     assert cells[-2:] == ["20", "200"]
 
 
