@@ -27,6 +27,7 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
 from guidance.calls import Asked, Call, recorded
+from guidance.compose import inside
 from guidance.contract import Combined, Guidance, convert, drive
 from guidance.evaluate import Counter
 from guidance.where import Where, locator
@@ -222,18 +223,18 @@ class Run:
 
     def _say_scale(self, model_output: Tensor) -> None:
         """Once: that the method's scale wins over the one that the pipeline was called with."""
-        own = vars(self.handle.guidance).get("scale")
-        network = self.calls[0].network
-        if self.handle.said or network in self.compared or not isinstance(own, int | float):
+        method = [self.handle.guidance, *inside(self.handle.guidance)][-1]  # that of Interval and Rescale is within
+        own, network = vars(method).get("scale"), self.calls[0].network
+        if self.handle.said or network in self.compared or own is None:
             return
         self.compared.add(network)
         theirs, error = scale_in(model_output)
-        if min(abs(theirs - known) for known in (own, *_defaults(self.pipe))) > error:  # nobody chose the default
+        told = f" {own:g}" if isinstance(own, int | float) else ""  # else one per sample, or by the noise level
+        known = (*([own] if told else []), *_defaults(self.pipe))  # nobody chose the default
+        if min((abs(theirs - scale) for scale in known), default=float("inf")) > error:
             self.handle.said = True
-            method = type(self.handle.guidance).__name__
-            warnings.warn(
-                f"{method} guides with its own scale {own:g}; the pipeline's {theirs:g} is ignored", stacklevel=2
-            )
+            name = type(method).__name__
+            warnings.warn(f"{name} guides with its own scale{told}; the pipeline's {theirs:g} is ignored", stacklevel=2)
 
 
 def _defaults(pipe: Any) -> Iterator[float]:

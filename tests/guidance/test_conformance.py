@@ -19,7 +19,7 @@ from peft import LoraConfig
 from guidance.attach import attach, is_attached
 from guidance.contract import Branch, Guided
 from guidance.guided import guided
-from guidance.methods import CFG, Plain
+from guidance.methods import APG, CFG, Between, Interval, Plain, Rescale
 from solvers import families
 from solvers.denoiser import Path
 from solvers.latent import LatentModel
@@ -364,6 +364,30 @@ def test_the_methods_scale_wins_and_says_so_once(kind):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*guides with its own scale")
             run(kind, pipe, scale=4.25)
+
+
+@pytest.mark.filterwarnings("default:.*guides with its own scale")
+@pytest.mark.parametrize(
+    "method, said",
+    [
+        (Rescale(CFG(SCALE)), "CFG guides with its own scale 3"),
+        (Interval(Rescale(APG(2.0))), "APG guides with its own scale 2"),
+        (CFG(Between(SCALE, 0.1)), "CFG guides with its own scale"),
+        (CFG(torch.tensor([2.0, 3.0])), "CFG guides with its own scale"),
+    ],
+)
+def test_a_scale_within_a_method_and_a_schedule_win_and_say_so(method, said):
+    pipe = pipe_of("sd", "DDIM")
+    with attach(pipe, method):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*guides with its own scale")
+            run("sd", pipe, scale=7.5)  # the pipeline's default
+        with pytest.warns(UserWarning, match=f"^{said}; the pipeline's 4.25 is ignored$") as told:
+            run("sd", pipe, scale=4.25)
+        assert len(told) == 1
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*guides with its own scale")
+            run("sd", pipe, scale=4.25)
 
 
 def test_skip_layer_guidance_of_sd3_is_kept():
