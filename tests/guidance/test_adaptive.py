@@ -1,12 +1,13 @@
 """Adaptive guidance: what it costs, when it latches; LinearAG: its fit, its plan."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from guidance.adaptive import LinearFit, Recorded, cosine, fit_linear_ag
 from guidance.attach import attach
+from guidance.contract import Branch, Guided
 from guidance.guided import guided
 from guidance.methods import CFG, AdaptiveGuidance, LinearAG, Plain
 from solvers.denoiser import Path
@@ -47,6 +48,11 @@ def test_cost_is_t_plus_the_steps_that_evaluated_both(crossing):
     both = 1 + (~settled).sum(0).clamp(max=T - 1)
     assert nfe == B * T + int(both.sum()) and len(set(both.tolist())) > 1
     assert (settled[1:] >= settled[:-1]).all(), "latched"
+    for i, steps in enumerate(both.tolist()):  # each sample alone costs its own share
+        one = {name: {"label": cond["label"][i : i + 1]} for name, cond in TWO.items()}
+        alone = predict(method, one)
+        list(sample(euler, alone, start()[i : i + 1], LEVELS))
+        assert alone.nfe == T + steps
 
 
 def test_off_is_cfg_bit_for_bit():
@@ -131,6 +137,55 @@ def test_linear_ag_is_refused_where_it_cannot_be():
     with pytest.raises(ValueError, match="LinearAG evaluates step 1 with 0 steps before it"):
         run(LinearAG(3.0, fit), TWO, LEVELS[1:])
     assert replace(LinearAG(3.0, fit), scale=2.0).fit is fit and MEANS.shape[1:] == SHAPE
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A method whose memory is written down as each step begins."""
+
+    method: AdaptiveGuidance
+    seen: list
+    space = "any"
+
+    def guide(self, path, at):
+        self.seen.append(path.memory)
+        return (yield from self.method.guide(path, at))
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """CFG that writes down the cosines of a pipeline's predictions."""
+
+    seen: list
+    space = "any"
+
+    def guide(self, path, at):
+        p = yield {"cond": Branch("cond"), "uncond": Branch("uncond")}
+        self.seen.append(cosine(p.to("cond", "eps"), p.to("uncond", "eps")))
+        return Guided(p["uncond"] + 3.0 * (p["cond"] - p["uncond"]))
+
+
+@torch.no_grad()
+def test_attached_each_sample_costs_its_own_steps():
+    """A threshold between the cosines of two prompts: one settles earlier, and alone costs as much as in the batch."""
+    pipe, steps, angles = sd(), 5, []
+    options = {"num_inference_steps": steps, "guidance_scale": 3.0, "output_type": "latent"}
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    prompts = ["a red circle", "blue"]
+    with attach(pipe, Cosines(angles)):
+        pipe(prompts, latents=noise, **options)
+    highest = torch.stack(angles).amax(0).sort().values
+    method, seen = AdaptiveGuidance(3.0, threshold=float(highest.mean())), []
+    with attach(pipe, Watched(method, seen)) as handle:
+        pipe(prompts, latents=noise, **options)
+    before = torch.stack([memory.get("ag.settled", torch.zeros(2, dtype=torch.bool)) for memory in seen])
+    both = (~before).sum(0)
+    assert sorted(both.tolist())[0] < sorted(both.tolist())[1] == steps
+    assert handle.nfe == 2 * steps + int(both.sum())
+    for i in range(2):
+        with attach(pipe, method) as handle:
+            pipe(prompts[i], latents=noise[i : i + 1], **options)
+        assert handle.nfe == steps + int(both[i])
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def test_window():
     assert guider.num_conditions == 1 and guider.forward(COND).pred is COND
 
 
-def test_in_a_modular_pipeline():
+def test_in_a_modular_pipeline(tmp_path):
     pipe = StableDiffusionXLAutoBlocks().init_pipeline()
     parts = sdxl().components
     names = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -80,7 +80,10 @@ def test_in_a_modular_pipeline():
     stock, plain = run(ClassifierFreeGuidance(3.0)), run(as_guider(CFG(1.0)))
     assert torch.equal(run(as_guider(CFG(3.0))), stock) and not torch.allclose(plain, stock, atol=1e-3)
     for method in METHODS[1:]:
-        assert not torch.allclose(run(as_guider(method)), stock, atol=1e-5) and pipe.guider.method == method
+        ours = run(as_guider(method))
+        assert not torch.allclose(ours, stock, atol=1e-5) and pipe.guider.method == method
+        pipe.guider.save_pretrained(tmp_path / ids(method))
+        assert torch.equal(run(Guider.from_pretrained(tmp_path / ids(method))), ours) and pipe.guider.method == method
 
 
 @pytest.mark.parametrize("name", GUIDANCE)

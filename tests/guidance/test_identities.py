@@ -88,6 +88,12 @@ def test_apg_bounds_the_norm_by_the_size_of_the_latent():
     small = APG(2.0, eta=1.0, momentum=0.0, radius=15.0)
     norm = dot(made(small).out - C, made(small).out - C).sqrt().flatten()
     close(norm, torch.full((3,), 15.0 * (32 / 65536) ** 0.5).double(), 1e-9)
+    near = C - 1e-3 * (C - U)  # within the radius: untouched
+    close(made(small, u=near).out, near + 2 * (C - near))
+    for seed in range(5, 9):  # and with momentum, whatever came before
+        kept = {"apg.update": 3 * randn(seed)}
+        grown = made(replace(small, momentum=-0.75), memory=kept).out - C
+        assert (dot(grown, grown).sqrt() <= 15.0 * (32 / 65536) ** 0.5 + 1e-12).all()
 
 
 def test_apg_momentum():
@@ -96,6 +102,15 @@ def test_apg_momentum():
     for _ in range(60):
         memory = dict(made(method, memory=memory).memory)
     close(memory["apg.update"], (C - U) / 1.5)
+
+
+def test_apg_without_momentum_has_no_state():
+    """beta = 0: it keeps nothing and reads nothing, so the order of its steps does not matter."""
+    method = APG(6.0, 0.2, momentum=0.0)
+    stray = {"apg.update": N}
+    assert not made(method, memory=stray).memory
+    assert torch.equal(made(method, memory=stray).out, made(method).out)
+    assert not torch.equal(made(replace(method, momentum=-0.5), memory=stray).out, made(method).out)
 
 
 def test_apg_turns_with_its_inputs():
