@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from solvers.denoiser import Cond
-from solvers.patches import UNET_PATCHES, Patch
+from solvers.patches import SELF_ATTENTION_PATCHES, SKIPPED, SKIPPED_JOINT, SKIPPED_SD3, UNET_PATCHES, Patch
 
 
 class Encode(Protocol):
@@ -77,7 +78,7 @@ class Family:
     def patched(self, network: Any, name: str) -> AbstractContextManager[Any]:
         """A context in which the network runs with a named change; settings follow the name, as in "nag:2.5:0.25"."""
         kind, *settings = name.split(":")
-        return self.known_patch(kind)(network, *settings)
+        return self.known_patch(kind)(unwrap_module(network), *settings)
 
     def known_patch(self, kind: str) -> Patch:
         """Raises ValueError, listing the known, for another name."""
@@ -375,6 +376,7 @@ FAMILIES: dict[str, Family] = {
     "sdxl": _unet(name="sdxl", pipelines=tuple(_SDXL), encode=encode_sdxl, upcast_vae=True),
     "sd3": _transformer(
         name="sd3",
+        patches=SKIPPED_SD3,
         pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
         batch_first=SD3,
         encode=encode_sd3,
@@ -386,6 +388,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "flux": _in_sequence(
         name="flux",
+        patches=SKIPPED_JOINT,
         pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
         batch_first=FLUX,
         encode=encode_flux,
@@ -397,6 +400,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "pixart": _transformer(
         name="pixart",
+        patches=SELF_ATTENTION_PATCHES,
         pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
         batch_first=PIXART,
         encode=encode_pixart,
@@ -406,6 +410,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "sana": _transformer(
         name="sana",
+        patches=SELF_ATTENTION_PATCHES,
         pipelines=("SanaPipeline",),
         batch_first=SANA,
         encode=encode_sana,
@@ -415,6 +420,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "wan": _in_sequence(
         name="wan",
+        patches=SKIPPED,
         pipelines=("WanPipeline",),
         denoisers=("transformer", "transformer_2"),
         batch_first=WAN,
@@ -422,6 +428,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen": _in_sequence(
         name="qwen",
+        patches=SKIPPED_JOINT,
         pipelines=("QwenImagePipeline",),
         batch_first=QWEN,
         grid=lambda arguments: tuple(arguments["img_shapes"][0][0][1:]),

@@ -1,10 +1,10 @@
 """Named changes inside a network's forward pass, each a context: patch(network, *settings), settings as text.
 
 They are found by the names of modules and undone when the context ends, also by an exception. `UNET_PATCHES` are those
-of the UNets of Stable Diffusion; their default place is the middle block.
+of the UNets of Stable Diffusion; their default place is the middle block, and so it is in a transformer.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -21,18 +21,21 @@ Patch = Callable[..., AbstractContextManager[Any]]  # (network, *settings)
 MIDDLE = "mid_block"  # where the papers perturb a UNet
 
 
-def places(network: nn.Module, layers: str, kind: type, ending: str = "") -> list[Any]:
+def places(network: nn.Module, layers: str, kind: type[nn.Module], ending: str = "") -> list[Any]:
     """The modules of a kind whose names start with one of `layers` (joined by commas) and end with `ending`.
 
     Raises ValueError for a start that finds none.
     """
     found = {name: m for name, m in network.named_modules() if isinstance(m, kind) and name.endswith(ending)}
-    starts = (layers or MIDDLE).split(",")
+    return _selected(network, layers or MIDDLE, found, kind.__name__)
+
+
+def _selected(network: nn.Module, layers: str, found: Mapping[str, nn.Module], kind: str) -> list[Any]:
+    starts = layers.split(",")
     for start in starts:
         if not any(_under(name, start) for name in found):
             known = ", ".join(dict.fromkeys(name.partition(".attentions")[0] for name in found)) or "none"
-            owner = type(network).__name__
-            raise ValueError(f"no {kind.__name__} under {start!r} in {owner}; there are under: {known}")
+            raise ValueError(f"no {kind} under {start!r} in {type(network).__name__}; there are under: {known}")
     return [module for name, module in found.items() if any(_under(name, start) for start in starts)]
 
 
@@ -234,3 +237,51 @@ UNET_PATCHES: dict[str, Patch] = {
     "nasa": partial(away_in_attention, combine=nasa),
     "nag": _nag,
 }
+
+
+# ------------------------------------------------------------------------------------------------ transformers
+STACKS = ("transformer_blocks", "single_transformer_blocks", "blocks")
+
+
+def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
+    """A transformer's blocks by name, in the order in which they run."""
+    stacks = {name: child for name, child in network.named_children() if name in STACKS}
+    return {f"{name}.{i}": block for name, stack in stacks.items() for i, block in enumerate(stack.children())}
+
+
+def middle_of(network: nn.Module) -> str:
+    names = list(blocks_of(network))
+    return names[len(names) // 2]
+
+
+@contextmanager
+def skipped_depth(
+    network: nn.Module, layers: str = "", *, pass_on: Callable[..., Any], default: str = ""
+) -> Iterator[None]:
+    """SLG of a transformer: blocks that hand on what they are given. `default`: where the network is deep enough."""
+    found = blocks_of(network)
+    usual = default if found.keys() >= set(default.split(",")) else middle_of(network)
+    with ExitStack() as stack:
+        for block in _selected(network, layers or usual, found, "block"):
+            stack.enter_context(replaced(block, "forward", pass_on))
+        yield
+
+
+def _both_passed_on(hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return encoder_hidden_states, hidden_states
+
+
+def _identity_in_depth(network: nn.Module, layers: str = "") -> AbstractContextManager[None]:
+    return identity_attention(network, layers or middle_of(network))
+
+
+SKIPPED: dict[str, Patch] = {"slg": partial(skipped_depth, pass_on=_passed_on)}
+SKIPPED_JOINT: dict[str, Patch] = {"slg": partial(skipped_depth, pass_on=_both_passed_on)}  # image and text run along
+SKIPPED_SD3: dict[str, Patch] = {
+    "slg": partial(
+        skipped_depth,
+        pass_on=_both_passed_on,
+        default="transformer_blocks.7,transformer_blocks.8,transformer_blocks.9",  # of SD3.5
+    )
+}
+SELF_ATTENTION_PATCHES: dict[str, Patch] = {"pag": _identity_in_depth, **SKIPPED}

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from guidance.attach import attach, is_attached
 from guidance.contract import Branch, Guided
 from guidance.guided import guided
-from guidance.methods import APG, CFG, Between, Interval, Plain, Rescale
+from guidance.methods import APG, CFG, SLG, Between, Interval, Plain, Rescale
 from solvers import families
 from solvers.denoiser import Path
 from solvers.latent import LatentModel
@@ -266,7 +266,7 @@ def test_methods_see_latents_as_images(kind):
 OWN_LOOP = {"sd3": "flow Euler", "flux": "flow Euler by size", "pixart-sigma": "DDIM", "sana-sigma": "flow Euler"}
 
 
-@pytest.mark.parametrize("guidance", (Shifting(), Settling((9, 1))), ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize("guidance", (Shifting(), Settling((9, 1)), SLG(SCALE)), ids=lambda g: type(g).__name__)
 @pytest.mark.parametrize("kind", OWN_LOOP)
 def test_our_own_loop_is_the_same(kind, guidance):
     pipe, spec = pipe_of(kind, OWN_LOOP[kind]), KINDS[kind]
@@ -399,6 +399,15 @@ def test_skip_layer_guidance_of_sd3_is_kept():
     assert handle.nfe == 4 * STEPS + 2 * (STEPS - 1)
     with attach(pipe, Shifting()), pytest.raises(ValueError, match="pipeline's skip_guidance_layers: call .* without"):
         run("sd3", pipe, **skip)
+
+
+def test_slg_is_skip_layer_guidance_of_sd3():
+    pipe = pipe_of("sd3", "flow Euler")
+    skip = {"skip_guidance_layers": [1], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 2.0}
+    stock = run("sd3", pipe, **skip)
+    with attach(pipe, SLG(2.8, cfg_scale=SCALE, layers="transformer_blocks.1")), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        close(run("sd3", pipe), stock)
 
 
 @dataclass(frozen=True)

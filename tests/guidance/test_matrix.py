@@ -13,17 +13,16 @@ from solvers import families
 from tests.dits import shaken
 from tests.guidance.test_conformance import FAMILY, KINDS, STEPS, Spy, pipe_of, run
 
-PATCHES = ("pag", "slg", "seg", "nasa", "nag")
+PATCHES = {kind: ("slg", "pag") if kind in ("pixart-sigma", "sana") else ("slg",) for kind, _ in FAMILY}
+PATCHES |= dict.fromkeys(("sd", "sdxl"), ("pag", "slg", "seg", "nasa", "nag"))
 ZEROED = ("sd3", "flux", "sana", "wan")
 REFUSED = {
-    ("qwen", "cfgpp"): "CFGpp has no guided prediction for the pipeline's rule",
+    (kind, name): f"has no patch '{name}'; known: ({'|'.join(known)})"
+    for kind, known in PATCHES.items()
+    for name in PATCHES["sd"]
+    if name not in known
 }
-REFUSED |= {
-    (kind, name): f"family {'pixart' if 'pixart' in kind else kind} has no patch '{name}'; known: none"
-    for kind, _ in FAMILY
-    for name in PATCHES
-    if kind not in ("sd", "sdxl")
-}
+REFUSED["qwen", "cfgpp"] = "CFGpp has no guided prediction for the pipeline's rule"
 PAIRS = [(kind, case, name) for kind, case in FAMILY for name in GUIDANCE if name != "null-text"]
 
 

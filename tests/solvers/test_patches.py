@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, PAGIdentitySelfAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor2_0,
+    PAGIdentitySanaLinearAttnProcessor2_0,
+    PAGIdentitySelfAttnProcessor2_0,
+)
 
 from guidance.attach import attach
 from guidance.guided import guided
@@ -10,8 +15,9 @@ from guidance.methods import NAG, NASA, PAG, SEG, SLG
 from solvers.denoiser import Path
 from solvers.families import FAMILIES
 from solvers.latent import LatentModel
-from solvers.patches import Away, Values, blurred, nag, nasa, places
+from solvers.patches import Away, Values, blocks_of, blurred, nag, nasa, places
 from solvers.samplers import euler, sample
+from tests.dits import sana
 from tests.pipelines import sd, sdxl, unet
 
 PATCHES = ("pag:", "slg:", "seg:", "seg::2.0", "nasa", "nag:2.5:0.25")
@@ -166,3 +172,48 @@ def test_a_network_without_what_a_patch_needs_is_refused(net):
         run(net)
     with pytest.raises(ValueError, match="has no cross-attention"), SD.patched(torch.nn.Linear(2, 2), "nasa"):
         pass
+
+
+# ------------------------------------------------------------------------------------------------ other networks
+def test_a_compiled_network_is_patched_within(net):
+    inner = net.mid_block.attentions[0].transformer_blocks[0]
+    with SD.patched(torch.compile(net, backend="eager"), "pag:"):
+        assert isinstance(inner.attn1.processor, Values)
+    assert not isinstance(inner.attn1.processor, Values)
+
+
+class Deep(torch.nn.Module):
+    def __init__(self, depth: int, single: int = 0):
+        super().__init__()
+        self.transformer_blocks = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(depth))
+        self.single_transformer_blocks = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(single))
+
+
+@pytest.mark.parametrize(
+    ("family", "network", "expected"),
+    [
+        ("sd3", Deep(24), ["transformer_blocks.7", "transformer_blocks.8", "transformer_blocks.9"]),
+        ("sd3", Deep(4), ["transformer_blocks.2"]),
+        ("flux", Deep(19, 38), ["single_transformer_blocks.9"]),
+        ("qwen", Deep(60), ["transformer_blocks.30"]),
+    ],
+)
+def test_default_places_of_transformers(family, network, expected):
+    x, text = randn(1, 2), randn(1, 2, seed=1)
+    with FAMILIES[family].patched(network, "slg:"):
+        skipped = {name: block for name, block in blocks_of(network).items() if "forward" in vars(block)}
+        assert list(skipped) == expected
+        for block in skipped.values():
+            given = block(hidden_states=x, encoder_hidden_states=text, temb=None)
+            assert given[0] is text and given[1] is x
+    assert not any("forward" in vars(block) for block in network.modules())
+    with pytest.raises(ValueError, match="no block under 'transformer_blocks.99' in Deep; there are under: transform"):
+        FAMILIES[family].patched(network, "slg:transformer_blocks.99").__enter__()
+
+
+@torch.no_grad()
+def test_identity_attention_of_sana_is_diffusers():
+    attn = sana().transformer.transformer_blocks[0].attn1
+    x = randn(2, 6, 16)
+    theirs = PAGIdentitySanaLinearAttnProcessor2_0()(attn, torch.cat([x, x])).chunk(2)[1]
+    torch.testing.assert_close(Values()(attn, x), theirs)
