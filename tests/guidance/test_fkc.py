@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from math import log
 
@@ -27,10 +27,10 @@ from guidance.fkc import (
     mixture,
     product,
 )
-from guidance.guided import guided
+from guidance.guided import GuidedPredict, guided
 from guidance.methods import APG, CFG, Plain
 from guidance.population import Population
-from guidance.problem import Problem
+from guidance.problem import Problem, RowCounter
 from guidance.smc import Particles, log_z, populate, weights
 from solvers.denoiser import SPACES, Path, Prediction, lines, predicted
 from solvers.exact import Gaussian, Mixture, bind
@@ -683,6 +683,67 @@ def test_costs_are_what_is_spent(tilt, reads):
         state = final(problem, config)
         assert state.nfe.tolist() == [3 * nfe] * 2 and state.reward_calls.tolist() == [3 * calls] * 2
         assert bool(state.gradients.any()) == (tilt != "free")
+
+
+@dataclass
+class Dummy:
+    """A toy's network and reward that count the rows of each group that reach them, and the rewards' gradients."""
+
+    rows: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
+    scored: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
+    graded: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
+    prediction_type: str = "flow"
+
+    def __call__(self, x: Tensor, at: Noise, cond) -> Prediction:
+        assert len(x) == len(cond["group"])
+        self.rows += cond["group"].bincount(minlength=2)
+        return Toy()(x, at, {"label": cond["label"]})
+
+    def predict(self, groups: Tensor) -> GuidedPredict:
+        labels = {"cond": groups, "uncond": torch.full_like(groups, -1), "third": groups + 1}
+        conds = {name: {"label": label, "group": groups} for name, label in labels.items()}
+        return guided(self, Plain(), conds, counter=RowCounter())
+
+    def reward(self, x0: Tensor, groups: Tensor) -> Tensor:
+        counts = groups.bincount(minlength=2)
+        self.scored += counts
+        value = x0.flatten(1).mean(1)
+        if value.requires_grad:
+            value.register_hook(lambda gradient: self.backward(counts))
+        return value
+
+    def backward(self, counts: Tensor) -> None:
+        self.graded += counts
+
+
+EXPERTS = {
+    "annealing": ({"cond": 1.5}, 1),
+    "cfg": (geometric(2.0), 2),
+    "product": (product("cond", "uncond", "third", beta=0.5), 3),
+}
+TILTED = {  # of a particle: steps at which the experts are asked once more, reward calls, gradients
+    None: (0, 1, 0),
+    ("free", "x0"): (0, 3 + 1, 0),
+    ("free", "x"): (0, 3 + 1, 0),
+    ("gradient", "x"): (0, 1 + 3 + 1, 3),  # one level before the ramp, too
+    ("difference", "x"): (0, 3 + 3 + 1, 3),
+    ("difference", "x0"): (3, 3 + 3 + 1, 3),  # once more where the flow leads, but for the step to data
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("tilt", TILTED)
+def test_counts_are_those_of_what_was_called(name, tilt):
+    """Sheet, test 25: K S NFEs for each expert, and a reward call a particle; of the six steps, three begin below the
+    ramp (k = 1, 1/2, 1/5). Counted where they happen, in micro-batches and two groups."""
+    (exponents, experts), (again, calls, graded) = EXPERTS[name], TILTED[tilt]
+    tilted = {} if tilt is None else {"inverse_temperature": 2.0, "tilt": tilt[0], "reads": tilt[1], "ramp": 1.5}
+    dummy, size, steps = Dummy(), 3, 6
+    problem = Problem(grid(flow, steps), dummy.predict, dummy.reward, (2, 4, 4), (5, 6), dtype=F64, micro_batch=4)
+    state = final(problem, exact(particles=size, exponents=exponents, **tilted))
+    assert dummy.rows.tolist() == [size * experts * (steps + again)] * 2 == state.nfe.tolist()
+    assert dummy.scored.tolist() == [size * calls] * 2 == state.reward_calls.tolist()
+    assert dummy.graded.tolist() == [size * graded] * 2 == state.gradients.tolist()
 
 
 def test_tilt_raises_the_reward_and_weights_telescope():
