@@ -61,6 +61,7 @@ _HOME = {  # public name -> where it lives, "module" or "module:its name there"
     "load_model": "difftune.models:load",
     "ReNO": "difftune.reno",
     "search": "difftune.searching",
+    "Expert": "difftune.experts",
     "SEARCHES": "guidance.searches",
 }
 

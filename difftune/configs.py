@@ -528,6 +528,8 @@ class SearchConfig:
     """Of the first prompt's randomness: the i-th prompt's is that of seed + i."""
     setting: list[str] | None = None
     """KEY=VALUE, one or several: the method's own settings, as in inverse_temperature=5."""
+    expert: list[str] | None = None
+    """NAME=PROMPT, one or several: further experts of fkc; exponents=cond:1,NAME:1 is the setting with their powers."""
 
     num_inference_steps: int = 25
     """Steps of the sampler."""

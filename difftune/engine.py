@@ -128,9 +128,10 @@ def probe_step(gradient: str | None, step: Step) -> Step:
 SCALARS = 2**12  # bytes of the loss and of what is logged, which no probe sees
 
 
-def held(model: LatentModel, trained: int) -> int:
+def held(model: LatentModel, trained: int, *others: LatentModel) -> int:
     """Weights, gradients (as they are summed up and as they are stored), AdamW's two moments, and a few scalars."""
-    return resident(model.device, *model.pipe.components.values()) + 4 * trained + SCALARS
+    parts = [part for one in (model, *others) for part in one.pipe.components.values()]
+    return resident(model.device, *parts) + 4 * trained + SCALARS
 
 
 def scores_of(reward: Any, prompts: Sequence[str]) -> list[Callable[[Tensor], Tensor]]:

@@ -257,10 +257,10 @@ def embeddings(conds: Mapping[str, Cond], like: Tensor) -> Tensor:
 
 
 @contextmanager
-def frozen(pipe: Any) -> Iterator[None]:
-    """Only what is optimised needs gradients: the pipeline's parameters do not, until the block is left."""
-    trained = [p for part in pipe.components.values() if isinstance(part, nn.Module) for p in part.parameters()]
-    trained = [p for p in trained if p.requires_grad]
+def frozen(*pipes: Any) -> Iterator[None]:
+    """Only what is optimised needs gradients: the pipelines' parameters do not, until the block is left."""
+    parts = [part for pipe in pipes for part in pipe.components.values() if isinstance(part, nn.Module)]
+    trained = [p for part in parts for p in part.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)
     try:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from difftune.engine import held
 from difftune.equip import equipped, prepared
 from difftune.errors import RunError, UserError
+from difftune.experts import Expert, Experts, experts_for, fitting
 from difftune.named import at_least, differentiable, known
 from difftune.objective import frozen
 from guidance.cfg import CFG, Plain
@@ -108,6 +109,7 @@ class Search:
     pipe: Any
     progress: bool = True
     history: tuple[Point, ...] = ()
+    others: tuple[Any, ...] = ()  # the pipelines of experts
     _last: Found | None = field(default=None, init=False)
 
     def __iter__(self) -> Iterator[Found]:
@@ -158,7 +160,7 @@ class Search:
     def _unwatched(self) -> Iterator[State]:
         """The states; while a step runs, and only then, no parameter asks for a gradient."""
         while True:
-            with frozen(self.pipe):
+            with frozen(self.pipe, *self.others):
                 state = next(self.states, None)
             if state is None:
                 return
@@ -198,6 +200,7 @@ def search(
     seed: int = 0,
     *,
     guidance: Guidance | None = None,
+    experts: Experts | None = None,
     num_inference_steps: int = 25,
     eta: float = 1.0,
     reward_budget: int | None = None,
@@ -215,21 +218,25 @@ def search(
     method: of `SEARCHES`; `settings` are its config's. rewards: weights by name ({"tiny-clip": 1.0}, the default), or a
     reward. budget, reward_budget: network evaluations and reward calls of each prompt, never exceeded; None is no
     limit. seed: the i-th prompt's randomness is that of seed + i, whichever run beside it. guidance: inside the search;
-    CFG(5) by default. eta: 1 is DDPM; 0, DDIM, is for best-of-n and importance alone. memory_budget ("6GiB", weights
-    included): one row is measured, and as many are run at a time as fit beside the samples that the budgets pay for;
-    micro_batch sets them by hand. saved: what a state's `saved()` gave, to go on from; the budgets may have grown.
+    CFG(5) by default. experts: of fkc, beside "cond" and "uncond": prompts, or an `Expert` with a pipeline of its own,
+    by the names that `exponents` has. eta: 1 is DDPM; 0, DDIM, is for best-of-n and importance alone. memory_budget
+    ("6GiB", weights included): one row is measured, and as many are run at a time as fit beside the samples that the
+    budgets pay for; micro_batch sets them by hand. saved: what a state's `saved()` gave, to go on from; the budgets may
+    have grown.
     Raises UserError, before anything runs, for what is unknown or cannot be.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise UserError("the list of prompts is empty: give at least one")
     config = configured(method, settings)
+    named = experts_for(method, config, experts)
     reward = reward_for(method, rewards)
     at_least(1, num_inference_steps=num_inference_steps, budget=budget or 1, reward_budget=reward_budget or 1)
     adapter = Adapter(LatentModel(pipe), prompts, reward, height, width)
     levels = adapter.model.levels(num_inference_steps, height, width)
     guidance = prepared(pipe, guidance or CFG(5.0), prompts, num_inference_steps)
     with worded():
+        adapter = adapter.with_experts(named, levels)
         problem = adapter.problem(levels, guidance, negative_prompts, seed, eta)
         if eta == 0 and method not in ("best-of-n", "importance"):
             problem.needs_noise(method)
@@ -237,7 +244,8 @@ def search(
     problem.micro_batch = micro_batch or adapter.micro_batch(problem, config, memory_budget, method in GRADIENTS)
     with worded():
         states = SEARCHES[method].search(problem, config, saved)
-    return Search(problem, method, states, pipe, progress)
+    others = tuple(other.model.pipe for other in adapter.others.values())
+    return Search(problem, method, states, pipe, progress, others=others)
 
 
 def configured(method: str, settings: Mapping[str, Any]) -> Any:
@@ -271,13 +279,24 @@ def alone(reward: Reward) -> WeightedSum:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A pipeline, prompts and a reward as what `Problem` asks for."""
+    """A pipeline, prompts and a reward as what `Problem` asks for; `others` are those of experts."""
 
     model: LatentModel
     prompts: list[str]
     reward: WeightedSum
     height: int | None = None
     width: int | None = None
+    others: Mapping[str, "Adapter"] = field(default_factory=dict)
+
+    def with_experts(self, experts: Mapping[str, Expert], levels: Sequence[Noise]) -> "Adapter":
+        """The same with these experts, each of which must fit."""
+        height, width = size = self.model.size(self.height, self.width)
+        others = {}
+        for name, expert in experts.items():
+            own = expert.pipe is None or expert.pipe is self.model.pipe
+            model = self.model if own else fitting(name, expert.pipe, self.model, size, levels)
+            others[name] = Adapter(model, expert.prompts(name, self.prompts), self.reward, height, width)
+        return replace(self, others=others)
 
     def problem(
         self,
@@ -288,20 +307,25 @@ class Adapter:
         eta: float = 1.0,
     ) -> Problem:
         """A group for each prompt, of seed, seed + 1, ...; budgets are the caller's."""
-        with torch.no_grad():
-            conds = self.model.encode(self.prompts, negative_prompts, self.height, self.width)
+        conds = self.conds(negative_prompts)
 
         def predict(groups: Tensor) -> GuidedPredict:
             return self.guided(guidance, conds, groups)
 
-        def expert(name: str) -> Callable[[Tensor], GuidedPredict]:
-            return lambda groups: self.guided(Plain(), {"cond": conds[name]}, groups)
-
         shape = self.model.shape(self.height, self.width)
         seeds = [seed + i for i in range(len(self.prompts))]
-        experts = {name: expert(name) for name in conds}
+        experts = {name: self.expert(cond) for name, cond in conds.items()}
+        experts |= {name: other.expert(other.conds()["cond"]) for name, other in self.others.items()}
         costs = [self.cost(predict, at, shape) for at in levels[:-1]]
         return Problem(levels, predict, self.scores, shape, seeds, eta, costs, experts, device=self.model.device)
+
+    @torch.no_grad()
+    def conds(self, negative_prompts: str | Sequence[str] | None = None) -> dict[str, Cond]:
+        return self.model.encode(self.prompts, negative_prompts, self.height, self.width)
+
+    def expert(self, cond: Cond) -> Callable[[Tensor], GuidedPredict]:
+        """The unguided prediction under a condition of all prompts."""
+        return lambda groups: self.guided(Plain(), {"cond": cond}, groups)
 
     def guided(self, guidance: Guidance, conds: Mapping[str, Cond], groups: Tensor) -> GuidedPredict:
         """The guided prediction for rows of these groups, with what the method needs for their prompts."""
@@ -338,12 +362,15 @@ class Adapter:
         x, said = problem.start(0, -1).x, list[Prediction]()
 
         def scored(x: Tensor) -> list[Tensor]:
+            for name in self.others:
+                problem.experts[name](group)(Path(x), problem.levels[i])
             said[:] = [problem.predict(group)(Path(x), problem.levels[i])]
             return [self.scores(estimate(said[0]), group)]
 
-        with frozen(self.model.pipe):
+        models = [other.model for other in self.others.values()]
+        with frozen(self.model.pipe, *(model.pipe for model in models)):
             peak = measured(scored, x).peak if gradient else forward_peak(lambda: scored(x))
-        base = held(self.model, 0) + kept(problem, config, said[0], gradient)
+        base = held(self.model, 0, *models) + kept(problem, config, said[0], gradient)
         if base + peak > limit:
             enough = size_text(base + peak)
             raise UserError(

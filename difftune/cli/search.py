@@ -21,6 +21,7 @@ from difftune.checkpoint import Say
 from difftune.configs import SearchConfig
 from difftune.doctor import versions
 from difftune.errors import RunError, UserError
+from difftune.experts import experts_for
 from difftune.generate import opened, pixels
 from difftune.named import at_least, guidance_named, known, model_named
 from difftune.outputs import grid, png, unused, write, write_json
@@ -63,7 +64,8 @@ def check(config: SearchConfig) -> None:
     """One sentence for the first setting that cannot be, before anything is loaded."""
     if not config.prompt:
         raise UserError("there is no prompt to search for: give at least one --prompt")
-    configured(config.method, settings_of(config))
+    settings = configured(config.method, settings_of(config))
+    experts_for(config.method, settings, experts_of(config))
     at_least(1, budget=config.budget, num_inference_steps=config.num_inference_steps)
     guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
     model_named(config.model)
@@ -78,6 +80,19 @@ def settings_of(config: SearchConfig) -> dict[str, Any]:
         if not equals:
             raise UserError(f"--setting {pair} has no value: write it KEY=VALUE")
         found[name] = typed(name, value, hints[known(f"setting of {config.method}", name, make.__dataclass_fields__)])
+    return found
+
+
+def experts_of(config: SearchConfig) -> dict[str, str]:
+    """The prompts of further experts, by name."""
+    found = {}
+    for pair in config.expert or []:
+        name, equals, prompt = pair.partition("=")
+        if not name or not equals:
+            raise UserError(f"--expert {pair} has no name: write it NAME=PROMPT")
+        if name in found:
+            raise UserError(f"--expert {name} is given twice: give each its own name")
+        found[name] = prompt
     return found
 
 
@@ -121,6 +136,7 @@ def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: 
         config.budget,
         config.seed,
         guidance=guidance_named(config.guidance, config.guidance_scale, config.guidance_options),
+        experts=experts_of(config),
         num_inference_steps=config.num_inference_steps,
         eta=config.eta,
         reward_budget=config.reward_budget,

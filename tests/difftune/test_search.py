@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from io import StringIO
@@ -25,6 +25,7 @@ from difftune.cli import cli
 from difftune.cli import search as command
 from difftune.configs import SearchConfig
 from difftune.errors import RunError, UserError
+from difftune.experts import Expert
 from difftune.searching import GRADIENTS, Adapter, Search, kept
 from guidance.guided import guided
 from guidance.methods import CFG, AdaptiveGuidance, Between, CFGpp, Plain
@@ -184,6 +185,150 @@ def test_fkc_multiplies_two_prompts(pipe):
     torch.testing.assert_close(one.latents, other.latents, rtol=1e-4, atol=1e-4)
     alone = searched(pipe, PROMPTS[:1], **product, negative_prompts=PROMPTS[0]).result()
     assert (alone.latents - one.latents).abs().max() > 1e-3
+
+
+EVERYWHERE = {"method": "fkc", "particles": 4, "start": 0.0, "stop": 1.0}
+
+
+def multiplied(pipe, experts, exponents, prompts=PROMPTS, **options):
+    """Four particles of each prompt, weighed at every step: 12 NFEs an expert."""
+    return searched(
+        pipe, prompts, budget=12 * len(exponents), **EVERYWHERE, experts=experts, exponents=exponents, **options
+    )
+
+
+@contextmanager
+def saying_v(pipe):
+    """A network that says v = alpha eps - sigma x0 = (eps - sigma x) / alpha, where it said eps."""
+    powers = pipe.scheduler.alphas_cumprod.double().log()
+
+    def to_v(unet, args, kwargs, out):
+        t = float(kwargs["timestep"].flatten()[0])
+        return (
+            out
+            if t != round(t)
+            else ((out[0] - (1 - powers[int(t)].exp()).sqrt() * args[0]) / (powers[int(t)] / 2).exp(),)
+        )
+
+    pipe.scheduler = pipelines.ddim("v_prediction")
+    hook = pipe.unet.register_forward_hook(to_v, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def same_law(one, other) -> bool:
+    """The same particles with the same weights, to the rounding of sums."""
+    a, b = one.result().state.weighted(), other.result().state.weighted()
+    return all(
+        torch.allclose(getattr(a, name).double(), getattr(b, name).double(), 1e-3, 1e-3)
+        for name in ("x0", "log_weight")
+    )
+
+
+def test_a_second_prompt_is_an_expert(pipe):
+    """Two equal prompts are one with the sum of their exponents; another prompt stands where the negative one may."""
+    whole = multiplied(pipe, None, {"cond": 1.5})
+    assert same_law(multiplied(pipe, {"again": PROMPTS}, {"cond": 0.9, "again": 0.6}), whole)
+    assert same_law(multiplied(pipe, {"first": PROMPTS[0], "second": PROMPTS[1]}, {"first": 0.7, "second": 0.7}),
+                    multiplied(pipe, None, {"cond": 0.7, "uncond": 0.7}, negative_prompts=PROMPTS[::-1]))  # fmt: skip
+    other = multiplied(pipe, {"other": PROMPTS[::-1]}, {"cond": 0.9, "other": 0.6})
+    assert not same_law(other, whole) and other.nfe.tolist() == [24, 24]
+
+
+@pytest.mark.parametrize("prompt", [None, "a square"])
+def test_a_second_pipeline_is_an_expert(pipe, prompt):
+    """Of the same weights it is the pipeline itself, whatever its network predicts; of others it is not."""
+    exponents, own = {"cond": 0.8, "other": 0.6}, {"other": Expert(prompt)}
+    here = multiplied(pipe, own, exponents)
+    for same in (pipelines.sd(), pipelines.sd("v_prediction")):
+        rows = []
+        hook = same.unet.register_forward_hook(lambda module, args, out, rows=rows: rows.append(len(args[0])))
+        with saying_v(same) if same.scheduler.config.prediction_type == "v_prediction" else nullcontext():
+            assert same_law(multiplied(pipe, {"other": Expert(prompt, same)}, exponents), here)
+        hook.remove()
+        assert sum(rows) == 2 * 4 * 3  # two prompts, four particles, three steps
+    assert not same_law(multiplied(pipe, {"other": Expert(prompt, pipelines.sd(seed=1))}, exponents), here)
+
+
+def test_a_second_pipeline_counts_in_a_memory_budget_and_stays_as_it_was(pipe):
+    other = pipelines.sd(seed=1)
+    exponents, tilted = {"cond": 1.0, "other": 1.0}, {"inverse_temperature": 0.1, "tilt": "difference", "reads": "x"}
+    free = multiplied(pipe, {"other": Expert(pipe=other)}, exponents, **tilted)
+    one, two = (
+        multiplied(pipe, {"other": Expert(pipe=p)}, exponents, memory_budget="3MiB", **tilted) for p in (pipe, other)
+    )
+    assert one.problem.micro_batch > two.problem.micro_batch >= 1
+    assert same_law(two, free) and all(p.requires_grad and p.grad is None for p in other.unet.parameters())
+
+
+def scaled(factor: float):
+    return pipelines.sd(vae_config={"scaling_factor": factor})
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"method": "fk"}, "fk takes no experts: they are for fkc"),
+        ({"experts": {"cond": "a"}}, "an expert may not be called 'cond'"),
+        (
+            {"exponents": {"cond": 2.0}},
+            "the expert 'other' has no exponent: name it in exponents, as in cond:1,other:1",
+        ),
+        ({"exponents": None}, "the expert 'other' has no exponent"),
+        ({"experts": {"other": ["a", "b", "c"]}}, "the expert 'other' has 3 prompts in a search of 2"),
+        ({"exponents": {"other": 1, "third": 1}}, "no expert 'third'.*; known: cond, other, uncond"),
+        (
+            {
+                "pipe": lambda: pipelines.sd(
+                    unet_config={"in_channels": 3, "out_channels": 3}, vae_config={"latent_channels": 3}
+                )
+            },
+            r"'other' does not fit: the shape of a latent is \(3, 8, 8\), and \(4, 8, 8\) in the search",
+        ),
+        (
+            {"pipe": lambda: scaled(0.5)},
+            r"'other' does not fit: the VAE's scale is \(0.5, .*\), and \(0.18215, .*in the s",
+        ),
+        (
+            {"pipe": lambda: pipelines.sd(scheduler=pipelines.ddim(beta_end=0.002))},
+            r"'other' does not fit: it knows sigma / alpha 1.731 to 0.02917, and the search asks 2.93 to",
+        ),
+        ({"pipe": lambda: nullcontext()}, "nullcontext"),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused_before_anything_runs(pipe, options, sentence):
+    made = options.pop("pipe", None)
+    given = {"method": "fkc", "experts": {"other": "a"}, "exponents": {"cond": 1.0, "other": 1.0}, **options}
+    if made is not None:
+        given["experts"] = {"other": Expert(pipe=made())}
+    if given["method"] != "fkc":
+        del given["exponents"]
+    hook = pipe.unet.register_forward_hook(lambda *args: pytest.fail("the network ran"))
+    try:
+        with pytest.raises(UserError, match=sentence):
+            searched(pipe, **given)
+    finally:
+        hook.remove()
+
+
+def test_a_flow_may_take_part_in_a_search_of_a_diffusion_but_not_the_other_way_round():
+    """From pure noise, a diffusion's clock has no time to say."""
+    flows, diffusion = dits.sd3(), pipelines.sd(vae_config={"shift_factor": 0.1, "scaling_factor": 1.5})
+    exponents = {"cond": 1.0, "other": 0.5}
+    mixed = multiplied(diffusion, {"other": Expert(pipe=flows)}, exponents)
+    assert mixed.result().latents.isfinite().all() and not same_law(mixed, multiplied(diffusion, None, {"cond": 1.5}))
+    with pytest.raises(UserError, match="it knows sigma / alpha .*, and the search asks inf to"):
+        multiplied(flows, {"other": Expert(pipe=diffusion)}, exponents)
+
+
+def test_a_second_prompt_on_the_command_line(pipe, tmp_path):
+    settings = [f"{name}={value}" for name, value in EVERYWHERE.items() if name != "method"]
+    given = {"budget": 24, "setting": [*settings, "exponents=cond:.9,other:.6"], "expert": ["other=a = b"]}
+    found = run(pipe, config(tmp_path / "out", "fkc", **given))
+    want = multiplied(pipe, {"other": "a = b"}, {"cond": 0.9, "other": 0.6})
+    assert found["reward"] == pytest.approx(float(want.rewards.mean()), rel=1e-4) and found["nfe"] == 24
 
 
 def test_exponents_are_given_on_the_command_line():
@@ -438,6 +583,10 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(pipe, tmp_path, m
         (["fk", "--prompt", "x", "--setting", "potential=product"], 2, "no potential 'product'"),
         (["fkc", "--prompt", "x", "--setting", "exponents=cond"], 2, "exponents=cond is no list of exponents: write"),
         (["fkc", "--prompt", "x", "--setting", "exponents=good:1"], 2, "no expert 'good'; known: cond, uncond"),
+        (["fkc", "--prompt", "x", "--expert", "blue"], 2, "--expert blue has no name: write it NAME=PROMPT"),
+        (["fkc", "--prompt", "x", "--expert", "o=a", "o=b"], 2, "--expert o is given twice"),
+        (["fkc", "--prompt", "x", "--expert", "o=a"], 2, "the expert 'o' has no exponent"),
+        (["fk", "--prompt", "x", "--expert", "o=a"], 2, "fk takes no experts"),
         (["fk", "--prompt", "x", "--reward", "nothing"], 2, "no reward 'nothing'"),
         (["fk", "--prompt", "x", "--model", "large"], 2, "no model 'large'"),
         (["fk"], 2, "no prompt to search for|Missing option"),
