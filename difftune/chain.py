@@ -1,7 +1,7 @@
 """From prompts and numbered noise to images, under a recipe's guidance and sampler."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from difftune.configs import TrainingConfig
 from difftune.engine import moving, step_of, wants_noise
+from difftune.equip import trainable
 from difftune.named import guidance_named, sampler_named
 from difftune.prompts import Prompts
 from difftune.training import Called, mixed
@@ -40,14 +41,17 @@ class Chain:
     levels: Sequence[Noise]
     seed: int
     offload: bool = False  # the latents of a run that wait for its backward pass
+    others: Mapping[str, NetworkDenoiser] = field(default_factory=dict)  # that the method evaluates beside the network
 
     @classmethod
     def of(cls, config: TrainingConfig, pipe: Any, network: Called) -> "Chain":
         model = LatentModel(pipe)
-        guidance = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+        named = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+        guidance, networks = trainable(pipe, named)
         denoiser = replace(model.denoiser, network=network)
+        others = {name: replace(denoiser, network=weak) for name, weak in networks.items()}
         levels = model.levels(config.num_inference_steps)
-        return cls(model, denoiser, guidance, sampler_named(config.sampler), levels, config.seed)
+        return cls(model, denoiser, guidance, sampler_named(config.sampler), levels, config.seed, others=others)
 
     def __call__(self, prompts: Prompts, indices: Sequence[int], gradient: str) -> tuple[Tensor, list[str]]:
         """Images (B, 3, H, W) in [0, 1] and their prompts. A sample's noise depends on the seed and its index alone."""
@@ -68,7 +72,8 @@ class Chain:
 
     def predict(self, conds: Mapping[str, Cond]) -> GuidedPredict:
         """The guided network under these conditions."""
-        return guided(self.denoiser, self.guidance, conds)
+        predict = guided(self.denoiser, self.guidance, conds)
+        return replace(predict, networks={**predict.networks, **self.others})
 
     def begin(
         self, prompts: Prompts, indices: Sequence[int], gradient: str | None

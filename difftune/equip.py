@@ -14,19 +14,23 @@ from torch.nn import functional as F
 
 from difftune import models
 from difftune.errors import UserError
+from difftune.named import model_named
 from guidance.adaptive import Recorded, fit_linear_ag
 from guidance.classifier import smoothed
 from guidance.contract import Guidance
 from guidance.guided import guided
 from guidance.methods import (
     GFCG,
+    GUIDANCE,
     NAG,
     NASA,
     AutoGuidance,
+    CFGZeroStar,
     ClassifierGuidance,
     DynamicCFG,
     LinearAG,
     MultiCondition,
+    NullTextInversion,
     PerpNeg,
 )
 from rewards.classifier import CLASSES, load_classifier
@@ -35,6 +39,7 @@ from rewards.render import RESOLUTION
 from solvers.denoiser import Cond, Path
 from solvers.families import family_of
 from solvers.latent import LatentModel
+from solvers.levels import prediction_type
 from solvers.samplers import euler, sample
 
 Found = tuple[Any, dict[str, Any]]  # the method with its parts, and the networks beside the pipeline's own
@@ -71,13 +76,65 @@ def prepared(pipe: Any, guidance: Guidance, prompts: Sequence[str], steps: int) 
     return replace(method, fit=fit_linear_ag(end.memory["recorded.cond"], end.memory["recorded.uncond"], levels))
 
 
+# ------------------------------------------------------------------------------------------------ in training
+
+UNTRAINABLE: dict[type, str] = {
+    LinearAG: "is fitted to the model that training changes",
+    GFCG: "needs the class of each prompt",
+    ClassifierGuidance: "needs the class of each prompt",
+    DynamicCFG: "needs scorers of each prompt",
+    NullTextInversion: "needs the embeddings of one picture",
+}
+
+
+def check_trainable(guidance: Guidance, scheduler: Callable[[], Any]) -> None:
+    """UserError for a method that a recipe cannot train under, or that lacks what its settings must give.
+
+    scheduler: gives the model's, or None where that is not at hand; CFG-Zero*'s left out steps are for flows alone.
+    """
+    method: Any = guidance
+    if "method" in vars(method):
+        check_trainable(method.method, scheduler)
+    if type(method) in UNTRAINABLE:
+        name = next(name for name, kind in GUIDANCE.items() if kind is type(method))
+        raise UserError(
+            f"guidance {name!r} {UNTRAINABLE[type(method)]}, so no recipe trains under it: choose another, such as cfg"
+        )
+    if isinstance(method, CFGZeroStar) and method.zero_steps:
+        _check_flow(scheduler())
+    if isinstance(method, PerpNeg):
+        _check_negatives(method)
+    if isinstance(method, NASA | NAG):
+        _check_negative(method)
+    if isinstance(method, AutoGuidance):
+        model_named(_model_of(method.network))
+
+
+@torch.no_grad()
+def trainable(pipe: Any, guidance: Guidance) -> tuple[Guidance, Mapping[str, Any]]:
+    """The method with all that it needs, whatever the prompts, and the networks that it names."""
+    check_trainable(guidance, lambda: pipe.scheduler)
+    return equipped(pipe, guidance, ())
+
+
+def _check_flow(scheduler: Any) -> None:
+    if scheduler is not None and (space := prediction_type(scheduler)) != "flow":
+        raise UserError(
+            f"guidance 'cfg-zero' leaves out first steps of a flow, and this model predicts {space}: "
+            "give --guidance.zero_steps 0"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ each method's parts
+
+
 def _weak(pipe: Any, method: AutoGuidance, prompts: Sequence[str]) -> Found:
     return method, _networks(pipe, method.network)
 
 
 def _networks(pipe: Any, name: str) -> dict[str, Any]:
     """{name: the network of the model of that name}; "weak" is tiny's own."""
-    network = _network("tiny-weak" if name == "weak" else name)
+    network = _network(_model_of(name))
     own = pipe.components[family_of(pipe).denoisers[0]]
     if network.config.in_channels != own.config.in_channels:
         raise UserError(
@@ -87,13 +144,17 @@ def _networks(pipe: Any, name: str) -> dict[str, Any]:
     return {name: network if network.dtype == own.dtype else network.to(own.dtype)}
 
 
+def _model_of(name: str) -> str:
+    return "tiny-weak" if name == "weak" else name
+
+
 @cache
 def _network(model: str) -> Any:
     try:
         pipe = models.load(model)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
-    return pipe.components[family_of(pipe).denoisers[0]]
+    return pipe.components[family_of(pipe).denoisers[0]].requires_grad_(False)
 
 
 def _gfcg(pipe: Any, method: GFCG, prompts: Sequence[str]) -> Found:
@@ -154,9 +215,13 @@ def _scorer(pipe: Any, scorer: Any, prompts: Sequence[str]) -> Callable[[Tensor]
 
 
 def _perp_neg(pipe: Any, method: PerpNeg, prompts: Sequence[str]) -> Found:
+    _check_negatives(method)
+    return replace(method, negatives=tuple(_encoded(pipe, n) for n in method.negatives)), {}
+
+
+def _check_negatives(method: PerpNeg) -> None:
     if method.negatives == PerpNeg.negatives:
         raise UserError("perpneg has no negative prompt: give --guidance.negatives, separated by semicolons")
-    return replace(method, negatives=tuple(_encoded(pipe, n) for n in method.negatives)), {}
 
 
 def _multi(pipe: Any, method: MultiCondition, prompts: Sequence[str]) -> Found:
@@ -164,11 +229,15 @@ def _multi(pipe: Any, method: MultiCondition, prompts: Sequence[str]) -> Found:
 
 
 def _in_attention(pipe: Any, method: NASA | NAG, prompts: Sequence[str]) -> Found:
-    if method.negative is None:
-        raise UserError(f"{type(method).__name__} has no negative prompt: give --guidance.negative")
+    _check_negative(method)
     if not isinstance(method.negative, str):
         return method, {}
     return replace(method, negative=_encoded(pipe, method.negative)["encoder_hidden_states"]), {}
+
+
+def _check_negative(method: NASA | NAG) -> None:
+    if method.negative is None:
+        raise UserError(f"{type(method).__name__} has no negative prompt: give --guidance.negative")
 
 
 def _encoded(pipe: Any, text: str | Cond) -> Cond:

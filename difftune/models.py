@@ -94,6 +94,17 @@ def source(name_or_path: str | Path) -> Path | str:
     )
 
 
+def scheduler_of(name_or_path: str | Path) -> Any:
+    """The scheduler of a model in a folder; None for one on the Hub, which is not asked for it."""
+    import diffusers
+
+    where = source(name_or_path)
+    if not isinstance(where, Path):
+        return None
+    _, kind = json.loads((where / "model_index.json").read_text())["scheduler"]
+    return getattr(diffusers, kind).from_pretrained(where, subfolder="scheduler")
+
+
 def _pipelines() -> str:
     return ", ".join(name for name, model in MODELS.items() if model.pipeline)
 

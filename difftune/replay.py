@@ -23,7 +23,6 @@ from difftune.prompts import listed
 from difftune.rounds import Rolled, under
 from difftune.training import Training
 from difftune.trajectories import Policy
-from guidance.guided import guided
 from solvers.samplers import gaussian
 
 SETTINGS = "sample.json"
@@ -94,7 +93,7 @@ def replay(choices: Sequence[Choice], run: Training, chain: Chain, policy: Polic
     generators = [torch.Generator().manual_seed(int(seed or 0)) for seed in seeds]
     x = chain.model.noise(len(texts), generators)
     noise = [gaussian(x, generators) for _ in range(policy.steps)]
-    predict = guided(chain.denoiser, chain.guidance, chain.model.encode(texts))
+    predict = chain.predict(chain.model.encode(texts))
     trajectory = policy.sample(under(predict, run.reference), x, noise)
     images = chain.model.decode(trajectory.end)
     for choice, pair in zip(choices, images.view(-1, 2, *images.shape[1:]), strict=True):

@@ -27,8 +27,10 @@ from difftune import checkpoint, finetune, lora, optimizers, runs, validation
 from difftune.checkpoint import Randomness, Say, State
 from difftune.configs import TrainingConfig
 from difftune.engine import check_engine
+from difftune.equip import check_trainable
 from difftune.errors import RunError, UserError
 from difftune.models import load as load_model
+from difftune.models import scheduler_of
 from difftune.named import at_least, guidance_named, known, model_named, reward_named, sampler_named
 from difftune.optimizers import OPTIMIZERS
 from difftune.prompts import prompts_named
@@ -463,10 +465,11 @@ def check(config: TrainingConfig, pipe: Any = None) -> None:
         raise UserError(f"ema_decay is {config.ema_decay}: it must be at least 0 and less than 1")
     validation.check(config)
     sampler_named(config.sampler)
-    guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+    method = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
     check_engine(None, config.enable_xformers_memory_efficient_attention)
     if pipe is None:
         model_named(config.model)
+    check_trainable(method, lambda: scheduler_of(config.model) if pipe is None else pipe.scheduler)
     prompts_named(config.prompts, config.seed)
 
 

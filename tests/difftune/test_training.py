@@ -12,16 +12,18 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
-from difftune import alignprop, checkpoint, finetune, lora, runs, training
+from difftune import alignprop, checkpoint, finetune, lora, models, runs, training
 from difftune.chain import Chain
 from difftune.configs import AlignPropConfig
 from difftune.errors import UserError
+from difftune.generate import generate
+from difftune.named import guidance_named
 from difftune.optimizers import OPTIMIZERS
 from difftune.reward_statistics import PerPrompt
 from difftune.training import Average, Called, mixed
 from rewards.simple import Brightness
 from tests import dits, pipelines
-from tests.difftune.toys import toy
+from tests.difftune.toys import module_of, toy
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.15, 0.9999])
@@ -78,6 +80,61 @@ def test_what_is_trained_is_the_network_itself_in_every_family_and_under_methods
     assert torch.equal(*ends)
     ((metrics, _),) = alignprop.train(config, None, pipe, Brightness())
     assert metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "what"),
+    [
+        ("linear-ag", {}, "'linear-ag' is fitted to the model that training changes"),
+        ("interval:gfcg", {}, "'gfcg' needs the class of each prompt"),
+        ("classifier", {}, "'classifier' needs the class of each prompt"),
+        ("dynamic", {}, "'dynamic' needs scorers"),
+        ("null-text", {}, "'null-text' needs the embeddings of one picture"),
+        ("perpneg", {}, "give --guidance.negatives"),
+        ("nasa", {}, "give --guidance.negative"),
+        ("nag", {}, "give --guidance.negative"),
+        ("autoguidance", {"network": "tiny-weka"}, "did you mean 'tiny-weak'"),
+        ("cfg-zero", {}, "this model predicts eps: give --guidance.zero_steps 0"),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["alignprop", "dpo"])
+def test_methods_that_no_flag_can_set_up_are_refused_before_anything_is_loaded(
+    recipe, name, options, what, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(training, "load_model", None)
+    config = toy(recipe, tmp_path, guidance=name, guidance_options=options, output_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=what) as error:
+        module_of(recipe).run(config)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+EQUIPPED = {
+    "autoguidance": {"network": "tiny-weak"},
+    "perpneg": {"negatives": ("a blue square", "a red square")},
+    "multi": {"conds": ("cond", "a blue square")},
+    "nasa": {"negative": "a blue square"},
+    "nag": {"negative": "a blue square"},
+    "cfg-zero": {"zero_steps": 0},
+}
+
+
+@pytest.mark.parametrize("name", EQUIPPED)
+def test_what_a_method_only_names_is_found_in_training_as_for_images(name, tmp_path):
+    """The images that are trained on are those of `difftune sample`, and a gradient reaches the network."""
+    config = toy("alignprop", tmp_path, guidance=name, guidance_options=EQUIPPED[name], max_train_steps=1)
+    pipe = models.load("tiny")
+    chain = Chain.of(config, pipe, lora.network_of(pipe))
+    seeds = [mixed(config.seed, i) for i in range(2)]
+    with torch.no_grad():
+        images, texts = chain(lambda i: "red circle", [0, 1], "full")
+    method = guidance_named(name, None, EQUIPPED[name])
+    (batch,) = generate(pipe, texts, seeds, method, config.num_inference_steps, 2)
+    assert torch.allclose(images, batch.images.to(images), atol=1e-3)
+    for recipe in ("alignprop", "ddpo"):
+        its = toy(recipe, tmp_path, guidance=name, guidance_options=EQUIPPED[name], max_train_steps=1)
+        ((metrics, _),) = module_of(recipe).train(its, None, models.load("tiny"), Brightness())
+        assert metrics["grad_norm"] > 0
 
 
 def test_seeds_differ_by_index_seed_and_use():
