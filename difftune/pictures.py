@@ -1,7 +1,8 @@
 """A folder of pictures and what they show: examples of a style, of a concept, of what images should be like.
 
 What a picture shows is told by `metadata.jsonl`, as the datasets library has it ({"file_name": "a.png", "text": "..."}
-on each line), or by a text file beside it (a.txt for a.png), or by one caption for all.
+on each line), or by a text file beside it (a.txt for a.png), or by one caption for all. A folder of `difftune sample`
+tells it by itself: the pictures are those of its sample.json, without the grid, and each shows its prompt.
 """
 
 import json
@@ -16,7 +17,7 @@ from difftune.errors import UserError
 from difftune.score import opened
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-METADATA = "metadata.jsonl"
+METADATA, SAMPLES = "metadata.jsonl", "sample.json"
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,17 @@ class Picture:
 def pictures(folder: str | Path, caption: str | None = None) -> list[Picture]:
     """The pictures of a folder by their names; `caption` is that of those which have none.
 
-    Raises UserError for what is no folder, has no picture, or has a metadata.jsonl that cannot be read.
+    Raises UserError for what is no folder, has no picture, or has a metadata.jsonl or sample.json that cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder of pictures {str(folder)!r}: give one")
+    sampled = _sampled(folder / SAMPLES)
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = [path for path in files if path.name in sampled] if sampled else files
     if not files:
         raise UserError(f"{folder} has no picture: it must hold files that end in {', '.join(sorted(SUFFIXES))}")
-    captions = _captions(folder / METADATA)
+    captions = sampled | _captions(folder / METADATA)
     return [Picture(path, captions.get(path.name) or _beside(path) or caption) for path in files]
 
 
@@ -67,6 +70,16 @@ def read(path: Path, height: int, width: int) -> Tensor:
 def stack(found: list[Picture], size: tuple[int, int]) -> Tensor:
     """All pictures (N, 3, height, width) in [0, 1]."""
     return torch.stack([read(picture.path, *size) for picture in found])
+
+
+def _sampled(file: Path) -> dict[str, str]:
+    """The prompts of the pictures that `difftune sample` wrote, by their names; {} without its file."""
+    if not file.is_file():
+        return {}
+    try:
+        return {image["file"]: str(image["prompt"]) for image in json.loads(file.read_text("utf-8"))["images"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not what `difftune sample` writes: {error!r}; rename or remove it") from error
 
 
 def _captions(file: Path) -> dict[str, str]:

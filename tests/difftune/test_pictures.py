@@ -1,5 +1,7 @@
 """A folder of pictures: what they show, and how they are read."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,17 @@ def test_captions_are_of_the_metadata_then_of_a_file_beside_then_of_all(folder):
     ]
     with pytest.raises(UserError, match=r"c\.PNG has no caption: write it into c\.txt or metadata\.jsonl"):
         captioned(folder)
+
+
+def test_a_folder_of_samples_is_its_pictures_with_their_prompts_and_without_the_grid(folder):
+    draw(folder / "grid.png")
+    images = [{"file": "a.png", "prompt": "red circle"}, {"file": "b.png", "prompt": "blue square"}]
+    (folder / "sample.json").write_text(json.dumps({"images": images}))
+    found = [(p.path.name, p.caption) for p in captioned(folder, "anything")]
+    assert found == [("a.png", "red circle"), ("b.png", "blue square")]
+    (folder / "sample.json").write_text("{}")
+    with pytest.raises(UserError, match=r"sample\.json is not what `difftune sample` writes"):
+        pictures(folder)
 
 
 def test_picture_covers_and_is_centred(tmp_path):
