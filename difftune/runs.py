@@ -59,6 +59,8 @@ def run(
     process().wait_for_everyone()  # every process has seen the folder as it was
     if main:
         write(folder / CONFIG, settings_yaml(config))
+        for place in (folder, folder / validation.BEST):
+            lora.sweep(place)
         for name in (METRICS, validation.RECORDS):
             log.rewind(folder / name, done)
     process().wait_for_everyone()  # and sees the records as they go on

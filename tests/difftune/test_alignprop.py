@@ -1,6 +1,7 @@
 """AlignProp: its gradient against a hand-written loop, resumption bit for bit, and what it refuses."""
 
 import signal
+import tempfile
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -256,6 +257,24 @@ def test_a_signal_saves_a_checkpoint_and_ends(toy, tmp_path):
     assert stopped.value.code == 143
     assert checkpoint.latest(tmp_path / "out").name == "checkpoint-1"
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_what_a_killed_save_left_is_removed_when_the_run_goes_on_and_nothing_else_is(toy, tmp_path):
+    out = tmp_path / "out"
+    config = replace(toy, output_dir=str(out), max_train_steps=1)
+    alignprop.run(config, pipe=pipelines.sd(), reward=BRIGHT)
+    (out / "best").mkdir()
+    left = [Path(tempfile.mkdtemp(dir=where, prefix=lora.TEMPORARY)) for where in (out, out / "best")]
+    for folder in left:
+        (folder / lora.WEIGHTS).write_bytes(b"half")
+    others = [out / ".lora-mine", out / ".lora-ABCDEFGH", out / "lora-abcdefgh"]
+    for folder in others:
+        folder.mkdir()
+    (out / ".lora-12345678").write_text("a file")
+    again = replace(config, max_train_steps=2, resume_from_checkpoint="latest")
+    alignprop.run(again, pipe=pipelines.sd(), reward=BRIGHT)
+    assert not any(folder.exists() for folder in left)
+    assert all(folder.is_dir() for folder in others) and (out / ".lora-12345678").is_file()
 
 
 class Broken(Brightness):
