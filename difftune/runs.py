@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from tqdm import tqdm
 
 from difftune import checkpoint, finetune, log, lora, validation
@@ -47,8 +47,9 @@ def run(
     """Follow a recipe's `steps`, which go on from `state` and train the adapter of `pipe`; returns a summary.
 
     `config.output_dir` gets metrics.jsonl, config.yaml, checkpoints, pytorch_lora_weights.safetensors and a model card,
-    and what `difftune.validation` writes. SIGTERM and Ctrl-C save a checkpoint after the step that is under way, and
-    end with 143 and 130. reward: what the validations call the trained reward; the one that config names by default.
+    and what `difftune.validation` writes. SIGTERM and Ctrl-C, in any process, save a checkpoint after the step that is
+    under way, and end all with 143 and 130. reward: what the validations call the trained reward; the one that config
+    names by default.
     """
     folder, main = Path(config.output_dir), process().is_main_process
     trackers = log.trackers(config.report_to, folder, asdict(config)) if main else []
@@ -75,10 +76,12 @@ def run(
             parting = validated(config, pipe, now, scorers, trackers, last) if scorers else None
             ends = config.early_stop and parting is not None
             due = now.step % config.checkpointing_steps == 0 or last or ends
-            if main and (due or stop.number):
+            asked = agreed(stop)
+            if main and (due or asked):
                 limit = config.checkpoints_total_limit
                 checkpoint.save(folder, now, limit, also=partial(save_weights, pipe, now))
-            if stop.number:
+            if asked:
+                process().wait_for_everyone()  # the main one has saved
                 stop.leave(now.step)
             if ends:
                 shown(f"stopped at step {now.step}: {parting}")
@@ -210,6 +213,18 @@ class Stop:
         if self.number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self.number)
+
+
+def agreed(stop: Stop) -> int:
+    """The signal that asked any of the processes for the end, or 0, told at the same step to all.
+
+    One that left alone would leave the others waiting for it. A signal that comes meanwhile is for the next step.
+    """
+    if process().num_processes == 1:
+        return stop.number
+    found = max(gather_object([stop.number]))
+    stop.number = found or stop.number
+    return found
 
 
 @contextmanager

@@ -202,6 +202,42 @@ class Once(Bright):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_saves_once_and_ends_both(rank, tmp_path):
+    """The process gets SIGTERM in its second step; the other would wait for it in the next collective call."""
+    config = toy("alignprop", tmp_path, output_dir=str(tmp_path / "two"))
+    stopped = f"""
+import os, signal
+class Stopped(Bright):
+    calls = []
+    def __call__(self, images, prompts):
+        self.calls.append(1)
+        if os.environ["RANK"] == "{rank}" and len(self.calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__call__(images, prompts)
+"""
+    head, run = SCRIPT.replace("reward=Bright()", "reward=Stopped()").split("name, settings =")
+    (tmp_path / "script.py").write_text(f"{head}{stopped}name, settings ={run}")
+    here = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29749"}
+    launch = [sys.executable, str(tmp_path / "script.py"), "alignprop", json.dumps(asdict(config))]
+    both = [
+        subprocess.Popen(launch, env=here | {"RANK": i, "LOCAL_RANK": i}, stderr=subprocess.PIPE, text=True)
+        for i in ("0", "1")
+    ]
+    try:
+        said = [process.communicate(timeout=500)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [143, 143], said
+    assert said[0].count("stopped by SIGTERM after step 2") == 1
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "two")] == ["checkpoint-2"]
+    assert checkpoint.load(tmp_path / "two" / "checkpoint-2").info["num_processes"] == 2
+    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "name"), [("torchrun", "alignprop"), ("accelerate", "alignprop"), ("torchrun", "ddpo")]
 )
