@@ -104,12 +104,12 @@ def column(name: str) -> list[str]:
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def read(path: str | Path) -> list[str]:
-    """The lines of a text file that are not blank."""
+def read(path: str | Path, instead: str = "shapes") -> list[str]:
+    """The lines of a text file that are not blank. instead: a name that may be given in the file's place."""
     try:
         lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts of {str(path)!r}: give a UTF-8 text file, or 'shapes'") from error
+        raise UserError(f"cannot read the prompts of {str(path)!r}: give a UTF-8 text file, or {instead!r}") from error
     prompts = [line for line in lines if line]
     if not prompts:
         raise UserError(f"{path} has no prompt: write one on each line")

@@ -69,7 +69,7 @@ def rewarded(config: TrainingConfig) -> bool:
 def prompts(config: TrainingConfig) -> list[str]:
     """The validation's prompts: the lines of a file, or ShapeEval's, category after category."""
     if config.validation_prompts != "shapeeval":
-        return read(config.validation_prompts)
+        return read(config.validation_prompts, "shapeeval")
     from rewards.shapes import CATEGORIES, shapeeval
 
     by_category = [[e["prompt"] for e in shapeeval() if e["category"] == name] for name in CATEGORIES]

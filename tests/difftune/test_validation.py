@@ -27,6 +27,11 @@ def records(folder) -> list[dict]:
     return list(log.records(Path(folder) / validation.RECORDS))
 
 
+def test_prompts_that_are_no_file_name_what_the_validation_knows(config):
+    with pytest.raises(UserError, match="cannot read the prompts of 'shapes': give a UTF-8 text file, or 'shapeeval'"):
+        validation.prompts(replace(config, validation_prompts="shapes"))
+
+
 def test_shapeeval_prompts_come_category_after_category():
     from rewards.shapes import CATEGORIES, category, parse
 
