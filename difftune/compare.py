@@ -14,7 +14,7 @@ from torch import Tensor
 
 from difftune import outputs
 from difftune.doctor import versions
-from difftune.generate import generate, mean_nfe, opened, pixels, settings_of, watched
+from difftune.generate import generate, mean_branches, mean_nfe, opened, pixels, settings_of, watched
 from difftune.named import guidance_kinds, guidance_named, takes_scale
 from guidance.cfgpp import CFGpp
 from guidance.classifier import GFCG
@@ -37,6 +37,7 @@ class Cell:
     method: Guidance
     images: Tensor  # (N, 3, H, W) in [0, 1]
     nfe: float  # of an image
+    branches: dict[str, float]  # of them, those of each branch ("cond", "uncond", ...)
     seconds: float  # of all images
 
 
@@ -67,14 +68,15 @@ def cells(
             made = generate(pipe, prompts, seeds, method, steps, batch_size)
             batches = list(watched(made, len(prompts), name if scale is None else f"{name} {scale:g}"))
             images = torch.cat([batch.images for batch in batches])
-            yield Cell(name, scale, method, images, mean_nfe(batches), time.perf_counter() - began)
+            cost = mean_nfe(batches), mean_branches(batches), time.perf_counter() - began
+            yield Cell(name, scale, method, images, *cost)
 
 
 def row(cell: Cell, rewards: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
     """A line of the table: mean scores of the cell's images, their NFE and seconds."""
     scores = {name: float(load(name)(cell.images, prompts).mean()) for name in dict.fromkeys((*rewards, *MEASURES))}
     about = {"guidance": cell.guidance, "cfg_scale": cell.scale, "options": settings_of(cell.method)}
-    return about | scores | {"nfe": cell.nfe, "seconds": round(cell.seconds, 3)}
+    return about | scores | {"nfe": cell.nfe, "nfe_by_branch": cell.branches, "seconds": round(cell.seconds, 3)}
 
 
 def default_rewards(prompts: Sequence[str]) -> list[str]:

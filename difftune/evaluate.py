@@ -20,7 +20,7 @@ from torch import Tensor
 from difftune import outputs
 from difftune.doctor import versions
 from difftune.errors import UserError
-from difftune.generate import generate, mean_nfe, opened, pixels, settings_of, watched
+from difftune.generate import generate, mean_branches, mean_nfe, opened, pixels, settings_of, watched
 from difftune.named import guidance_named
 from guidance.contract import Guidance
 from rewards import shapes
@@ -156,6 +156,7 @@ class Evaluation(NamedTuple):
     results: list[Result]
     images: Tensor  # (N, 3, H, W) in [0, 1]
     nfe: float  # rows that went through the network, per image
+    branches: dict[str, float]  # of them, those of each branch ("cond", "uncond", ...)
     seconds: float
 
 
@@ -174,7 +175,8 @@ def evaluate(
     made = generate(pipe, texts, seeds, guidance, steps, batch_size)
     batches = list(watched(made, len(texts), "eval"))
     images = torch.cat([batch.images for batch in batches])
-    return Evaluation(judged(images, texts, seeds), images, mean_nfe(batches), time.perf_counter() - began)
+    cost = mean_nfe(batches), mean_branches(batches), time.perf_counter() - began
+    return Evaluation(judged(images, texts, seeds), images, *cost)
 
 
 # ------------------------------------------------------------------------------------------------ as JSON
@@ -231,7 +233,8 @@ def run(
         "batch_size": batch_size,
         "baseline": baseline,
     }
-    cost = {"nfe": e.nfe, "seconds": round(e.seconds, 3), "settings": settings, "versions": versions()}
+    cost = {"nfe": e.nfe, "nfe_by_branch": e.branches, "seconds": round(e.seconds, 3)}
+    cost |= {"settings": settings, "versions": versions()}
     found = summary(e.results, before)
     found = {key: value for key, value in found.items() if key != "images"} | cost | {"images": found["images"]}
     if folder is not None:

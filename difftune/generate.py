@@ -34,6 +34,7 @@ class Batch(NamedTuple):
     prompts: list[str]
     seeds: list[int]
     nfe: float  # rows that went through the network, per image
+    branches: dict[str, float]  # of them, those of each branch ("cond", "uncond", ...)
 
 
 @torch.no_grad()
@@ -73,7 +74,9 @@ def _batch(
     method, networks = equipped(pipe, guidance, prompts)
     with attach(pipe, method, networks) as handle:
         images = pipe(prompts, generator=generators, num_inference_steps=steps, output_type="pt", **given).images
-    return Batch(finite(images.float().cpu(), "a generated picture"), prompts, seeds, handle.nfe / len(prompts))
+    images = finite(images.float().cpu(), "a generated picture")
+    branches = {name: rows / len(prompts) for name, rows in handle.branches.items()}
+    return Batch(images, prompts, seeds, handle.nfe / len(prompts), branches)
 
 
 def takes_eta(pipe: Any) -> None:
@@ -107,6 +110,13 @@ def watched(batches: Iterator[Batch], total: int, label: str) -> Iterator[Batch]
 def mean_nfe(batches: Sequence[Batch]) -> float:
     """Rows that went through the network, per image."""
     return sum(b.nfe * len(b.images) for b in batches) / sum(len(b.images) for b in batches)
+
+
+def mean_branches(batches: Sequence[Batch]) -> dict[str, float]:
+    """The same of each branch."""
+    images = sum(len(b.images) for b in batches)
+    names = dict.fromkeys(name for b in batches for name in b.branches)
+    return {name: sum(b.branches.get(name, 0) * len(b.images) for b in batches) / images for name in names}
 
 
 def opened(model: str, lora: str | Sequence[str] | None = None) -> Any:
@@ -209,6 +219,7 @@ def sample(
         },
         "images": list(_files(batches)),
         "nfe": mean_nfe(batches),
+        "nfe_by_branch": mean_branches(batches),
         "seconds": round(time.perf_counter() - began, 3),
         "versions": versions(),
     }

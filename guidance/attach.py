@@ -66,7 +66,8 @@ def is_attached(pipe: Any) -> bool:
 
 
 class Handle:
-    """A guidance method on a pipeline. `nfe`: the rows evaluated in the last run."""
+    """A guidance method on a pipeline. `nfe`: the rows evaluated in the last run; `branches`: those of each branch, by
+    the names that the method gives them ("cond", "uncond", ...)."""
 
     def __init__(self, pipe: Any, family: Family, guidance: Guidance, networks: Mapping[str, nn.Module]):
         self.pipe, self.family, self.guidance, self.networks = pipe, family, guidance, networks
@@ -78,6 +79,10 @@ class Handle:
     @property
     def nfe(self) -> int:
         return self.counter.rows
+
+    @property
+    def branches(self) -> dict[str, int]:
+        return dict(self.counter.branches)
 
     def detach(self) -> None:
         """Take the guidance off; the pipeline is what it was. Doing it twice is harmless."""
@@ -218,7 +223,7 @@ class Run:
             raise ValueError(f"{method} has no guided prediction for the pipeline's {after.name}: {after.remedy}")
         extra = [call.repeated()[0] for call in self.extra]
         for answer in extra:
-            self.handle.counter.add(len(answer))
+            self.handle.counter.add({after.name: len(answer)})
         return made._replace(out=after.apply(self.pipe, made.out, asked.cond, extra))
 
     def _say_scale(self, model_output: Tensor) -> None:

@@ -81,7 +81,7 @@ class Asked:
     def _stock(self, request: Request) -> Answers:
         residuals = {} if self.control is None else dict(zip(RESIDUALS, self._stock_residuals(), strict=True))
         out = self.calls[0].repeated(**residuals)[0]
-        self.counter.add(len(out))
+        self.counter.add(dict.fromkeys(request, len(out) // len(self.branches)))
         parts = dict(zip(self.branches, self._predicted(out).chunk(len(self.branches)), strict=True))
         return {name: parts[plain(branch)] for name, branch in request.items()}
 

@@ -1,7 +1,7 @@
 """Evaluating branches: one forward for all that share a network and a patch, NaN for the rows that nobody asked for."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -18,11 +18,14 @@ class Counter:
 
     rows: int = 0
     calls: int = 0
+    branches: dict[str, int] = field(default_factory=dict)  # the rows, by the names that the method gives its branches
 
-    def add(self, rows: int, wanted: Sequence[Tensor | None] = ()) -> None:
-        """One forward of that many rows; `wanted` are the `Branch.rows` of the branches that share it."""
-        self.rows += rows
+    def add(self, branches: Mapping[str, int], wanted: Sequence[Tensor | None] = ()) -> None:
+        """One forward of that many rows of each branch; `wanted` are the `Branch.rows` of those that share it."""
+        self.rows += sum(branches.values())
         self.calls += 1
+        for name, rows in branches.items():
+            self.branches[name] = self.branches.get(name, 0) + rows
 
 
 def evaluate(
@@ -40,8 +43,9 @@ def evaluate(
     answers = {name: torch.full_like(blank, torch.nan) for name in request.keys() - jobs.keys()}
     for (network, patch, _), names in _groups(request, jobs).items():
         out = call(network, patch, _joined([jobs[name] for name in names]))
-        counter.add(len(out), [request[name].rows for name in names])
-        parts = out.split([_size(request[name], blank) for name in names])
+        sizes = {name: _size(request[name], blank) for name in names}
+        counter.add(sizes, [request[name].rows for name in names])
+        parts = out.split(list(sizes.values()))
         answers |= {n: _spread(part, request[n].rows) for n, part in zip(names, parts, strict=True)}
     return {name: answers[name] for name in request}
 

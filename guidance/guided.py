@@ -38,6 +38,11 @@ class GuidedPredict:
         """Rows evaluated since the counter was made; recomputation under checkpointing counts, since it is work."""
         return self.counter.rows
 
+    @property
+    def branches(self) -> dict[str, int]:
+        """Those rows by branch, under the names that the method gives them ("cond", "uncond", ...)."""
+        return dict(self.counter.branches)
+
     def __call__(self, path: Path, at: Noise) -> Prediction:
         """The guided prediction at (path.x, at), in float32 or better; `memory` holds what the method wrote."""
         x = widen(path.x)

@@ -81,8 +81,8 @@ class RowCounter(Counter):
 
     each: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))  # () or (B,)
 
-    def add(self, rows: int, wanted: Sequence[Tensor | None] = ()) -> None:
-        super().add(rows, wanted)
+    def add(self, branches: Mapping[str, int], wanted: Sequence[Tensor | None] = ()) -> None:
+        super().add(branches, wanted)
         for chosen in wanted:
             self.each = self.each + (1 if chosen is None else chosen.cpu().long())
 

@@ -448,8 +448,11 @@ def _eval_table(found: dict[str, Any]) -> str:
     return _table(rows) + f"\n{found['nfe']:g} NFE per image, {found['seconds']:.0f} s"
 
 
+OF_A_ROW = ("guidance", "cfg_scale", "options", "nfe", "nfe_by_branch", "seconds")  # what is no score in it
+
+
 def _compare_table(rows: Sequence[dict[str, Any]]) -> str:
-    scores = [key for key in rows[0] if key not in ("guidance", "cfg_scale", "options", "nfe", "seconds")]
+    scores = [key for key in rows[0] if key not in OF_A_ROW]
     table = [["guidance", "scale", *scores, "NFE", "seconds"]]
     for r in rows:
         scale = "" if r["cfg_scale"] is None else f"{r['cfg_scale']:g}"

@@ -66,6 +66,7 @@ def test_sample_writes_images_a_grid_and_its_settings(model, tmp_path):
     names = [f"{i:05d}-seed{7 + i}.png" for i in range(4)]
     assert sorted(p.name for p in out.iterdir()) == sorted([*names, "grid.png", "sample.json"])
     assert [(i["file"], i["seed"], i["nfe"]) for i in found["images"]] == [(n, 7 + i, 4) for i, n in enumerate(names)]
+    assert found["nfe_by_branch"] == {"cond": 2, "uncond": 2}
     assert found["settings"]["guidance_options"] == {"scale": 5.0}
     assert Image.open(out / "grid.png").size == (34, 34)
 
@@ -114,7 +115,7 @@ def test_eval_prints_scores_with_intervals_and_pairs_with_a_baseline(model, tmp_
     names = ["overall", "one_object", "two_objects", "counting", "colors", "position", "attribute_binding"]
     assert list(first)[:7] == names
     assert all({"score", "low", "high"} == first[name].keys() for name in names)
-    assert first["nfe"] == 4 and len(first["images"]) == 12
+    assert first["nfe"] == 4 and first["nfe_by_branch"] == {"cond": 2, "uncond": 2} and len(first["images"]) == 12
     (tmp_path / "base.json").write_text(json.dumps(first))
     unguided = [*base, "--guidance", "none", "--baseline", tmp_path / "base.json"]
     second = json.loads(succeed(*unguided, "--json").stdout)

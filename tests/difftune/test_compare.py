@@ -104,6 +104,7 @@ def test_sample_reaches_every_method(name, model, parts, tmp_path):
     flags = ["--guidance", name, *FLAGS.get(name, []), "--prompt", "a red circle", "--output_dir", tmp_path / "out"]
     found = json.loads(succeed("sample", "--model", model, *flags, "--json", *STEPS).stdout)
     expected = NFE.get(name, 4)
+    assert sum(found["nfe_by_branch"].values()) == pytest.approx(found["nfe"])
     assert expected in (None, found["nfe"]) and found["settings"]["guidance"] == name
     assert (tmp_path / "out" / "00000-seed0.png").is_file()
 
@@ -171,7 +172,7 @@ def test_compare_writes_a_grid_and_a_table(model, tmp_path):
 
 def test_the_images_of_a_cell_lie_under_its_labels():
     def cell(name: str, scale: float | None, gray: float) -> Cell:
-        return Cell(name, scale, CFG(), torch.full((1, 3, 8, 8), gray), 1.0, 1.0)
+        return Cell(name, scale, CFG(), torch.full((1, 3, 8, 8), gray), 1.0, {"cond": 1.0}, 1.0)
 
     picture = labelled([cell("none", None, 0.2), cell("cfg", 1.0, 0.4), cell("cfg", 2.0, 0.6)], [1.0, 2.0], 1)
     pixels = np.asarray(Image.open(BytesIO(picture)))

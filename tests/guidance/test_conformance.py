@@ -207,7 +207,8 @@ def test_cfg_is_the_stock_pipeline_and_detach_restores_it(kind, case):
         ours = run(kind, pipe)
     assert torch.equal(ours, stock) and bool(ours.isfinite().all()) and ours.std() > 0.1
     assert torch.equal(run(kind, pipe), stock) and dicts(pipe) == before and not is_attached(pipe)
-    assert handle.nfe == 2 * 2 * (2 * STEPS - 1 if case == "Heun" else STEPS)
+    each = 2 * (2 * STEPS - 1 if case == "Heun" else STEPS)
+    assert handle.nfe == 2 * each and handle.branches == {"cond": each, "uncond": each}
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -397,6 +398,8 @@ def test_skip_layer_guidance_of_sd3_is_kept():
     with attach(pipe, CFG(SCALE)) as handle:
         assert torch.equal(run("sd3", pipe, **skip), stock)
     assert handle.nfe == 4 * STEPS + 2 * (STEPS - 1)
+    skipped = families.FAMILIES["sd3"].after.name
+    assert handle.branches == {"cond": 2 * STEPS, "uncond": 2 * STEPS, skipped: 2 * (STEPS - 1)}
     with attach(pipe, Shifting()), pytest.raises(ValueError, match="pipeline's skip_guidance_layers: call .* without"):
         run("sd3", pipe, **skip)
 

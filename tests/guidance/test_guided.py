@@ -75,6 +75,7 @@ def test_branches_share_a_forward_where_they_can():
     predict = guided(net, CFG(), conds(), counter=counter)
     predict(start(), flow(0.5))
     assert net.calls == [2 * B] and predict.nfe == counter.rows == 2 * B and counter.calls == 1
+    assert predict.branches == {"cond": B, "uncond": B}
     shorter = conds()
     shorter["uncond"] = {**shorter["uncond"], "more": torch.zeros(B, 2)}
     guided(net, CFG(), shorter, counter=counter)(start(), flow(0.5))
@@ -93,7 +94,7 @@ def test_rows_are_skipped():
     net, given = Linear(), conds()
     predict = guided(net, Ask((request, {"all": Branch("uncond")}), combine), given)
     p = predict(start(), flow(0.5))
-    assert net.calls == [2, 3] and predict.nfe == 5
+    assert net.calls == [2, 3] and predict.nfe == 5 and predict.branches == {"some": 2, "all": 3}
     assert torch.equal(seen[0]["some"].isnan().any(1), ~rows) and seen[0]["none"].isnan().all()
     for i, name in enumerate(("cond", "uncond", "cond")):
         torch.testing.assert_close(u(p)[i], u(net(start().x, flow(0.5), given[name]))[i])

@@ -78,6 +78,7 @@ def test_runs_are_alike_whatever_ran_before(kind, case, name):
                 run(kind, pipe)
             return
         first, nfe = run(kind, pipe), handle.nfe
+        assert sum(handle.branches.values()) == nfe
         alone = run(kind, pipe, **one)
         again = run(kind, pipe)
     assert torch.equal(first, again) and handle.nfe == nfe and bool(first.isfinite().all())
