@@ -70,6 +70,9 @@ class Called:
         """Of the network: what a guidance method patches."""
         return self._network.named_modules()
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        return self._network.named_children()
+
     @property
     def _network(self) -> Any:
         return self.prepared.module if isinstance(self.prepared, DistributedDataParallel) else self.prepared

@@ -64,6 +64,8 @@ TRAINED = {
     "sdxl": (pipelines.sdxl, "cfg"),
     "flux": (dits.flux, "none"),
     **{name: (pipelines.sd, name) for name in ("pag", "slg", "seg")},
+    **{f"{name} slg": (getattr(dits, name), "slg") for name in ("sd3", "flux")},
+    **{f"{name} pag": (getattr(dits, name), "pag") for name in ("pixart", "sana")},
 }
 
 
