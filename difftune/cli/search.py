@@ -119,9 +119,12 @@ def exponents(name: str, value: str) -> dict[str, float]:
     """Experts' exponents, written cond:2,uncond:-1."""
     pairs = [pair.rpartition(":") for pair in value.split(",")]
     try:
-        return {expert.strip(): float(number) for expert, _, number in pairs}
+        found = {expert.strip(): float(number) for expert, _, number in pairs}
     except ValueError:
         raise UserError(f"--setting {name}={value} is no list of exponents: write it cond:2,uncond:-1") from None
+    if len(found) < len(pairs):
+        raise UserError(f"--setting {name}={value} names an expert twice: give each one exponent")
+    return found
 
 
 def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: Reward | None) -> Search:

@@ -582,6 +582,7 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(pipe, tmp_path, m
         (["fk", "--prompt", "x", "--setting", "particles=few"], 2, "particles=few is no int or NoneType"),
         (["fk", "--prompt", "x", "--setting", "potential=product"], 2, "no potential 'product'"),
         (["fkc", "--prompt", "x", "--setting", "exponents=cond"], 2, "exponents=cond is no list of exponents: write"),
+        (["fkc", "--prompt", "x", "--setting", "exponents=cond:1,cond:2"], 2, "an expert twice"),
         (["fkc", "--prompt", "x", "--setting", "exponents=good:1"], 2, "no expert 'good'; known: cond, uncond"),
         (["fkc", "--prompt", "x", "--expert", "blue"], 2, "--expert blue has no name: write it NAME=PROMPT"),
         (["fkc", "--prompt", "x", "--expert", "o=a", "o=b"], 2, "--expert o is given twice"),
