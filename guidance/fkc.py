@@ -428,9 +428,9 @@ def mixture(problem: Problem, config: FKC) -> tuple[Problem, dict[str, float]]:
         if name not in experts:
             raise ValueError(f"no expert {name!r}; known: {', '.join(experts)}")
         _check_unguided(name, experts[name](problem.groups))
-    if not exponents or total(exponents) <= 0:
+    if not 0 < total(exponents) < float("inf"):  # nor NaN
         raise ValueError(
-            f"the exponents {exponents} sum to {total(exponents):g}: only a sum above 0 has a law to sample"
+            f"the exponents {exponents} sum to {total(exponents):g}: only a finite sum above 0 has a law to sample"
         )
     spent, problem = problem.spent, replace(problem, experts=experts)
     problem.spent = spent  # one account, also for the caller

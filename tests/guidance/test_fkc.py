@@ -810,6 +810,8 @@ def test_settings_are_checked(settings, says):
         (lambda: toy_problem(CFG(2.0)), {"zeta": 1.3}, "zeta is 1.3: ddim takes 0 < zeta <= 1"),
         (lambda: toy_problem(CFG(2.0)), {"exponents": {"bad": 1.0}}, "no expert 'bad'; known: cond, uncond"),
         (lambda: toy_problem(CFG(2.0)), {"exponents": {"cond": 1.0, "uncond": -1.0}}, "sum to 0"),
+        (lambda: toy_problem(CFG(2.0)), {"exponents": {"cond": float("nan")}}, "sum to nan"),
+        (lambda: toy_problem(CFG(2.0)), {"exponents": {"cond": float("inf")}}, "sum to inf"),
         (lambda: toy_problem(CFG(2.0)), {"exponents": {"cond": 2.0}, "zeta": 0.5}, "variance grows faster"),
         (lambda: toy_problem(CFG(2.0)), {"exponents": {"cond": 2.5}, "zeta": 0.77}, "zeta = 0.77 for annealing"),
     ],
