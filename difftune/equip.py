@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -140,8 +141,13 @@ def _networks(pipe: Any, name: str) -> dict[str, Any]:
         raise UserError(
             f"the weaker network {name!r} does not fit {type(pipe).__name__}: name another with --guidance.network"
         )
-    network = network.to(own.device)
-    return {name: network if network.dtype == own.dtype else network.to(own.dtype)}
+    return {name: (network if network.dtype == own.dtype else _cast(network, own.dtype)).to(own.device)}
+
+
+@cache
+def _cast(network: Any, dtype: torch.dtype) -> Any:
+    """A copy: the network itself, whose weights a narrower type would round, may serve another pipeline."""
+    return deepcopy(network).to(dtype)
 
 
 def _model_of(name: str) -> str:

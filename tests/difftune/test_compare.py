@@ -99,6 +99,15 @@ def parts(monkeypatch):
     monkeypatch.setattr(equip, "_network", lambda model: sd(seed=1).unet)
 
 
+def test_a_weak_network_keeps_its_weights_where_a_pipeline_is_in_half_precision(monkeypatch):
+    weak, half = sd(seed=1).unet, sd().to(torch.bfloat16)
+    before = {name: weight.clone() for name, weight in weak.state_dict().items()}
+    monkeypatch.setattr(equip, "_network", lambda model: weak)
+    _, networks = equipped(half, guidance_named("autoguidance", 2.0), ["a red circle"])
+    assert networks["weak"].dtype == torch.bfloat16
+    assert all(torch.equal(weight, before[name]) for name, weight in weak.state_dict().items())
+
+
 @pytest.mark.parametrize("name", [name for name in GUIDANCE if name != "null-text"])
 def test_sample_reaches_every_method(name, model, parts, tmp_path):
     flags = ["--guidance", name, *FLAGS.get(name, []), "--prompt", "a red circle", "--output_dir", tmp_path / "out"]
