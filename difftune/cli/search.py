@@ -79,6 +79,8 @@ def settings_of(config: SearchConfig) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--setting {pair} has no value: write it KEY=VALUE")
+        if name in found:
+            raise UserError(f"--setting {name} is given twice: give it once")
         found[name] = typed(name, value, hints[known(f"setting of {config.method}", name, make.__dataclass_fields__)])
     return found
 

@@ -585,6 +585,7 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(pipe, tmp_path, m
         (["fkc", "--prompt", "x", "--setting", "exponents=cond:1,cond:2"], 2, "an expert twice"),
         (["fkc", "--prompt", "x", "--setting", "exponents=good:1"], 2, "no expert 'good'; known: cond, uncond"),
         (["fkc", "--prompt", "x", "--expert", "blue"], 2, "--expert blue has no name: write it NAME=PROMPT"),
+        (["fk", "--prompt", "x", "--setting", "particles=2", "particles=4"], 2, "--setting particles is given twice"),
         (["fkc", "--prompt", "x", "--expert", "o=a", "o=b"], 2, "--expert o is given twice"),
         (["fkc", "--prompt", "x", "--expert", "o=a"], 2, "the expert 'o' has no exponent"),
         (["fk", "--prompt", "x", "--expert", "o=a"], 2, "fk takes no experts"),
