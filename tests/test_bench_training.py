@@ -1,0 +1,33 @@
+"""scripts/bench_training.py on the embedded model: every row is there, and nothing stays replaced."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from difftune import engine
+
+
+@pytest.fixture(scope="module")
+def bench():
+    path = Path(__file__).parents[1] / "scripts" / "bench_training.py"
+    spec = importlib.util.spec_from_file_location("bench_training", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_training"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["bench_training"]
+
+
+def test_a_row_for_each_recipe_with_and_without_block_checkpointing(bench, capsys):
+    usual = engine.verdict
+    bench.measure(["alignprop", "d3po"], steps=1, small=True)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[:3] for row in rows] == [
+        ["alignprop", "sdpa", "no"],
+        ["alignprop", "sdpa", "yes"],
+        ["d3po", "sdpa", "no"],
+        ["d3po", "sdpa", "yes"],
+    ]
+    assert all(float(row[3]) > 0 for row in rows) and engine.verdict is usual
