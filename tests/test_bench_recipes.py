@@ -1,10 +1,8 @@
 """The recipes' bench: what it counts, what it measures and how it tells it, without a training."""
 
-import importlib.util
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,19 +14,14 @@ from guidance.methods import CFG
 from solvers.latent import LatentModel
 from solvers.rollout import rollout
 from solvers.samplers import euler
+from tests.benches import script
 from tests.pipelines import sd
-
-SCRIPT = Path(__file__).parents[1] / "scripts/bench_recipes.py"
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_recipes", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_recipes"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["bench_recipes"]
+    with script("bench_recipes") as module:
+        yield module
 
 
 @pytest.mark.parametrize(("gradient", "kept"), [("truncated:1", 1), ("truncated:3", 3), ("checkpoint", 4)])

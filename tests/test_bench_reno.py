@@ -1,16 +1,13 @@
 """ReNO's bench on a random network: equal budgets, the best of fresh noises, a bench that goes on, its table."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests import pipelines
+from tests.benches import script
 
-SCRIPT = Path(__file__).parents[1] / "scripts/bench_reno.py"
 SEARCHED = ("neighbours", "spsa", "cma")
 
 
@@ -34,18 +31,14 @@ def reward(bench, monkeypatch):
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_reno", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_reno"] = module
-    spec.loader.exec_module(module)
-    pipe = pipelines.sd()
-    module.pipeline = lambda name: pipe
-    module.PARTS = {
-        "turbo": module.Part("tiny-turbo", 1, None, 5, prompts=1),
-        "tiny": module.Part("tiny", 2, 3.0, 5, prompts=1),
-    }
-    yield module
-    del sys.modules["bench_reno"]
+    with script("bench_reno") as module:
+        pipe = pipelines.sd()
+        module.pipeline = lambda name: pipe
+        module.PARTS = {
+            "turbo": module.Part("tiny-turbo", 1, None, 5, prompts=1),
+            "tiny": module.Part("tiny", 2, 3.0, 5, prompts=1),
+        }
+        yield module
 
 
 def run_of(bench, method, part="turbo"):

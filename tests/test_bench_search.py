@@ -1,25 +1,19 @@
 """The searches' bench: a file that is gone on with run by run, and how it is read, without a network."""
 
-import importlib.util
 import json
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts/bench_search.py"
+from tests.benches import script
+
 PROMPTS = ["a red circle", "a blue square"]
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_search", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_search"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["bench_search"]
+    with script("bench_search") as module:
+        yield module
 
 
 def asked(**options) -> Namespace:

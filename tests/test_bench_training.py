@@ -1,23 +1,16 @@
 """scripts/bench_training.py on the embedded model: every row is there, and nothing stays replaced."""
 
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 
 from difftune import engine
+from tests.benches import script
 
 
 @pytest.fixture(scope="module")
 def bench():
-    path = Path(__file__).parents[1] / "scripts" / "bench_training.py"
-    spec = importlib.util.spec_from_file_location("bench_training", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_training"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["bench_training"]
+    with script("bench_training") as module:
+        yield module
 
 
 def test_a_row_for_each_recipe_with_and_without_block_checkpointing(bench, capsys):
