@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 __distribution__ = "difftune"
 
 _HOME = {  # public name -> where it lives, "module" or "module:its name there"
-    "attach": "guidance.attach",
+    "attach": "guidance.attach.handle",
     "as_guider": "guidance.guider",
     **dict.fromkeys(
         (
@@ -38,15 +38,15 @@ _HOME = {  # public name -> where it lives, "module" or "module:its name there"
             "SLG",
             "TCFG",
         ),
-        "guidance.methods",
+        "guidance.methods.catalogue",
     ),
     "guided": "guidance.guided",
     "invert": "guidance.invert",
     "edit": "guidance.invert",
     "null_text_inversion": "guidance.invert",
-    "frechet": "rewards.frechet",
-    "vendi": "rewards.vendi",
-    "GUIDANCE": "guidance.methods",
+    "frechet": "rewards.sets.frechet",
+    "vendi": "rewards.sets.vendi",
+    "GUIDANCE": "guidance.methods.catalogue",
     "REWARDS": "rewards.registry",
     "load_reward": "rewards.registry:load",
     "weighted": "rewards.compose",
@@ -54,15 +54,15 @@ _HOME = {  # public name -> where it lives, "module" or "module:its name there"
     "Noise": "solvers.noise",
     "Path": "solvers.denoiser",
     "LatentModel": "solvers.latent",
-    "SAMPLERS": "solvers.samplers",
-    "sample": "solvers.samplers",
-    "rollout": "solvers.rollout",
+    "SAMPLERS": "solvers.samplers.catalogue",
+    "sample": "solvers.samplers.catalogue",
+    "rollout": "solvers.rollout.modes",
     "MODELS": "difftune.models",
     "load_model": "difftune.models:load",
-    "ReNO": "difftune.reno",
-    "search": "difftune.searching",
-    "Expert": "difftune.experts",
-    "SEARCHES": "guidance.searches",
+    "ReNO": "difftune.reno.optimizer",
+    "search": "difftune.search_runs.search",
+    "Expert": "difftune.search_runs.experts",
+    "SEARCHES": "guidance.search.catalogue",
 }
 
 __all__ = sorted(_HOME)

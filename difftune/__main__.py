@@ -1,6 +1,6 @@
 """`python -m difftune`, and `accelerate launch -m difftune train ...`."""
 
-from difftune.cli import main
+from difftune.cli.program import main
 
 if __name__ == "__main__":
     main()

@@ -5,7 +5,7 @@ A method is a generator. It yields the evaluations that it wants, is sent the an
     p = yield {"cond": Branch("cond"), "uncond": Branch("uncond")}
     return Guided(p["uncond"] + scale * (p["cond"] - p["uncond"]))
 
-It never learns whether a diffusers pipeline (`guidance.attach`) or our own loop (`guidance.guided`) runs it.
+It never learns whether a diffusers pipeline (`guidance.attach.handle`) or our own loop (`guidance.guided`) runs it.
 """
 
 import functools

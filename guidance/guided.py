@@ -6,8 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from guidance.branches import Counter, Inputs, evaluate, tensors_in
 from guidance.contract import Answers, Branch, Guidance, Request, drive
-from guidance.evaluate import Counter, Inputs, evaluate, tensors_in
 from solvers.denoiser import Cond, Denoiser, Path, Prediction, predicted, widen
 from solvers.noise import Noise
 

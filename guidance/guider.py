@@ -15,7 +15,7 @@ from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor
 
 from guidance.contract import Guidance, drive
-from guidance.methods import CFG, FDG, GUIDANCE, TCFG, CFGZeroStar, Rescale
+from guidance.methods.catalogue import CFG, FDG, GUIDANCE, TCFG, CFGZeroStar, Rescale
 from solvers.denoiser import SPACES, Path
 from solvers.noise import noise
 

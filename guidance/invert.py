@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from guidance.cfg import CFG, Plain, rows_for, time
-from guidance.conditions import NullTextInversion
 from guidance.contract import Guidance
 from guidance.guided import GuidedPredict, guided
+from guidance.methods.cfg import CFG, Plain, rows_for, time
+from guidance.methods.conditions import NullTextInversion
 from solvers.denoiser import Cond, Denoiser, Path, Predict, Prediction, widen
 from solvers.noise import Noise
-from solvers.samplers import euler, sample
+from solvers.samplers.catalogue import euler, sample
 
 
 def ddim_inversion(

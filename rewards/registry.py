@@ -63,7 +63,7 @@ PAD = "antialiased bicubic resize of the longer side, black padding, CLIP's mean
 
 REWARDS: dict[str, Entry] = {
     "oracle": Entry(
-        "rewards.oracle:Oracle",
+        "rewards.world.oracle:Oracle",
         "1 if the caption holds of the shapes in the picture, else 0: exact, for evaluation",
         needs_prompt=True,
         differentiable=False,
@@ -72,7 +72,7 @@ REWARDS: dict[str, Entry] = {
         preprocessing=ORACLE,
     ),
     "tiny-clip": Entry(
-        "rewards.clip:tiny_clip",
+        "rewards.learned.clip:tiny_clip",
         "cosine between picture and caption, by the embedded CLIP of the world of shapes",
         needs_prompt=True,
         differentiable=True,
@@ -118,7 +118,7 @@ REWARDS: dict[str, Entry] = {
         range=(-1, 0),
     ),
     "object-count": Entry(
-        "rewards.oracle:ObjectCount",
+        "rewards.world.oracle:ObjectCount",
         "how far the number of shapes is from the caption's, negated: exact, for evaluation",
         needs_prompt=True,
         differentiable=False,
@@ -127,7 +127,7 @@ REWARDS: dict[str, Entry] = {
         preprocessing=ORACLE,
     ),
     "position": Entry(
-        "rewards.oracle:Position",
+        "rewards.world.oracle:Position",
         "1 if two shapes stand as the caption says, else 0: exact, for evaluation",
         needs_prompt=True,
         differentiable=False,
@@ -136,7 +136,7 @@ REWARDS: dict[str, Entry] = {
         preprocessing=ORACLE,
     ),
     "ocr": Entry(
-        "rewards.ocr:OCR",
+        "rewards.learned.ocr:OCR",
         "how much of the text that the prompt quotes can be read in the picture",
         needs_prompt=True,
         differentiable=False,
@@ -145,7 +145,7 @@ REWARDS: dict[str, Entry] = {
         extra="ocr",
     ),
     "tiny-classifier": Entry(
-        "rewards.classify:TinyClassifier",
+        "rewards.learned.classify:TinyClassifier",
         "log-probability of the caption's colour and shape, by the embedded classifier of one object",
         needs_prompt=True,
         differentiable=True,
@@ -155,7 +155,7 @@ REWARDS: dict[str, Entry] = {
         memory_mb=1,
     ),
     "classifier": Entry(
-        "rewards.classify:classifier",
+        "rewards.learned.classify:classifier",
         "log-probability of a class, by any image classifier of timm or transformers",
         needs_prompt=True,
         differentiable=True,
@@ -165,7 +165,7 @@ REWARDS: dict[str, Entry] = {
         fetch="rewards.hub:fetch_model",
     ),
     "clip-score": Entry(
-        "rewards.clip:clip_score",
+        "rewards.learned.clip:clip_score",
         "cosine between picture and prompt, by CLIP ViT-L/14 or any CLIP of transformers",
         needs_prompt=True,
         differentiable=True,
@@ -175,11 +175,11 @@ REWARDS: dict[str, Entry] = {
         text_max_len=77,
         licence="MIT",
         weights=("clip-vit-l-14",),
-        fetch="rewards.clip:fetch_clip_score",
+        fetch="rewards.learned.clip:fetch_clip_score",
         memory_mb=1711,
     ),
     "open-clip": Entry(
-        "rewards.clip:open_clip_score",
+        "rewards.learned.clip:open_clip_score",
         "cosine between picture and prompt, by any model of open_clip with its pretrained tag",
         needs_prompt=True,
         differentiable=True,
@@ -187,10 +187,10 @@ REWARDS: dict[str, Entry] = {
         preprocessing="the model's own, in torch",
         text_max_len=77,
         licence="the model's",
-        fetch="rewards.clip:fetch_open_clip",
+        fetch="rewards.learned.clip:fetch_open_clip",
     ),
     "clip": Entry(
-        "rewards.clip:clip_logit",
+        "rewards.learned.clip:clip_logit",
         "CLIP's logit, about 100 cosine, by ViT-H/14 of LAION-2B: ReNO's",
         needs_prompt=True,
         differentiable=True,
@@ -199,11 +199,11 @@ REWARDS: dict[str, Entry] = {
         preprocessing="the model's own, in torch",
         text_max_len=77,
         licence="MIT",
-        fetch="rewards.clip:fetch_open_clip",
+        fetch="rewards.learned.clip:fetch_open_clip",
         memory_mb=3940,
     ),
     "pickscore": Entry(
-        "rewards.clip:pickscore",
+        "rewards.learned.clip:pickscore",
         "PickScore v1: what people prefer of two pictures of a prompt (ViT-H/14)",
         needs_prompt=True,
         differentiable=True,
@@ -216,7 +216,7 @@ REWARDS: dict[str, Entry] = {
         memory_mb=3940,
     ),
     "hps-v2": Entry(
-        "rewards.clip:hps_v2",
+        "rewards.learned.clip:hps_v2",
         "Human Preference Score v2 (ViT-H/14)",
         needs_prompt=True,
         differentiable=True,
@@ -229,7 +229,7 @@ REWARDS: dict[str, Entry] = {
         memory_mb=3940,
     ),
     "hps-v2.1": Entry(
-        "rewards.clip:hps",
+        "rewards.learned.clip:hps",
         "Human Preference Score v2.1 (ViT-H/14)",
         needs_prompt=True,
         differentiable=True,
@@ -242,7 +242,7 @@ REWARDS: dict[str, Entry] = {
         memory_mb=3940,
     ),
     "imagereward": Entry(
-        "rewards.imagereward:ImageReward",
+        "rewards.learned.imagereward:ImageReward",
         "ImageReward v1: what people prefer, by BLIP reading the prompt over the picture",
         needs_prompt=True,
         differentiable=True,
@@ -254,7 +254,7 @@ REWARDS: dict[str, Entry] = {
         memory_mb=1790,
     ),
     "aesthetic": Entry(
-        "rewards.aesthetic:Aesthetic",
+        "rewards.learned.aesthetic:Aesthetic",
         "LAION's aesthetic predictor v2, sac+logos+ava1 (CLIP ViT-L/14)",
         needs_prompt=False,
         differentiable=True,
@@ -265,7 +265,7 @@ REWARDS: dict[str, Entry] = {
         memory_mb=1220,
     ),
     "aesthetic-ava": Entry(
-        "rewards.aesthetic:aesthetic_ava",
+        "rewards.learned.aesthetic:aesthetic_ava",
         "LAION's aesthetic predictor v2, ava+logos (CLIP ViT-L/14)",
         needs_prompt=False,
         differentiable=True,
@@ -276,14 +276,14 @@ REWARDS: dict[str, Entry] = {
         memory_mb=1220,
     ),
     "text-exemplar": Entry(
-        "rewards.exemplar:TextExemplar",
+        "rewards.sets.exemplar:TextExemplar",
         "cosine between the picture and the mean of some texts, in the towers of any CLIP reward",
         needs_prompt=False,
         differentiable=True,
         range=(-1, 1),
         preprocessing="the encoder's",
         licence="the encoder's",
-        fetch="rewards.exemplar:fetch_encoder",
+        fetch="rewards.sets.exemplar:fetch_encoder",
     ),
     "remote": Entry(
         "rewards.remote:Remote",
@@ -295,7 +295,7 @@ REWARDS: dict[str, Entry] = {
         licence="the server's",
     ),
     "vlm": Entry(
-        "rewards.vlm:VLMJudge",
+        "rewards.learned.vlm:VLMJudge",
         "probability that a vision-language model says yes: the picture shows the prompt, or beats a reference",
         needs_prompt=True,
         differentiable=True,

@@ -30,17 +30,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torchdiffeq import odeint_adjoint
 
-from difftune import lora, models
-from difftune.engine import step_of, wants_noise
+from difftune import models
+from difftune.pipelines import lora
+from difftune.pipelines.engine import step_of, wants_noise
 from guidance.guided import GuidedPredict, guided
-from guidance.methods import CFG
-from solvers.attention import attention, choose, obstacle
+from guidance.methods.catalogue import CFG
 from solvers.denoiser import Path
+from solvers.families.attention import attention, choose, obstacle
 from solvers.latent import LatentModel
-from solvers.memory import LiveBytes, block_checkpointing
+from solvers.memory.live import LiveBytes, block_checkpointing
 from solvers.noise import Noise
-from solvers.rollout import MODES, rollout
-from solvers.samplers import euler, gaussian
+from solvers.rollout.modes import MODES, rollout
+from solvers.samplers.catalogue import euler, gaussian
 
 OPTIONS = {  # a mode that is not named here runs without an option
     "truncated": ("{half}", "5"),
@@ -260,13 +261,12 @@ def embedded(name: str, steps: Sequence[int], batch: int) -> list[Job]:
     return [job_of(pipe, conds, x.clone(), model.levels(n), weights) for n in steps]
 
 
-
 @contextmanager
 def large(steps: Sequence[int], backend: str, blocks: bool) -> Iterator[list[Job]]:
     """Jobs of a UNet of Stable Diffusion 1.5's size, random weights, bfloat16, 512 x 512, LoRA in float32."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
-    from solvers.families import FAMILIES
+    from solvers.families.table import FAMILIES
     from solvers.latent import NetworkDenoiser
     from solvers.levels import Clock, levels_of
 

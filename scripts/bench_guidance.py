@@ -27,25 +27,26 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
-from difftune import evaluate, outputs
-from difftune.compare import at_cfg_scale
-from difftune.equip import TEXTS
-from difftune.generate import generate, opened
-from difftune.named import guidance_named, takes_scale
-from guidance.attach import attach
+from difftune.evaluation import shapeeval
+from difftune.evaluation.compare import at_cfg_scale
+from difftune.files import output
+from difftune.lookup import guidance_named, takes_scale
+from difftune.pipelines.generate import generate, opened
+from difftune.pipelines.method_parts import TEXTS
+from guidance.attach.handle import attach
 from guidance.contract import Guidance
 from guidance.guided import guided
 from guidance.invert import edit
-from guidance.methods import CFG, AdaptiveGuidance, CFGpp
-from rewards import shapes
-from rewards.classifier import load_classifier
-from rewards.frechet import frechet
+from guidance.methods.catalogue import CFG, AdaptiveGuidance, CFGpp
 from rewards.registry import load
-from rewards.render import render
-from rewards.vendi import vendi
+from rewards.sets.frechet import frechet
+from rewards.sets.vendi import vendi
+from rewards.world import shapes
+from rewards.world.classifier import load_classifier
+from rewards.world.render import render
 from solvers.denoiser import Path
 from solvers.latent import LatentModel
-from solvers.samplers import euler, sample
+from solvers.samplers.catalogue import euler, sample
 
 METHODS = ("none", "cfg", "cfgpp", "apg", "ag", "interval", "autoguidance")
 PAIRS = ((0.2, 2.0), (0.4, 5.0), (0.6, 7.5), (0.8, 9.0), (1.0, 12.5))  # CFG++ and CFG scales that are compared
@@ -75,7 +76,7 @@ def cell(folder: File, name: str, measure: Callable[[], dict[str, Any]]) -> dict
     """The result of that name: read, or measured and written."""
     file = folder / f"{name}.json"
     if not file.is_file():
-        outputs.write_json(file, measure())
+        output.write_json(file, measure())
     found = json.loads(file.read_text())
     print(name, json.dumps({key: value for key, value in found.items() if key != "holds"}), flush=True)
     return found
@@ -134,7 +135,7 @@ class Set(NamedTuple):
 
 def prompts_of(name: str, size: Size) -> Set:
     classes = [{"prompt": text, "category": "one_object"} for text in TEXTS[: size.prompts and 2 * size.prompts]]
-    entries = classes if name == "classes" else evaluate.entries_of(size.prompts)
+    entries = classes if name == "classes" else shapeeval.entries_of(size.prompts)
     rng = np.random.default_rng([0, len(entries)])
     captions = [shapes.parse(e["prompt"]) for e in entries for _ in range(size.images)]
     pictures = [torch.from_numpy(render(shapes.draw_scene(rng, caption))).permute(2, 0, 1) for caption in captions]
@@ -161,7 +162,7 @@ def measured(name: str, scale: float | None, given: Set, size: Size) -> dict[str
     steps = steps_for(pipe, method, prompts, size)
     if scale is not None:  # CFG++'s scale depends on the number of steps
         method = at_cfg_scale(name, scale, pipe, steps)
-    made = evaluate.evaluate(pipe, method, given.entries, size.images, steps)
+    made = shapeeval.evaluate(pipe, method, given.entries, size.images, steps)
     seen = features(made.images).view(given.features.shape)
     saturation = load("saturation")(made.images, [""] * len(made.images)).view(-1, size.images).mean(1).tolist()
     return {
@@ -170,10 +171,10 @@ def measured(name: str, scale: float | None, given: Set, size: Size) -> dict[str
         "steps": steps,
         "nfe": made.nfe,
         "seconds": made.seconds,
-        "score": asdict(evaluate.scores(made.results)["overall"]),
+        "score": asdict(shapeeval.scores(made.results)["overall"]),
         "frechet": _distance(seen, given.features, size.resamples),
-        "saturation": asdict(evaluate.estimate(saturation)),
-        "diversity": asdict(evaluate.estimate([float(vendi(f)) for f in seen], (1.0, float(size.images)))),
+        "saturation": asdict(shapeeval.estimate(saturation)),
+        "diversity": asdict(shapeeval.estimate([float(vendi(f)) for f in seen], (1.0, float(size.images)))),
         "holds": [r.holds for r in made.results],
     }
 
@@ -206,23 +207,23 @@ def sweep(folder: File, size: Size, kind: str, methods: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------------ adaptive guidance
 def adaptive(size: Size, ag: AdaptiveGuidance, spacing: str | None) -> dict[str, Any]:
     """AG against CFG: the paired difference in score, evaluations, and seconds of batches of 16 in turns."""
-    pipe, entries = _pipe(), evaluate.entries_of(size.prompts)
+    pipe, entries = _pipe(), shapeeval.entries_of(size.prompts)
     if spacing is not None:
         noise = {"timestep_spacing": "linspace", f"use_{spacing}_sigmas": True}
         pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, **noise)
     methods = {"cfg": CFG(ag.scale), "ag": ag}
     made = {
-        n: evaluate.evaluate(pipe, m, entries, size.adaptive_images, size.steps, batch_size=size.batch_size)
+        n: shapeeval.evaluate(pipe, m, entries, size.adaptive_images, size.steps, batch_size=size.batch_size)
         for n, m in methods.items()
     }
-    change = evaluate.differences(made["ag"].results, made["cfg"].results)["overall"]
+    change = shapeeval.differences(made["ag"].results, made["cfg"].results)["overall"]
     seconds = timed({n: lambda m=m: _loop(pipe, m, size.steps) for n, m in methods.items()}, size.repeats)  # type: ignore[misc]
     return {
         **asdict(ag),
         "steps": size.steps,
         "spacing": spacing,
         "images": len(made["ag"].results),
-        "score": asdict(evaluate.scores(made["cfg"].results)["overall"]),
+        "score": asdict(shapeeval.scores(made["cfg"].results)["overall"]),
         "difference": asdict(change),
         "nfe": {name: e.nfe for name, e in made.items()},
         "nfe_saved": 1 - made["ag"].nfe / made["cfg"].nfe,
@@ -232,7 +233,7 @@ def adaptive(size: Size, ag: AdaptiveGuidance, spacing: str | None) -> dict[str,
 
 @torch.no_grad()
 def _loop(pipe: Any, method: Guidance, steps: int) -> None:
-    prompts = [e["prompt"] for e in evaluate.entries_of(3)][:16]
+    prompts = [e["prompt"] for e in shapeeval.entries_of(3)][:16]
     with attach(pipe, method):
         pipe(prompts, generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="latent")
 
@@ -251,7 +252,7 @@ def inversion(size: Size, method: Guidance) -> dict[str, Any]:
         again = latent.decode(edit(latent.denoiser, method, z, conds, conds, levels))
         error = ((again - latent.decode(z)) ** 2).flatten(1).mean(1)
         found += (-10 * error.clamp(min=1e-10).log10()).tolist()
-    return asdict(evaluate.estimate(found, (0.0, 100.0))) | {"pictures": size.pictures, "steps": size.inversion_steps}
+    return asdict(shapeeval.estimate(found, (0.0, 100.0))) | {"pictures": size.pictures, "steps": size.inversion_steps}
 
 
 def invert_all(folder: File, size: Size) -> None:

@@ -38,16 +38,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from difftune import checkpoint, evaluate, log
-from difftune.cli import RECIPES, cli
 from difftune.cli.options import EXAMPLES
-from difftune.generate import opened
-from difftune.named import guidance_named
-from difftune.outputs import write
-from difftune.runs import CONFIG, METRICS
-from rewards.classifier import load_classifier
+from difftune.cli.program import RECIPES, cli
+from difftune.evaluation import shapeeval
+from difftune.files import checkpoint
+from difftune.files.output import write
+from difftune.lookup import guidance_named
+from difftune.pipelines.generate import opened
+from difftune.training import trackers
+from difftune.training.run_folder import CONFIG, METRICS
 from rewards.compose import parse_rewards, weighted
-from rewards.vendi import vendi
+from rewards.sets.vendi import vendi
+from rewards.world.classifier import load_classifier
 from solvers.latent import LatentModel
 
 THRICE = ("alignprop", "d3po", "pso", "dragon", "ddpo")  # seeds 0, 1, 2; the others seed 0
@@ -116,16 +118,16 @@ def counted(forwards: Forwards) -> Iterator[Forwards]:
 @contextmanager
 def written_with_cost(forwards: Forwards) -> Iterator[None]:
     """Each line of metrics.jsonl tells what was spent until then."""
-    append: Callable[..., None] = log.append
+    append: Callable[..., None] = trackers.append
 
     def priced(path: Path, record: Mapping[str, Any]) -> None:
         append(path, {**record, "forward_equivalents": forwards.total})
 
-    log.append = priced
+    trackers.append = priced
     try:
         yield
     finally:
-        log.append = append
+        trackers.append = append
 
 
 def trained(job: Job) -> bool:
@@ -163,8 +165,8 @@ def measured(job: Job, settings: Mapping[str, Any], lora: Path | None) -> dict[s
     pipe = opened(settings["model"], None if lora is None else str(lora))
     options = {k.removeprefix("guidance."): v for k, v in settings.items() if k.startswith("guidance.")}
     guidance = guidance_named(settings["guidance"], settings.get("guidance_scale"), options)
-    entries, steps = evaluate.entries_of(job.per_category), settings["num_inference_steps"]
-    found = evaluate.evaluate(pipe, guidance, entries, job.images, steps, EVAL_SEED)
+    entries, steps = shapeeval.entries_of(job.per_category), settings["num_inference_steps"]
+    found = shapeeval.evaluate(pipe, guidance, entries, job.images, steps, EVAL_SEED)
     with torch.no_grad():
         reward = weighted(parse_rewards(settings["reward"]))
         parts = list(zip(found.images.split(60), chunks([r.prompt for r in found.results], 60), strict=True))
@@ -210,7 +212,7 @@ def run(job: Job, results: Path) -> None:
     shutil.rmtree(job.folder, ignore_errors=True)
     ended = trained(job)
     settings = yaml.safe_load((job.folder / CONFIG).read_text())
-    spent = {line["step"]: line for line in log.records(job.folder / METRICS)}
+    spent = {line["step"]: line for line in trackers.records(job.folder / METRICS)}
     seconds = np.cumsum([line["seconds"] for line in spent.values()]).tolist()
     then, points = before(job, settings), []
     for path in chosen(checkpoint.checkpoints(job.folder), job.points):
@@ -265,7 +267,7 @@ def row(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def change(mean: Mapping[str, Any], name: str, digits: int) -> str:
     """The paired difference with its interval over prompts."""
-    e = evaluate.estimate((mean[f"{name}_after"] - mean[f"{name}_before"]).tolist(), bounds=(-1.0, 1.0))
+    e = shapeeval.estimate((mean[f"{name}_after"] - mean[f"{name}_before"]).tolist(), bounds=(-1.0, 1.0))
     return f"{e.score:+.{digits}f} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
 
 
@@ -292,7 +294,7 @@ def duel(lines: Mapping[str, Mapping[str, Any]]) -> str:
 
 def finished(results: Path) -> dict[str, dict[str, Any]]:
     """The lines of whole runs, by run."""
-    return {line["run"]: line for line in log.records(results)} if results.exists() else {}
+    return {line["run"]: line for line in trackers.records(results)} if results.exists() else {}
 
 
 def follow(job: Job, results: Path) -> None:

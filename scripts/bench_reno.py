@@ -32,14 +32,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftune import evaluate, models, outputs
-from difftune.reno import ReNO
+from difftune import models
+from difftune.evaluation import shapeeval
+from difftune.files import output
+from difftune.reno.optimizer import ReNO
 from guidance.guided import guided
-from guidance.methods import CFG
-from guidance.problem import Problem, RowCounter
-from guidance.searches import SEARCHES
-from rewards import shapes
+from guidance.methods.catalogue import CFG
+from guidance.search.catalogue import SEARCHES
+from guidance.search.problem import Problem, RowCounter
 from rewards.registry import load
+from rewards.world import shapes
 from solvers.latent import LatentModel
 
 BATCH = 8
@@ -187,12 +189,12 @@ def measured(part: Part, run: Run, folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     made = METHODS[run.method](part, run, folder)
     seconds = time.perf_counter() - began
-    holds = [r.holds for r in evaluate.judged(made.pop("images"), run.prompts, range(len(run.entries)))]
+    holds = [r.holds for r in shapeeval.judged(made.pop("images"), run.prompts, range(len(run.entries)))]
     return {"prompts": run.prompts, "holds": holds, **made, "seconds": seconds}
 
 
 def runs(part: str, settings: Part, methods: Sequence[str]) -> Iterator[Run]:
-    entries = evaluate.entries_of(settings.prompts)
+    entries = shapeeval.entries_of(settings.prompts)
     for first in range(0, len(entries), BATCH):
         for method in methods:
             yield Run(part, method, first, entries[first : first + BATCH])
@@ -210,7 +212,7 @@ def told(part: str, folder: Path, methods: Sequence[str]) -> str:
     lines = ["| method | prompts | " + " | ".join(CATEGORIES) + " | reward | calls | seconds |"]
     lines.append("| --- " * (len(CATEGORIES) + 5) + "|")
     for method, found in ((m, f) for m, f in results.items() if f):
-        scores = evaluate.scores([r for r, *_ in found])
+        scores = shapeeval.scores([r for r, *_ in found])
         cells = [str(scores[name]) if name in scores else "" for name in CATEGORIES]
         means = [sum(row[i] for row in found) / len(found) for i in (1, 2, 3)]
         numbers = [f"{means[0]:.4f}", f"{means[1]:.1f}", f"{means[2]:.2f}"]
@@ -221,24 +223,24 @@ def told(part: str, folder: Path, methods: Sequence[str]) -> str:
 CATEGORIES = ("overall", *shapes.CATEGORIES)
 
 
-def differences(results: dict[str, list[tuple[evaluate.Result, float, float, float]]]) -> Iterator[str]:
+def differences(results: dict[str, list[tuple[shapeeval.Result, float, float, float]]]) -> Iterator[str]:
     """`reno` minus each other method, paired by prompt."""
     own = [r for r, *_ in results.get("reno", [])]
     for method, found in results.items():
         if method != "reno" and own and found:
-            change = evaluate.differences(own, [r for r, *_ in found])["overall"]
+            change = shapeeval.differences(own, [r for r, *_ in found])["overall"]
             yield f"reno minus {method}: {change}, {'counts' if change.excludes_zero else 'does not count'}"
 
 
-def results_of(part: str, folder: Path, method: str) -> list[tuple[evaluate.Result, float, float, float]]:
+def results_of(part: str, folder: Path, method: str) -> list[tuple[shapeeval.Result, float, float, float]]:
     """(the oracle's word, reward, reward calls, seconds) of each prompt."""
-    kinds = {entry["prompt"]: entry["category"] for entry in evaluate.entries_of()}
+    kinds = {entry["prompt"]: entry["category"] for entry in shapeeval.entries_of()}
     rows = []
     for file in sorted(folder.glob(f"{part}-{method}-[0-9][0-9][0-9][0-9].json")):
         run = json.loads(file.read_text())
         for prompt, holds, reward in zip(run["prompts"], run["holds"], run["rewards"], strict=True):
             each = run["seconds"] / len(run["prompts"])
-            rows.append((evaluate.Result(prompt, kinds[prompt], 0, holds), reward, run["calls"], each))
+            rows.append((shapeeval.Result(prompt, kinds[prompt], 0, holds), reward, run["calls"], each))
     return rows
 
 
@@ -263,7 +265,7 @@ def main(
         if left_over:
             warm(settings)
         for run in left_over:
-            outputs.write_json(run.file(folder), measured(settings, run, folder))
+            output.write_json(run.file(folder), measured(settings, run, folder))
             print(run.file(folder).name, flush=True)
         print(told(name, folder, chosen), flush=True)
 

@@ -20,10 +20,10 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 from transformers import CLIPVisionModelWithProjection as CLIPVision
 from transformers.initialization import no_init_weights
 
-from rewards import imagereward
-from rewards.aesthetic import Aesthetic
-from rewards.clip import VIT_H, VIT_L, TransformersCLIP, vision_config
-from rewards.preprocess import Preprocess
+from rewards.learned import imagereward
+from rewards.learned.aesthetic import Aesthetic
+from rewards.learned.clip import VIT_H, VIT_L, TransformersCLIP, vision_config
+from rewards.learned.preprocess import Preprocess
 from rewards.registry import Reward, load
 
 

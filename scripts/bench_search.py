@@ -34,17 +34,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from difftune import evaluate, models
-from difftune.evaluate import Estimate
-from guidance.cfg import CFG
-from guidance.dts import DTS
-from guidance.fkc import FKC
+from difftune import models
+from difftune.evaluation import shapeeval
+from difftune.evaluation.shapeeval import Estimate
 from guidance.guided import guided
-from guidance.problem import Problem, RowCounter, State
-from guidance.searches import SEARCHES
-from guidance.steering import FK, SVDD, TDS, BestOfN, Importance
+from guidance.methods.cfg import CFG
+from guidance.search.catalogue import SEARCHES
+from guidance.search.dts import DTS
+from guidance.search.fk import FK, SVDD, TDS, BestOfN, Importance
+from guidance.search.fkc import FKC
+from guidance.search.problem import Problem, RowCounter, State
 from rewards.registry import REWARDS, load
-from rewards.shapes import COMPOSITIONAL
+from rewards.world.shapes import COMPOSITIONAL
 from solvers.exact import Mixture, bind
 from solvers.latent import LatentModel
 from solvers.noise import noise
@@ -111,7 +112,7 @@ def problem_of(run: Run, prompts: Sequence[str], setting: Setting) -> Problem:
         predict,
         score,
         latent.shape(),
-        [evaluate.image_seed(run.seed, prompt, 0) for prompt in prompts],
+        [shapeeval.image_seed(run.seed, prompt, 0) for prompt in prompts],
         costs=(2,) * setting.steps,
         micro_batch=setting.micro_batch,
         **budgets_of(run, 2 * setting.steps),
@@ -290,7 +291,7 @@ class Reader(NamedTuple):
 
 def interval(values: Sequence[float], reward: str) -> Estimate:
     low, high = REWARDS[reward].range or (0.0, 1.0)
-    return evaluate.estimate(values, (low, high))
+    return shapeeval.estimate(values, (low, high))
 
 
 def table(reader: Reader, methods: Sequence[str], reward: str, kind: str) -> Iterator[str]:
@@ -400,7 +401,7 @@ def mixture_table(seeds: Sequence[int], budgets: Sequence[int]) -> Iterator[str]
 
 def hard_prompts(count: int) -> list[str]:
     """ShapeEval's first prompts of its four compositional categories."""
-    each = evaluate.entries_of(-(-count // len(COMPOSITIONAL)))
+    each = shapeeval.entries_of(-(-count // len(COMPOSITIONAL)))
     by_kind = [[e["prompt"] for e in each if e["category"] == name] for name in COMPOSITIONAL]
     return [prompt for row in zip(*by_kind, strict=True) for prompt in row][:count]
 

@@ -21,11 +21,13 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from difftune import alignprop, d3po, engine, models
-from difftune.configs import AlignPropConfig, D3POConfig
+from difftune import models
+from difftune.configs.recipes import AlignPropConfig, D3POConfig
+from difftune.pipelines import engine
+from difftune.recipes import alignprop, d3po
 from rewards.registry import load
-from solvers.attention import Verdict, choose, obstacle
-from solvers.memory import block_checkpointing
+from solvers.families.attention import Verdict, choose, obstacle
+from solvers.memory.live import block_checkpointing
 
 DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 WIDTHS = (128, 256, 512, 512)  # of the VAE

@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difftune import evaluate, models, outputs
-from difftune.generate import generate, pixels
-from guidance.methods import GUIDANCE
-from rewards import shapes
-from rewards.classifier import CLASSES, load_classifier
+from difftune import models
+from difftune.evaluation import shapeeval as evaluate
+from difftune.files import output
+from difftune.pipelines.generate import generate, pixels
+from guidance.methods.catalogue import GUIDANCE
 from rewards.registry import load
-from rewards.render import render
+from rewards.world import shapes
+from rewards.world.classifier import CLASSES, load_classifier
+from rewards.world.render import render
 
 STREAM = 99  # of random scenes; training uses others
 
@@ -92,7 +94,7 @@ def grid(file: Path, scale: float) -> None:
     seeds = [evaluate.image_seed(0, prompt, 0) for prompt in prompts]
     made = generate(models.load("tiny"), prompts, seeds, GUIDANCE["cfg"](scale), 25, 32)
     file.parent.mkdir(parents=True, exist_ok=True)
-    outputs.write(file, outputs.grid(pixels(torch.cat([batch.images for batch in made]))))
+    output.write(file, output.grid(pixels(torch.cat([batch.images for batch in made]))))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Draws ShapeEval: 30 prompts in each of GenEval's six categories (https://arxiv.org/abs/2310.11513), seed 0.
 
-    python scripts/make_shapeeval.py rewards/shapeeval.json
+    python scripts/make_shapeeval.py rewards/world/shapeeval.json
 
 In the four compositional categories a third of the contents come with two or three backgrounds, so that enough
-contents are left for training: every content named here is held out from it (`rewards.shapes.held_out`).
+contents are left for training: every content named here is held out from it (`rewards.world.shapes.held_out`).
 """
 
 import json
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rewards.render import BACKGROUNDS
-from rewards.shapes import CATEGORIES, Caption, content, draw_caption
+from rewards.world.render import BACKGROUNDS
+from rewards.world.shapes import CATEGORIES, Caption, content, draw_caption
 
 CONTENTS = {"two_objects": 10, "counting": 12, "position": 30, "attribute_binding": 30}  # of 39, 42, 612, 153
 

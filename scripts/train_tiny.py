@@ -36,10 +36,10 @@ from torch.nn.functional import cross_entropy
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from difftune import models
-from rewards import shapes
-from rewards.classifier import CLASSES, ShapeClassifier, load_classifier
-from rewards.clip import CLIPScore
-from rewards.render import RESOLUTION, render
+from rewards.learned.clip import CLIPScore
+from rewards.world import shapes
+from rewards.world.classifier import CLASSES, ShapeClassifier, load_classifier
+from rewards.world.render import RESOLUTION, render
 
 SEED = 0
 TRAIN = Path("train")
@@ -171,7 +171,6 @@ def train_vae(steps: int = 2400) -> AutoencoderKL:
 
     Fit("vae", {"vae": vae}, loss, steps, 1.5e-3).run()
     return vae.eval()
-
 
 
 # ------------------------------------------------------------------------------------------------ tokens and latents

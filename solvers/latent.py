@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from solvers.denoiser import Cond, Prediction, predicted, widen
-from solvers.families import Family, family_of
+from solvers.families.table import Family, family_of
 from solvers.levels import Clock, levels_of, prediction_type
 from solvers.noise import Noise
 

@@ -7,7 +7,7 @@ from torch import nn
 from solvers.denoiser import predicted
 from solvers.exact import Mixture, bind
 from solvers.noise import Noise, cosine, flow, grid, noise
-from solvers.rollout import rollout
+from solvers.rollout.modes import rollout
 
 MEANS = torch.tensor([[-1.0, 0.6], [1.2, 0.5], [0.2, -1.0]], dtype=torch.float64)
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from guidance.guided import guided
-from guidance.methods import CFG
+from guidance.methods.catalogue import CFG
 from solvers.latent import LatentModel
-from solvers.rollout import rollout
-from solvers.samplers import euler
+from solvers.rollout.modes import rollout
+from solvers.samplers.catalogue import euler
 from tests.benches import script
 from tests.pipelines import sd
 

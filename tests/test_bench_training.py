@@ -1,9 +1,8 @@
 """scripts/bench_training.py on the embedded model: every row is there, and nothing stays replaced."""
 
-
 import pytest
 
-from difftune import engine
+from difftune.pipelines import engine
 from tests.benches import script
 
 

@@ -35,7 +35,9 @@ def test_package_imports_only_what_lies_below_it(package):
 
 def test_imports_are_found_wherever_they_are(tmp_path):
     file = tmp_path / "module.py"
-    file.write_text("import torch.nn as nn\ndef f():\n    from difftune.models import path\n    import rewards.clip\n")
+    file.write_text(
+        "import torch.nn as nn\ndef f():\n    from difftune.models import path\n    import rewards.learned.clip\n"
+    )
     assert imported(file) == {"torch", "difftune", "rewards"}
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from difftune import evaluate, models
-from difftune.generate import generate
-from guidance.methods import CFG, GUIDANCE
-from rewards import shapes
+from difftune import models
+from difftune.evaluation import shapeeval
+from difftune.pipelines.generate import generate
+from guidance.methods.catalogue import CFG, GUIDANCE
 from rewards.registry import load
+from rewards.world import shapes
 
 ROOT = Path(__file__).parents[1]
 SCALE = 3.0
@@ -27,9 +28,9 @@ def check():
 
 
 def score(model, guidance, steps, per_category, images=1):
-    entries = evaluate.entries_of(per_category)
-    found = evaluate.evaluate(models.load(model), guidance, entries, images, steps, 0, 30)
-    return {name: e.score for name, e in evaluate.scores(found.results).items()}
+    entries = shapeeval.entries_of(per_category)
+    found = shapeeval.evaluate(models.load(model), guidance, entries, images, steps, 0, 30)
+    return {name: e.score for name, e in shapeeval.scores(found.results).items()}
 
 
 def test_plain_from_pretrained_works():

@@ -25,7 +25,7 @@ def label(as_json: bool, **flags: Any) -> None:
     Each choice is on the disk before the next one is shown, and can be undone. Started again, it goes on.
     """
     with redirect_stdout(sys.stderr):
-        from difftune.label import open_server
+        from difftune.labelling.server import open_server
 
         server = open_server(**flags)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background

@@ -185,7 +185,7 @@ def guidance_of(ctx: click.Context) -> tuple[str, dict[str, Any]]:
 
 
 def _typed(name: str, settings: Mapping[str, str]) -> dict[str, Any]:
-    from difftune.named import guidance_field, guidance_kinds
+    from difftune.lookup import guidance_field, guidance_kinds
 
     methods = guidance_kinds(name)
     places = {key: guidance_field(name, key) for key in settings}

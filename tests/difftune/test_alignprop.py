@@ -10,13 +10,16 @@ import pytest
 import torch
 import yaml
 
-from difftune import alignprop, checkpoint, log, lora, runs
-from difftune.alignprop import alignprop_loss, kept_steps, train
-from difftune.chain import Chain
-from difftune.checkpoint import State
-from difftune.configs import AlignPropConfig
+from difftune.configs.recipes import AlignPropConfig
 from difftune.errors import RunError, UserError
-from difftune.training import Called, mixed, samples
+from difftune.files import checkpoint
+from difftune.files.checkpoint import State
+from difftune.pipelines import lora
+from difftune.recipes import alignprop
+from difftune.recipes.alignprop import alignprop_loss, kept_steps, train
+from difftune.rollouts.image_sampler import Chain
+from difftune.training import run_folder, trackers
+from difftune.training.state import Called, mixed, samples
 from rewards.simple import Brightness
 from solvers.latent import LatentModel
 from tests import pipelines
@@ -233,7 +236,8 @@ def test_run_writes_what_it_should_and_goes_on_where_it_stopped(toy, tmp_path):
     weights = [(tmp_path / name / lora.WEIGHTS).read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
     curves = [
-        [(r["step"], r["reward_mean"]) for r in log.records(tmp_path / n / "metrics.jsonl")] for n in ("whole", "cut")
+        [(r["step"], r["reward_mean"]) for r in trackers.records(tmp_path / n / "metrics.jsonl")]
+        for n in ("whole", "cut")
     ]
     assert curves[0] == curves[1]
     assert [step for step, _ in curves[0]] == [1, 2, 3, 4]
@@ -354,4 +358,4 @@ def test_a_folder_with_something_else_is_left_alone(toy, tmp_path):
         config = replace(toy, output_dir=str(tmp_path), reward=["brightness"], resume_from_checkpoint=resume)
         with pytest.raises(UserError, match="holds something else"):
             alignprop.run(config, pipe=pipelines.sd())
-    assert not (tmp_path / runs.CONFIG).exists()
+    assert not (tmp_path / run_folder.CONFIG).exists()

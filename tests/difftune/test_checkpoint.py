@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from difftune import checkpoint, log
-from difftune.checkpoint import State
 from difftune.errors import RunError, UserError
+from difftune.files import checkpoint
+from difftune.files.checkpoint import State
+from difftune.training import trackers
 
 
 def state(step: int) -> State:
@@ -140,14 +141,14 @@ def test_randomness_goes_through_a_file(tmp_path):
 
 def test_metrics_are_rewound_to_a_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log.rewind(path, 0)
+    trackers.rewind(path, 0)
     assert not path.exists()
     for step in (1, 2, 3):
-        log.append(path, {"step": step, "loss": step / 3})
+        trackers.append(path, {"step": step, "loss": step / 3})
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
-    log.rewind(path, 2)
-    assert list(log.records(path)) == [{"step": step, "loss": step / 3} for step in (1, 2)]
+    trackers.rewind(path, 2)
+    assert list(trackers.records(path)) == [{"step": step, "loss": step / 3} for step in (1, 2)]
     with pytest.raises(ValueError, match="JSON"):
-        log.append(path, {"step": 3, "loss": float("nan")})
-    assert len(list(log.records(path))) == 2
+        trackers.append(path, {"step": 3, "loss": float("nan")})
+    assert len(list(trackers.records(path))) == 2

@@ -11,9 +11,9 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 
-from difftune.cli import RECIPES, cli
 from difftune.cli import options as o
-from difftune.configs import RenoConfig
+from difftune.cli.program import RECIPES, cli
+from difftune.configs.recipes import RenoConfig
 from rewards.registry import REWARDS, Entry
 from tests.pipelines import sd
 
@@ -59,8 +59,25 @@ def refuse(code, *arguments, saying):
 
 def test_sample_writes_images_a_grid_and_its_settings(model, tmp_path):
     out = tmp_path / "out"
-    result = succeed("sample", "--model", model, "--guidance", "cfg", "--guidance_scale", 5, "--prompt", "a red circle",
-                     "--num_images", 4, "--seed", 7, "--output_dir", out, "--json", *STEPS)
+    result = succeed(
+        "sample",
+        "--model",
+        model,
+        "--guidance",
+        "cfg",
+        "--guidance_scale",
+        5,
+        "--prompt",
+        "a red circle",
+        "--num_images",
+        4,
+        "--seed",
+        7,
+        "--output_dir",
+        out,
+        "--json",
+        *STEPS,
+    )
     found = json.loads((out / "sample.json").read_text())
     assert json.loads(result.stdout) == found
     names = [f"{i:05d}-seed{7 + i}.png" for i in range(4)]
@@ -72,8 +89,8 @@ def test_sample_writes_images_a_grid_and_its_settings(model, tmp_path):
 
 
 def test_an_image_depends_on_its_seed_alone(model):
-    from difftune.generate import generate, opened
-    from guidance.methods import CFG
+    from difftune.pipelines.generate import generate, opened
+    from guidance.methods.catalogue import CFG
 
     pipe = opened(model)
     prompts, seeds = ["a red circle", "a blue square"] * 2, [0, 1, 2, 3]
@@ -208,8 +225,12 @@ def test_an_image_that_cannot_be_read_is_named(picture, tmp_path):
 @pytest.mark.parametrize("command", ["sample", "eval", "optimize", "train"])
 def test_a_used_output_folder_is_refused_and_stays(command, model, tmp_path):
     (tmp_path / "grid.png").write_text("precious")
-    flags = {"sample": ["--prompt", "x"], "eval": [], "optimize": ["--prompt", "x", "--reward", "brightness"],
-             "train": ["--reward", "brightness"]}[command]
+    flags = {
+        "sample": ["--prompt", "x"],
+        "eval": [],
+        "optimize": ["--prompt", "x", "--reward", "brightness"],
+        "train": ["--reward", "brightness"],
+    }[command]
     name = ["train", "alignprop"] if command == "train" else [command]
     refuse(2, *name, "--model", model, *flags, "--output_dir", tmp_path, saying=[str(tmp_path), "--output_dir"])
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("grid.png", "precious")]
@@ -233,19 +254,19 @@ def test_a_reward_that_is_not_finite_is_named(model, picture, tmp_path, monkeypa
 
 
 def test_an_unexpected_error_keeps_its_traceback(monkeypatch, picture):
-    import difftune.score
+    import difftune.evaluation.score
 
-    monkeypatch.setattr(difftune.score, "opened", lambda path: {}[path])
+    monkeypatch.setattr(difftune.evaluation.score, "opened", lambda path: {}[path])
     assert isinstance(call("score", "--reward", "brightness", picture).exception, KeyError)
 
 
 def test_ctrl_c_exits_with_130(monkeypatch, picture):
-    import difftune.score
+    import difftune.evaluation.score
 
     def interrupted(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(difftune.score, "opened", interrupted)
+    monkeypatch.setattr(difftune.evaluation.score, "opened", interrupted)
     refuse(130, "score", "--reward", "brightness", picture, saying=["interrupted"])
 
 
@@ -265,11 +286,11 @@ def test_every_field_is_a_flag_with_help_and_its_default(config):
 
 
 def test_a_config_file_of_every_key_is_read_back(tmp_path, monkeypatch):
-    import difftune.alignprop
-    from difftune.runs import settings_yaml
+    import difftune.recipes.alignprop
+    from difftune.training.run_folder import settings_yaml
 
     seen = []
-    monkeypatch.setattr(difftune.alignprop, "run", lambda config: seen.append(config) or {})
+    monkeypatch.setattr(difftune.recipes.alignprop, "run", lambda config: seen.append(config) or {})
     keys = {"rank": 2, "learning_rate": 0.5, "reward": {"brightness": 0.5}, "guidance.scale": 2, "steps": 3}
     keys["gradient"] = None
     (tmp_path / "file.yaml").write_text(yaml.safe_dump(keys))
@@ -284,7 +305,7 @@ def test_a_config_file_of_every_key_is_read_back(tmp_path, monkeypatch):
 
 def test_help_imports_no_torch():
     script = (
-        "import sys; from click.testing import CliRunner; from difftune.cli import cli\n"
+        "import sys; from click.testing import CliRunner; from difftune.cli.program import cli\n"
         "for c in ('train alignprop', 'optimize', 'sample', 'eval', 'score', 'methods', 'doctor', 'demo'):\n"
         "    assert CliRunner().invoke(cli, [*c.split(), '--help']).exit_code == 0, c\n"
         "print([m for m in ('torch', 'numpy', 'diffusers', 'yaml', 'matplotlib') if m in sys.modules])"

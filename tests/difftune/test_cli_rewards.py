@@ -82,6 +82,6 @@ def test_server_for_others_needs_a_token():
 
 
 def test_extra_that_is_missing_is_one_sentence(picture, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("rewards.ocr.util.find_spec", lambda name: None)
+    monkeypatch.setattr("rewards.learned.ocr.util.find_spec", lambda name: None)
     arguments = ["score", "--reward", "ocr", "--prompt", 'a "b"', "--", picture]
     refuse(1, *arguments, saying=["pip install 'difftune[ocr]'"])

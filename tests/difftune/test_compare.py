@@ -9,13 +9,13 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from difftune import equip
-from difftune.cli import cli
-from difftune.compare import Cell, labelled
-from difftune.equip import TEXTS, equipped, targets
+from difftune.cli.program import cli
 from difftune.errors import UserError
-from difftune.named import guidance_named, takes_scale
-from guidance.methods import APG, CFG, GUIDANCE, AdaptiveGuidance, CFGpp, Interval, Rescale
+from difftune.evaluation.compare import Cell, labelled
+from difftune.lookup import guidance_named, takes_scale
+from difftune.pipelines import method_parts
+from difftune.pipelines.method_parts import TEXTS, equipped, targets
+from guidance.methods.catalogue import APG, CFG, GUIDANCE, AdaptiveGuidance, CFGpp, Interval, Rescale
 from tests.pipelines import ddim, sd
 
 STEPS = ["--steps", "2"]
@@ -95,14 +95,14 @@ def parts(monkeypatch):
     """A small classifier and a weak network in place of the embedded ones, which an installation may lack."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, len(TEXTS)))
-    monkeypatch.setattr(equip, "_loaded_classifier", lambda: net)
-    monkeypatch.setattr(equip, "_network", lambda model: sd(seed=1).unet)
+    monkeypatch.setattr(method_parts, "_loaded_classifier", lambda: net)
+    monkeypatch.setattr(method_parts, "_network", lambda model: sd(seed=1).unet)
 
 
 def test_a_weak_network_keeps_its_weights_where_a_pipeline_is_in_half_precision(monkeypatch):
     weak, half = sd(seed=1).unet, sd().to(torch.bfloat16)
     before = {name: weight.clone() for name, weight in weak.state_dict().items()}
-    monkeypatch.setattr(equip, "_network", lambda model: weak)
+    monkeypatch.setattr(method_parts, "_network", lambda model: weak)
     _, networks = equipped(half, guidance_named("autoguidance", 2.0), ["a red circle"])
     assert networks["weak"].dtype == torch.bfloat16
     assert all(torch.equal(weight, before[name]) for name, weight in weak.state_dict().items())

@@ -10,17 +10,19 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from difftune import checkpoint, d3po, lora, outputs
-from difftune.chain import Chain
-from difftune.checkpoint import State
-from difftune.configs import D3POConfig
-from difftune.d3po import d3po_loss, judge, ranked, train
+from difftune.configs.recipes import D3POConfig
 from difftune.errors import RunError, UserError
-from difftune.generate import generate, pixels
-from difftune.named import guidance_named
-from difftune.rounds import Rolled, policy_of
-from difftune.training import begin
-from difftune.trajectories import Trajectory, log_ratio
+from difftune.files import checkpoint, output
+from difftune.files.checkpoint import State
+from difftune.lookup import guidance_named
+from difftune.pipelines import lora
+from difftune.pipelines.generate import generate, pixels
+from difftune.recipes import d3po
+from difftune.recipes.d3po import d3po_loss, judge, ranked, train
+from difftune.rollouts.image_sampler import Chain
+from difftune.rollouts.policy import Trajectory, log_ratio
+from difftune.rollouts.rounds import Rolled, policy_of
+from difftune.training.state import begin
 from rewards.simple import Brightness
 from tests import dits, pipelines
 
@@ -189,10 +191,10 @@ def labels(tmp_path):
     guidance = guidance_named("cfg", 3.0)
     (batch,) = generate(pipelines.sd(), prompts, seeds, guidance, TOY.num_inference_steps, eta=1.0)
     for i, picture in enumerate(pixels(batch.images)):
-        outputs.write(tmp_path / f"{i}.png", outputs.png(picture))
+        output.write(tmp_path / f"{i}.png", output.png(picture))
     settings = {"model": "tiny", "lora": None, "guidance": "cfg", "guidance_options": {"scale": 3.0}}
     settings |= {"num_inference_steps": 3, "eta": 1.0}
-    outputs.write_json(tmp_path / "sample.json", {"settings": settings})
+    output.write_json(tmp_path / "sample.json", {"settings": settings})
     lines = [
         {"prompt": p, "a": f"{i}.png", "b": f"{i + 1}.png", "choice": c, "seed_a": seeds[i], "seed_b": seeds[i + 1]}
         for i, p, c in ((0, "red circle", "b"), (2, "blue square", "a"))
@@ -210,7 +212,7 @@ def test_labelled_pictures_are_sampled_again(toy, labels):
 
 
 def test_a_picture_that_its_seed_does_not_make_is_refused(toy, labels):
-    (labels.parent / "1.png").write_bytes(outputs.png(np.ones((16, 16, 3))))
+    (labels.parent / "1.png").write_bytes(output.png(np.ones((16, 16, 3))))
     with pytest.raises(RunError, match=r"labels, line 0: .*1\.png is not what its seed makes"):
         next(train(replace(toy, labels=str(labels)), None, pipelines.sd()))
 

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from difftune import checkpoint, ddpo, lora
-from difftune.chain import Chain
-from difftune.checkpoint import State
-from difftune.configs import DDPOConfig
-from difftune.ddpo import advantages, ddpo_loss, train
+from difftune.configs.recipes import DDPOConfig
 from difftune.errors import UserError
-from difftune.prompts import prompts_named
-from difftune.rounds import policy_of, roll
-from difftune.training import begin
-from difftune.trajectories import kl, log_prob
+from difftune.files import checkpoint
+from difftune.files.checkpoint import State
+from difftune.files.prompts import prompts_named
+from difftune.pipelines import lora
+from difftune.recipes import ddpo
+from difftune.recipes.ddpo import advantages, ddpo_loss, train
+from difftune.rollouts.image_sampler import Chain
+from difftune.rollouts.policy import kl, log_prob
+from difftune.rollouts.rounds import policy_of, roll
+from difftune.training.state import begin
 from rewards.simple import Brightness
 from solvers.latent import LatentModel
 from tests import dits, pipelines

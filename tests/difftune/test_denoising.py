@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from difftune.denoising import denoising_errors, draw, levels
+from difftune.rollouts.denoising import denoising_errors, draw, levels
 from solvers.latent import LatentModel
 from tests import dits, pipelines
 

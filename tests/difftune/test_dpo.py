@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from difftune import checkpoint, lora, outputs
-from difftune.chain import Chain
-from difftune.checkpoint import State
-from difftune.configs import DPOConfig, DROConfig, KTOConfig
-from difftune.dpo import dpo_loss, dpo_margin
-from difftune.dro import dro_loss
+from difftune.configs.recipes import DPOConfig, DROConfig, KTOConfig
 from difftune.errors import UserError
-from difftune.kto import above_mean, kto_baseline, kto_loss
-from difftune.labels import decided
-from difftune.pairs import Pairs, best_and_worst, draws_of, labelled, pair_errors, pixels
-from difftune.rounds import Made
-from difftune.training import begin
+from difftune.files import checkpoint, output
+from difftune.files.checkpoint import State
+from difftune.labelling.choices import decided
+from difftune.pipelines import lora
+from difftune.recipes.dpo import dpo_loss, dpo_margin
+from difftune.recipes.dro import dro_loss
+from difftune.recipes.kto import above_mean, kto_baseline, kto_loss
+from difftune.rollouts.image_sampler import Chain
+from difftune.rollouts.pairs import Pairs, best_and_worst, draws_of, labelled, pair_errors, pixels
+from difftune.rollouts.rounds import Made
+from difftune.training.state import begin
 from rewards.simple import Brightness
 from solvers.latent import LatentModel
 from tests import dits, pipelines
@@ -60,7 +61,7 @@ def labels(tmp_path):
     for i, prompt in enumerate(["red circle", "blue square", "red square"]):
         for name, scale in (("bright", 1.0), ("dark", 0.4)):
             picture = rng.uniform(0.4, 1.0, size=(4, 5, 3)).repeat(8, 0).repeat(8, 1) * scale
-            outputs.write(tmp_path / f"{i}-{name}.png", outputs.png(picture))
+            output.write(tmp_path / f"{i}-{name}.png", output.png(picture))
         a, b = (f"{i}-bright.png", f"{i}-dark.png")[:: 1 if i else -1]
         lines.append(json.dumps({"prompt": prompt, "a": a, "b": b, "choice": "a" if i else "b"}))
     (tmp_path / "labels.jsonl").write_text("\n".join(lines) + "\n")
@@ -236,7 +237,7 @@ def test_a_picture_is_cropped_in_its_middle_and_resized(tmp_path):
     picture = np.zeros((32, 40, 3))
     picture[:, :4] = picture[:, -4:] = 1  # what a square in the middle leaves out
     picture[:16, 4:-4, 0] = 0.6
-    outputs.write(tmp_path / "a.png", outputs.png(picture))
+    output.write(tmp_path / "a.png", output.png(picture))
     found = pixels(tmp_path / "a.png", (16, 16))
     assert found.shape == (3, 16, 16)
     assert found[0, :6].numpy() == pytest.approx(0.6, abs=0.1)  # the filter sees a little of what is cut off

@@ -11,23 +11,26 @@ import pytest
 import torch
 from PIL import Image
 
-from difftune import checkpoint, dragon, lora, runs
-from difftune.chain import Chain
-from difftune.checkpoint import State
-from difftune.configs import DragonConfig
-from difftune.denoising import draw
-from difftune.dragon import collect, contrastive, drawn, made, parted, train
+from difftune.configs.recipes import DragonConfig
 from difftune.errors import UserError
-from difftune.objectives import OBJECTIVES, Objective, principal
-from difftune.prompts import prompts_named
-from difftune.rounds import repeated
-from difftune.training import Called
-from difftune.winrate import win_rate
-from rewards.frechet import frechet, moments
-from rewards.mmd import cubic, mmd
-from rewards.sets import Mean
+from difftune.evaluation.win_rate import win_rate
+from difftune.files import checkpoint
+from difftune.files.checkpoint import State
+from difftune.files.prompts import prompts_named
+from difftune.pipelines import lora
+from difftune.recipes import dragon
+from difftune.recipes.dragon import collect, contrastive, drawn, made, parted, train
+from difftune.recipes.set_objectives import OBJECTIVES, Objective, principal
+from difftune.rollouts.denoising import draw
+from difftune.rollouts.image_sampler import Chain
+from difftune.rollouts.rounds import repeated
+from difftune.training import run_folder
+from difftune.training.state import Called
+from rewards.sets.catalogue import Mean
+from rewards.sets.frechet import frechet, moments
+from rewards.sets.mmd import cubic, mmd
+from rewards.sets.vendi import vendi
 from rewards.simple import Brightness
-from rewards.vendi import vendi
 from solvers.latent import LatentModel
 from tests import pipelines
 
@@ -99,13 +102,13 @@ def test_objective_by_its_measure(toy, folder, name):
 
 
 def dragon_encoder():
-    from rewards.exemplar import encoder_of
+    from rewards.sets.exemplar import encoder_of
 
     return encoder_of("tiny-clip")
 
 
 def picture(folder: str, i: int) -> torch.Tensor:
-    from difftune.score import opened
+    from difftune.evaluation.score import opened
 
     return opened(f"{folder}/{i}.png")
 
@@ -296,7 +299,7 @@ def test_run_writes_the_win_rate(toy, tmp_path):
     tuned = made(config, chain, prompts, objective, range(dragon.NEW, dragon.NEW + 8))[1]
     assert found["win_rate"]["rate"] == win_rate(int((tuned > base).sum()), int((tuned == base).sum()), 8).rate
     pipelines.sd().load_lora_weights(tmp_path / "out")
-    assert "DRAGON" in (tmp_path / "out" / runs.CARD).read_text()
+    assert "DRAGON" in (tmp_path / "out" / run_folder.CARD).read_text()
 
 
 def test_sets_of_a_win_rate_share_no_image():

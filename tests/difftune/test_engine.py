@@ -11,19 +11,25 @@ import yaml
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 
-from difftune import alignprop, doctor, engine, optimize, reno, reward_gradient, runs, training
-from difftune.alignprop import train
-from difftune.cli import cli
-from difftune.configs import AlignPropConfig, RenoConfig
+from difftune import environment
+from difftune.cli.program import cli
+from difftune.configs.recipes import AlignPropConfig, RenoConfig
 from difftune.errors import RunError, UserError
-from difftune.named import gradient_named
-from difftune.reno import ReNO
+from difftune.lookup import gradient_named
+from difftune.pipelines import engine
+from difftune.recipes import alignprop, reward_gradient
+from difftune.recipes.alignprop import train
+from difftune.reno import optimizer
+from difftune.reno import run_folder as reno_folder
+from difftune.reno.optimizer import ReNO
+from difftune.training import run_folder
+from difftune.training import state as training
 from rewards.compose import Recomputed, WeightedSum
 from rewards.simple import Brightness
-from solvers.attention import FLAG
-from solvers.budget import parameters_bytes, parse_size
-from solvers.memory import LiveBytes
-from solvers.truncated import STYLES
+from solvers.families.attention import FLAG
+from solvers.memory.budget import parameters_bytes, parse_size
+from solvers.memory.live import LiveBytes
+from solvers.rollout.truncated import STYLES
 from tests import pipelines
 
 TOY = AlignPropConfig(
@@ -93,7 +99,7 @@ def test_what_was_resolved_is_written_and_read_back(toy, tmp_path):
     config = replace(toy, gradient="checkpoint", memory_budget="1GiB", deterministic=True)
     said: list[str] = []
     alignprop.run(config, said.append, pipelines.sd(), Brightness())
-    text = (tmp_path / "out" / runs.CONFIG).read_text()
+    text = (tmp_path / "out" / run_folder.CONFIG).read_text()
     assert [line.removeprefix("# ") for line in text.splitlines() if line.startswith("#")] == said
     assert [line.partition(":")[0] for line in said] == ["gradient", "attention", "memory_budget", "deterministic"]
     settings = yaml.safe_load(text)
@@ -116,7 +122,7 @@ def test_deterministic_holds_during_the_run_alone(toy, tmp_path, on):
     reward = Watching([])
     list(train(replace(toy, deterministic=on), None, pipelines.sd(), reward))
     config = RenoConfig(prompt=PROMPTS[:1], iterations=1, deterministic=on, output_dir=str(tmp_path / "reno"))
-    reno.run(config, [].append, pipelines.sd(), reward)
+    optimizer.run(config, [].append, pipelines.sd(), reward)
     assert set(reward.seen) == {on} and len(reward.seen) == 2
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -146,7 +152,7 @@ def test_reno_within_a_budget_is_reno(tmp_path):
 def test_optimize_writes_what_was_resolved(tmp_path):
     said: list[str] = []
     config = RenoConfig(prompt=PROMPTS[:2], iterations=2, output_dir=str(tmp_path / "out"), memory_budget="1GiB")
-    summary = reno.run(config, said.append, pipelines.sd(), Brightness())
+    summary = optimizer.run(config, said.append, pipelines.sd(), Brightness())
     assert summary["engine"]["gradient"] == "full" and "full, 2 of 2 images" in summary["engine"]["memory_budget"]
     assert said == [f"{name}: {line}" for name, line in summary["engine"].items()]
 
@@ -260,7 +266,7 @@ def test_offloading_goes_around_the_rollouts_of_recipes_and_of_reno(toy, monkeyp
 
 def test_optimize_says_that_it_offloads(tmp_path):
     config = RenoConfig(prompt=PROMPTS[:1], iterations=1, output_dir=str(tmp_path / "out"), offload=True)
-    assert reno.run(config, [].append, pipelines.sd(), Brightness())["engine"]["offload"] == OFFLOADED
+    assert optimizer.run(config, [].append, pipelines.sd(), Brightness())["engine"]["offload"] == OFFLOADED
 
 
 @pytest.mark.parametrize("gradient", ["full", "revolve:2", "lean", "adjoint:exact_endpoint"])
@@ -269,7 +275,7 @@ def test_what_cannot_be_offloaded_is_refused_at_once(toy, gradient):
     with pytest.raises(UserError, match=what):
         next(train(replace(toy, gradient=gradient, offload=True)))
     with pytest.raises(UserError, match=what):
-        optimize.check(RenoConfig(prompt=PROMPTS[:1], gradient=gradient, offload=True))
+        reno_folder.check(RenoConfig(prompt=PROMPTS[:1], gradient=gradient, offload=True))
     with pytest.raises(UserError, match=what):
         ReNO(pipelines.sd(), SUM, gradient=gradient, offload=True, num_inference_steps=2)
 
@@ -302,7 +308,7 @@ def test_a_mode_with_its_own_solver_takes_no_other_sampler():
 )
 def test_flags_are_checked_before_anything_is_loaded(monkeypatch, tmp_path, command, flags, what):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for recipe in (reward_gradient, optimize):
+    for recipe in (reward_gradient, reno_folder):
         monkeypatch.setattr(recipe, "load_model", lambda *_, **options: pytest.fail("loaded"))
     done = CliRunner().invoke(cli, [*command, *flags, "--output_dir", str(tmp_path / "out")])
     assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1
@@ -334,7 +340,7 @@ def test_xformers_runs_where_the_probe_says_so(monkeypatch, toy, tmp_path):
     settings = RenoConfig(
         prompt=["x"], iterations=1, output_dir=str(tmp_path / "r"), enable_xformers_memory_efficient_attention=True
     )
-    summary = reno.run(settings, [].append, pipelines.sd(), Brightness())
+    summary = optimizer.run(settings, [].append, pipelines.sd(), Brightness())
     assert summary["engine"]["attention"] == "sdpa (slower)"
 
 
@@ -347,17 +353,19 @@ def test_a_recomputed_reward_is_the_reward():
 
 
 def test_the_doctor_says_what_is_in_the_way_of_xformers_or_what_the_probe_found(monkeypatch):
-    monkeypatch.setattr(doctor, "obstacle", lambda: "xformers is not installed")
-    assert doctor.attention()["xformers"] == "xformers is not installed"
-    monkeypatch.setattr(doctor, "obstacle", lambda: None)
-    monkeypatch.setattr(doctor, "choose", lambda device, dtype: engine.Verdict("sdpa", "forward and backward: 1 ms"))
-    assert doctor.attention()["xformers"] == "not used: forward and backward: 1 ms"
+    monkeypatch.setattr(environment, "obstacle", lambda: "xformers is not installed")
+    assert environment.attention()["xformers"] == "xformers is not installed"
+    monkeypatch.setattr(environment, "obstacle", lambda: None)
+    monkeypatch.setattr(
+        environment, "choose", lambda device, dtype: engine.Verdict("sdpa", "forward and backward: 1 ms")
+    )
+    assert environment.attention()["xformers"] == "not used: forward and backward: 1 ms"
 
 
 def test_a_checkpoint_older_than_a_setting_has_its_default(toy):
     *_, (_, state) = train(toy, None, pipelines.sd(), Brightness())
     for name in ("memory_budget", "offload", "deterministic", "enable_xformers_memory_efficient_attention"):
         del state.info["config"][name]
-    runs.same_run(replace(toy, max_train_steps=2), state)
+    run_folder.same_run(replace(toy, max_train_steps=2), state)
     with pytest.raises(UserError, match="deterministic=False, not True"):
-        runs.same_run(replace(toy, deterministic=True), state)
+        run_folder.same_run(replace(toy, deterministic=True), state)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from difftune import evaluate
 from difftune.errors import UserError
-from difftune.evaluate import Result, differences, estimate, scores, wilson
-from rewards import shapes
-from rewards.render import render
+from difftune.evaluation import shapeeval
+from difftune.evaluation.shapeeval import Result, differences, estimate, scores, wilson
+from rewards.world import shapes
+from rewards.world.render import render
 
 
 def results(rows, category="colors"):
@@ -34,7 +34,7 @@ def test_wilson(successes, trials, low, high):
 def test_wilson_solves_its_equation(successes, trials):
     p = successes / trials
     for bound in wilson(successes, trials):
-        assert (bound - p) ** 2 == pytest.approx(evaluate.Z95**2 * bound * (1 - bound) / trials, rel=1e-9)
+        assert (bound - p) ** 2 == pytest.approx(shapeeval.Z95**2 * bound * (1 - bound) / trials, rel=1e-9)
 
 
 def test_unanimous_scores_have_wilsons_interval():
@@ -46,7 +46,7 @@ def test_unanimous_scores_have_wilsons_interval():
 def test_bootstrap_has_the_unbiased_standard_error():
     values = np.random.default_rng(0).uniform(size=200)
     e = estimate(values)
-    expected = evaluate.Z95 * values.std(ddof=1) / np.sqrt(len(values))
+    expected = shapeeval.Z95 * values.std(ddof=1) / np.sqrt(len(values))
     assert e.score == pytest.approx(values.mean())
     assert (e.high - e.low) / 2 == pytest.approx(expected, rel=0.05)
 
@@ -96,28 +96,28 @@ def test_nothing_in_common_is_an_error():
 
 
 def test_seeds_depend_on_the_prompt_alone():
-    all_of_them = dict(zip(*evaluate.plan(shapes.shapeeval(), 1, seed=0), strict=True))
-    few = dict(zip(*evaluate.plan(evaluate.entries_of(2), 1, seed=0), strict=True))
+    all_of_them = dict(zip(*shapeeval.plan(shapes.shapeeval(), 1, seed=0), strict=True))
+    few = dict(zip(*shapeeval.plan(shapeeval.entries_of(2), 1, seed=0), strict=True))
     assert few.items() <= all_of_them.items() and len(few) == 12
     assert len(set(all_of_them.values())) == len(all_of_them)
-    first, second = evaluate.plan(evaluate.entries_of(1), 2, 0)[1][:2]
-    assert first == evaluate.plan(evaluate.entries_of(1), 1, 0)[1][0] and first != second
-    assert evaluate.plan(evaluate.entries_of(1), 1, 1)[1][0] != first
+    first, second = shapeeval.plan(shapeeval.entries_of(1), 2, 0)[1][:2]
+    assert first == shapeeval.plan(shapeeval.entries_of(1), 1, 0)[1][0] and first != second
+    assert shapeeval.plan(shapeeval.entries_of(1), 1, 1)[1][0] != first
 
 
 def test_the_oracle_judges():
     caption = shapes.parse("a red circle")
     picture = render(shapes.draw_scene(np.random.default_rng(0), caption))
     images = torch.from_numpy(np.stack([picture, picture])).permute(0, 3, 1, 2)
-    judged = evaluate.judged(images, ["a red circle", "a blue circle"], [3, 4])
+    judged = shapeeval.judged(images, ["a red circle", "a blue circle"], [3, 4])
     assert judged == [Result("a red circle", "colors", 3, True), Result("a blue circle", "colors", 4, False)]
 
 
 def test_results_survive_a_file(tmp_path):
     rows = results({"a": [1, 0], "b": [0, 0]})
-    (tmp_path / "eval.json").write_text(json.dumps(evaluate.summary(rows)))
-    assert evaluate.load_results(tmp_path / "eval.json") == rows
+    (tmp_path / "eval.json").write_text(json.dumps(shapeeval.summary(rows)))
+    assert shapeeval.load_results(tmp_path / "eval.json") == rows
     (tmp_path / "other.json").write_text('{"images": 3}')
     for name in ("other.json", "absent.json"):
         with pytest.raises(UserError, match=name):
-            evaluate.load_results(tmp_path / name)
+            shapeeval.load_results(tmp_path / name)

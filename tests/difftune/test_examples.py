@@ -6,8 +6,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from difftune.cli import RECIPES, _configured, cli, train
 from difftune.cli.options import EXAMPLES
+from difftune.cli.program import RECIPES, _configured, cli, train
 
 FILES = sorted(EXAMPLES.glob("*.yaml"))
 

@@ -17,10 +17,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from difftune.cli import cli
+from difftune.cli.program import cli
 from difftune.errors import RunError, UserError
-from difftune.label import LabelFile, Session, live, open_server, pictures, tasks
-from difftune.labels import read_labels
+from difftune.labelling.choices import read_labels
+from difftune.labelling.server import LabelFile, Session, live, open_server, pictures, tasks
 from tests.conftest import BROWSERS
 
 RED, BLUE = "a red circle", "a blue square"

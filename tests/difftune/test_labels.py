@@ -5,7 +5,7 @@ import json
 import pytest
 
 from difftune.errors import UserError
-from difftune.labels import decided, read_labels
+from difftune.labelling.choices import decided, read_labels
 
 
 def line(choice: str = "a", **more) -> dict:

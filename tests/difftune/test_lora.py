@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from difftune import lora
 from difftune.errors import UserError
+from difftune.pipelines import lora
 from solvers.latent import LatentModel
 from tests import dits, pipelines
 

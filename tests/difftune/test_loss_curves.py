@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from difftune.alignprop import train
-from difftune.configs import AlignPropConfig
+from difftune.configs.recipes import AlignPropConfig
 from difftune.models import load
+from difftune.recipes.alignprop import train
 from rewards.simple import Brightness
 from tests import pipelines
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from difftune.errors import UserError
-from difftune.pictures import captioned, pictures, read, stack
+from difftune.files.pictures import captioned, pictures, read, stack
 
 
 def draw(path, width: int = 8, height: int = 8, color=(255, 0, 0)) -> None:

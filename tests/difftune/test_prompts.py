@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from difftune.errors import UserError
-from difftune.prompts import listed, prompts_named
-from rewards.shapes import CATEGORIES, category, content, held_out, parse
+from difftune.files.prompts import listed, prompts_named
+from rewards.world.shapes import CATEGORIES, category, content, held_out, parse
 
 
 def test_shapes_are_parsed_of_every_category_and_not_held_out():

@@ -10,23 +10,26 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler
 from PIL import Image
 
-from difftune import checkpoint, lora, pso, runs
-from difftune.chain import Chain
-from difftune.checkpoint import State
-from difftune.configs import PSOConfig
-from difftune.denoising import draw
-from difftune.dpo import dpo_loss, dpo_margin
+from difftune.configs.recipes import PSOConfig
 from difftune.errors import UserError
-from difftune.pso import TRANSITIONS, consistency, ordered, pso_loss, train
-from difftune.rounds import Rolled
-from difftune.training import Called, mixed
-from difftune.trajectories import Policy
-from difftune.winrate import win_rate
+from difftune.evaluation.win_rate import win_rate
+from difftune.files import checkpoint
+from difftune.files.checkpoint import State
+from difftune.pipelines import lora
+from difftune.recipes import pso
+from difftune.recipes.dpo import dpo_loss, dpo_margin
+from difftune.recipes.pso import TRANSITIONS, consistency, ordered, pso_loss, train
+from difftune.rollouts.denoising import draw
+from difftune.rollouts.image_sampler import Chain
+from difftune.rollouts.policy import Policy
+from difftune.rollouts.rounds import Rolled
+from difftune.training import run_folder
+from difftune.training.state import Called, mixed
 from rewards.simple import Brightness
 from solvers.denoiser import predicted
 from solvers.latent import LatentModel
 from solvers.noise import noise
-from solvers.step import transition
+from solvers.samplers.step import transition
 from tests import pipelines
 
 BRIGHT = Brightness()
@@ -353,7 +356,7 @@ def test_run_writes_an_adapter_that_loads(toy, folder, tmp_path):
     assert pso.run(config, said.append, turbo())["optimizer_steps"] == 2
     assert "transition: lcm" in said
     turbo().load_lora_weights(tmp_path / "out")
-    assert f"trained on the pictures of {folder}" in (tmp_path / "out" / runs.CARD).read_text()
+    assert f"trained on the pictures of {folder}" in (tmp_path / "out" / run_folder.CARD).read_text()
 
 
 @pytest.mark.parametrize(

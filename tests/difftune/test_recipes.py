@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from difftune import checkpoint, lora
-from difftune.checkpoint import State
-from difftune.cli import RECIPES
+from difftune.cli.program import RECIPES
 from difftune.errors import RunError
+from difftune.files import checkpoint
+from difftune.files.checkpoint import State
+from difftune.pipelines import lora
 from rewards.simple import Brightness
 from tests import pipelines
 from tests.difftune.toys import Bright, module_of, toy

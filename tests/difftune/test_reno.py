@@ -6,21 +6,23 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from difftune import checkpoint, models, optimize
+from difftune import models
 from difftune.errors import RunError, UserError
-from difftune.noise_named import OPTIMIZERS
-from difftune.objective import Objective
-from difftune.reno import ReNO, fresh
-from difftune.reno_settings import PAPER, setting_of
+from difftune.files import checkpoint
+from difftune.reno import run_folder
+from difftune.reno.named import OPTIMIZERS
+from difftune.reno.objective import Objective
+from difftune.reno.optimizer import ReNO, fresh
+from difftune.reno.paper import PAPER, setting_of
 from guidance.guided import guided
 from guidance.invert import edit
-from guidance.methods import CFG, CFGpp, Plain
+from guidance.methods.catalogue import CFG, CFGpp, Plain
 from rewards.registry import load as load_reward
-from solvers.budget import parse_size
 from solvers.denoiser import Path
 from solvers.latent import LatentModel
-from solvers.memory import LiveBytes
-from solvers.samplers import euler, sample
+from solvers.memory.budget import parse_size
+from solvers.memory.live import LiveBytes
+from solvers.samplers.catalogue import euler, sample
 from tests import pipelines
 
 PROMPTS = ["red circle", "blue square"]
@@ -372,11 +374,11 @@ def test_bfloat16_reaches_the_reward_of_float32_on_tiny_turbo():
 
 def test_a_step_that_multiplies_the_rounding_is_said():
     """x0 = (x - sigma eps) / alpha at alpha = 0.068: an eps network's rounding times 15, and no other's."""
-    caution = optimize.precision(quiet(one_step("epsilon", torch.bfloat16)))["precision"]
+    caution = run_folder.precision(quiet(one_step("epsilon", torch.bfloat16)))["precision"]
     assert "bfloat16 rounds eps by 0.008, which the first step multiplies by 15" in caution
     for prediction_type, dtype in (("epsilon", torch.float32), ("v_prediction", torch.bfloat16)):
-        assert optimize.precision(quiet(one_step(prediction_type, dtype))) == {}
-    assert optimize.precision(quiet(one_step("epsilon", torch.bfloat16), num_inference_steps=8)) == {}
+        assert run_folder.precision(quiet(one_step(prediction_type, dtype))) == {}
+    assert run_folder.precision(quiet(one_step("epsilon", torch.bfloat16), num_inference_steps=8)) == {}
 
 
 # ------------------------------------------------------------------------------------------------ who leaves

@@ -9,13 +9,13 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from difftune import optimize, reno
-from difftune.cli import cli
-from difftune.configs import RenoConfig
+from difftune.cli.program import cli
+from difftune.configs.recipes import RenoConfig
 from difftune.errors import UserError
-from difftune.outputs import png
-from difftune.reno_settings import Setting
-from difftune.score import opened
+from difftune.evaluation.score import opened
+from difftune.files.output import png
+from difftune.reno import optimizer, run_folder
+from difftune.reno.paper import Setting
 from tests import pipelines
 
 PROMPTS = ["red circle", "blue square"]
@@ -40,7 +40,7 @@ def settings(out, **more) -> RenoConfig:
 def test_run_writes_pictures_paths_curves_and_the_noise(pipe, tmp_path):
     out, said = tmp_path / "out", []
     config = settings(out, prompt=[*PROMPTS, "red square"], iterations=3, batch_size=2, held_out="contrast")
-    summary = reno.run(config, said.append, pipe)
+    summary = optimizer.run(config, said.append, pipe)
     each = [f"{i:03d}-{when}" for i in range(3) for when in ("after.png", "before.png", "path.gif")]
     assert sorted(p.name for p in out.iterdir()) == sorted(
         [*each, "curves.png", "grid.png", "noise.safetensors", "optimize.json"]
@@ -60,12 +60,14 @@ def test_run_writes_pictures_paths_curves_and_the_noise(pipe, tmp_path):
     with Image.open(out / "curves.png") as curves:
         assert curves.height > curves.width  # four panels
     noise = load_file(out / "noise.safetensors")["noise"]
-    alone = reno.run(replace(config, prompt=["red square"], seed=2, output_dir=str(tmp_path / "b")), said.append, pipe)
+    alone = optimizer.run(
+        replace(config, prompt=["red square"], seed=2, output_dir=str(tmp_path / "b")), said.append, pipe
+    )
     assert abs(alone["reward_after"] - summary["prompts"][2]["reward_after"]) < 1e-5
     assert torch.allclose(noise[2:], load_file(tmp_path / "b" / "noise.safetensors")["noise"], atol=1e-5)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     with pytest.raises(UserError, match="holds another run"):
-        reno.run(config, said.append, pipe)
+        optimizer.run(config, said.append, pipe)
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
 
 
@@ -79,7 +81,7 @@ def test_seeds_per_prompt_and_a_webp(pipe, tmp_path):
         optimizer="adam",
         learning_rate=0.5,
     )
-    summary = reno.run(config, [].append, pipe)
+    summary = optimizer.run(config, [].append, pipe)
     assert [(s["prompt"], s["seed"]) for s in summary["prompts"]] == [
         (PROMPTS[0], 0), (PROMPTS[0], 1), (PROMPTS[1], 2), (PROMPTS[1], 3)]  # fmt: skip
     with Image.open(tmp_path / "out" / "003-path.webp") as path:
@@ -99,8 +101,8 @@ class Watched:
 def test_a_held_out_reward_that_falls_is_said_with_its_iteration(pipe, tmp_path, monkeypatch):
     """In optimize.json, of each sample and of the mean, and in the last line; silent where it does not fall."""
     config, said = settings(tmp_path / "a", reward=["brightness"], iterations=12, held_out="contrast"), []
-    monkeypatch.setattr(optimize, "summed", lambda rewards: Watched())
-    summary = reno.run(config, said.append, pipe)
+    monkeypatch.setattr(run_folder, "summed", lambda rewards: Watched())
+    summary = optimizer.run(config, said.append, pipe)
     parting = summary["parting"]
     assert parting["best"] == 2 and parting["rise"] > 0 and parting["drop"] == pytest.approx(parting["rise"], rel=1e-3)
     assert said[-1].startswith("contrast fell while the reward rose: over-optimised since evaluation 2")
@@ -109,7 +111,7 @@ def test_a_held_out_reward_that_falls_is_said_with_its_iteration(pipe, tmp_path,
     assert summary["held_out_before"] == pytest.approx((curves[0][0] + curves[1][0]) / 2)
     assert summary["held_out_after"] < summary["held_out_before"]
     said.clear()
-    down = reno.run(replace(config, reward=["brightness=-1"], output_dir=str(tmp_path / "b")), said.append, pipe)
+    down = optimizer.run(replace(config, reward=["brightness=-1"], output_dir=str(tmp_path / "b")), said.append, pipe)
     assert down["parting"] is None and not [line for line in said if "fell" in line]
 
 
@@ -117,7 +119,7 @@ def test_half_precision_is_of_the_networks_alone(model, tmp_path):
     found = {}
     for kind in ("no", "bf16"):
         config = settings(tmp_path / kind, model=str(model), mixed_precision=kind, iterations=3, num_inference_steps=4)
-        found[kind] = reno.run(config, [].append), load_file(tmp_path / kind / "noise.safetensors")
+        found[kind] = optimizer.run(config, [].append), load_file(tmp_path / kind / "noise.safetensors")
     (exact, noise), (half, same) = found["no"], found["bf16"]
     assert torch.equal(same["noise_before"].bfloat16(), noise["noise_before"].bfloat16())
     assert same["noise"].dtype == torch.float32 and not torch.equal(same["noise"], noise["noise"])
@@ -129,35 +131,35 @@ def test_many_frames_are_thinned_to_both_ends():
     frames = torch.arange(120, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
     import io
 
-    with Image.open(io.BytesIO(optimize.animation(frames, "webp"))) as path:
-        assert path.n_frames == optimize.FRAMES
-    assert optimize.weighted_mean([([1.0, 2.0], 1), ([4.0], 3)]) == [3.25, 3.5]
+    with Image.open(io.BytesIO(run_folder.animation(frames, "webp"))) as path:
+        assert path.n_frames == run_folder.FRAMES
+    assert run_folder.weighted_mean([([1.0, 2.0], 1), ([4.0], 3)]) == [3.25, 3.5]
 
 
 def test_an_interrupted_run_goes_on_to_the_same_files(pipe, tmp_path, monkeypatch):
     """It breaks in the second of two batches; what is written after resuming is what an unbroken run writes."""
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     config = settings(broken, iterations=4, batch_size=1, checkpointing_steps=2, held_out="contrast")
-    reno.run(replace(config, output_dir=str(whole)), [].append, pipe)
-    save, count = optimize.checkpoint.save, []
+    optimizer.run(replace(config, output_dir=str(whole)), [].append, pipe)
+    save, count = run_folder.checkpoint.save, []
 
     def breaking(*args, **kwargs):
         count.append(save(*args, **kwargs))
         if len(count) == 4:  # after two iterations of the second batch
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(optimize.checkpoint, "save", breaking)
+    monkeypatch.setattr(run_folder.checkpoint, "save", breaking)
     with pytest.raises(KeyboardInterrupt):
-        reno.run(config, [].append, pipe)
-    monkeypatch.setattr(optimize.checkpoint, "save", save)
+        optimizer.run(config, [].append, pipe)
+    monkeypatch.setattr(run_folder.checkpoint, "save", save)
     assert [p.name for p in broken.iterdir()] == ["checkpoints"]
     with pytest.raises(UserError, match="unfinished run: go on with --resume_from_checkpoint latest"):
-        reno.run(config, [].append, pipe)
+        optimizer.run(config, [].append, pipe)
     going_on = replace(config, resume_from_checkpoint="latest")
     with pytest.raises(UserError, match="made with seed=0, not 1"):
-        reno.run(replace(going_on, seed=1), [].append, pipe)
+        optimizer.run(replace(going_on, seed=1), [].append, pipe)
     said = []
-    reno.run(going_on, said.append, pipe)
+    optimizer.run(going_on, said.append, pipe)
     assert "batch 0: resuming from iteration 4" in said and "batch 1: resuming from iteration 2" in said
     names = sorted(p.name for p in whole.iterdir())
     assert sorted(p.name for p in broken.iterdir()) == names
@@ -173,7 +175,7 @@ def test_sigterm_saves_the_iteration_that_is_under_way(pipe, tmp_path, monkeypat
     import signal
 
     config = settings(tmp_path / "out", iterations=6, checkpointing_steps=100)
-    evaluate = reno.ReNO._live
+    evaluate = optimizer.ReNO._live
 
     def live(self, *args):
         found = evaluate(self, *args)
@@ -181,9 +183,9 @@ def test_sigterm_saves_the_iteration_that_is_under_way(pipe, tmp_path, monkeypat
             os.kill(os.getpid(), signal.SIGTERM)
         return found
 
-    monkeypatch.setattr(reno.ReNO, "_live", live)
+    monkeypatch.setattr(optimizer.ReNO, "_live", live)
     with pytest.raises(SystemExit) as stopped:
-        reno.run(config, [].append, pipe)
+        optimizer.run(config, [].append, pipe)
     assert stopped.value.code == 143
     assert [p.name for p in (tmp_path / "out" / "checkpoints" / "000").iterdir()] == ["checkpoint-2"]
 
@@ -233,11 +235,11 @@ def test_a_noise_that_does_not_fit_is_named(model, tmp_path):
 
 
 def test_a_picture_has_the_size_of_the_papers_setting(pipe, tmp_path, monkeypatch):
-    monkeypatch.setitem(optimize.PAPER, "larger", Setting((), 24, 5.0))
+    monkeypatch.setitem(run_folder.PAPER, "larger", Setting((), 24, 5.0))
     (tmp_path / "picture.png").write_bytes(png(torch.rand(24, 24, 3).numpy()))
     config = settings(tmp_path / "out", start=str(tmp_path / "picture.png"), setting="larger", inversion_steps=2,
                       iterations=1)  # fmt: skip
-    reno.run(config, [].append, pipe)
+    optimizer.run(config, [].append, pipe)
     assert load_file(tmp_path / "out" / "noise.safetensors")["noise_before"].shape == (2, 4, 12, 12)
 
 
@@ -246,19 +248,21 @@ def test_a_run_begins_with_a_picture_or_with_a_noise(pipe, tmp_path):
     (tmp_path / "small.png").write_bytes(png(torch.rand(8, 8, 3).numpy()))
     config = settings(tmp_path / "a", start=str(tmp_path / "picture.png"), inversion_steps=3, iterations=2,
                       max_distance=0.1, variables="both", num_inference_steps=2)  # fmt: skip
-    reno.run(config, [].append, pipe)
+    optimizer.run(config, [].append, pipe)
     first = load_file(tmp_path / "a" / "noise.safetensors")
-    expected = optimize.configured(config, pipe, None).inverted(opened(tmp_path / "picture.png")[None], PROMPTS[0], 3)
+    expected = run_folder.configured(config, pipe, None).inverted(opened(tmp_path / "picture.png")[None], PROMPTS[0], 3)
     assert torch.allclose(first["noise_before"][0], expected[0], atol=1e-5)
     assert first["embedding"].shape == (2, 16, 16)
     plain = settings(tmp_path / "b", iterations=2)
-    reno.run(plain, [].append, pipe)
+    optimizer.run(plain, [].append, pipe)
     onwards = replace(plain, start=str(tmp_path / "b" / "noise.safetensors"), output_dir=str(tmp_path / "c"))
-    reno.run(onwards, [].append, pipe)
+    optimizer.run(onwards, [].append, pipe)
     made = [load_file(tmp_path / name / "noise.safetensors") for name in "bc"]
     assert torch.equal(made[1]["noise_before"], made[0]["noise"])
     with pytest.raises(UserError, match="is 8 x 8 pixels, and the model makes 16 x 16"):
-        reno.run(replace(plain, start=str(tmp_path / "small.png"), output_dir=str(tmp_path / "d")), [].append, pipe)
+        optimizer.run(
+            replace(plain, start=str(tmp_path / "small.png"), output_dir=str(tmp_path / "d")), [].append, pipe
+        )
 
 
 @pytest.mark.parametrize(
@@ -284,6 +288,6 @@ def test_a_run_begins_with_a_picture_or_with_a_noise(pipe, tmp_path):
 def test_bad_settings_are_one_sentence_and_nothing_is_written(pipe, tmp_path, more, what):
     config = settings(tmp_path / "out", **{"reward": ["brightness"], **more})
     with pytest.raises(UserError, match=what) as error:
-        reno.run(config, pipe=None if "model" in more else pipe)
+        optimizer.run(config, pipe=None if "model" in more else pipe)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

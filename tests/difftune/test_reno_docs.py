@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from difftune.noise_named import OPTIMIZERS
-from difftune.regularize import REGULARIZERS
-from difftune.reno import ReNO
-from difftune.reno_settings import PAPER, setting_of
+from difftune.reno.named import OPTIMIZERS
+from difftune.reno.optimizer import ReNO
+from difftune.reno.paper import PAPER, setting_of
+from difftune.reno.regularizers import REGULARIZERS
 from tests import pipelines
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reno.md").read_text()

@@ -12,8 +12,8 @@ from diffusers import (
     PixArtAlphaPipeline,
 )
 
-from difftune.generate import for_pipeline
-from difftune.reno import ReNO
+from difftune.pipelines.generate import for_pipeline
+from difftune.reno.optimizer import ReNO
 from tests import dits, pipelines
 
 PROMPTS = ["red circle", "blue square"]

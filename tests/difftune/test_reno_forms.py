@@ -7,11 +7,12 @@ import pytest
 import torch
 from scipy import stats
 
-from difftune import zero_order
 from difftune.errors import UserError
-from difftune.noise_named import optimizer_named, sized
-from difftune.noise_optimizers import FIRST_ORDER, LBFGS, SGD, Adam, _two_loops, clipped
-from difftune.regularize import (
+from difftune.reno import zero_order
+from difftune.reno.first_order import FIRST_ORDER, LBFGS, SGD, Adam, _two_loops, clipped
+from difftune.reno.named import optimizer_named, sized
+from difftune.reno.paper import PAPER, learning_rate, levels_at
+from difftune.reno.regularizers import (
     CAP,
     REGULARIZERS,
     chi,
@@ -21,8 +22,7 @@ from difftune.regularize import (
     mean_bound,
     spectral,
 )
-from difftune.reno_settings import PAPER, learning_rate, levels_at
-from difftune.zero_order import SPSA, ZERO_ORDER, Neighbours, neighbours, ranked, started
+from difftune.reno.zero_order import SPSA, ZERO_ORDER, Neighbours, neighbours, ranked, started
 from tests import pipelines
 
 SIZE = 16_384

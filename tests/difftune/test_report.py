@@ -7,10 +7,12 @@ import shlex
 
 import pytest
 
-from difftune import alignprop, demo, reno
-from difftune.cli import cli
-from difftune.configs import AlignPropConfig, RenoConfig
+from difftune.cli.program import cli
+from difftune.configs.recipes import AlignPropConfig, RenoConfig
+from difftune.demo import run
 from difftune.errors import UserError
+from difftune.recipes import alignprop
+from difftune.reno import optimizer
 from tests.pipelines import sd
 
 
@@ -24,8 +26,8 @@ def made(tmp_path_factory):
     model, folder = (tmp_path_factory.mktemp(name) for name in ("model", "demo"))
     sd().save_pretrained(model)
     sizes = {"steps": 2, "prompts_per_category": 1, "train_steps": 2, "train_batch": 1}
-    budget = demo.Budget(str(model), str(model), "brightness", reno_prompts_per_category=1, reno_iterations=2, **sizes)
-    metrics = demo.run(folder / "demo", budget=budget)
+    budget = run.Budget(str(model), str(model), "brightness", reno_prompts_per_category=1, reno_iterations=2, **sizes)
+    metrics = run.run(folder / "demo", budget=budget)
     return folder / "demo", metrics, budget
 
 
@@ -54,14 +56,14 @@ def test_the_quoted_commands_give_the_same_settings(made, monkeypatch):
 
     budget = made[2]
     seen = []
-    for module in (alignprop, reno):
+    for module in (alignprop, optimizer):
         monkeypatch.setattr(module, "run", lambda config: seen.append(config) or {})
     configs = [
         AlignPropConfig(model=budget.model, reward=["brightness"], guidance_scale=5.0, output_dir="a b", rank=2),
         RenoConfig(prompt=["a red circle", "it's"], model=budget.model, reward=["brightness"], iterations=3),
     ]
     for name, config in zip(("train alignprop", "optimize"), configs, strict=True):
-        _, *arguments = shlex.split(demo.command(name, config))
+        _, *arguments = shlex.split(run.command(name, config))
         result = CliRunner().invoke(cli, arguments)
         assert result.exit_code == 0, result.stderr
     assert seen == configs
@@ -72,14 +74,14 @@ def test_a_demo_replaces_only_a_demo(tmp_path, made):
     folder.mkdir()
     (folder / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="holds another run"):
-        demo.run(folder)
+        run.run(folder)
     assert (folder / "thesis.txt").read_text() == "precious"
 
     earlier = made[0]
-    with pytest.raises(ZeroDivisionError), demo._replaced(earlier) as fresh:
+    with pytest.raises(ZeroDivisionError), run._replaced(earlier) as fresh:
         assert not (fresh / "report.html").exists()
         raise ZeroDivisionError
     assert (earlier / "report.html").exists()
-    with demo._replaced(earlier) as fresh:
+    with run._replaced(earlier) as fresh:
         (fresh / "report.html").write_text("new")
-    assert [p.name for p in sorted(earlier.iterdir())] == [demo.MARK, "report.html"]
+    assert [p.name for p in sorted(earlier.iterdir())] == [run.MARK, "report.html"]

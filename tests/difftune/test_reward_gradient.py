@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from difftune import alignprop, draft, drtune, lora, refl, reward_gradient
-from difftune.alignprop import kept_mask, modes
-from difftune.chain import Chain
-from difftune.configs import AlignPropConfig, DraftConfig, DrtuneConfig, ReflConfig
+from difftune.configs.recipes import AlignPropConfig, DraftConfig, DrtuneConfig, ReflConfig
 from difftune.errors import UserError
-from difftune.reward_gradient import Ascent, between, carrying, divergence_of
-from difftune.training import Called, Reference, begin
+from difftune.pipelines import lora
+from difftune.recipes import alignprop, draft, drtune, refl, reward_gradient
+from difftune.recipes.alignprop import kept_mask, modes
+from difftune.recipes.reward_gradient import Ascent, between, carrying, divergence_of
+from difftune.rollouts.image_sampler import Chain
+from difftune.training.state import Called, Reference, begin
 from rewards.simple import Brightness, Contrast
-from solvers.budget import Plan
+from solvers.memory.budget import Plan
 from solvers.noise import Noise
-from solvers.samplers import SAMPLERS
+from solvers.samplers.catalogue import SAMPLERS
 from tests import pipelines
 from tests.difftune.toys import toy
 

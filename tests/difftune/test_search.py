@@ -20,22 +20,23 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from difftune import SEARCHES, search, searching
-from difftune.cli import cli
-from difftune.cli import search as command
-from difftune.configs import SearchConfig
+from difftune import SEARCHES, search
+from difftune.cli.program import cli
+from difftune.configs.recipes import SearchConfig
 from difftune.errors import RunError, UserError
-from difftune.experts import Expert
-from difftune.searching import GRADIENTS, Adapter, Search, kept
+from difftune.search_runs import run_folder as command
+from difftune.search_runs import search as searching
+from difftune.search_runs.experts import Expert
+from difftune.search_runs.search import GRADIENTS, Adapter, Search, kept
 from guidance.guided import guided
-from guidance.methods import CFG, AdaptiveGuidance, Between, CFGpp, Plain
-from guidance.problem import Problem
-from guidance.steering import FK
+from guidance.methods.catalogue import CFG, AdaptiveGuidance, Between, CFGpp, Plain
+from guidance.search.fk import FK
+from guidance.search.problem import Problem
 from solvers.denoiser import Path, Prediction
 from solvers.latent import LatentModel
-from solvers.memory import LiveBytes
+from solvers.memory.live import LiveBytes
 from solvers.noise import flow, grid
-from solvers.samplers import ancestral, euler, sample
+from solvers.samplers.catalogue import ancestral, euler, sample
 from tests import dits, pipelines
 
 PROMPTS = ["red circle", "blue square"]

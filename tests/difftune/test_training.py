@@ -12,15 +12,20 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
-from difftune import alignprop, checkpoint, finetune, lora, models, runs, training
-from difftune.chain import Chain
-from difftune.configs import AlignPropConfig
+from difftune import models
+from difftune.configs.recipes import AlignPropConfig
 from difftune.errors import UserError
-from difftune.generate import generate
-from difftune.named import guidance_named
-from difftune.optimizers import OPTIMIZERS
-from difftune.reward_statistics import PerPrompt
-from difftune.training import Average, Called, mixed
+from difftune.files import checkpoint
+from difftune.lookup import guidance_named
+from difftune.pipelines import full_weights, lora
+from difftune.pipelines.generate import generate
+from difftune.recipes import alignprop
+from difftune.rollouts.image_sampler import Chain
+from difftune.training import run_folder
+from difftune.training import state as training
+from difftune.training.optimizers import OPTIMIZERS
+from difftune.training.reward_statistics import PerPrompt
+from difftune.training.state import Average, Called, mixed
 from rewards.simple import Brightness
 from tests import dits, pipelines
 from tests.difftune.toys import module_of, toy
@@ -214,7 +219,7 @@ def test_full_fine_tuning_trains_saves_and_loads_the_network(tmp_path):
         assert torch.equal(value, state.tensors[f"ema.{key}"])
     assert any(not torch.equal(v, state.tensors[f"weights.{k}"]) for k, v in saved.items())
     fresh = pipelines.sd()
-    finetune.load(fresh, tmp_path / "out")
+    full_weights.load(fresh, tmp_path / "out")
     assert all(torch.equal(v, saved[k]) for k, v in fresh.unet.state_dict().items())
     assert (tmp_path / "out" / "checkpoint-3" / "unet" / "config.json").exists()
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".unet")]
@@ -226,7 +231,7 @@ def test_a_state_of_another_kind_is_refused(tmp_path):
     other = toy("alignprop", tmp_path, full_finetuning=True)
     with pytest.raises(UserError, match="full_finetuning=False, not True"):
         next(alignprop.train(other, state, pipelines.sd(), Brightness()))
-    assert runs.process().num_processes == 1
+    assert run_folder.process().num_processes == 1
 
 
 DIVIDED = """

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from difftune.trajectories import KERNELS, Policy, flow_transition, kernel_of, kl, log_prob, log_ratio
-from guidance.apg import APG
-from guidance.cfg import CFG
-from guidance.cfgpp import CFGpp
+from difftune.rollouts.policy import KERNELS, Policy, flow_transition, kernel_of, kl, log_prob, log_ratio
 from guidance.guided import guided
+from guidance.methods.apg import APG
+from guidance.methods.cfg import CFG
+from guidance.methods.cfgpp import CFGpp
 from solvers.denoiser import Prediction, predicted
 from solvers.exact import Gaussian, bind
 from solvers.latent import LatentModel
 from solvers.noise import cosine, flow, grid, noise, vp
-from solvers.samplers import ancestral, sample
-from solvers.step import transition
+from solvers.samplers.catalogue import ancestral, sample
+from solvers.samplers.step import transition
 from tests import dits, pipelines
 
 
@@ -111,10 +111,10 @@ class Same(list):
 
 @pytest.fixture(autouse=True)
 def noise_drawn_before(monkeypatch):
-    from solvers import samplers
+    from solvers.samplers import catalogue
 
-    real = samplers.gaussian
-    monkeypatch.setattr(samplers, "gaussian", lambda x, g=None: g.pop(0) if isinstance(g, Same) else real(x, g))
+    real = catalogue.gaussian
+    monkeypatch.setattr(catalogue, "gaussian", lambda x, g=None: g.pop(0) if isinstance(g, Same) else real(x, g))
 
 
 @pytest.mark.parametrize("guidance", [CFG(3.0), APG(3.0, momentum=-0.5), CFGpp(0.6)])

@@ -10,8 +10,8 @@ import torch
 from matplotlib.collections import LineCollection, PathCollection
 from PIL import Image
 
-from difftune.treeplot import best_way, figure, layout, picture
-from guidance.problem import Graph
+from difftune.search_runs.lineage_plot import best_way, figure, layout, picture
+from guidance.search.problem import Graph
 
 #        0       1
 #      2   3     4      and another group: 6 above 7

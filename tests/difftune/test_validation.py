@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from difftune import alignprop, checkpoint, log, lora, validation
-from difftune.cli import RECIPES
-from difftune.configs import AlignPropConfig
+from difftune.cli.program import RECIPES
+from difftune.configs.recipes import AlignPropConfig
 from difftune.errors import UserError
+from difftune.files import checkpoint
+from difftune.pipelines import lora
+from difftune.recipes import alignprop
+from difftune.training import trackers, validation
 from rewards.simple import Brightness, Saturation
 from tests import pipelines
 from tests.difftune.toys import Bright, toy
@@ -24,7 +27,7 @@ def config(tmp_path) -> AlignPropConfig:
 
 
 def records(folder) -> list[dict]:
-    return list(log.records(Path(folder) / validation.RECORDS))
+    return list(trackers.records(Path(folder) / validation.RECORDS))
 
 
 def test_prompts_that_are_no_file_name_what_the_validation_knows(config):
@@ -33,7 +36,7 @@ def test_prompts_that_are_no_file_name_what_the_validation_knows(config):
 
 
 def test_shapeeval_prompts_come_category_after_category():
-    from rewards.shapes import CATEGORIES, category, parse
+    from rewards.world.shapes import CATEGORIES, category, parse
 
     prompts = validation.prompts(AlignPropConfig())
     kinds = [category(parse(prompt)) for prompt in prompts[:12]]
@@ -163,7 +166,7 @@ def test_trackers_are_shown_numbers_and_pictures(name, shape):
             self.images.append((values["validation"], step))
 
     tracker = Tracker()
-    log.show([tracker], "validation", {"step": 3, "reward_mean": 0.5}, torch.full((2, 3, 4, 5), 0.2))
+    trackers.show([tracker], "validation", {"step": 3, "reward_mean": 0.5}, torch.full((2, 3, 4, 5), 0.2))
     assert tracker.numbers == [({"validation/reward_mean": 0.5}, 3)]
     assert [(i.shape, i.dtype, i.max(), step) for i, step in tracker.images] == (
         [(shape, "uint8", 51, 3)] if shape else []

@@ -5,7 +5,7 @@ from math import comb
 import pytest
 from scipy.optimize import brentq
 
-from difftune.winrate import win_rate
+from difftune.evaluation.win_rate import win_rate
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from guidance.guided import guided
-from guidance.methods import Plain
-from guidance.problem import Problem, RowCounter
+from guidance.methods.catalogue import Plain
+from guidance.search.problem import Problem, RowCounter
 from solvers.denoiser import Path, Prediction
 from solvers.exact import Gaussian
 from solvers.noise import Noise, noise

@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from guidance.adaptive import LinearFit, Recorded, cosine, fit_linear_ag
-from guidance.attach import attach
+from guidance.attach.handle import attach
 from guidance.contract import Branch, Guided
 from guidance.guided import guided
-from guidance.methods import CFG, AdaptiveGuidance, LinearAG, Plain
+from guidance.methods.adaptive import LinearFit, Recorded, cosine, fit_linear_ag
+from guidance.methods.catalogue import CFG, AdaptiveGuidance, LinearAG, Plain
 from solvers.denoiser import Path
 from solvers.noise import cosine as cosine_schedule
 from solvers.noise import grid, vp
-from solvers.samplers import euler, heun, sample
+from solvers.samplers.catalogue import euler, heun, sample
 from tests.guidance.toy import BLOBS, CONDS, MEANS, SHAPE, B, labels, predict, start
 from tests.pipelines import sd
 

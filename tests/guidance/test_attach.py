@@ -13,15 +13,15 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 from torch import Tensor
 
-from guidance.attach import attach, is_attached
+from guidance.attach.handle import attach, is_attached
+from guidance.attach.schedulers import SCHEDULERS, locator
 from guidance.contract import Branch, Guided
 from guidance.guided import guided
-from guidance.methods import CFG, Plain, strength
-from guidance.where import SCHEDULERS, locator
-from solvers import families
+from guidance.methods.catalogue import CFG, Plain, strength
 from solvers.denoiser import Path
+from solvers.families import table as families
 from solvers.latent import LatentModel
-from solvers.samplers import euler, sample
+from solvers.samplers.catalogue import euler, sample
 from tests.pipelines import ddim, sd, sdxl, unet
 
 PROMPTS = ["a red circle", "two blue squares"]

@@ -10,16 +10,16 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from guidance.attach import attach
-from guidance.cfgpp import as_cfg, omega
+from guidance.attach.handle import attach
 from guidance.guided import guided
-from guidance.methods import CFG, CFGpp, Rescale
-from solvers import families
+from guidance.methods.catalogue import CFG, CFGpp, Rescale
+from guidance.methods.cfgpp import as_cfg, omega
 from solvers.denoiser import Path
 from solvers.exact import Mixture
+from solvers.families import table
 from solvers.levels import levels_of
 from solvers.noise import Noise, cosine, flow, grid, noise
-from solvers.samplers import SAMPLERS, euler, sample
+from solvers.samplers.catalogue import SAMPLERS, euler, sample
 from tests.guidance.toy import BLOBS, CONDS, predict, start
 from tests.pipelines import ddim, sd, unet
 
@@ -230,9 +230,9 @@ class Flow(DiffusionPipeline):
 
 @torch.no_grad()
 def test_flow_euler_by_hand(monkeypatch):
-    family = families.FAMILIES["sd"]
+    family = table.FAMILIES["sd"]
     own = family.__class__(**{**vars(family), "name": "flow", "pipelines": ("Flow",)})
-    monkeypatch.setattr(families, "FAMILIES", {**families.FAMILIES, "flow": own})
+    monkeypatch.setattr(table, "FAMILIES", {**table.FAMILIES, "flow": own})
     pipe = Flow(unet(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
     pipe.set_progress_bar_config(disable=True)
     g = torch.Generator().manual_seed(0)

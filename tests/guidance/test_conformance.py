@@ -16,14 +16,14 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.hooks import FirstBlockCacheConfig
 from peft import LoraConfig
 
-from guidance.attach import attach, is_attached
+from guidance.attach.handle import attach, is_attached
 from guidance.contract import Branch, Guided
 from guidance.guided import guided
-from guidance.methods import APG, CFG, SLG, Between, Interval, Plain, Rescale
-from solvers import families
+from guidance.methods.catalogue import APG, CFG, SLG, Between, Interval, Plain, Rescale
 from solvers.denoiser import Path
+from solvers.families import table
 from solvers.latent import LatentModel
-from solvers.samplers import euler, sample
+from solvers.samplers.catalogue import euler, sample
 from tests.dits import DPM, TEXT, flow, flux, pixart, qwen, sana, sd3, wan
 from tests.pipelines import WIDTH, ddim, sd, sdxl
 
@@ -124,7 +124,7 @@ def pipe_of(kind: str, case: str):
 
 def run(kind: str, pipe, scale=SCALE, steps=STEPS, **more):
     spec = KINDS[kind]
-    dtype = pipe.components[families.family_of(pipe).denoisers[0]].dtype
+    dtype = pipe.components[table.family_of(pipe).denoisers[0]].dtype
     texts = {name: value.to(dtype) if value.is_floating_point() else value for name, value in spec.texts.items()}
     options = {spec.scale: scale, "num_inference_steps": steps, "output_type": "latent", **spec.more, **texts}
     size = dict(zip(("height", "width"), spec.size, strict=True))
@@ -236,7 +236,7 @@ def test_skipped_forwards_are_skipped(kind, case):
         with attach(pipe, Settling((9, 1))) as handle:
             ours = run(kind, pipe)
         assert sum(rows + more) == handle.nfe == 4 + 3 * (STEPS - 1)
-        assert (len(rows + more) > STEPS) == (not families.family_of(pipe).batched)  # the branches are not stacked
+        assert (len(rows + more) > STEPS) == (not table.family_of(pipe).batched)  # the branches are not stacked
     close(ours[:1], stock[:1])
     assert not torch.allclose(ours[1:], stock[1:], atol=1e-3)
 
@@ -284,7 +284,7 @@ def test_our_own_loop_is_the_same(kind, guidance):
     start = Path(model.noise(2, torch.Generator().manual_seed(1), **size))
     with torch.no_grad():
         *_, last = sample(euler, predict, start, model.levels(STEPS, **size))
-    ours = families.packed(last.x) if kind == "flux" else last.x
+    ours = table.packed(last.x) if kind == "flux" else last.x
     close(theirs, ours)
     assert predict.nfe == handle.nfe
 
@@ -293,7 +293,7 @@ def test_our_own_loop_is_the_same(kind, guidance):
 @pytest.mark.parametrize("kind", ("sd", "sd3", "flux"))
 def test_offload_hooks(kind):
     pipe = KINDS[kind].make(SCHEDULERS[OF_KIND[kind][0]]())
-    network = pipe.components[families.family_of(pipe).denoisers[0]]
+    network = pipe.components[table.family_of(pipe).denoisers[0]]
     stock = run(kind, pipe)
     cpu_offload(network, execution_device=torch.device("cpu"))
     assert next(network.parameters()).device.type == "meta"
@@ -307,7 +307,7 @@ def test_offload_hooks(kind):
 @pytest.mark.parametrize("kind, scaling", (("sd", "cross_attention_kwargs"), ("flux", "joint_attention_kwargs")))
 def test_lora(kind, scaling):
     pipe = KINDS[kind].make(SCHEDULERS[OF_KIND[kind][0]]())
-    network, without = pipe.components[families.family_of(pipe).denoisers[0]], run(kind, pipe)
+    network, without = pipe.components[table.family_of(pipe).denoisers[0]], run(kind, pipe)
     network.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
     stock = run(kind, pipe, **{scaling: {"scale": 0.5}})
     assert not torch.equal(stock, without) and not torch.equal(stock, run(kind, pipe))
@@ -322,7 +322,7 @@ SLOW = partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize("kind, in_place", (("flux", False), SLOW("flux", True), SLOW("sd", False), SLOW("sd", True)))
 def test_compiled(kind, in_place):
     pipe = KINDS[kind].make(SCHEDULERS[OF_KIND[kind][0]]())
-    name = families.family_of(pipe).denoisers[0]
+    name = table.family_of(pipe).denoisers[0]
     stock, network = run(kind, pipe, steps=2), pipe.components[name]
     torch._dynamo.reset()
     if in_place:
@@ -398,7 +398,7 @@ def test_skip_layer_guidance_of_sd3_is_kept():
     with attach(pipe, CFG(SCALE)) as handle:
         assert torch.equal(run("sd3", pipe, **skip), stock)
     assert handle.nfe == 4 * STEPS + 2 * (STEPS - 1)
-    skipped = families.FAMILIES["sd3"].after.name
+    skipped = table.FAMILIES["sd3"].after.name
     assert handle.branches == {"cond": 2 * STEPS, "uncond": 2 * STEPS, skipped: 2 * (STEPS - 1)}
     with attach(pipe, Shifting()), pytest.raises(ValueError, match="pipeline's skip_guidance_layers: call .* without"):
         run("sd3", pipe, **skip)
@@ -430,7 +430,7 @@ def test_the_norm_of_qwen_is_kept_or_refused():
     with attach(pipe, CFG(0.0)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         matched = run("qwen", pipe, steps=1)
-    x = families.packed(seen[0][0].x)
+    x = table.packed(seen[0][0].x)
     texts = {key: value for key, value in KINDS["qwen"].texts.items() if "negative" not in key}
     swapped = {key: KINDS["qwen"].texts[f"negative_{key}"] for key in texts}
     c, u = (x - run("qwen", pipe, scale=1.0, steps=1, **given) for given in (texts, swapped))  # of the whole step
@@ -480,11 +480,11 @@ def test_attach_refuses_what_it_cannot_follow(monkeypatch):
     with attach(pipe, CFG()), pytest.raises(ValueError, match="FluxTransformer2DModel caches .* disable_cache"):
         run("flux", pipe)
     pipe.transformer.disable_cache()
-    wrong = {"flux": replace(families.FAMILIES["flux"], batched=True)}
-    monkeypatch.setattr(families, "FAMILIES", {**families.FAMILIES, **wrong})
+    wrong = {"flux": replace(table.FAMILIES["flux"], batched=True)}
+    monkeypatch.setattr(table, "FAMILIES", {**table.FAMILIES, **wrong})
     with attach(pipe, CFG()), pytest.raises(ValueError, match="called its denoiser 2 times .*knows it with 1"):
         run("flux", pipe)
-    wrong = {"sd3": replace(families.FAMILIES["sd3"], order=("uncond", "cond", "text"))}
-    monkeypatch.setattr(families, "FAMILIES", {**families.FAMILIES, **wrong})
+    wrong = {"sd3": replace(table.FAMILIES["sd3"], order=("uncond", "cond", "text"))}
+    monkeypatch.setattr(table, "FAMILIES", {**table.FAMILIES, **wrong})
     with attach(made("sd3"), CFG()), pytest.raises(ValueError, match="stacks 2 branches, and attach knows 1 or 3"):
         run("sd3", pipe_of("sd3", "flow Euler"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from guidance.methods import GUIDANCE
+from guidance.methods.catalogue import GUIDANCE
 
 DOCS = Path(__file__).parents[2] / "docs"
 

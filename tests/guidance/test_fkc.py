@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from guidance import fkc as module
-from guidance.adaptive import AdaptiveGuidance
-from guidance.fkc import (
+from guidance.guided import GuidedPredict, guided
+from guidance.methods.adaptive import AdaptiveGuidance
+from guidance.methods.catalogue import APG, CFG, Plain
+from guidance.search import fkc as module
+from guidance.search.fkc import (
     EXACT,
     FKC,
     SAMPLERS,
@@ -27,15 +29,13 @@ from guidance.fkc import (
     mixture,
     product,
 )
-from guidance.guided import GuidedPredict, guided
-from guidance.methods import APG, CFG, Plain
-from guidance.population import Population
-from guidance.problem import Problem, RowCounter
-from guidance.smc import Particles, log_z, populate, weights
+from guidance.search.population import Population
+from guidance.search.problem import Problem, RowCounter
+from guidance.search.smc import Particles, log_z, populate, weights
 from solvers.denoiser import SPACES, Path, Prediction, lines, predicted
 from solvers.exact import Gaussian, Mixture, bind
 from solvers.noise import Noise, flow, grid, noise, vp
-from solvers.samplers import ancestral
+from solvers.samplers.catalogue import ancestral
 from tests.guidance.toy import Toy
 
 F64 = torch.float64

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from guidance.branches import Counter
 from guidance.contract import Branch, Combined, Guided, Preds, convert, drive
-from guidance.evaluate import Counter
 from guidance.guided import guided
-from guidance.methods import CFG, Plain
+from guidance.methods.catalogue import CFG, Plain
 from solvers.denoiser import SPACES, Path, Prediction, predicted
 from solvers.noise import cosine, flow, noise
 

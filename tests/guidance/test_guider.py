@@ -7,7 +7,7 @@ from diffusers.guiders import ClassifierFreeZeroStarGuidance, TangentialClassifi
 from diffusers.guiders.guider_utils import BaseGuidance
 
 from guidance.guider import Guider, as_guider
-from guidance.methods import APG, CFG, FDG, GUIDANCE, TCFG, AdaptiveGuidance, CFGZeroStar, Rescale
+from guidance.methods.catalogue import APG, CFG, FDG, GUIDANCE, TCFG, AdaptiveGuidance, CFGZeroStar, Rescale
 from tests.pipelines import sdxl
 
 G = torch.Generator().manual_seed(0)

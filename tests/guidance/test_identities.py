@@ -7,14 +7,9 @@ import torch
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from torch import Tensor, nn
 
-from guidance.cfg import dot
-from guidance.classifier import RULES, rival_of, smoothed
-from guidance.compose import matched
 from guidance.contract import drive
-from guidance.dynamic import _best
-from guidance.frequency import low
 from guidance.guided import guided
-from guidance.methods import (
+from guidance.methods.catalogue import (
     APG,
     CFG,
     FDG,
@@ -39,10 +34,15 @@ from guidance.methods import (
     Plain,
     Rescale,
 )
+from guidance.methods.cfg import dot
+from guidance.methods.classifier import RULES, rival_of, smoothed
+from guidance.methods.compose import matched
+from guidance.methods.dynamic import _best
+from guidance.methods.frequency import low
 from solvers.denoiser import Path
 from solvers.exact import Gaussian, Mixture
 from solvers.noise import cosine, flow, grid, noise
-from solvers.samplers import euler, heun, sample
+from solvers.samplers.catalogue import euler, heun, sample
 from tests.guidance.toy import BLOBS, CONDS, MEANS, SHAPE, B, classify, example, labels, predict, said, same, start
 
 AT = cosine(0.5)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from guidance.guided import guided
 from guidance.invert import NullText, ddim_inversion, edit, invert, null_text_inversion
-from guidance.methods import CFG, CFGpp, Plain
+from guidance.methods.catalogue import CFG, CFGpp, Plain
 from solvers.denoiser import Path, Prediction, predicted
 from solvers.noise import Noise, cosine, flow, grid
-from solvers.samplers import euler, sample
+from solvers.samplers.catalogue import euler, sample
 from tests.guidance.toy import CONDS, MEANS, Toy, predict, start
 
 
@@ -133,5 +133,3 @@ def test_null_text_is_for_its_own_levels():
         guided(Affine(), method, texts())(noisy, cosine(0.5))
     with pytest.raises(ValueError, match="has no embeddings: make it by guidance.invert"):
         guided(Affine(), replace(method, nulls=None), texts())(noisy, LEVELS[0])
-
-

@@ -5,11 +5,11 @@ from copy import deepcopy
 import pytest
 import torch
 
-from guidance.adaptive import LinearFit
-from guidance.attach import attach
-from guidance.cfg import time
-from guidance.methods import GUIDANCE
-from solvers import families
+from guidance.attach.handle import attach
+from guidance.methods.adaptive import LinearFit
+from guidance.methods.catalogue import GUIDANCE
+from guidance.methods.cfg import time
+from solvers.families import table
 from tests.dits import shaken
 from tests.guidance.test_conformance import FAMILY, KINDS, STEPS, Spy, pipe_of, run
 
@@ -57,7 +57,7 @@ def example(kind, name, times):
 
 
 def weak_of(pipe):
-    name = families.family_of(pipe).denoisers[0]
+    name = table.family_of(pipe).denoisers[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         return shaken(deepcopy(pipe.components[name]), 0.05)

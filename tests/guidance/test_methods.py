@@ -6,13 +6,13 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from guidance.branches import Counter, evaluate
 from guidance.contract import Combined, convert, drive
-from guidance.evaluate import Counter, evaluate
-from guidance.methods import CFG, GUIDANCE, Between, Plain
+from guidance.methods.catalogue import CFG, GUIDANCE, Between, Plain
 from solvers.denoiser import SPACES, Path, Prediction
 from solvers.exact import Gaussian
 from solvers.noise import cosine, flow, grid
-from solvers.samplers import SAMPLERS, euler, heun, sample
+from solvers.samplers.catalogue import SAMPLERS, euler, heun, sample
 from tests.guidance.toy import (
     ALIKE,
     BLOBS,

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from guidance.adaptive import AdaptiveGuidance
 from guidance.guided import guided
-from guidance.methods import CFG
-from guidance.problem import Problem, RowCounter, estimate
+from guidance.methods.adaptive import AdaptiveGuidance
+from guidance.methods.catalogue import CFG
+from guidance.search.problem import Problem, RowCounter, estimate
 from solvers.denoiser import Path, Prediction
 from solvers.exact import Gaussian, bind
 from solvers.noise import cosine, grid

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from guidance import saved
-from guidance.problem import Saved
+from guidance.search import saved
+from guidance.search.problem import Saved
 
 FIRST = Saved({"x": torch.arange(6.0).view(2, 3), "n": torch.tensor([3])}, {"spent": [1, 2], "best": None})
 SECOND = Saved({"x": torch.zeros(4, dtype=torch.float64)}, {"spent": [5, 6]})

@@ -6,8 +6,8 @@ from math import log
 import pytest
 import torch
 
-from guidance import smc
-from guidance.smc import RESAMPLERS, draw, ess, generators_of, log_z, populate, resample, reweight, weights
+from guidance.search import smc
+from guidance.search.smc import RESAMPLERS, draw, ess, generators_of, log_z, populate, resample, reweight, weights
 from solvers.denoiser import Path
 
 

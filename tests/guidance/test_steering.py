@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from guidance import steering
-from guidance.dts import DTS, DTSStar
-from guidance.problem import Saved, Spent
-from guidance.searches import SEARCHES
-from guidance.steering import FK, SVDD, TDS, BestOfN, Importance, best_of_n_kl, scheduled, tempered
+from guidance.search import fk
+from guidance.search.catalogue import SEARCHES
+from guidance.search.dts import DTS, DTSStar
+from guidance.search.fk import FK, SVDD, TDS, BestOfN, Importance, best_of_n_kl, scheduled, tempered
+from guidance.search.problem import Saved, Spent
 from solvers.denoiser import Path
 from tests.guidance.chains import (
     F64,
@@ -164,12 +164,12 @@ CHANCE, CAUGHT = 0.04, 0.06  # what 6000 particles may differ by, and what every
 
 
 def steered(k=6000, **settings):
-    *_, state = steering.fk(chain(), FK(particles=k, **{**EACH, **settings}))
+    *_, state = fk.fk(chain(), FK(particles=k, **{**EACH, **settings}))
     return state.weighted()
 
 
 @pytest.mark.parametrize("threshold", [0.9, None])
-@pytest.mark.parametrize("potential", steering.POTENTIALS)
+@pytest.mark.parametrize("potential", fk.POTENTIALS)
 def test_fk_samples_the_tilted_chain(potential, threshold):
     weighted = steered(potential=potential, threshold=threshold, inverse_temperature=MILD[potential])
     assert distance(weighted.x0, weighted.log_weight, MILD[potential]) < CHANCE
@@ -185,30 +185,30 @@ def unbiased(search, config, problem, groups, log_target, most):
 
 
 @pytest.mark.parametrize("threshold", [0.9, None])
-@pytest.mark.parametrize("potential", steering.POTENTIALS)
+@pytest.mark.parametrize("potential", fk.POTENTIALS)
 def test_the_estimate_of_z_is_unbiased_at_four_particles(potential, threshold):
     settings = {**EACH, "inverse_temperature": MILD[potential]}
     config = FK(particles=4, potential=potential, threshold=threshold, **settings)
-    unbiased(steering.fk, config, chain(1500), 1500, log(chain_target(MILD[potential])[1]), 0.03)
+    unbiased(fk.fk, config, chain(1500), 1500, log(chain_target(MILD[potential])[1]), 0.03)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.9, None])
-@pytest.mark.parametrize("potential", steering.POTENTIALS)
+@pytest.mark.parametrize("potential", fk.POTENTIALS)
 def test_the_estimate_of_z_is_unbiased_over_20000_runs(potential, threshold):
     settings = {**EACH, "inverse_temperature": MILD[potential]}
     config = FK(particles=4, potential=potential, threshold=threshold, **settings)
-    unbiased(steering.fk, config, chain(20_000), 20_000, log(chain_target(MILD[potential])[1]), 0.008)
+    unbiased(fk.fk, config, chain(20_000), 20_000, log(chain_target(MILD[potential])[1]), 0.008)
 
 
 LAW = Linear()
 EVERY = dict(start=0.0, stop=1.0, every=0.1, inverse_temperature=1.0)
 EXACT = {
-    "fk": (steering.fk, FK(**EVERY)),
-    "fk max": (steering.fk, FK(potential="max", **{**EVERY, "start": 0.7})),
-    "tds": (steering.tds, TDS(inverse_temperature=1.0)),
-    "das": (steering.tds, TDS(inverse_temperature=1.0, tempering=0.1)),
-    "importance": (steering.importance, Importance(inverse_temperature=1.0)),
+    "fk": (fk.fk, FK(**EVERY)),
+    "fk max": (fk.fk, FK(potential="max", **{**EVERY, "start": 0.7})),
+    "tds": (fk.tds, TDS(inverse_temperature=1.0)),
+    "das": (fk.tds, TDS(inverse_temperature=1.0, tempering=0.1)),
+    "importance": (fk.importance, Importance(inverse_temperature=1.0)),
 }
 
 
@@ -242,7 +242,7 @@ def test_z_of_the_gaussian_over_40000_runs(name):
 
 def test_several_runs_together_estimate_the_target_too():
     config = FK(particles=40, **EVERY)
-    *_, state = steering.fk(LAW.problem(budget=40 * 10 * 60), config)
+    *_, state = fk.fk(LAW.problem(budget=40 * 10 * 60), config)
     weighted = state.weighted()
     assert len(weighted.x0) == 2400
     assert abs(moments(weighted)[0] - LAW.law(1.0)[0]) < 0.08
@@ -256,7 +256,7 @@ def test_several_runs_together_estimate_the_target_too():
 @pytest.mark.parametrize("potential", ["max", "sum"])
 def test_the_published_last_potential_would_be_found_out(potential, monkeypatch):
     """exp(lambda max_t r_t) / product in place of exp(lambda r(x0)) / product."""
-    monkeypatch.setattr(steering, "final", lambda config, reward, memory: config.inverse_temperature * memory)
+    monkeypatch.setattr(fk, "final", lambda config, reward, memory: config.inverse_temperature * memory)
     weighted = steered(potential=potential)
     assert distance(weighted.x0, weighted.log_weight) > CAUGHT
 
@@ -265,8 +265,8 @@ def test_weights_dropped_where_nothing_is_resampled_would_be_found_out(monkeypat
     def dropping(particles, *args):
         return replace(resample(particles, *args), log_weights=torch.zeros_like(particles.log_weights))
 
-    resample = steering.resample
-    monkeypatch.setattr(steering, "resample", dropping)
+    resample = fk.resample
+    monkeypatch.setattr(fk, "resample", dropping)
     weighted = steered(threshold=0.01)
     assert distance(weighted.x0, weighted.log_weight) > CAUGHT
 
@@ -277,8 +277,8 @@ def test_particles_without_their_last_weights_would_be_found_out():
 
 
 def test_a_proposal_without_its_density_ratio_would_be_found_out(monkeypatch):
-    monkeypatch.setattr(steering, "log_ratio", lambda drift, noise: torch.zeros(len(noise), **F64))
-    *_, state = steering.tds(LAW.problem(), TDS(particles=4000, inverse_temperature=1.0))
+    monkeypatch.setattr(fk, "log_ratio", lambda drift, noise: torch.zeros(len(noise), **F64))
+    *_, state = fk.tds(LAW.problem(), TDS(particles=4000, inverse_temperature=1.0))
     assert abs(moments(state.weighted())[0] - LAW.law(1.0)[0]) > 0.1
 
 
@@ -294,20 +294,20 @@ def samples(search, config, **options):
 @pytest.mark.parametrize(
     ("search", "config"),
     [
-        (steering.fk, FK(6, 0.0)),
-        (steering.tds, TDS(6, 0.0)),
-        (steering.svdd, SVDD(6, 1, 5.0)),
-        (steering.beam, steering.Beam(1, 1)),
-        (steering.importance, Importance(6, 5.0)),
+        (fk.fk, FK(6, 0.0)),
+        (fk.tds, TDS(6, 0.0)),
+        (fk.svdd, SVDD(6, 1, 5.0)),
+        (fk.beam, fk.Beam(1, 1)),
+        (fk.importance, Importance(6, 5.0)),
     ],
 )
 def test_without_a_reward_or_a_choice_each_is_the_plain_sampler(search, config):
-    plain = samples(steering.best_of_n, BestOfN(config.particles))
+    plain = samples(fk.best_of_n, BestOfN(config.particles))
     torch.testing.assert_close(samples(search, config), plain, rtol=1e-12, atol=1e-12)
 
 
 def test_a_sample_of_best_of_n_depends_on_its_number_alone():
-    few, many = ([*steering.best_of_n(SHORT.problem(budget=40), BestOfN(k))][-1].weighted().x0 for k in (2, 5))
+    few, many = ([*fk.best_of_n(SHORT.problem(budget=40), BestOfN(k))][-1].weighted().x0 for k in (2, 5))
     torch.testing.assert_close(few, many, rtol=1e-12, atol=1e-12)
 
 
@@ -315,7 +315,7 @@ def test_the_weight_of_a_twisted_proposal_is_the_ratio_of_densities():
     problem = Linear(steps=3, low=0.5).problem()
     config = TDS(particles=5, inverse_temperature=1.3, threshold=0.0)
     population = None
-    for state in steering.tds(problem, config):
+    for state in fk.tds(problem, config):
         tensors = state.saved().tensors
         if population is not None and "x" in tensors:
             break
@@ -333,13 +333,13 @@ def test_the_weight_of_a_twisted_proposal_is_the_ratio_of_densities():
 def test_the_last_proposal_of_tds_is_the_samplers_own(monkeypatch):
     """Where the last level holds noise as where it does not."""
     drifts = []
-    monkeypatch.setattr(steering, "log_ratio", lambda d, z: drifts.append(d) or torch.zeros(len(d), **F64))
+    monkeypatch.setattr(fk, "log_ratio", lambda d, z: drifts.append(d) or torch.zeros(len(d), **F64))
     noisy = SHORT.problem()
     noisy.levels = noisy.levels[:-1]
     noisy.costs = noisy.costs[:-1]
     for problem in (SHORT.problem(), noisy):
         drifts.clear()
-        *_, _ = steering.tds(problem, TDS(particles=3))
+        *_, _ = fk.tds(problem, TDS(particles=3))
         assert all(drift.abs().min() > 0 for drift in drifts[:-1])
         assert drifts[-1].abs().max() == 0
 
@@ -355,7 +355,7 @@ def test_das_reaches_the_whole_reward_after_87_of_100_steps():
 def test_cached_predictions_and_gradients_follow_their_particles(monkeypatch):
     """The published code resamples latents and leaves the cached gradient and twist where they were."""
     seen = []
-    proposed = steering._proposed
+    proposed = fk._proposed
 
     def check(problem, config, population, particles):
         again, _, gradient = problem.graded(particles.path, population.step, population.rows)
@@ -364,10 +364,10 @@ def test_cached_predictions_and_gradients_follow_their_particles(monkeypatch):
         seen.append(int((particles.parents != torch.arange(particles.size)).sum()))
         return proposed(problem, config, population, particles)
 
-    monkeypatch.setattr(steering, "_proposed", check)
+    monkeypatch.setattr(fk, "_proposed", check)
     bent = Linear(steps=4, low=0.5).problem((1, 2))
     bent.reward = lambda x0, groups: (x0[:, 0] * (groups + 1)).sin()  # a gradient of each particle's own
-    list(steering.tds(bent, TDS(particles=6, threshold=None)))
+    list(fk.tds(bent, TDS(particles=6, threshold=None)))
     assert sum(seen) > 0
 
 
@@ -381,7 +381,7 @@ def test_groups_never_mix_and_memory_follows():
         return predicted(path, i, groups)._replace(memory={"start": start, "group": groups.double()})
 
     problem.predicted = remembering
-    for name, config in {"fk": FK(6, 20.0, threshold=None, start=0.0), "beam": steering.Beam(4, 3)}.items():
+    for name, config in {"fk": FK(6, 20.0, threshold=None, start=0.0), "beam": fk.Beam(4, 3)}.items():
         states = list(SEARCHES[name].search(problem, config))
         tensors = states[-2].saved().tensors  # the last one has finished
         size = tensors["particles.parents"].shape[1]
@@ -402,7 +402,7 @@ COSTS = {  # name: (config, NFEs, reward calls, backward passes), of the short p
     "fk": (FK(K, start=0.0, every=0.5), K * S, K * 3, 0),
     "tds": (TDS(K), K * S, K * S, K * S),
     "svdd": (SVDD(K, M), K * M * S, K * M * S, 0),
-    "beam": (steering.Beam(K, M), K * M * S, K * M * S, 0),
+    "beam": (fk.Beam(K, M), K * M * S, K * M * S, 0),
     "best-of-n": (BestOfN(K), K * S, K, 0),
     "importance": (Importance(K), K * S, K, 0),
 }
@@ -450,17 +450,17 @@ def test_the_steps_with_a_potential_are_those_of_the_paper():
 def test_svdd_draws_candidates_by_their_rewards():
     reward = torch.tensor([0.3, -0.2, 0.9], **F64).expand(1, 4000, 3)
     problem, config = SHORT.problem(), SVDD(1, 3, 2.0)
-    population = steering.Population(None, torch.tensor([0]), torch.tensor([0]))
-    places = steering._own_candidate(problem, config, reward, population, 1)[0] - 3 * torch.arange(4000)
+    population = fk.Population(None, torch.tensor([0]), torch.tensor([0]))
+    places = fk._own_candidate(problem, config, reward, population, 1)[0] - 3 * torch.arange(4000)
     shares = torch.bincount(places, minlength=3) / 4000
     assert (shares - (2 * reward[0, 0]).softmax(0)).abs().max() < 0.03
-    best = steering._own_candidate(problem, replace(config, inverse_temperature=torch.inf), reward, population, 1)
+    best = fk._own_candidate(problem, replace(config, inverse_temperature=torch.inf), reward, population, 1)
     assert (best[0] == 3 * torch.arange(4000) + 2).all()
 
 
 def test_beam_takes_the_best_of_all():
     reward = torch.tensor([[[0.1, 0.5], [0.4, 0.9], [0.5, 0.0]]], **F64)
-    assert steering._top(reward, None, 0).tolist() == [[3, 1, 4]]
+    assert fk._top(reward, None, 0).tolist() == [[3, 1, 4]]
 
 
 @pytest.mark.parametrize(("n", "want"), [(4, 1.0294), (16, 1.7660), (64, 2.3437)])
@@ -468,7 +468,7 @@ def test_the_best_of_n_normals(n, want):
     groups = 12_000 // n
     law = Linear(steps=2, low=3.0)
     mean, var, _ = law.law()
-    *_, state = steering.best_of_n(law.problem(range(groups)), BestOfN(n))
+    *_, state = fk.best_of_n(law.problem(range(groups)), BestOfN(n))
     scores = (state.reward - mean) / sqrt(var)
     error = float(scores.std()) / sqrt(groups)
     assert abs(float(scores.mean()) - want) < 4 * error
@@ -480,7 +480,7 @@ def test_the_best_of_n_normals_to_a_percent():
     """The sheet's table, by the samples of one run of the search taken n at a time."""
     law = Linear(steps=2, low=3.0)
     mean, var, _ = law.law()
-    *_, state = steering.best_of_n(law.problem(), BestOfN(256 * 800))
+    *_, state = fk.best_of_n(law.problem(), BestOfN(256 * 800))
     scores = (state.weighted().reward - mean) / sqrt(var)
     for n, want in {4: 1.0294, 16: 1.7660, 64: 2.3437, 256: 2.8269}.items():
         assert float(scores.view(-1, n).max(1).values.mean()) == pytest.approx(want, rel=0.01)

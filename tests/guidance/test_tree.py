@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from guidance import tree
-from guidance.dts import DTS, DTSStar, Forest, branching_levels, dts, dts_star
 from guidance.guided import guided
-from guidance.methods import APG
-from guidance.problem import Problem, RowCounter, Saved, State
-from guidance.saved import load, save
-from guidance.tree import BACKUPS, POLICIES, ROOT, Rule, Tree, back_up, descend, probabilities, visit
+from guidance.methods.catalogue import APG
+from guidance.search import tree
+from guidance.search.dts import DTS, DTSStar, Forest, branching_levels, dts, dts_star
+from guidance.search.problem import Problem, RowCounter, Saved, State
+from guidance.search.saved import load, save
+from guidance.search.tree import BACKUPS, POLICIES, ROOT, Rule, Tree, back_up, descend, probabilities, visit
 from solvers.denoiser import Path, Prediction
 from solvers.exact import Gaussian, Mixture, bind
 from solvers.noise import flow, grid, noise

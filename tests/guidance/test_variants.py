@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, MultiControlNetModel
 
-from guidance.attach import attach
+from guidance.attach.handle import attach
 from guidance.contract import Branch, Guided
-from guidance.methods import CFG, Plain
+from guidance.methods.catalogue import CFG, Plain
 from tests.dits import flux, sd3, shaken
 from tests.guidance.test_conformance import KINDS, SCALE, SCHEDULERS, Settling, Spy, close, rows_of, run
 from tests.pipelines import sd, sdxl

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from guidance.adaptive import LinearFit
-from guidance.cfg import time
 from guidance.guided import GuidedPredict, guided
-from guidance.methods import GUIDANCE
+from guidance.methods.adaptive import LinearFit
+from guidance.methods.catalogue import GUIDANCE
+from guidance.methods.cfg import time
 from solvers.denoiser import Path, Prediction
 from solvers.exact import Mixture
 from solvers.noise import Noise, cosine, flow, noise

@@ -22,14 +22,14 @@ from transformers import (
     CLIPModel,
 )
 
-from rewards import clip
-from rewards.aesthetic import Aesthetic, affine
-from rewards.classify import TinyClassifier, classifier, timm_preprocess
-from rewards.imagereward import MEAN, STD, ImageReward
-from rewards.layouts import built, clip_from_open_clip
-from rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, transformers_preprocess
+from rewards.learned import clip
+from rewards.learned.aesthetic import Aesthetic, affine
+from rewards.learned.classify import TinyClassifier, classifier, timm_preprocess
+from rewards.learned.imagereward import MEAN, STD, ImageReward
+from rewards.learned.layouts import built, clip_from_open_clip
+from rewards.learned.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, transformers_preprocess
+from rewards.learned.vlm import VLMJudge
 from rewards.registry import load
-from rewards.vlm import VLMJudge
 from tests.rewards import checkpoints
 
 PROMPTS = ["a red circle", "a blue square", "a red square"]
@@ -383,7 +383,7 @@ def test_processor_on_pillow_leaves_a_judge_without_a_gradient(tmp_path, monkeyp
         return processor
 
     expected = VLMJudge(folder)(IMAGES, PROMPTS)
-    monkeypatch.setattr("rewards.vlm.AutoProcessor", types.SimpleNamespace(from_pretrained=on_pillow))
+    monkeypatch.setattr("rewards.learned.vlm.AutoProcessor", types.SimpleNamespace(from_pretrained=on_pillow))
     reward = VLMJudge(folder)
     assert not reward.differentiable
     scores = reward(IMAGES.clone().requires_grad_(), PROMPTS)

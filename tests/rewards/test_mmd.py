@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rewards.mmd import cubic, gaussian, kid, mmd, mmd_of, replaced, sums, witness
+from rewards.sets.mmd import cubic, gaussian, kid, mmd, mmd_of, replaced, sums, witness
 
 GENERATOR = torch.Generator().manual_seed(0)
 A, B = torch.randn(7, 3, generator=GENERATOR), torch.randn(9, 3, generator=GENERATOR) + 0.5

@@ -13,10 +13,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy.fft import dctn
 
-from rewards import clip, jpeg, ocr, shapes
-from rewards.oracle import Oracle
+from rewards import jpeg
+from rewards.learned import clip, ocr
 from rewards.registry import REWARDS, load, register
-from rewards.render import Scene, Thing, render
+from rewards.world import shapes
+from rewards.world.oracle import Oracle
+from rewards.world.render import Scene, Thing, render
 
 PROMPTS = ["a red circle", "a blue square", "a red square"]
 SPECIAL = {  # what these want of a prompt

@@ -6,21 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from rewards.frechet import (
-    added,
-    frames,
-    frechet_of,
-    moments,
-    moments_of,
-    removed,
-    replaced,
-    running,
-    square_root,
-)
-from rewards.mmd import cubic, gaussian, mmd, mmd_of, permutation_test, sums
-from rewards.mmd import replaced as mmd_replaced
-from rewards.vendi import directions, vendi, vendi_of_directions
-from rewards.vendi import replaced as vendi_replaced
+from rewards.sets.frechet import added, frames, frechet_of, moments, moments_of, removed, replaced, running, square_root
+from rewards.sets.mmd import cubic, gaussian, mmd, mmd_of, permutation_test, sums
+from rewards.sets.mmd import replaced as mmd_replaced
+from rewards.sets.vendi import directions, vendi, vendi_of_directions
+from rewards.sets.vendi import replaced as vendi_replaced
 
 
 def features(n: int, d: int = 6, seed: int = 0) -> torch.Tensor:

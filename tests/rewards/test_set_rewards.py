@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from rewards.frechet import frechet
-from rewards.mmd import mmd
-from rewards.sets import MMD, SETS, Frechet, Mean, greedy_swap
-from rewards.vendi import vendi
+from rewards.sets.catalogue import MMD, SETS, Frechet, Mean, greedy_swap
+from rewards.sets.frechet import frechet
+from rewards.sets.mmd import mmd
+from rewards.sets.vendi import vendi
 
 
 def features(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -7,9 +7,9 @@ import pytest
 import scipy.linalg
 import torch
 
-from rewards.frechet import Moments, frechet, frechet_of, moments
 from rewards.registry import load
-from rewards.vendi import directions, vendi, vendi_of, vendi_of_directions
+from rewards.sets.frechet import Moments, frechet, frechet_of, moments
+from rewards.sets.vendi import directions, vendi, vendi_of, vendi_of_directions
 
 
 def features(n: int = 50, d: int = 6, seed: int = 0) -> torch.Tensor:
@@ -89,9 +89,7 @@ def test_vendi():
 def test_saturation_against_colorsys():
     images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     images[1, :, 0] = 0
-    expected = [
-        np.mean([colorsys.rgb_to_hsv(*pixel)[1] for pixel in image.flatten(1).T.tolist()]) for image in images
-    ]
+    expected = [np.mean([colorsys.rgb_to_hsv(*pixel)[1] for pixel in image.flatten(1).T.tolist()]) for image in images]
     np.testing.assert_allclose(load("saturation")(images, ["", ""]).numpy(), expected, rtol=1e-5)
 
 

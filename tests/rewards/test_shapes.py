@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rewards import shapes
-from rewards.render import RESOLUTION, Scene, Thing, render
+from rewards.world import shapes
+from rewards.world.render import RESOLUTION, Scene, Thing, render
 
 KINDS = shapes.CATEGORIES
 

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from torchdiffeq import odeint_adjoint
 
-from solvers.adjoint import ADJOINTS, runge_kutta
 from solvers.denoiser import Path
 from solvers.exact import Gaussian, bind
 from solvers.noise import cosine, flow, grid, log_snr, noise
-from solvers.ode import TABLEAUX, Flow, Tableau, increment, scale, tau
-from solvers.rollout import rollout
-from solvers.samplers import euler
-from solvers.singlestep import between
+from solvers.rollout.adjoint import ADJOINTS, runge_kutta
+from solvers.rollout.modes import rollout
+from solvers.rollout.ode import TABLEAUX, Flow, Tableau, increment, scale, tau
+from solvers.samplers.catalogue import euler
+from solvers.samplers.singlestep import between
 from tests.sweeps import GRIDS, MEANS, loss_of, mixture, of_mixture, randn, rel, slope, through, vp
 
 RULE_38 = Tableau([[], [1 / 3], [-1 / 3, 1], [1, -1, 1]], [1 / 8, 3 / 8, 3 / 8, 1 / 8])  # torchdiffeq's rk4

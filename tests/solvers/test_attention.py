@@ -10,8 +10,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-from solvers import attention as module
-from solvers.attention import ATTENTION, FLAG, Shape, attention, choose, deterministic, obstacle, sdpa
+from solvers.families import attention as module
+from solvers.families.attention import ATTENTION, FLAG, Shape, attention, choose, deterministic, obstacle, sdpa
 from tests import pipelines
 
 SMALL = (Shape(64, 64, 2, 8), Shape(64, 7, 2, 8))

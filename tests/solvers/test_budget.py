@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from guidance.guided import guided
-from guidance.methods import CFG
-from solvers.budget import (
+from guidance.methods.catalogue import CFG
+from solvers.latent import LatentModel
+from solvers.memory.budget import (
     Plan,
     Probe,
     candidates,
@@ -20,10 +21,9 @@ from solvers.budget import (
     probe,
     size_text,
 )
-from solvers.latent import LatentModel
-from solvers.memory import UNBOUNDED, LiveBytes, Memory
-from solvers.rollout import rollout
-from solvers.samplers import euler
+from solvers.memory.live import UNBOUNDED, LiveBytes, Memory
+from solvers.rollout.modes import rollout
+from solvers.samplers.catalogue import euler
 from tests import pipelines
 
 MEASURED = Probe(  # round numbers of a large network, in MB

@@ -6,17 +6,18 @@ import diffusers
 import pytest
 import torch
 
-from difftune import lora, models
+from difftune import models
+from difftune.pipelines import lora
 from guidance.guided import guided
-from guidance.methods import CFG
+from guidance.methods.catalogue import CFG
 from solvers.denoiser import Path, predicted
 from solvers.latent import LatentModel
 from solvers.levels import levels_of
-from solvers.memory import block_checkpointing
+from solvers.memory.live import block_checkpointing
 from solvers.noise import flow, grid
-from solvers.recompute import Recomputed
-from solvers.rollout import rollout
-from solvers.samplers import SAMPLERS, ancestral, euler, gaussian, sample
+from solvers.rollout.modes import rollout
+from solvers.rollout.recompute import Recomputed
+from solvers.samplers.catalogue import SAMPLERS, ancestral, euler, gaussian, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 STEPS = 2  # the first without history, the second with it: tiny's schedule ends above sigma = 0

@@ -10,11 +10,11 @@ import torch
 from diffusers import FluxPipeline
 
 from solvers.denoiser import Path, Prediction
-from solvers.families import FAMILIES, family_of, packed, unpacked
+from solvers.families.table import FAMILIES, family_of, packed, unpacked
 from solvers.latent import LatentModel
 from solvers.levels import Clock
 from solvers.noise import Noise
-from solvers.samplers import ancestral, dpmpp_2m, end, euler, renoise, sample
+from solvers.samplers.catalogue import ancestral, dpmpp_2m, end, euler, renoise, sample
 from tests.dits import DPM, flow, flux, pixart, qwen, sana, sd3, wan
 from tests.pipelines import ddim, sd, sdxl
 

@@ -8,10 +8,10 @@ from diffusers import DDIMPipeline, EulerDiscreteScheduler, StableDiffusionContr
 from torch import nn
 
 from solvers.denoiser import Path, Prediction
-from solvers.families import FAMILIES, family_of, keywords
+from solvers.families.table import FAMILIES, family_of, keywords
 from solvers.latent import LatentModel
 from solvers.noise import noise
-from solvers.samplers import euler, sample
+from solvers.samplers.catalogue import euler, sample
 from tests.pipelines import ddim, sd, sdxl
 
 PROMPTS, NEGATIVES = ["a red circle", "two blue squares"], ["a square", "red"]

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from difftune import lora
+from difftune.pipelines import lora
 from guidance.guided import guided
-from guidance.methods import CFG
-from solvers import memory
+from guidance.methods.catalogue import CFG
 from solvers.latent import LatentModel
-from solvers.memory import UNBOUNDED, LiveBytes, apart, block_checkpointing, has_blocks, measured, offloaded
+from solvers.memory import live as memory
+from solvers.memory.live import UNBOUNDED, LiveBytes, apart, block_checkpointing, has_blocks, measured, offloaded
 from solvers.noise import cosine, grid
-from solvers.rollout import rollout
-from solvers.samplers import SAMPLERS, euler, is_stochastic
+from solvers.rollout.modes import rollout
+from solvers.samplers.catalogue import SAMPLERS, euler, is_stochastic
 from tests import pipelines
 from tests.sweeps import Net, randn
 

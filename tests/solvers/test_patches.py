@@ -9,14 +9,14 @@ from diffusers.models.attention_processor import (
     PAGIdentitySelfAttnProcessor2_0,
 )
 
-from guidance.attach import attach
+from guidance.attach.handle import attach
 from guidance.guided import guided
-from guidance.methods import NAG, NASA, PAG, SEG, SLG
+from guidance.methods.catalogue import NAG, NASA, PAG, SEG, SLG
 from solvers.denoiser import Path
-from solvers.families import FAMILIES
+from solvers.families.patches import Away, Values, blocks_of, blurred, nag, nasa, places
+from solvers.families.table import FAMILIES
 from solvers.latent import LatentModel
-from solvers.patches import Away, Values, blocks_of, blurred, nag, nasa, places
-from solvers.samplers import euler, sample
+from solvers.samplers.catalogue import euler, sample
 from tests.dits import sana
 from tests.pipelines import sd, sdxl, unet
 

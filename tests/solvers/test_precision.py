@@ -5,12 +5,12 @@ import torch
 
 from difftune.models import load
 from guidance.guided import guided
-from guidance.methods import CFG
+from guidance.methods.catalogue import CFG
 from solvers.denoiser import predicted
 from solvers.latent import LatentModel
 from solvers.noise import cosine, grid
-from solvers.rollout import rollout
-from solvers.samplers import SAMPLERS, euler
+from solvers.rollout.modes import rollout
+from solvers.samplers.catalogue import SAMPLERS, euler
 from tests import pipelines
 
 HALVES = [torch.bfloat16, torch.float16]

@@ -8,9 +8,9 @@ import torch
 
 from solvers.denoiser import Path
 from solvers.noise import Noise, cosine, flow, grid
-from solvers.reversible import REVERSIBLE, reversible_sampler
-from solvers.rollout import rollout
-from solvers.samplers import renoise
+from solvers.rollout.modes import rollout
+from solvers.rollout.reversible import REVERSIBLE, reversible_sampler
+from solvers.samplers.catalogue import renoise
 from tests.sweeps import GRIDS, MEANS, Net, loss_of, mixture, of_mixture, randn, rel, slope, through, vp
 
 ORDERS = {  # at least (McCallum-Foster, EDICT), or within 0.15

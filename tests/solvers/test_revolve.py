@@ -10,11 +10,11 @@ import torch
 
 from solvers.denoiser import Path, pack
 from solvers.noise import cosine, grid, log_snr
-from solvers.revolve import Replay, milestones, repeated
-from solvers.rollout import rollout
-from solvers.run import Run
-from solvers.samplers import SAMPLERS, euler
-from solvers.sweep import Totals
+from solvers.rollout.modes import rollout
+from solvers.rollout.revolve import Replay, milestones, repeated
+from solvers.rollout.run import Run
+from solvers.rollout.sweep import Totals
+from solvers.samplers.catalogue import SAMPLERS, euler
 from tests.sweeps import MEANS, Net, loss_of, mixture, randn, rel, vp
 
 LEVELS = grid(cosine, 5, 0.95, 0.0)
@@ -187,5 +187,5 @@ def test_bad_slots_are_named():
     for option in ("", ":0", ":-1", ":x"):
         with pytest.raises(ValueError, match="1 or more, as in 'revolve:8'"):
             rollout(euler, mixture(), randn(3, 2), LEVELS, f"revolve{option}")
-    with pytest.raises(ValueError, match="needs a step, such as solvers.samplers.euler"):
+    with pytest.raises(ValueError, match="needs a step, such as solvers.samplers.catalogue.euler"):
         rollout(None, mixture(), randn(3, 2), LEVELS, "revolve:2")

@@ -10,9 +10,9 @@ from torch import nn
 from solvers.denoiser import Path, predicted
 from solvers.exact import Gaussian, bind
 from solvers.noise import cosine, flow, grid, vp
-from solvers.rollout import MODES, parse_gradient, rollout
-from solvers.samplers import SAMPLERS, ancestral, euler, sample
-from solvers.truncated import truncated
+from solvers.rollout.modes import MODES, parse_gradient, rollout
+from solvers.rollout.truncated import truncated
+from solvers.samplers.catalogue import SAMPLERS, ancestral, euler, sample
 
 LEVELS = grid(cosine, 5, 0.95, 0.0)
 GOLDEN = [0.0, -0.3329696745, -0.7411062854, -1.1698132894, -1.7078450145]  # research/trainers.md 0.4, K = 0 ... 4

@@ -12,19 +12,10 @@ import torch
 from solvers.denoiser import Path, Prediction, predicted
 from solvers.exact import Gaussian, Mixture, bind
 from solvers.levels import Clock, levels_of, prediction_type
-from solvers.multistep import deis, dpmpp_2m, sde_dpmpp_2m, unipc_1, unipc_2
 from solvers.noise import Noise, cosine, flow, grid, log_snr, noise, vp
-from solvers.samplers import (
-    ORDERS,
-    SAMPLERS,
-    STOCHASTIC,
-    ancestral,
-    euler,
-    is_stochastic,
-    sample,
-    transition,
-)
-from solvers.singlestep import dpm_2, heun3, midpoint
+from solvers.samplers.catalogue import ORDERS, SAMPLERS, STOCHASTIC, ancestral, euler, is_stochastic, sample, transition
+from solvers.samplers.multistep import deis, dpmpp_2m, sde_dpmpp_2m, unipc_1, unipc_2
+from solvers.samplers.singlestep import dpm_2, heun3, midpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers under numpy 2
 

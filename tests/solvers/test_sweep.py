@@ -5,19 +5,19 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from difftune import lora
 from difftune.models import load
+from difftune.pipelines import lora
 from guidance.guided import guided
-from guidance.methods import CFG
+from guidance.methods.catalogue import CFG
 from solvers.denoiser import Path, Prediction, predicted
 from solvers.exact import Gaussian, bind
 from solvers.latent import LatentModel
-from solvers.lean import WithBase, lean_sweep
 from solvers.noise import cosine, grid
-from solvers.reversible import reversible_sampler
-from solvers.rollout import MODES, rollout, unchecked_gradients, watch_gradients
-from solvers.samplers import ancestral, dpmpp_2m, euler
-from solvers.sweep import Totals
+from solvers.rollout.lean import WithBase, lean_sweep
+from solvers.rollout.modes import MODES, rollout, unchecked_gradients, watch_gradients
+from solvers.rollout.reversible import reversible_sampler
+from solvers.rollout.sweep import Totals
+from solvers.samplers.catalogue import ancestral, dpmpp_2m, euler
 from tests import pipelines
 from tests.sweeps import Net, mixture, randn, rel
 
@@ -368,7 +368,7 @@ def test_what_a_mode_with_its_own_solver_refuses(mode):
 
 @pytest.mark.parametrize("mode", STEPPED)
 def test_other_modes_need_a_step(mode):
-    with pytest.raises(ValueError, match="needs a step, such as solvers.samplers.euler"):
+    with pytest.raises(ValueError, match="needs a step, such as solvers.samplers.catalogue.euler"):
         rollout(None, mixture(), randn(3, 2), LEVELS, mode)
 
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from solvers.denoiser import Path, Prediction, predicted
 from solvers.noise import cosine, flow, grid, vp
-from solvers.rollout import rollout
-from solvers.samplers import SAMPLERS, euler, sample
-from solvers.truncated import STYLES, parse_mask, parse_truncation
+from solvers.rollout.modes import rollout
+from solvers.rollout.truncated import STYLES, parse_mask, parse_truncation
+from solvers.samplers.catalogue import SAMPLERS, euler, sample
 
 LEVELS = grid(cosine, 5, 0.95, 0.0)
 ALL_STEPS = [style for style in STYLES if style not in ("draft_lv", "refl")]  # those that end where sample() ends

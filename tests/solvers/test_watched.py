@@ -5,8 +5,8 @@ import torch
 
 from solvers.denoiser import predicted
 from solvers.noise import cosine, grid
-from solvers.rollout import rollout, unchecked_gradients, watch_gradients
-from solvers.samplers import euler
+from solvers.rollout.modes import rollout, unchecked_gradients, watch_gradients
+from solvers.samplers.catalogue import euler
 
 
 class Sharp:

@@ -1,0 +1,1 @@
+"""The settings of every command, as documented dataclasses; nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""How good pictures are: ShapeEval, the comparison of methods, scores, intervals."""

@@ -1,0 +1,157 @@
+"""Guidance methods side by side: the same prompts and seeds under each method and scale, as a grid and a table."""
+
+import io
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from difftune.environment import versions
+from difftune.files import output
+from difftune.lookup import guidance_kinds, guidance_named, takes_scale
+from difftune.pipelines.generate import generate, mean_branches, mean_nfe, opened, pixels, settings_of, watched
+from guidance.contract import Guidance
+from guidance.methods.cfgpp import CFGpp
+from guidance.methods.classifier import GFCG
+from rewards.compose import parse_rewards, weighted
+from rewards.registry import load
+from rewards.world import shapes
+from solvers.levels import levels_of
+
+MEASURES = ("saturation", "contrast")
+MARGIN, LINE = 110, 14  # of the labels, in pixels
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The images of one method at one scale, and what they cost."""
+
+    guidance: str
+    scale: float | None  # the column's: that of CFG
+    method: Guidance
+    images: Tensor  # (N, 3, H, W) in [0, 1]
+    nfe: float  # of an image
+    branches: dict[str, float]  # of them, those of each branch ("cond", "uncond", ...)
+    seconds: float  # of all images
+
+
+def at_cfg_scale(name: str, scale: float, pipe: Any, steps: int) -> Guidance:
+    """The method at the scale of its own convention that corresponds to CFG's, where it has one (`from_cfg_scale`)."""
+    kind: Any = guidance_kinds(name)[-1]
+    if kind is CFGpp:
+        scale = CFGpp.from_cfg_scale(scale, levels_of(pipe.scheduler, steps)).scale  # type: ignore[assignment]
+    elif kind is GFCG:
+        scale = GFCG.from_cfg_scale(scale).scale  # type: ignore[assignment]
+    return guidance_named(name, scale)
+
+
+def cells(
+    pipe: Any,
+    guidance: Sequence[str],
+    scales: Sequence[float],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    batch_size: int = 16,
+) -> Iterable[Cell]:
+    """One cell per method and scale; a method without a scale has one cell."""
+    for name in guidance:
+        for scale in scales if takes_scale(name) else (None,):
+            method = guidance_named(name) if scale is None else at_cfg_scale(name, scale, pipe, steps)
+            began = time.perf_counter()
+            made = generate(pipe, prompts, seeds, method, steps, batch_size)
+            batches = list(watched(made, len(prompts), name if scale is None else f"{name} {scale:g}"))
+            images = torch.cat([batch.images for batch in batches])
+            cost = mean_nfe(batches), mean_branches(batches), time.perf_counter() - began
+            yield Cell(name, scale, method, images, *cost)
+
+
+def row(cell: Cell, rewards: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
+    """A line of the table: mean scores of the cell's images, their NFE and seconds."""
+    scores = {name: float(load(name)(cell.images, prompts).mean()) for name in dict.fromkeys((*rewards, *MEASURES))}
+    about = {"guidance": cell.guidance, "cfg_scale": cell.scale, "options": settings_of(cell.method)}
+    return about | scores | {"nfe": cell.nfe, "nfe_by_branch": cell.branches, "seconds": round(cell.seconds, 3)}
+
+
+def default_rewards(prompts: Sequence[str]) -> list[str]:
+    """The oracle, if it can judge all prompts."""
+    try:
+        for prompt in prompts:
+            shapes.parse(prompt)
+    except ValueError:
+        return []
+    return ["oracle"]
+
+
+def run(
+    model: str,
+    guidance: Sequence[str],
+    prompt: Sequence[str],
+    output_dir: str | Path,
+    scales: Sequence[float] = (5.0,),
+    reward: Sequence[str] = (),
+    num_images: int = 4,
+    num_inference_steps: int = 25,
+    seed: int = 0,
+    batch_size: int = 16,
+    lora: str | Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """`difftune compare`: writes grid.png and compare.json; returns what compare.json holds."""
+    folder = output.unused(output_dir)
+    for name in guidance:
+        guidance_named(name)
+    rewards = list(parse_rewards(reward)) or default_rewards(prompt)
+    weighted(dict.fromkeys((*rewards, *MEASURES), 1.0))  # all can be loaded, before anything is drawn
+    pipe = opened(model, lora)
+    jobs = [(p, seed + i) for p in prompt for i in range(num_images)]
+    texts, seeds = [p for p, _ in jobs], [s for _, s in jobs]
+    made = list(cells(pipe, guidance, scales, texts, seeds, num_inference_steps, batch_size))
+    found = {
+        "settings": {
+            "model": model,
+            "lora": lora or None,
+            "guidance": list(guidance),
+            "scales": list(scales),
+            "prompt": list(prompt),
+            "reward": rewards,
+            "num_images": num_images,
+            "num_inference_steps": num_inference_steps,
+            "seed": seed,
+            "batch_size": batch_size,
+            "scheduler": type(pipe.scheduler).__name__,
+        },
+        "rows": [row(cell, rewards, texts) for cell in made],
+        "versions": versions(),
+    }
+    output.write(folder / "grid.png", labelled(made, scales, num_images))
+    output.write_json(folder / "compare.json", found)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the picture
+
+
+def labelled(made: Sequence[Cell], scales: Sequence[float], columns: int) -> bytes:
+    """Rows of methods and columns of scales, each cell a block of its images `columns` wide, as PNG."""
+    blocks = {(c.guidance, c.scale): Image.open(io.BytesIO(output.grid(pixels(c.images), columns))) for c in made}
+    width, height = next(iter(blocks.values())).size
+    names = list(dict.fromkeys(c.guidance for c in made))
+    shape = (MARGIN + len(scales) * (width + LINE), LINE + len(names) * (height + LINE))
+    sheet = Image.new("RGB", shape, "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, scale in enumerate(scales):
+        draw.text((MARGIN + j * (width + LINE), 1), f"scale {scale:g}", fill="black")
+    for i, name in enumerate(names):
+        y = LINE + i * (height + LINE)
+        draw.text((2, y + height // 2 - LINE // 2), name, fill="black")
+        for j, scale in enumerate(scales):
+            block = blocks.get((name, scale), blocks.get((name, None)) if j == 0 else None)
+            if block is not None:
+                sheet.paste(block, (MARGIN + j * (width + LINE), y))
+    return output.png(np.asarray(sheet) / 255)

@@ -1,0 +1,1 @@
+"""Reading and writing: whole files and folders, pictures, prompts, checkpoints."""

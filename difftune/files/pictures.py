@@ -1,0 +1,97 @@
+"""A folder of pictures and what they show: examples of a style, of a concept, of what images should be like.
+
+What a picture shows is told by `metadata.jsonl`, as the datasets library has it ({"file_name": "a.png", "text": "..."}
+on each line), or by a text file beside it (a.txt for a.png), or by one caption for all. A folder of `difftune sample`
+tells it by itself: the pictures are those of its sample.json, without the grid, and each shows its prompt.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from difftune.errors import UserError
+from difftune.evaluation.score import opened
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+METADATA, SAMPLES = "metadata.jsonl", "sample.json"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file, and what it shows."""
+
+    path: Path
+    caption: str | None = None
+
+
+def pictures(folder: str | Path, caption: str | None = None) -> list[Picture]:
+    """The pictures of a folder by their names; `caption` is that of those which have none.
+
+    Raises UserError for what is no folder, has no picture, or has a metadata.jsonl or sample.json that cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder of pictures {str(folder)!r}: give one")
+    sampled = _sampled(folder / SAMPLES)
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = [path for path in files if path.name in sampled] if sampled else files
+    if not files:
+        raise UserError(f"{folder} has no picture: it must hold files that end in {', '.join(sorted(SUFFIXES))}")
+    captions = sampled | _captions(folder / METADATA)
+    return [Picture(path, captions.get(path.name) or _beside(path) or caption) for path in files]
+
+
+def captioned(folder: str | Path, caption: str | None = None) -> list[Picture]:
+    """`pictures`, each of which has a caption; UserError, which names the first that has none."""
+    found = pictures(folder, caption)
+    for picture in found:
+        if picture.caption is None:
+            raise UserError(
+                f"{picture.path} has no caption: write it into {picture.path.with_suffix('.txt').name} or {METADATA}, "
+                "or give one --caption for all"
+            )
+    return found
+
+
+def read(path: Path, height: int, width: int) -> Tensor:
+    """The picture (3, height, width) in [0, 1]: resized (antialiased bicubic) until it covers that, and its centre."""
+    image = opened(path)[None]
+    scale = max(height / image.shape[2], width / image.shape[3])
+    size = [max(side, round(scale * of)) for side, of in zip((height, width), image.shape[2:], strict=True)]
+    covering = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return covering[0, :, top : top + height, left : left + width]
+
+
+def stack(found: list[Picture], size: tuple[int, int]) -> Tensor:
+    """All pictures (N, 3, height, width) in [0, 1]."""
+    return torch.stack([read(picture.path, *size) for picture in found])
+
+
+def _sampled(file: Path) -> dict[str, str]:
+    """The prompts of the pictures that `difftune sample` wrote, by their names; {} without its file."""
+    if not file.is_file():
+        return {}
+    try:
+        return {image["file"]: str(image["prompt"]) for image in json.loads(file.read_text("utf-8"))["images"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not what `difftune sample` writes: {error!r}; rename or remove it") from error
+
+
+def _captions(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        return {}
+    try:
+        lines = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
+        return {line["file_name"]: str(line["text"]).strip() for line in lines}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{file} wants lines of {{"file_name": ..., "text": ...}}: {error!r}') from error
+
+
+def _beside(path: Path) -> str | None:
+    file = path.with_suffix(".txt")
+    return file.read_text("utf-8").strip() or None if file.is_file() else None

@@ -1,0 +1,1 @@
+"""A person's choices between pictures: the tasks, the label file, the web page."""

@@ -1,0 +1,211 @@
+"""What settings name, as objects: one sentence for every name or option that is not known."""
+
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from difftune.errors import UserError
+from difftune.models import source
+from difftune.pipelines.engine import brings_solver, step_of, wants_noise
+from guidance.contract import Guidance
+from guidance.methods.catalogue import GUIDANCE
+from rewards.compose import WeightedSum, parse_rewards, weighted
+from rewards.registry import REWARDS, Entry, Reward, entry, unknown
+from solvers.denoiser import Path, Prediction, predicted
+from solvers.noise import Noise, cosine, grid
+from solvers.rollout.modes import parse_gradient, rollout
+from solvers.samplers.catalogue import SAMPLERS, Step, euler
+
+Thing = TypeVar("Thing")
+
+DEFAULTS: dict[str, dict[str, Any]] = {"cfg": {"scale": 5.0}}  # where a recipe's differs from the method's own
+
+
+def guidance_named(name: str, scale: float | None = None, options: Mapping[str, Any] | None = None) -> Guidance:
+    """The method with its options, of which `scale` is one and wins; "interval:apg" is APG in an Interval."""
+    kinds = guidance_kinds(name)
+    innermost = next(known for known, kind in GUIDANCE.items() if kind is kinds[-1])
+    settings: list[dict[str, Any]] = [{} for _ in kinds]
+    settings[-1] |= DEFAULTS.get(innermost, {})
+    for key, value in {**(options or {}), **({} if scale is None else {"scale": scale})}.items():
+        depth, option = guidance_field(name, key)
+        settings[depth][option] = value
+    try:
+        method = kinds[-1](**settings[-1])
+        for kind, given in zip(kinds[-2::-1], settings[-2::-1], strict=True):
+            method = kind(method=method, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return method
+
+
+def guidance_kinds(name: str) -> list[Callable[..., Guidance]]:
+    """The methods of a name from the outside inwards; one that holds another and names none holds CFG."""
+    parts = name.split(":")
+    kinds = [member("guidance method", part, GUIDANCE) for part in parts]
+    for part, kind in zip(parts[:-1], kinds, strict=False):
+        if "method" not in _options(kind):
+            holders = ", ".join(n for n, k in GUIDANCE.items() if "method" in _options(k))
+            raise UserError(f"in {name!r}, {part} can hold no other method; these can: {holders}")
+    return [*kinds, GUIDANCE["cfg"]] if "method" in _options(kinds[-1]) else kinds
+
+
+def guidance_field(name: str, key: str) -> tuple[int, str]:
+    """(depth, option) of a setting: "low" is the outermost method's that has such an option, "method.scale" one of the
+    method inside."""
+    *inwards, option = key.split(".")
+    kinds = guidance_kinds(name)
+    depths = [len(inwards)] if inwards else range(len(kinds))
+    for depth in depths if set(inwards) <= {"method"} else []:
+        if depth < len(kinds) and option != "method" and option in _options(kinds[depth]):
+            return depth, option
+    names = {option for kind in kinds for option in _options(kind)} - {"method"}
+    raise UserError(unknown(f"option of guidance {name!r}", key, names))
+
+
+def takes_scale(name: str) -> bool:
+    """Whether a scale means something to the method."""
+    kinds = guidance_kinds(name)
+    return kinds[-1] is not GUIDANCE["none"] and any("scale" in _options(kind) for kind in kinds)
+
+
+def _options(method: Callable[..., Guidance]) -> Collection[str]:
+    return inspect.signature(method).parameters
+
+
+def sampler_named(name: str) -> Step:
+    return member("sampler", name, SAMPLERS)
+
+
+def reward_named(weights: Sequence[str] | Mapping[str, float], gradient: bool = True) -> WeightedSum:
+    """A weighted sum of rewards, from ["NAME=WEIGHT", ...] or {name: weight}; a differentiable one unless gradient is
+    False."""
+    try:
+        return weighted(differentiable(weights) if gradient else rewards_named(weights))
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+
+
+def scorer_named(terms: Sequence[str]) -> WeightedSum:
+    """A weighted sum of rewards, differentiable or not, from ["NAME=WEIGHT", ...]."""
+    try:
+        return weighted(weights_named(terms))
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+
+
+def weights_named(terms: Sequence[str]) -> dict[str, float]:
+    """The weights by name; nothing is loaded."""
+    try:
+        return parse_rewards(terms)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def differentiable(rewards: Sequence[str] | Mapping[str, float] | Reward) -> dict[str, float]:
+    """The weights by name, if all are differentiable; nothing is loaded. A reward itself has no names: {}."""
+    if not isinstance(rewards, Sequence | Mapping):
+        _refuse(type(rewards).__name__, rewards.differentiable)
+        return {}
+    weights = rewards_named(rewards)
+    for name in weights:
+        _refuse(name, _entry(name).differentiable)
+    return weights
+
+
+def rewards_named(rewards: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    """The weights by name, if all are known; nothing is loaded."""
+    try:
+        return dict(rewards) if isinstance(rewards, Mapping) else parse_rewards(rewards)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _entry(name: str) -> Entry:
+    try:
+        return entry(name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _refuse(name: str, able: bool) -> None:
+    if not able:
+        names = ", ".join(sorted(name for name, entry in REWARDS.items() if entry.differentiable))
+        raise UserError(f"reward {name!r} is not differentiable, and its gradient is needed: choose of {names}")
+
+
+def model_named(name: str) -> str:
+    """The name, if a pipeline of that name can be looked for; nothing is loaded."""
+    try:
+        source(name)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+    return name
+
+
+def gradient_named(mode: str, steps: int, sampler: str = "euler", of: str = "weights") -> str:
+    """The engine's mode, if it is known, gives a gradient `of` the weights or the noise, and runs.
+
+    It is tried on one number with as many steps, so that what the engine says of its options is said at once.
+    """
+    name, option = (mode.split(":") + [""])[:2]
+    if name == "truncated" and not (option.isdecimal() and 1 <= int(option) <= steps):
+        raise UserError(f"gradient {mode!r} wants the number of last steps that carry gradient, 1 to {steps}")
+    if brings_solver(mode) and sampler != "euler":
+        raise UserError(f"gradient {mode!r} brings its own solver, and would not run sampler {sampler!r}: leave it out")
+    try:
+        parse_gradient(mode)
+        try_gradient(mode, steps, of)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return mode
+
+
+@dataclass(frozen=True)
+class OneNumber:
+    """eps - x0 = w x: the smallest network there is."""
+
+    weight: Tensor
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return (self.weight,)
+
+    def __call__(self, path: Path, at: Noise) -> Prediction:
+        return predicted("flow", path.x, at, self.weight * path.x)
+
+
+def try_gradient(mode: str, steps: int, of: str) -> None:
+    """Run and differentiate that many steps on one number. ValueError where the mode raises it or gives no gradient."""
+    weight, x = torch.full((1, 1), 0.1), torch.ones(1, 1)
+    wanted = {"weights": weight, "noise": x}[of].requires_grad_()
+    noise = torch.zeros(steps, 1, 1) if wants_noise(mode, euler) else None
+    with torch.enable_grad():
+        levels = grid(cosine, steps, 0.99, 0.0)
+        path = rollout(step_of(mode, euler), OneNumber(weight), x, levels, mode, noise)
+    if not path.x.requires_grad:
+        raise ValueError(f"gradient {mode!r} gives no gradient of the {of}: use 'checkpoint'")
+    if torch.autograd.grad(path.x.sum(), wanted, allow_unused=True)[0] is None:
+        raise ValueError(f"gradient {mode!r} gives no gradient of the {of}: use 'checkpoint'")
+
+
+def member(kind: str, name: str, family: Mapping[str, Thing]) -> Thing:
+    return family[known(kind, name, family)]
+
+
+def known(kind: str, name: str, names: Collection[str]) -> str:
+    """The name, if it is known; one sentence with the nearest otherwise."""
+    if name not in names:
+        raise UserError(unknown(kind, name, names))
+    return name
+
+
+def at_least(least: float, **values: float) -> None:
+    """One sentence for the first setting that is less."""
+    for name, value in values.items():
+        if not value >= least:
+            raise UserError(f"{name} is {value}: it must be at least {least}")

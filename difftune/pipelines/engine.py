@@ -1,0 +1,154 @@
+"""From a recipe's settings to the engine's: the gradient mode, the memory plan, the attention, and a line for each.
+
+All that differentiate a sampler have the same: `gradient`, `memory_budget`, `offload`,
+`enable_xformers_memory_efficient_attention` and `deterministic`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difftune.errors import UserError
+from rewards.compose import Recomputed, WeightedSum
+from solvers.families.attention import Verdict, attention, choose, deterministic, obstacle
+from solvers.latent import LatentModel
+from solvers.memory.budget import Plan, Probe, parse_size, planned, resident
+from solvers.memory.live import check_offload, offload_line, offloaded
+from solvers.samplers.catalogue import Step, ancestral, euler, is_stochastic
+
+OWN_SOLVER = ("adjoint", "reversible", "lean")  # modes that bring their own solver, and take no step
+
+DEFAULT = Verdict("sdpa", "the default")
+
+
+def check_engine(memory_budget: str | None, xformers: bool) -> None:
+    """UserError, before anything is loaded, for a size that is none, and where xformers cannot run."""
+    if memory_budget is not None:
+        _worded(partial(parse_size, memory_budget))
+    if xformers and (reason := obstacle()):
+        raise UserError(reason)
+
+
+def check_offloading(offload: bool, gradient: str | None) -> None:
+    """UserError for a mode whose latents cannot be offloaded."""
+    if offload and gradient is not None:
+        _worded(partial(check_offload, gradient))
+
+
+def bound_mode(gradient: str | None, offload: bool) -> str | None:
+    """The mode that a plan is bound to: the one given, or the one that it would choose and can offload; None: none."""
+    return "checkpoint" if gradient is None and offload else gradient
+
+
+def moving(offload: bool, device: torch.device, gradient: str) -> AbstractContextManager[Any]:
+    """Around a rollout: its latents are offloaded, if that is asked for."""
+    return offloaded(device, gradient) if offload else nullcontext()
+
+
+def brings_solver(gradient: str) -> bool:
+    return gradient.partition(":")[0] in OWN_SOLVER
+
+
+def step_of(gradient: str, step: Step) -> Step | None:
+    """The step to run with: None for a mode that brings its own solver."""
+    return None if brings_solver(gradient) else step
+
+
+def wants_noise(gradient: str | None, step: Step) -> bool:
+    """Whether a run needs one tensor of noise a step: a stochastic step does, and `lean`'s memoryless sampler."""
+    return gradient == "lean" or is_stochastic(step)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a recipe runs: what was planned, which attention, and whether kernels are deterministic."""
+
+    plan: Plan
+    attention: Verdict = DEFAULT
+    deterministic: bool = False
+    offload: str | None = None  # what it does
+
+    def lines(self, gradient: str) -> dict[str, str]:
+        """What was resolved, in words; `gradient` is the recipe's own word for the mode."""
+        found = {"gradient": gradient, "attention": f"{self.attention.backend} ({self.attention.why})"}
+        if self.plan.peak:
+            found["memory_budget"] = str(self.plan)
+        if self.offload is not None:
+            found["offload"] = self.offload
+        return found | ({"deterministic": "torch's deterministic algorithms"} if self.deterministic else {})
+
+
+def offload_of(offload: bool, device: torch.device) -> str | None:
+    """What offloading does on this device, if it is asked for."""
+    return offload_line(device) if offload else None
+
+
+def verdict(xformers: bool, network: Any) -> Verdict:
+    """xformers if it was asked for and serves on this GPU; SDPA otherwise, and why."""
+    return choose(network.device, network.dtype) if xformers else DEFAULT
+
+
+@contextmanager
+def kernels(xformers: bool, exact: bool, network: Any) -> Iterator[Verdict]:
+    """The attention that was asked for, on this network, and deterministic kernels; all as before afterwards."""
+    with ExitStack() as stack:
+        stack.enter_context(deterministic(exact))
+        found = verdict(xformers, network)
+        stack.enter_context(attention(network, found.backend))
+        yield found
+
+
+def plan_for(
+    memory_budget: str | None, gradient: str | None, steps: int, batch: int, measure: Callable[[int | None], Probe]
+) -> Plan:
+    """The plan within the budget; without one, the whole batch at once, and "checkpoint" where no mode is given.
+
+    measure(limit) probes within a limit, or without one: where nothing fits, the least that would is to be named.
+    """
+    if memory_budget is None:
+        return Plan(gradient or "checkpoint", batch, batch)
+    try:
+        return planned(measure(parse_size(memory_budget)), memory_budget, steps, batch, gradient)
+    except ValueError:
+        return _worded(lambda: planned(measure(None), memory_budget, steps, batch, gradient))
+
+
+def probe_step(gradient: str | None, step: Step) -> Step:
+    """A step that calls the network as the mode does, once for those that bring their own solver."""
+    if gradient and brings_solver(gradient):
+        return ancestral if gradient == "lean" else euler
+    return step
+
+
+SCALARS = 2**12  # bytes of the loss and of what is logged, which no probe sees
+
+
+def held(model: LatentModel, trained: int, *others: LatentModel) -> int:
+    """Weights, gradients (as they are summed up and as they are stored), AdamW's two moments, and a few scalars."""
+    parts = [part for one in (model, *others) for part in one.pipe.components.values()]
+    return resident(model.device, *parts) + 4 * trained + SCALARS
+
+
+def scores_of(reward: Any, prompts: Sequence[str]) -> list[Callable[[Tensor], Tensor]]:
+    """The reward as functions of the images alone, one for each member of a sum."""
+    members = reward.rewards.values() if isinstance(reward, WeightedSum) else [reward]
+    return [partial(lambda member, images: member(images, prompts), member) for member in members]
+
+
+def one_at_a_time(reward: Any, plan: Plan) -> Any:
+    """The reward, each member of a sum recomputed on the way back if that is planned."""
+    if not plan.rewards_apart:
+        return reward
+    return replace(reward, rewards={name: Recomputed(member) for name, member in reward.rewards.items()})
+
+
+def _worded(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except ValueError as error:
+        raise UserError(str(error)) from error

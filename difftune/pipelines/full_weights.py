@@ -1,0 +1,56 @@
+"""Full fine-tuning: every weight of the denoiser is trained, in float32, and saved as diffusers saves a network."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as FILE
+from safetensors.torch import save_file
+from torch import Tensor
+
+from difftune.files.checkpoint import flush
+from difftune.pipelines import lora
+from solvers.families.table import family_of
+
+
+def add(pipe: Any) -> dict[str, Tensor]:
+    """Freeze the pipeline but for its denoiser, make that float32, and return its weights, by name."""
+    network = lora.network_of(pipe)
+    lora.freeze(pipe)
+    network.float().requires_grad_(True)
+    return lora.weights(network)
+
+
+def folder_of(pipe: Any, folder: str | Path) -> Path:
+    """Where `save` puts the network: `folder/unet`, or `folder/transformer`."""
+    return Path(folder, family_of(pipe).denoisers[0])
+
+
+def save(pipe: Any, folder: str | Path, tensors: Mapping[str, Tensor]) -> Path:
+    """Write the network with these weights to a folder of its own, whole or not at all.
+
+    It is read by `type(network).from_pretrained`, and by `difftune sample --lora`.
+    """
+    network, final = lora.network_of(pipe), folder_of(pipe, folder)
+    partial, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
+    for rest in (partial, old):
+        shutil.rmtree(rest, ignore_errors=True)
+    whole = {**network.state_dict(), **tensors}  # with the buffers
+    network.save_config(partial)
+    save_file({k: v.detach().cpu().contiguous() for k, v in whole.items()}, partial / FILE, {"format": "pt"})
+    for file in partial.iterdir():
+        flush(file)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load(pipe: Any, folder: str | Path) -> None:
+    """Replace the weights of the pipeline's denoiser by those in `folder`."""
+    network = lora.network_of(pipe)
+    found = type(network).from_pretrained(folder_of(pipe, folder), torch_dtype=network.dtype)
+    network.load_state_dict(found.state_dict())

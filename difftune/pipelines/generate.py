@@ -1,0 +1,268 @@
+"""Images from a diffusers pipeline under a guidance method."""
+
+import inspect
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from difftune import models
+from difftune.environment import versions
+from difftune.errors import RunError, UserError
+from difftune.files import output
+from difftune.lookup import guidance_named, model_named
+from difftune.pipelines import full_weights
+from difftune.pipelines.lora import WEIGHTS, mix
+from difftune.pipelines.lora import attach as attach_lora
+from difftune.pipelines.method_parts import equipped, prepared
+from guidance.attach.handle import attach
+from guidance.contract import Guidance
+from rewards.checks import finite
+from solvers.families.table import family_of, packed
+from solvers.latent import LatentModel
+
+
+class Batch(NamedTuple):
+    """A batch of pictures and what made them."""
+
+    images: Tensor  # (B, 3, H, W) in [0, 1], float32, on the CPU
+    prompts: list[str]
+    seeds: list[int]
+    nfe: float  # rows that went through the network, per image
+    branches: dict[str, float]  # of them, those of each branch ("cond", "uncond", ...)
+
+
+@torch.no_grad()
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    guidance: Guidance,
+    steps: int = 25,
+    batch_size: int = 16,
+    eta: float = 0.0,
+    noises: Tensor | None = None,
+) -> Iterator[Batch]:
+    """One image per (prompt, seed), batch by batch. An image's noise is that of its own seed, whatever the batch, or of
+    `noises` (B, C, h, w) its own.
+
+    eta: the noise of DDIM's steps, 1 is DDPM; UserError where the scheduler takes none.
+    What a method needs and only names (a classifier, a weaker network, a negative prompt) is found by
+    `difftune.pipelines.method_parts`.
+    """
+    if eta:
+        takes_eta(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    guidance = prepared(pipe, guidance, prompts, steps)
+    for start in range(0, len(prompts), batch_size):
+        chosen = slice(start, start + batch_size)
+        given: dict[str, Any] = {"eta": eta} if eta else {}
+        if noises is not None:
+            given |= for_pipeline(pipe, noises[chosen])
+        yield _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), guidance, steps, given)
+
+
+def _batch(
+    pipe: Any, prompts: list[str], seeds: list[int], guidance: Guidance, steps: int, given: Mapping[str, Any]
+) -> Batch:
+    """A batch by the pipeline, which is told what is `given` besides."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    method, networks = equipped(pipe, guidance, prompts)
+    with attach(pipe, method, networks) as handle:
+        images = pipe(prompts, generator=generators, num_inference_steps=steps, output_type="pt", **given).images
+    images = finite(images.float().cpu(), "a generated picture")
+    branches = {name: rows / len(prompts) for name, rows in handle.branches.items()}
+    return Batch(images, prompts, seeds, handle.nfe / len(prompts), branches)
+
+
+def takes_eta(pipe: Any) -> None:
+    """UserError unless the pipeline and its scheduler take an eta: others would leave it out without a word."""
+    for thing, function in ((pipe, type(pipe).__call__), (pipe.scheduler, pipe.scheduler.step)):
+        if "eta" not in inspect.signature(function).parameters:
+            raise UserError(f"{type(thing).__name__} takes no eta: leave it out, or use a pipeline with DDIM")
+
+
+def for_pipeline(pipe: Any, noises: Tensor) -> dict[str, Any]:
+    """Noises (B, C, h, w) as a pipeline is called with them, at their size; FLUX wants them packed into tokens.
+
+    The pipeline multiplies them by its scheduler's first sigma, as it does its own. UserError for other channels.
+    """
+    family, model = family_of(pipe), LatentModel(pipe)
+    height, width = (side * pipe.vae_scale_factor for side in noises.shape[2:])
+    if noises.shape[1:] != (shape := model.shape(height, width)):
+        raise UserError(f"the noise is {tuple(noises.shape[1:])}, and the model's latents are {shape}")
+    latents = (noises if family.grid is None else packed(noises)).to(model.device, model.dtype)
+    return {"latents": latents, "height": height, "width": width}
+
+
+def watched(batches: Iterator[Batch], total: int, label: str) -> Iterator[Batch]:
+    """The batches, with a bar where somebody watches."""
+    with tqdm(total=total, desc=label, disable=None) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch.images))
+
+
+def mean_nfe(batches: Sequence[Batch]) -> float:
+    """Rows that went through the network, per image."""
+    return sum(b.nfe * len(b.images) for b in batches) / sum(len(b.images) for b in batches)
+
+
+def mean_branches(batches: Sequence[Batch]) -> dict[str, float]:
+    """The same of each branch."""
+    images = sum(len(b.images) for b in batches)
+    names = dict.fromkeys(name for b in batches for name in b.branches)
+    return {name: sum(b.branches.get(name, 0) * len(b.images) for b in batches) / images for name in names}
+
+
+def opened(model: str, lora: str | Sequence[str] | None = None) -> Any:
+    """The pipeline, on the GPU if there is one, with what training wrote to the folder `lora`: a LoRA, or a network.
+
+    Several LoRAs are mixed, each with its share: ["a=0.7", "b=0.3"].
+    """
+    shares = shares_of([lora] if isinstance(lora, str) else lora or [])
+    model_named(model)
+    pipe = models.load(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    if shares:
+        _adapt(pipe, model, shares)
+    return pipe
+
+
+def shares_of(loras: Sequence[str]) -> dict[str, float]:
+    """Shares by folder of FOLDER or FOLDER=SHARE; 1 where none is said. Raises UserError where there is no LoRA."""
+    shares: dict[str, float] = {}
+    for term in loras:
+        folder, share = _divided(term)
+        networks = [name for name in ("unet", "transformer") if Path(folder, name).is_dir()]
+        if not Path(folder, WEIGHTS).is_file() and not networks:
+            raise UserError(f"--lora {folder} holds no {WEIGHTS}: give the --output_dir of a training run")
+        if networks and (len(loras) > 1 or share != 1):
+            raise UserError(f"--lora {folder} holds a whole network, which cannot be mixed: give it alone")
+        shares[folder] = share
+    return shares
+
+
+def _divided(term: str) -> tuple[str, float]:
+    """A folder and its share; a folder whose name ends in =SHARE is taken for one if it is there."""
+    folder, equals, number = term.rpartition("=")
+    if not equals or Path(term).is_dir():
+        return term, 1.0
+    try:
+        return folder, float(number)
+    except ValueError as error:
+        raise UserError(f"--lora {term}: the share after '=' is a number, as in out=0.5") from error
+
+
+def _adapt(pipe: Any, model: str, shares: Mapping[str, float]) -> None:
+    (first, *_) = shares
+    try:
+        if not Path(first, WEIGHTS).is_file():
+            full_weights.load(pipe, first)
+        elif list(shares.values()) == [1.0]:
+            attach_lora(pipe, first)
+        else:
+            mix(pipe, shares)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the LoRA of {first} does not fit model {model!r}: {reason}") from error
+
+
+def pixels(images: Tensor) -> list[Any]:
+    """(B, 3, H, W) as B arrays (H, W, 3)."""
+    return list(images.permute(0, 2, 3, 1).numpy())
+
+
+def sample(
+    model: str,
+    prompt: Sequence[str],
+    output_dir: str | Path,
+    guidance: str = "cfg",
+    guidance_options: Mapping[str, Any] | None = None,
+    num_images: int = 1,
+    num_inference_steps: int = 25,
+    seed: int = 0,
+    batch_size: int = 16,
+    lora: str | Sequence[str] | None = None,
+    eta: float = 0.0,
+    noise: str | None = None,
+) -> dict[str, Any]:
+    """`difftune sample`: writes PNGs, grid.png and sample.json; returns what sample.json holds.
+
+    Image i of a prompt is drawn with seed + i; `noise`, a file of `difftune optimize`, holds one noise for each image
+    in place of that. Nothing is written before all images are made.
+    """
+    folder, method = output.unused(output_dir), guidance_named(guidance, None, guidance_options)
+    jobs = [(p, seed + i) for p in prompt for i in range(num_images)]
+    noises = None if noise is None else noises_of(noise, len(jobs))
+    pipe, began = opened(model, lora), time.perf_counter()
+    texts, seeds = [p for p, _ in jobs], [s for _, s in jobs]
+    made = generate(pipe, texts, seeds, method, num_inference_steps, batch_size, eta, noises)
+    batches = list(watched(made, len(jobs), "sample"))
+    found = {
+        "settings": {
+            "model": model,
+            "lora": lora or None,
+            "guidance": guidance,
+            "guidance_options": settings_of(method),
+            "prompt": list(prompt),
+            "num_images": num_images,
+            "num_inference_steps": num_inference_steps,
+            "eta": eta,
+            "seed": seed,
+            "noise": noise,
+            "batch_size": batch_size,
+            "scheduler": type(pipe.scheduler).__name__,
+        },
+        "images": list(_files(batches)),
+        "nfe": mean_nfe(batches),
+        "nfe_by_branch": mean_branches(batches),
+        "seconds": round(time.perf_counter() - began, 3),
+        "versions": versions(),
+    }
+    pictures = [picture for batch in batches for picture in pixels(batch.images)]
+    for about, picture in zip(_files(batches), pictures, strict=True):
+        output.write(folder / about["file"], output.png(picture))
+    output.write(folder / "grid.png", output.grid(pictures, num_images if len(prompt) > 1 else None))
+    output.write_json(folder / "sample.json", found)
+    return found
+
+
+NOISE = "noise.safetensors"  # of `difftune optimize`
+
+
+def noises_of(path: str | Path, images: int | None = None) -> Tensor:
+    """The noises (B, C, h, w) of a file that `difftune optimize` wrote, one for each of so many images.
+
+    UserError for another number of them, for a file of something else, and where an embedding belongs to the noise.
+    """
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot read the noise {str(path)!r}: {error}") from error
+    if "noise" not in found or found["noise"].ndim != 4:
+        raise UserError(f"{path} holds no noise: give the {NOISE} of `difftune optimize`")
+    if "embedding" in found:
+        raise UserError(f"{path} holds a prompt's embedding too, without which its noise makes another picture")
+    if images is not None and len(found["noise"]) != images:
+        number = len(found["noise"])
+        raise UserError(f"{path} holds {number} noises for {images} images: give its prompts, one for each noise")
+    return found["noise"]
+
+
+def settings_of(guidance: Any) -> dict[str, Any]:
+    """A method's fields, which are its settings."""
+    return asdict(guidance)
+
+
+def _files(batches: Sequence[Batch]) -> Iterator[dict[str, Any]]:
+    """Of each image, in order: its file and what made it."""
+    jobs = [(prompt, seed, b.nfe) for b in batches for prompt, seed in zip(b.prompts, b.seeds, strict=True)]
+    for i, (prompt, seed, nfe) in enumerate(jobs):
+        yield {"file": f"{i:05d}-seed{seed}.png", "prompt": prompt, "seed": seed, "nfe": nfe}

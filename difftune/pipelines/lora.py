@@ -1,0 +1,238 @@
+"""Low-rank adapters (https://arxiv.org/abs/2106.09685) by peft: W x + alpha / rank * B A x, with A and B trained.
+
+Only what `pipe.load_lora_weights(folder)` reads back exactly is written: peft's own keys and the adapter's settings,
+without which an alpha other than the rank is silently lost.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders import PeftAdapterMixin, SD3LoraLoaderMixin
+from diffusers.loaders.lora_base import LoraBaseMixin
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors
+from torch import Tensor, nn
+
+from difftune.errors import UserError
+from difftune.files.checkpoint import flush
+from difftune.files.output import write
+from solvers.families.table import family_of
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+TEMPORARY = ".lora-"  # what `save` writes into, with eight letters and digits of tempfile's after it
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # attention to the text's tokens, of SD3 and FLUX
+FEED_FORWARD = ("net.0.proj", "net.2", "proj_mlp")
+CONVOLUTIONS = ("conv1", "conv2", "conv", "conv_shortcut", "proj_in", "proj_out", "time_emb_proj")
+LAYOUTS = {
+    "attention": ATTENTION + JOINT,
+    "attention+ff+conv": ATTENTION + JOINT + FEED_FORWARD + CONVOLUTIONS,
+}
+NAME = "default"  # the adapter's, as diffusers' own scripts have it
+
+
+def add(
+    pipe: Any,
+    rank: int = 4,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+    layout: str = "attention",
+) -> dict[str, Tensor]:
+    """Freeze the pipeline, add an adapter to its denoiser's layers of a layout, and return the weights to train, by
+    name.
+
+    A is Gaussian and B is zero, so that the first output is the base model's; both are float32. `alpha` is `rank` if
+    None, layout one of `LAYOUTS`. Raises UserError if the pipeline has an adapter already.
+    """
+    network = network_of(pipe)
+    if adapted(network):
+        raise UserError(f"the {type(network).__name__} has adapters already: fuse or unload them first")
+    freeze(pipe)
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        init_lora_weights="gaussian",
+        target_modules=list(LAYOUTS[layout]),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        _inject(network, settings, NAME)
+    for weight in weights(network).values():
+        weight.data = weight.data.float()
+    return weights(network)
+
+
+def adapted(network: nn.Module) -> bool:
+    """Whether the network has an adapter."""
+    return any(isinstance(module, BaseTunerLayer) for module in network.modules())
+
+
+def _inject(network: nn.Module, settings: LoraConfig, name: str) -> None:
+    """Put an adapter into a network, also into one that diffusers gives no method for it (PixArt's)."""
+    if isinstance(network, PeftAdapterMixin):
+        network.add_adapter(settings, name)
+    else:
+        inject_adapter_in_model(settings, network, name)
+
+
+def weights(network: nn.Module) -> dict[str, Tensor]:
+    """The weights that are trained, by name."""
+    return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+
+
+def load(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `weights` gave, bit for bit. Raises UserError for tensors of another adapter."""
+    own = weights(network)
+    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
+        raise UserError("the weights are not of this model, layout and rank: resume with the settings of the first run")
+    _put(own, tensors)
+
+
+@contextmanager
+def lent(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The network with other weights, those that are named; its own are back at the end, bit for bit."""
+    own = {name: weight for name, weight in network.named_parameters() if name in tensors}
+    before = {name: weight.detach().clone() for name, weight in own.items()}
+    try:
+        _put(own, tensors)
+        yield
+    finally:
+        _put(own, before)
+
+
+@torch.no_grad()
+def _put(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        weight.copy_(tensors[name])
+
+
+@contextmanager
+def off(network: nn.Module) -> Iterator[None]:
+    """The network as it was before its adapters, bit for bit; they are back at the end, also after an exception.
+
+    No weight's `requires_grad` changes, unlike under `network.disable_adapters()`: a graph that was built before is
+    differentiated as if nothing had happened.
+    """
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+def save(pipe: Any, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
+    """Write the adapter as `folder/pytorch_lora_weights.safetensors`, whole or not at all.
+
+    tensors: its weights by the names of `weights`, where they are others than the network has.
+    """
+    network, kind = network_of(pipe), family_of(pipe).denoisers[0]
+    layers = {f"{kind}_lora_layers": adapter_of(network, tensors)}
+    adapter = {k: sorted(v) if isinstance(v, set) else v for k, v in network.peft_config[NAME].to_dict().items()}
+    settings = {f"{kind}_lora_adapter_metadata": adapter}  # a set's order would differ from process to process
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY) as temporary:  # a folder: loaders look at every file
+        writer = type(pipe) if isinstance(pipe, LoraBaseMixin) else SD3LoraLoaderMixin
+        writer.save_lora_weights(temporary, **layers, **settings, weight_name=WEIGHTS)
+        sort_header(Path(temporary, WEIGHTS))
+        flush(Path(temporary, WEIGHTS))
+        os.replace(Path(temporary, WEIGHTS), folder / WEIGHTS)
+    return folder / WEIGHTS
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what a `save` that was killed left in the folder."""
+    for path in Path(folder).glob(f"{TEMPORARY}*"):
+        if re.fullmatch(rf"{re.escape(TEMPORARY)}[a-z0-9_]{{8}}", path.name) and path.is_dir():
+            shutil.rmtree(path)
+
+
+def adapter_of(network: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapter's weights by peft's own keys: LAYER.lora_A.weight and LAYER.lora_B.weight."""
+    state = None if tensors is None else dict(tensors)
+    return {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(network, state).items()}
+
+
+def export_kohya(pipe: Any, file: str | Path) -> Path:
+    """Write the adapter as Automatic1111, ComfyUI and kohya's scripts read it; `pipe.load_lora_weights` does too.
+
+    Layer a.b.c of a UNet is lora_unet_a_b_c, with lora_down, lora_up and its alpha. Raises UserError for a denoiser
+    that is no UNet: those programs know transformers by names of their own.
+    """
+    network, kind = network_of(pipe), family_of(pipe).denoisers[0]
+    if kind != "unet":
+        raise UserError(f"kohya's layout is of UNets, and this is a {type(network).__name__}: keep {WEIGHTS}")
+    found: dict[str, Tensor] = {}
+    for key, value in adapter_of(network).items():
+        layer, _, side = key.removesuffix(".weight").rpartition(".")
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        found[f"{name}.{KOHYA[side]}.weight"] = value
+        found[f"{name}.alpha"] = torch.tensor(float(network.peft_config[NAME].lora_alpha))
+    write(Path(file), safetensors(found, {"format": "pt"}))
+    return Path(file)
+
+
+KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
+
+
+def mix(pipe: Any, shares: Mapping[str, float]) -> None:
+    """Load the adapters that training wrote to the folders, each with its share: W x + sum_i share_i delta_i(x).
+
+    Two rewards are traded off after their training by shares a and 1 - a (https://arxiv.org/abs/2310.03739).
+    """
+    if not isinstance(network_of(pipe), PeftAdapterMixin):
+        raise UserError(f"diffusers cannot mix adapters of a {type(network_of(pipe)).__name__}: give one alone")
+    names = [f"{NAME}_{i}" for i in range(len(shares))]
+    for name, folder in zip(names, shares, strict=True):
+        attach(pipe, folder, name)
+    network_of(pipe).set_adapters(names, list(shares.values()))
+
+
+def attach(pipe: Any, folder: str | Path, name: str = NAME) -> None:
+    """Load an adapter that `save` wrote: `pipe.load_lora_weights`, also for a pipeline that has none (PixArt's)."""
+    if isinstance(pipe, LoraBaseMixin):
+        pipe.load_lora_weights(folder, adapter_name=name)
+        return
+    network, prefix = network_of(pipe), f"{family_of(pipe).denoisers[0]}."
+    with safe_open(Path(folder, WEIGHTS), "pt") as file:
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+    tensors = {key.removeprefix(prefix): value for key, value in load_file(Path(folder, WEIGHTS)).items()}
+    _inject(network, LoraConfig(**{key.removeprefix(prefix): value for key, value in settings.items()}), name)
+    set_peft_model_state_dict(network, tensors, name)
+
+
+def sort_header(file: Path) -> None:
+    """Put a safetensors file's header in order: its metadata comes in a random one, and equal weights shall be equal
+    files."""
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the format's own padding
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+
+
+def network_of(pipe: Any) -> Any:
+    return pipe.components[family_of(pipe).denoisers[0]]
+
+
+def freeze(pipe: Any) -> None:
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)

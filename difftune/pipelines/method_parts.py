@@ -1,0 +1,263 @@
+"""What a guidance method only names, found for a pipeline and its prompts: classifiers, weaker networks, negatives.
+
+`PARTS` has one function per method that needs something; a method whose fields hold the things themselves stays.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from difftune import models
+from difftune.errors import UserError
+from difftune.lookup import model_named
+from guidance.contract import Guidance
+from guidance.guided import guided
+from guidance.methods.adaptive import Recorded, fit_linear_ag
+from guidance.methods.catalogue import (
+    GFCG,
+    GUIDANCE,
+    NAG,
+    NASA,
+    AutoGuidance,
+    CFGZeroStar,
+    ClassifierGuidance,
+    DynamicCFG,
+    LinearAG,
+    MultiCondition,
+    NullTextInversion,
+    PerpNeg,
+)
+from guidance.methods.classifier import smoothed
+from rewards.registry import load
+from rewards.world.classifier import CLASSES, load_classifier
+from rewards.world.render import RESOLUTION
+from solvers.denoiser import Cond, Path
+from solvers.families.table import family_of
+from solvers.latent import LatentModel
+from solvers.levels import prediction_type
+from solvers.samplers.catalogue import euler, sample
+
+Found = tuple[Any, dict[str, Any]]  # the method with its parts, and the networks beside the pipeline's own
+RUNS = 16  # that LinearAG is fitted to, at least
+FIT_SEED = 20_231_219  # of their noise: none that images are drawn with by default
+
+
+def equipped(pipe: Any, guidance: Guidance, prompts: Sequence[str]) -> tuple[Guidance, Mapping[str, Any]]:
+    """The method with all that it needs for these prompts, and the networks that it names.
+
+    Raises UserError where something must be given, or is not known.
+    """
+    method: Any = guidance
+    if "method" in vars(method):
+        inner, networks = equipped(pipe, method.method, prompts)
+        return replace(method, method=inner), networks
+    find = PARTS.get(type(method))
+    return (method, {}) if find is None else find(pipe, method, prompts)
+
+
+@torch.no_grad()
+def prepared(pipe: Any, guidance: Guidance, prompts: Sequence[str], steps: int) -> Guidance:
+    """The method with what is found once for a whole run: LinearAG's fit to CFG runs of the first prompts."""
+    method: Any = guidance
+    if "method" in vars(method):
+        return replace(method, method=prepared(pipe, method.method, prompts, steps))
+    if not isinstance(method, LinearAG) or method.fit is not None:
+        return guidance
+    texts = (list(prompts) * RUNS)[: max(RUNS, min(len(prompts), 4 * RUNS))]
+    latent, levels = LatentModel(pipe), LatentModel(pipe).levels(steps)
+    predict = guided(latent.denoiser, Recorded(method.scale), latent.encode(texts))
+    noise = latent.noise(len(texts), torch.Generator().manual_seed(FIT_SEED))
+    *_, end = sample(euler, predict, Path(noise), levels)
+    return replace(method, fit=fit_linear_ag(end.memory["recorded.cond"], end.memory["recorded.uncond"], levels))
+
+
+# ------------------------------------------------------------------------------------------------ in training
+
+UNTRAINABLE: dict[type, str] = {
+    LinearAG: "is fitted to the model that training changes",
+    GFCG: "needs the class of each prompt",
+    ClassifierGuidance: "needs the class of each prompt",
+    DynamicCFG: "needs scorers of each prompt",
+    NullTextInversion: "needs the embeddings of one picture",
+}
+
+
+def check_trainable(guidance: Guidance, scheduler: Callable[[], Any]) -> None:
+    """UserError for a method that a recipe cannot train under, or that lacks what its settings must give.
+
+    scheduler: gives the model's, or None where that is not at hand; CFG-Zero*'s left out steps are for flows alone.
+    """
+    method: Any = guidance
+    if "method" in vars(method):
+        check_trainable(method.method, scheduler)
+    if type(method) in UNTRAINABLE:
+        name = next(name for name, kind in GUIDANCE.items() if kind is type(method))
+        raise UserError(
+            f"guidance {name!r} {UNTRAINABLE[type(method)]}, so no recipe trains under it: choose another, such as cfg"
+        )
+    if isinstance(method, CFGZeroStar) and method.zero_steps:
+        _check_flow(scheduler())
+    if isinstance(method, PerpNeg):
+        _check_negatives(method)
+    if isinstance(method, NASA | NAG):
+        _check_negative(method)
+    if isinstance(method, AutoGuidance):
+        model_named(_model_of(method.network))
+
+
+@torch.no_grad()
+def trainable(pipe: Any, guidance: Guidance) -> tuple[Guidance, Mapping[str, Any]]:
+    """The method with all that it needs, whatever the prompts, and the networks that it names."""
+    check_trainable(guidance, lambda: pipe.scheduler)
+    return equipped(pipe, guidance, ())
+
+
+def _check_flow(scheduler: Any) -> None:
+    if scheduler is not None and (space := prediction_type(scheduler)) != "flow":
+        raise UserError(
+            f"guidance 'cfg-zero' leaves out first steps of a flow, and this model predicts {space}: "
+            "give --guidance.zero_steps 0"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ each method's parts
+
+
+def _weak(pipe: Any, method: AutoGuidance, prompts: Sequence[str]) -> Found:
+    return method, _networks(pipe, method.network)
+
+
+def _networks(pipe: Any, name: str) -> dict[str, Any]:
+    """{name: the network of the model of that name}; "weak" is tiny's own."""
+    network = _network(_model_of(name))
+    own = pipe.components[family_of(pipe).denoisers[0]]
+    if network.config.in_channels != own.config.in_channels:
+        raise UserError(
+            f"the weaker network {name!r} does not fit {type(pipe).__name__}: name another with --guidance.network"
+        )
+    return {name: (network if network.dtype == own.dtype else _cast(network, own.dtype)).to(own.device)}
+
+
+@cache
+def _cast(network: Any, dtype: torch.dtype) -> Any:
+    """A copy: the network itself, whose weights a narrower type would round, may serve another pipeline."""
+    return deepcopy(network).to(dtype)
+
+
+def _model_of(name: str) -> str:
+    return "tiny-weak" if name == "weak" else name
+
+
+@cache
+def _network(model: str) -> Any:
+    try:
+        pipe = models.load(model)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+    return pipe.components[family_of(pipe).denoisers[0]].requires_grad_(False)
+
+
+def _gfcg(pipe: Any, method: GFCG, prompts: Sequence[str]) -> Found:
+    networks = {} if method.network == "main" else _networks(pipe, method.network)
+    if not isinstance(method.classify, str):
+        return method, networks
+    classify, classes = _classifier(pipe, method.classify), LatentModel(pipe).encode(TEXTS)["cond"]
+    return replace(method, classify=classify, classes=classes, target=targets(prompts)), networks
+
+
+def _classifier_guidance(pipe: Any, method: ClassifierGuidance, prompts: Sequence[str]) -> Found:
+    if not isinstance(method.classify, str):
+        return method, {}
+    return replace(method, classify=_classifier(pipe, method.classify), target=targets(prompts)), {}
+
+
+TEXTS = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in CLASSES]  # a prompt for each class
+
+
+def targets(prompts: Sequence[str]) -> Tensor:
+    """The class (B,) of each prompt, which must be one of `TEXTS`."""
+    for prompt in prompts:
+        if prompt not in TEXTS:
+            raise UserError(f"prompt {prompt!r} is no class of tiny-classifier; its classes: {', '.join(TEXTS)}")
+    return torch.tensor([TEXTS.index(prompt) for prompt in prompts])
+
+
+def _classifier(pipe: Any, name: str) -> Callable[[Tensor], Tensor]:
+    if name != "tiny-classifier":
+        raise UserError(f"no classifier {name!r}; known: tiny-classifier, and from Python any function of x0")
+    latent, classifier = LatentModel(pipe), smoothed(_loaded_classifier()).to(pipe.device)
+
+    def classify(x0: Tensor) -> Tensor:
+        images = latent.decode(x0)
+        return classifier(F.interpolate(images, (RESOLUTION, RESOLUTION), mode="bilinear", antialias=True))
+
+    return classify
+
+
+@cache
+def _loaded_classifier() -> Any:
+    return load_classifier()
+
+
+def _dynamic(pipe: Any, method: DynamicCFG, prompts: Sequence[str]) -> Found:
+    return replace(method, scorers=tuple(_scorer(pipe, scorer, prompts) for scorer in method.scorers)), {}
+
+
+def _scorer(pipe: Any, scorer: Any, prompts: Sequence[str]) -> Callable[[Tensor], Tensor]:
+    if not isinstance(scorer, str):
+        return scorer
+    try:
+        reward = load(scorer)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+    latent = LatentModel(pipe)
+    return lambda x0: reward(latent.decode(x0), prompts)
+
+
+def _perp_neg(pipe: Any, method: PerpNeg, prompts: Sequence[str]) -> Found:
+    _check_negatives(method)
+    return replace(method, negatives=tuple(_encoded(pipe, n) for n in method.negatives)), {}
+
+
+def _check_negatives(method: PerpNeg) -> None:
+    if method.negatives == PerpNeg.negatives:
+        raise UserError("perpneg has no negative prompt: give --guidance.negatives, separated by semicolons")
+
+
+def _multi(pipe: Any, method: MultiCondition, prompts: Sequence[str]) -> Found:
+    return replace(method, conds=tuple(c if c == "cond" else _encoded(pipe, c) for c in method.conds)), {}
+
+
+def _in_attention(pipe: Any, method: NASA | NAG, prompts: Sequence[str]) -> Found:
+    _check_negative(method)
+    if not isinstance(method.negative, str):
+        return method, {}
+    return replace(method, negative=_encoded(pipe, method.negative)["encoder_hidden_states"]), {}
+
+
+def _check_negative(method: NASA | NAG) -> None:
+    if method.negative is None:
+        raise UserError(f"{type(method).__name__} has no negative prompt: give --guidance.negative")
+
+
+def _encoded(pipe: Any, text: str | Cond) -> Cond:
+    """The condition of a prompt, one row."""
+    return LatentModel(pipe).encode(text)["cond"] if isinstance(text, str) else text
+
+
+PARTS: dict[type, Callable[[Any, Any, Sequence[str]], Found]] = {
+    AutoGuidance: _weak,
+    GFCG: _gfcg,
+    ClassifierGuidance: _classifier_guidance,
+    DynamicCFG: _dynamic,
+    PerpNeg: _perp_neg,
+    MultiCondition: _multi,
+    NASA: _in_attention,
+    NAG: _in_attention,
+}

@@ -1,0 +1,1 @@
+"""The training algorithms, one per file: its loss, its step, its checks."""

@@ -1,0 +1,1 @@
+"""ReNO: optimise the initial noise of a picture on a reward."""

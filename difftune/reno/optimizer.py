@@ -1,0 +1,339 @@
+"""ReNO: optimise the initial noise of a picture on a reward, at inference (https://arxiv.org/abs/2406.04312).
+
+    minimise over eps   -sum_i w_i R_i(decode(sample(eps, c)), c) + gamma K(eps),
+
+where K is minus the log density of |eps|, which is chi-distributed for Gaussian noise: it keeps the noise on the shell
+where the network has seen noise.
+
+    best = ReNO(pipe, rewards={"tiny-clip": 1.0}).optimize(["a red circle left of a blue square"], iterations=50)
+    best.images, best.noises, best.rewards, best.history
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from difftune.configs.recipes import RenoConfig
+from difftune.errors import UserError
+from difftune.files.checkpoint import Say, State
+from difftune.lookup import at_least, differentiable, gradient_named, known, sampler_named
+from difftune.pipelines.engine import check_engine, check_offloading, one_at_a_time, wants_noise
+from difftune.reno.named import Rewards, needs_gradient, optimizer_named, sized, summed, weights_over_ranges
+from difftune.reno.objective import Iteration, Objective, Unknowns, Variables, embeddings
+from difftune.reno.paper import levels_at, setting_of, start_scale
+from difftune.reno.progress import Progress, beginning, chosen, of_state
+from difftune.reno.regularizers import REGULARIZERS
+from difftune.reno.results import START, Live, Result, result
+from difftune.reno.zero_order import ranked, started
+from guidance.contract import Guidance
+from guidance.guided import guided
+from guidance.invert import invert
+from guidance.methods.catalogue import Plain
+from rewards.registry import Reward
+from solvers.latent import Generators, LatentModel
+from solvers.memory.budget import Plan
+from solvers.noise import Noise
+from solvers.samplers.catalogue import gaussian
+
+
+@dataclass(frozen=True)
+class ReNO:
+    """Noise optimisation on a diffusers pipeline, which is left as it was.
+
+    rewards: weights by name, or a reward. guidance: a method; none by default, as few-step models want.
+    optimizer: "sgd", "adam" or "lbfgs", or for rewards without a gradient "neighbours", "spsa" or "cma"; options as in
+    "adam[learning_rate=0.1]", or an object of these classes. learning_rate and grad_clip are short for its options.
+    setting: a name of `reno_settings.PAPER`; None is that of the pipeline's model, if it is one of the paper's. What is
+    None here is then the paper's: learning_rate, height, width, timesteps.
+    gradient: a mode of `solvers.rollout.modes`; None is "checkpoint", or what `memory_budget` ("6GiB", weights
+    included) has room for: one step is measured, and mode, block checkpointing and the samples at a time are chosen to
+    fit.
+    offload: the latents that wait for the backward pass do so in the host's memory, which on a CPU changes nothing.
+    Raises UserError for what is unknown, and for a reward without a gradient under an optimiser that needs it.
+    """
+
+    pipe: Any
+    rewards: Rewards
+    num_inference_steps: int = 1
+    guidance: Guidance | None = None
+    learning_rate: float | None = None
+    regularization: float = 0.01
+    grad_clip: float | None = None
+    optimizer: Any = "sgd"
+    regularizer: str = "chi"  # a name of `regularize.REGULARIZERS`
+    variables: Variables = "noise"
+    gradient: str | None = None
+    sampler: str = "euler"
+    progress: bool = True
+    memory_budget: str | None = None
+    offload: bool = False
+    held_out: Rewards | None = None  # watched beside the optimised one; it needs no gradient
+    normalize: bool = False  # divide each reward by the width of its nominal range, so that weights compare
+    patience: int | None = None  # iterations without a better image after which a sample leaves
+    target: float | None = None  # total reward at which a sample leaves
+    max_distance: float | None = None  # from the start, as a share of the start's norm
+    height: int | None = None  # of the images, in pixels
+    width: int | None = None
+    timesteps: tuple[int, ...] | None = None  # of the steps, in place of the scheduler's own
+    embedded_guidance: float | None = None  # told to a network distilled over guidance scales (LCM)
+    setting: str | None = None
+
+    def __post_init__(self):
+        sampler_named(self.sampler)
+        known("regularizer", self.regularizer, REGULARIZERS)
+        known("choice of variables", self.variables, ("noise", "prompt", "both"))
+        check_engine(self.memory_budget, xformers=False)
+        setting_of(self.pipe, self.setting)
+        by_gradient = needs_gradient(self._optimizer)
+        if by_gradient:
+            differentiable(self.rewards)
+        if self.gradient is not None and by_gradient:
+            of = "weights" if self.variables == "prompt" else "noise"
+            gradient_named(self.gradient, self.num_inference_steps, self.sampler, of)
+            check_offloading(self.offload, self.gradient)
+
+    def optimize(
+        self,
+        prompts: str | Sequence[str],
+        iterations: int = 50,
+        seed: int = 0,
+        generator: Generators = None,
+        seeds_per_prompt: int = 1,
+        start: Tensor | None = None,
+        state: State | None = None,
+    ) -> Result:
+        """The best of `iterations` images for each sample; the first is that of the initial noise, so none gets worse.
+
+        Samples are the prompts, each `seeds_per_prompt` times in a row; the i-th one's noise is drawn with seed + i,
+        whatever the batch. `generator` (one, or one per sample) replaces that, and `start` (B or 1, C, h, w) the noise.
+        `state` goes on from a `Live.state` of the same call. Raises RunError where the first reward or gradient is not
+        finite; a sample that becomes so later leaves the batch with what it has.
+        """
+        objective, seeds = self._objective(prompts, iterations, seed, generator, seeds_per_prompt, start)
+        progress = self._progress(objective, seeds, state)
+        steps = self._iterate(objective, iterations, progress)
+        for live in tqdm(steps, "ReNO", iterations, initial=progress.iteration, disable=not self.progress):
+            progress = live.progress
+        return result(objective, progress)
+
+    def iterate(
+        self,
+        prompts: str | Sequence[str],
+        iterations: int = 50,
+        seed: int = 0,
+        generator: Generators = None,
+        seeds_per_prompt: int = 1,
+        start: Tensor | None = None,
+        state: State | None = None,
+    ) -> Iterator[Live]:
+        """Each iteration as it is made: image and reward of the present noise; the noise moves on in between."""
+        objective, seeds = self._objective(prompts, iterations, seed, generator, seeds_per_prompt, start)
+        yield from self._iterate(objective, iterations, self._progress(objective, seeds, state))
+
+    def planned(self, prompts: str | Sequence[str], seeds_per_prompt: int = 1) -> Plan:
+        """How the engine runs for these prompts; measured where there is a memory budget."""
+        return self._objective(prompts, 1, 0, None, seeds_per_prompt, None)[0].plan
+
+    @torch.no_grad()
+    def inverted(self, images: Tensor, prompts: str | Sequence[str], num_inference_steps: int = 50) -> Tensor:
+        """The noises (B, C, h, w) of images (B, 3, H, W) in [0, 1], as far as DDIM's inversion can tell, for `start`.
+
+        Under `guidance`, of which CFGpp inverts best (https://arxiv.org/abs/2406.08070).
+        """
+        model = LatentModel(self.pipe, self.embedded_guidance)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        conds = model.encode(texts, height=images.shape[2], width=images.shape[3])
+        predict = guided(model.denoiser, self.guidance or Plain(), conds)
+        levels = model.levels(num_inference_steps, *images.shape[2:])
+        x = invert(predict, model.encode_images(images.to(model.device)), levels).x
+        return x / start_scale(self.pipe.scheduler, num_inference_steps, levels[0])
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """Height and width: as given, or the paper's, or None for the pipeline's own."""
+        paper = setting_of(self.pipe, self.setting)
+        side = paper.size if paper else None
+        return self.height or side, self.width or side
+
+    @property
+    def copies(self) -> int:
+        """Tensors like z that the optimiser keeps, or asks for at a time."""
+        options = vars(self._optimizer)
+        return 2 * options.get("history", 0) + options.get("candidates", 0)
+
+    @property
+    def _optimizer(self) -> Any:
+        return optimizer_named(self.optimizer, self.learning_rate, self.grad_clip)
+
+    # -------------------------------------------------------------------------------------------- the loop
+
+    def _iterate(self, objective: Objective, iterations: int, progress: Progress) -> Iterator[Live]:
+        paper = setting_of(self.pipe, self.setting)
+        optimizer = sized(self._optimizer, paper, objective.unknowns.dimension)
+        walk = self._descend if needs_gradient(optimizer) else self._search
+        yield from walk(objective, optimizer, iterations, progress)
+
+    def _descend(self, objective: Objective, optimizer: Any, iterations: int, progress: Progress) -> Iterator[Live]:
+        """By the gradient: evaluate, keep the best, move."""
+        memory = optimizer.start(progress.z)
+        if progress.iteration and memory.keys() != progress.memory.keys():
+            raise self._of_another()
+        progress = progress if progress.iteration else replace(progress, memory=memory)
+        while progress.iteration < iterations and progress.active.any():
+            if progress.pending:  # the evaluation that ended an earlier, shorter run needed no gradient
+                progress = self._moved(objective, optimizer, progress, self._evaluated(objective, progress, True))
+            moves = progress.iteration < iterations - 1
+            rows, found = progress.rows, self._evaluated(objective, progress, moves)
+            refused(found.record, objective, progress.z[rows], rows, progress)
+            progress = progress.seen(found, progress.z[rows], rows, torch.ones_like(rows), self)
+            live, progress = self._live(objective, progress), replace(progress, pending=True)
+            if moves:
+                progress = self._moved(objective, optimizer, progress, chosen(found, progress.active[rows]))
+            yield live._replace(progress=progress)
+
+    def _evaluated(self, objective: Objective, progress: Progress, backward: bool) -> Any:
+        rows = progress.rows
+        return objective.evaluate(progress.z[rows], rows, backward, f"iteration {progress.iteration + 1}")
+
+    def _moved(self, objective: Objective, optimizer: Any, progress: Progress, found: Any) -> Progress:
+        """The active samples, moved by what was found of them."""
+        rows = progress.rows
+        memory = {key: value[rows] for key, value in progress.memory.items()}
+        z, memory = optimizer.step(progress.z[rows], found.loss, found.gradient, memory)
+        z = objective.unknowns.within(z, rows, self.max_distance)
+        return progress.moved(z, memory, rows)
+
+    def _search(self, objective: Objective, optimizer: Any, iterations: int, progress: Progress) -> Iterator[Live]:
+        """By rewards alone: evaluate the candidates of each sample, keep the best, ask for the next."""
+        if len(progress.told) != progress.iteration:
+            raise self._of_another()
+        every = progress.rows.tolist()
+        begun = {i: started(optimizer, progress.z[i], progress.seeds[i], progress.heard(i)) for i in every}
+        while progress.iteration < iterations and progress.active.any():
+            rows = progress.rows.tolist()
+            progress, values = self._heard(objective, progress, torch.stack([begun[i][1] for i in rows]))
+            live = self._live(objective, progress)
+            for i, heard in zip(rows, values, strict=True):
+                if progress.active[i]:
+                    begun[i] = (begun[i][0], begun[i][0].send(heard))
+            yield live
+
+    def _heard(self, objective: Objective, progress: Progress, asked: Tensor) -> tuple[Progress, Tensor]:
+        """With the candidates (A, N, D) evaluated and the best of each sample seen; and the values (A, N) of all."""
+        rows, size = progress.rows, asked.shape[1]
+        each = rows.repeat_interleave(size)
+        z = objective.unknowns.within(asked.flatten(0, 1), each, self.max_distance)
+        found = objective.evaluate(z, each, False, f"iteration {progress.iteration + 1}")
+        refused(found.record, objective, z, each, progress)
+        totals = found.record.total.nan_to_num(-torch.inf, -torch.inf, -torch.inf).view(-1, size)
+        place = (torch.arange(len(rows)) * size + totals.argmax(dim=1)).to(z.device)
+        values = torch.stack([ranked(row) for row in -found.loss.view(-1, size)])
+        progress = progress.told_of(values, rows)
+        return progress.seen(chosen(found, place), z[place], rows, torch.full_like(rows, size), self), values
+
+    def _of_another(self) -> UserError:
+        return UserError(f"the state is not of optimizer {self.optimizer}: resume with the one that made it")
+
+    def _live(self, objective: Objective, progress: Progress) -> Live:
+        every = torch.arange(len(progress.z), device=progress.z.device)
+        noises = objective.unknowns.noise_of(progress.now.z, every)
+        images, record = progress.now.images.clone(), progress.history[-1]
+        return Live(progress.iteration - 1, images, noises.clone(), record, progress, objective)
+
+    # -------------------------------------------------------------------------------------------- the beginning
+
+    def _objective(
+        self,
+        prompts: str | Sequence[str],
+        iterations: int,
+        seed: int,
+        generator: Generators,
+        seeds_per_prompt: int,
+        start: Tensor | None,
+    ) -> tuple[Objective, list[int]]:
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [text for text in texts for _ in range(seeds_per_prompt)]
+        at_least(1, iterations=iterations, num_inference_steps=self.num_inference_steps)
+        at_least(1, seeds_per_prompt=seeds_per_prompt, patience=1 if self.patience is None else self.patience)
+        at_least(0, max_distance=self.max_distance or 0)
+        if not texts:
+            raise UserError("the list of prompts is empty: give at least one")
+        seeds = [seed + i for i in range(len(texts))]
+        height, width = self.size
+        own = replace(self, height=height, width=width)
+        return own._made(texts, generator or [fresh(s) for s in seeds], start), seeds
+
+    @torch.no_grad()
+    def _made(self, prompts: list[str], generator: Generators, start: Tensor | None) -> Objective:
+        model = LatentModel(self.pipe, self.embedded_guidance)
+        conds = model.encode(prompts, height=self.height, width=self.width)
+        noise = model.noise(len(prompts), generator, self.height, self.width)
+        levels = self.levels(model)
+        scale = start_scale(self.pipe.scheduler, len(levels) - 1, levels[0])
+        drawn = wants_noise(self.gradient, sampler_named(self.sampler))
+        fixed = [gaussian(noise, generator) for _ in levels[1:]] if drawn else None
+        if start is not None:
+            noise = started_at(start, noise)
+        unknowns = Unknowns(self.variables, noise, embeddings(conds, noise))
+        reward = weights_over_ranges(self.rewards) if self.normalize else summed(self.rewards)
+        watched = None if self.held_out is None else summed(self.held_out)
+        batch = len(prompts) * vars(self._optimizer).get("candidates", 1)
+        whole = Plan(self.gradient or "checkpoint", batch, batch)
+        objective = Objective(self, model, reward, watched, prompts, conds, unknowns, fixed, levels, scale, whole)
+        with torch.enable_grad():
+            plan = objective.planned()
+        return replace(objective, plan=plan, reward=one_at_a_time(reward, plan))
+
+    def levels(self, model: LatentModel) -> list[Noise]:
+        """The noise levels of a run: at the timesteps given or the paper's, or as the scheduler lays them out."""
+        paper = setting_of(self.pipe, self.setting)
+        timesteps = self.timesteps or (paper.timesteps if paper and self.num_inference_steps == 1 else None)
+        if timesteps:
+            return levels_at(self.pipe.scheduler, timesteps)
+        return model.levels(self.num_inference_steps, self.height, self.width)
+
+    def _progress(self, objective: Objective, seeds: Sequence[int], state: State | None) -> Progress:
+        z = objective.unknowns.start()
+        if state is None:
+            return beginning(z, objective.prompts, seeds)
+        progress = of_state(state, z, objective.prompts, seeds)
+        begun_with(state, objective.unknowns.noise)
+        return progress
+
+
+def refused(record: Iteration, objective: Objective, z: Tensor, rows: Tensor, progress: Progress) -> None:
+    """RunError for what is not finite in the first iteration, after which there would be nothing to keep."""
+    if progress.iteration == 0:
+        objective.refuse_not_finite(record, z, rows, "iteration 1")
+
+
+def begun_with(state: State, noise: Tensor) -> None:
+    """UserError where the state's run began with another noise: distances to it, and what is drawn, would differ."""
+    if not torch.equal(state.tensors[START], noise.cpu()):
+        raise UserError("the state began with another noise: resume with the same start, or a generator as it was then")
+
+
+def started_at(start: Tensor, noise: Tensor) -> Tensor:
+    """The given noise, one for all or one per sample; UserError, naming the shapes, where it does not fit."""
+    if start.shape[1:] != noise.shape[1:] or len(start) not in (1, len(noise)):
+        raise UserError(
+            f"the noise to start from is {tuple(start.shape)}: it must be {tuple(noise.shape)}, or one for all samples"
+        )
+    if not start.isfinite().all():
+        raise UserError("the noise to start from is not finite: give another")
+    return start.to(noise).expand_as(noise).clone()
+
+
+def fresh(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def run(config: RenoConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None) -> dict[str, Any]:
+    """`difftune optimize`, which is `difftune.reno.run_folder`."""
+    from difftune.reno.run_folder import run as command
+
+    return command(config, show, pipe, reward)

@@ -1,0 +1,389 @@
+"""`difftune optimize`: noise optimisation from the command line, with its files, its checkpoints and its pictures."""
+
+import io
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from difftune.configs.recipes import RenoConfig
+from difftune.errors import UserError
+from difftune.evaluation.score import opened
+from difftune.files import checkpoint
+from difftune.files.checkpoint import Say, State
+from difftune.files.output import grid, png, unused, write, write_json
+from difftune.lookup import at_least, differentiable, gradient_named, guidance_named, known, model_named, sampler_named
+from difftune.models import load as load_model
+from difftune.pipelines.engine import Engine, check_engine, check_offloading, kernels, offload_of
+from difftune.pipelines.generate import NOISE, noises_of
+from difftune.reno.named import needs_gradient, optimizer_named, summed
+from difftune.reno.optimizer import Live, ReNO, Result
+from difftune.reno.paper import PAPER
+from difftune.reno.regularizers import REGULARIZERS
+from difftune.training import run_folder
+from rewards.compose import parse_rewards
+from rewards.monitor import Monitor
+from rewards.registry import Reward, entry
+from solvers.latent import LatentModel
+
+CHECKPOINTS = "checkpoints"
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FREE = {"iterations", "checkpointing_steps", "resume_from_checkpoint", "output_dir", "animation"}  # of a resumed run
+FRAMES = 50  # of an animation, at most
+FRAME_MS = 120
+MONITOR = Monitor()
+
+
+class Made(NamedTuple):
+    """A batch of samples, optimised."""
+
+    result: Result
+    frames: Tensor  # (iterations, B, 3, H, W), uint8
+
+
+def run(config: RenoConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None) -> dict[str, Any]:
+    """Pictures before and after, their paths, curves, optimize.json and noise.safetensors in a new folder.
+
+    Returns what optimize.json holds. Nothing is written unless all of it can be, but for the checkpoints that
+    `checkpointing_steps` asks for. SIGTERM and Ctrl-C save one more, and end with 143 and 130.
+    """
+    check(config, pipe, reward)
+    folder = prepared(config)
+    started, say = time.perf_counter(), show or run_folder.shown
+    reno = configured(config, pipe, reward)
+    if torch.cuda.is_available() and pipe is None:
+        reno.pipe.to("cuda")
+    network, exact = LatentModel(reno.pipe, reno.embedded_guidance).network, config.deterministic
+    with kernels(config.enable_xformers_memory_efficient_attention, exact, network) as attention:
+        batches = list(batched(config))
+        plan = reno.planned(batches[0].prompts)
+        engine = Engine(plan, attention, exact, offload_of(config.offload, network.device)).lines(plan.gradient)
+        engine |= precision(reno)
+        for name, line in engine.items():
+            say(f"{name}: {line}")
+        start = None if config.start is None else start_of(config, reno)
+        found = [optimised(config, reno, batch, start, say) for batch in batches]
+    summary = {**summarised(config, found), "engine": engine, "seconds": time.perf_counter() - started}
+    for name, data in files(config, found):
+        write(folder / name, data)
+    write_json(folder / "optimize.json", summary)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    if summary.get("parting"):
+        say(f"{config.held_out} fell while the reward rose: {summary['parting']['says']}")
+    return summary
+
+
+ROUGH = 0.05  # of unit noise: an error of the first step's that may turn a gradient around
+
+
+def precision(reno: ReNO) -> dict[str, str]:
+    """A caution, where the first step multiplies the rounding of the network's output by much: nothing otherwise.
+
+    Of an eps network, x' = alpha' (x - sigma eps) / alpha + sigma' eps: one step from alpha = 0.068 multiplies by 15.
+    """
+    model = LatentModel(reno.pipe, reno.embedded_guidance)
+    now, then = reno.levels(model)[:2]
+    gain = float(then.alpha * now.sigma / now.alpha - then.sigma)
+    rounding = torch.finfo(model.dtype).eps
+    if model.denoiser.prediction_type != "eps" or gain * rounding < ROUGH:
+        return {}
+    kind = str(model.dtype).removeprefix("torch.")
+    return {
+        "precision": f"{kind} rounds eps by {rounding:.1g}, which the first step multiplies by {gain:.0f}: "
+        "the gradient may point elsewhere; keep the network in float32"
+    }
+
+
+def configured(config: RenoConfig, pipe: Any, reward: Reward | None) -> ReNO:
+    """The ReNO that the settings describe."""
+    return ReNO(
+        load_model(config.model, torch_dtype=DTYPES[config.mixed_precision]) if pipe is None else pipe,
+        parse_rewards(config.reward) if reward is None else reward,
+        config.num_inference_steps,
+        guidance_named(config.guidance, config.guidance_scale, config.guidance_options),
+        config.learning_rate,
+        config.regularization_weight,
+        config.grad_clip,
+        config.optimizer,
+        config.regularizer,
+        config.variables,
+        config.gradient,
+        config.sampler,
+        memory_budget=config.memory_budget,
+        offload=config.offload,
+        held_out=None if config.held_out is None else summed({config.held_out: 1.0}),
+        normalize=config.normalize,
+        patience=config.patience,
+        target=config.target,
+        max_distance=config.max_distance,
+        height=config.height,
+        width=config.width,
+        embedded_guidance=config.embedded_guidance,
+        setting=config.setting,
+    )
+
+
+def check(config: RenoConfig, pipe: Any = None, reward: Reward | None = None) -> None:
+    """One sentence for the first setting that cannot be, before anything is loaded."""
+    if not config.prompt:
+        raise UserError("there is no prompt to optimise: give at least one --prompt")
+    at_least(1, iterations=config.iterations, batch_size=config.batch_size, seeds_per_prompt=config.seeds_per_prompt)
+    at_least(1, num_inference_steps=config.num_inference_steps, inversion_steps=config.inversion_steps)
+    at_least(0, learning_rate=config.learning_rate or 0, regularization_weight=config.regularization_weight)
+    at_least(0, grad_clip=config.grad_clip or 0, max_distance=config.max_distance or 0)
+    for name in ("patience", "checkpointing_steps", "height", "width"):
+        at_least(1, **{name: 1 if getattr(config, name) is None else getattr(config, name)})
+    sampler_named(config.sampler)
+    known("regularizer", config.regularizer, REGULARIZERS)
+    guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+    check_engine(config.memory_budget, config.enable_xformers_memory_efficient_attention)
+    optimizer = optimizer_named(config.optimizer, config.learning_rate, config.grad_clip)
+    if needs_gradient(optimizer):
+        differentiable(config.reward if reward is None else reward)
+    if config.gradient is not None and needs_gradient(optimizer):
+        of = "weights" if config.variables == "prompt" else "noise"
+        gradient_named(config.gradient, config.num_inference_steps, config.sampler, of)
+        check_offloading(config.offload, config.gradient)
+    check_names(config)
+    if pipe is None:
+        model_named(config.model)
+
+
+def check_names(config: RenoConfig) -> None:
+    """UserError for a held-out reward, a setting or a file to start from that is not there."""
+    if config.setting is not None:
+        known("setting of ReNO's paper", config.setting, PAPER)
+    if config.start is not None and not Path(config.start).is_file():
+        raise UserError(f"--start {config.start} is no file: give a noise.safetensors or a picture")
+    if config.held_out is not None:
+        try:
+            entry(config.held_out)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    if config.resume_from_checkpoint not in (None, "latest"):
+        raise UserError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: optimize knows 'latest' alone")
+
+
+# ------------------------------------------------------------------------------------------------ batches, checkpoints
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that are optimised together."""
+
+    number: int
+    prompts: list[str]
+    first: int  # number of its first sample
+
+
+def batched(config: RenoConfig) -> Iterator[Batch]:
+    """Each prompt `seeds_per_prompt` times, `batch_size` at a time."""
+    samples = every(config)
+    for number, start in enumerate(range(0, len(samples), config.batch_size)):
+        yield Batch(number, samples[start : start + config.batch_size], start)
+
+
+def every(config: RenoConfig) -> list[str]:
+    """The prompt of each sample."""
+    return [prompt for prompt in config.prompt for _ in range(config.seeds_per_prompt)]
+
+
+def prepared(config: RenoConfig) -> Path:
+    """The output folder: a new one, or for a resumed run the one with its checkpoints. UserError otherwise."""
+    folder = Path(config.output_dir)
+    resumable = folder.is_dir() and [path.name for path in folder.iterdir()] == [CHECKPOINTS]
+    if resumable and config.resume_from_checkpoint is None:
+        raise UserError(f"{folder} holds an unfinished run: go on with --resume_from_checkpoint latest")
+    return folder if resumable else unused(folder)
+
+
+def optimised(config: RenoConfig, reno: ReNO, batch: Batch, start: Tensor | None, say: Say) -> Made:
+    """One batch, from its newest checkpoint if the run is resumed."""
+    folder = Path(config.output_dir) / CHECKPOINTS / f"{batch.number:03d}"
+    state = None if config.resume_from_checkpoint is None else checkpoint.resumed(folder, "latest", say)
+    if state is not None:
+        same_run(config, state)
+        say(f"batch {batch.number}: resuming from iteration {state.step}")
+    call: dict[str, Any] = {"iterations": config.iterations, "seed": config.seed + batch.first, "state": state}
+    call["start"] = start if start is None or len(start) == 1 else start[batch.first : batch.first + len(batch.prompts)]
+    frames = [] if state is None else list(state.tensors["frames"])
+    lives = reno.iterate(batch.prompts, **call)
+    best = followed(config, folder, tqdm(lives, "ReNO", config.iterations, initial=len(frames), disable=None), frames)
+    return Made(best or replace(reno, progress=False).optimize(batch.prompts, **call), torch.stack(frames))
+
+
+def followed(config: RenoConfig, folder: Path, lives: Iterable[Live], frames: list[Tensor]) -> Result | None:
+    """The end of a run whose pictures are collected and whose checkpoints are saved; None if it was at its end."""
+    live, steps = None, config.checkpointing_steps
+    with run_folder.stopping() if steps else nullcontext(run_folder.Stop()) as stop:
+        for live in lives:
+            frames.append((live.images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu())
+            if steps and (live.progress.iteration % steps == 0 or stop.number):
+                checkpoint.save(folder, with_frames(config, live.state, frames), limit=1)
+            if stop.number:
+                stop.leave(live.progress.iteration)
+        if steps and live is not None:
+            checkpoint.save(folder, with_frames(config, live.state, frames), limit=1)
+    return None if live is None else live.best
+
+
+def with_frames(config: RenoConfig, state: State, frames: Sequence[Tensor]) -> State:
+    """The state with the pictures so far and the settings."""
+    tensors = {**state.tensors, "frames": torch.stack(list(frames))}
+    return State(state.step, tensors, {**state.info, "config": asdict(config)})
+
+
+def same_run(config: RenoConfig, state: State) -> None:
+    """UserError, naming the first, where settings are not those that the state was made with."""
+    then = {**asdict(RenoConfig()), **state.info["config"]}
+    for name, value in asdict(config).items():
+        if name not in FREE and then[name] != value:
+            raise UserError(f"the checkpoint was made with {name}={then[name]!r}, not {value!r}: resume with that")
+
+
+# ------------------------------------------------------------------------------------------------ where it begins
+
+
+def start_of(config: RenoConfig, reno: ReNO) -> Tensor:
+    """The noises that --start says, one for all samples or one for each."""
+    assert config.start is not None
+    if config.start.endswith(".safetensors"):
+        return noises_of(config.start)
+    height, width = LatentModel(reno.pipe).size(*reno.size)
+    picture = opened(config.start)
+    if picture.shape[1:] != (height, width):
+        size = f"{picture.shape[1]} x {picture.shape[2]}"
+        raise UserError(f"--start {config.start} is {size} pixels, and the model makes {height} x {width}: resize it")
+    noises = [reno.inverted(picture[None], prompt, config.inversion_steps) for prompt in config.prompt]
+    return torch.cat(noises).repeat_interleave(config.seeds_per_prompt, dim=0)
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+def summarised(config: RenoConfig, found: Sequence[Made]) -> dict[str, Any]:
+    """What optimize.json says: the settings, and each sample's rewards, iteration by iteration."""
+    results = [made.result for made in found]
+    samples = [sample_of(result, row) for result in results for row in range(len(result.images))]
+    mean = {
+        "reward_before": torch.cat([r.rewards_before for r in results]).double().mean().item(),
+        "reward_after": torch.cat([r.rewards for r in results]).double().mean().item(),
+    }
+    both = {} if config.held_out is None else held_out_of(samples, results)
+    return {"settings": asdict(config), **mean, **both, "iterations": config.iterations, "prompts": samples}
+
+
+def sample_of(result: Result, row: int) -> dict[str, Any]:
+    """One sample's part of optimize.json."""
+    history = [numbers(record, row) for record in result.history if not record.total[row].isnan()]
+    found = {
+        "prompt": result.prompts[row],
+        "seed": result.seeds[row],
+        "reward_before": result.rewards_before[row].item(),
+        "reward_after": result.rewards[row].item(),
+        "norm_before": result.noises_before[row].norm().item(),
+        "norm_after": result.noises[row].norm().item(),
+        "reward_calls": int(result.reward_calls[row]),
+        "stopped": result.stopped[row],
+        "best_iteration": max(range(len(history)), key=lambda i: history[i]["total"]),
+    }
+    if result.history[0].held_out is not None:
+        found["parting"] = parted(result.parting(row))
+    return {**found, "history": history}
+
+
+def numbers(record: Any, row: int) -> dict[str, Any]:
+    """One iteration of a sample."""
+    found = {
+        "rewards": {name: scores[row].item() for name, scores in record.parts.items()},
+        "total": record.total[row].item(),
+        "regularizer": record.regularizer[row].item(),
+        "grad_norm": record.grad_norm[row].item(),
+    }
+    return found if record.held_out is None else {**found, "held_out": record.held_out[row].item()}
+
+
+def parted(parting: Any) -> dict[str, Any] | None:
+    """From which iteration, counted from 0, and how far."""
+    return None if parting is None else {**parting._asdict(), "says": str(parting)}
+
+
+def held_out_of(samples: Sequence[dict[str, Any]], results: Sequence[Result]) -> dict[str, Any]:
+    """The held-out reward of the first and of the best images, and where the mean curves part."""
+    before = [s["history"][0]["held_out"] for s in samples]
+    after = [s["history"][s["best_iteration"]]["held_out"] for s in samples]
+    mean = [weighted_mean([(r.curve(name), len(r.images)) for r in results]) for name in ("total", "held_out")]
+    found = {"held_out_before": sum(before) / len(before), "held_out_after": sum(after) / len(after)}
+    return {**found, "parting": parted(MONITOR(*mean))}
+
+
+def weighted_mean(curves: Sequence[tuple[list[float], int]]) -> list[float]:
+    """Of curves with weights, by iteration; one that has ended counts as it was."""
+    length = max(len(values) for values, _ in curves)
+    total = sum(weight for _, weight in curves)
+    return [sum(values[min(i, len(values) - 1)] * weight for values, weight in curves) / total for i in range(length)]
+
+
+def files(config: RenoConfig, found: Sequence[Made]) -> Iterable[tuple[str, bytes]]:
+    """Names and contents of the pictures, the paths, the curves and the noise."""
+    pictures, i = [], 0
+    for made in found:
+        for row in range(len(made.result.images)):
+            for when, images in (("before", made.result.images_before), ("after", made.result.images)):
+                picture = images[row].permute(1, 2, 0).float().cpu().numpy()
+                pictures.append(picture)
+                yield f"{i:03d}-{when}.png", png(picture)
+            if config.animation != "none":
+                yield f"{i:03d}-path.{config.animation}", animation(made.frames[:, row], config.animation)
+            i += 1
+    yield "grid.png", grid(pictures, columns=2)
+    yield "curves.png", curves_of([made.result for made in found])
+    yield NOISE, save(noises([made.result for made in found]))
+
+
+def noises(results: Sequence[Result]) -> dict[str, Tensor]:
+    """What noise.safetensors holds."""
+    found = {
+        "noise": torch.cat([r.noises for r in results]).cpu(),
+        "noise_before": torch.cat([r.noises_before for r in results]).cpu(),
+    }
+    embeddings = [r.embeddings for r in results if r.embeddings is not None]
+    return {**found, "embedding": torch.cat(embeddings).cpu()} if embeddings else found
+
+
+def animation(frames: Tensor, kind: str) -> bytes:
+    """Pictures (t, 3, H, W), uint8, as an endless GIF or WebP; of more than 50, evenly chosen ones, both ends among
+    them."""
+    chosen = torch.linspace(0, len(frames) - 1, min(len(frames), FRAMES)).round().long()
+    pictures = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames[chosen]]
+    buffer = io.BytesIO()
+    options = {"save_all": True, "append_images": pictures[1:], "duration": FRAME_MS, "loop": 0, "lossless": True}
+    pictures[0].save(buffer, kind.upper(), **options)
+    return buffer.getvalue()
+
+
+def curves_of(results: Sequence[Result]) -> bytes:
+    """A panel for each reward, the total, the regularizer and the held-out reward: each sample, and their mean."""
+    first = results[0].history[0]
+    names = [*first.parts, "total", "regularizer", *(["held_out"] if first.held_out is not None else [])]
+    figure = Figure(figsize=(6, 2.2 * len(names)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
+        for result in results:
+            for row in range(len(result.images)):
+                axes.plot(result.curve(name, row), color="#94a3b8", linewidth=0.7)
+        axes.plot(weighted_mean([(r.curve(name), len(r.images)) for r in results]), color="#2563eb")
+        axes.set(xlabel="iteration", ylabel=name)
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

@@ -1,0 +1,89 @@
+"""From prompts and numbered noise to images, under a recipe's guidance and sampler."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from difftune.configs.recipes import TrainingConfig
+from difftune.files.prompts import Prompts
+from difftune.lookup import guidance_named, sampler_named
+from difftune.pipelines.engine import moving, step_of, wants_noise
+from difftune.pipelines.method_parts import trainable
+from difftune.training.state import Called, mixed
+from guidance.contract import Guidance
+from guidance.guided import GuidedPredict, guided
+from solvers.denoiser import Cond, Path
+from solvers.latent import LatentModel, NetworkDenoiser
+from solvers.noise import Noise
+from solvers.rollout.modes import rollout
+from solvers.samplers.catalogue import Step, gaussian
+
+
+class Drawn(NamedTuple):
+    """Samples that have come to the end of their run."""
+
+    path: Path
+    prompts: list[str]
+    conds: Mapping[str, Cond]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """From prompts and noise to images, differentiable in the network's weights."""
+
+    model: LatentModel
+    denoiser: NetworkDenoiser
+    guidance: Guidance
+    step: Step
+    levels: Sequence[Noise]
+    seed: int
+    offload: bool = False  # the latents of a run that wait for its backward pass
+    others: Mapping[str, NetworkDenoiser] = field(default_factory=dict)  # that the method evaluates beside the network
+
+    @classmethod
+    def of(cls, config: TrainingConfig, pipe: Any, network: Called) -> "Chain":
+        model = LatentModel(pipe)
+        named = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+        guidance, networks = trainable(pipe, named)
+        denoiser = replace(model.denoiser, network=network)
+        others = {name: replace(denoiser, network=weak) for name, weak in networks.items()}
+        levels = model.levels(config.num_inference_steps)
+        return cls(model, denoiser, guidance, sampler_named(config.sampler), levels, config.seed, others=others)
+
+    def __call__(self, prompts: Prompts, indices: Sequence[int], gradient: str) -> tuple[Tensor, list[str]]:
+        """Images (B, 3, H, W) in [0, 1] and their prompts. A sample's noise depends on the seed and its index alone."""
+        drawn = self.draw(prompts, indices, gradient)
+        return self.decode(drawn), drawn.prompts
+
+    def draw(self, prompts: Prompts, indices: Sequence[int], gradient: str) -> Drawn:
+        """The ends of the samples' runs, connected to the network's weights as the engine's mode has it."""
+        texts, x, noise, predict = self.begin(prompts, indices, gradient)
+        with moving(self.offload, x.device, gradient):
+            path = rollout(step_of(gradient, self.step), predict, x, self.levels, gradient, noise)
+        copies = len(path.x) // len(x)  # draft_lv's, copy after copy
+        return Drawn(path, texts * copies, predict.conds)
+
+    def decode(self, drawn: Drawn) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1]; the way back computes the decoder again."""
+        return self.model.decode(drawn.path.x, checkpointed=True)
+
+    def predict(self, conds: Mapping[str, Cond]) -> GuidedPredict:
+        """The guided network under these conditions."""
+        predict = guided(self.denoiser, self.guidance, conds)
+        return replace(predict, networks={**predict.networks, **self.others})
+
+    def begin(
+        self, prompts: Prompts, indices: Sequence[int], gradient: str | None
+    ) -> tuple[list[str], Tensor, list[Tensor] | None, GuidedPredict]:
+        """Prompts, initial noise, the noise of a stochastic sampler, and the guided network."""
+        texts = [prompts(i) for i in indices]
+        generators = [torch.Generator().manual_seed(mixed(self.seed, i)) for i in indices]
+        with torch.no_grad():
+            conds = self.model.encode(texts)
+            x = self.model.noise(len(texts), generators)
+            drawn, steps = wants_noise(gradient, self.step), len(self.levels) - 1
+            noise = [gaussian(x, generators) for _ in range(steps)] if drawn else None
+        return texts, x, noise, self.predict(conds)

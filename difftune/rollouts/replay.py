@@ -1,0 +1,113 @@
+"""Labelled images sampled again, step by step, from the seeds that `difftune sample` wrote beside them.
+
+A picture of `difftune sample --eta 1` is a function of its seed and of the settings in its folder's sample.json. The
+trajectory that led to it is made again, and must end in the picture that the person saw.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from difftune.configs.recipes import D3POConfig
+from difftune.errors import RunError, UserError
+from difftune.files.prompts import listed
+from difftune.labelling.choices import Choice
+from difftune.lookup import guidance_named
+from difftune.rollouts.image_sampler import Chain
+from difftune.rollouts.policy import Policy
+from difftune.rollouts.rounds import Rolled, under
+from difftune.training.state import Training
+from solvers.samplers.catalogue import gaussian
+
+SETTINGS = "sample.json"
+TOLERANCE = 0.03  # mean absolute difference of pixels in [0, 1]; that of two pictures of the world is above 0.1
+
+
+def check_replay(config: D3POConfig, choices: Sequence[Choice]) -> None:
+    """UserError, which names the line, unless config would make every labelled picture again."""
+    if config.num_images_per_prompt != 2:
+        raise UserError(f"num_images_per_prompt is {config.num_images_per_prompt}: a label is of 2 images")
+    found: dict[Path, Mapping[str, Any]] = {}
+    for choice in choices:
+        for picture, seed in ((choice.a, choice.seed_a), (choice.b, choice.seed_b)):
+            if seed is None:
+                raise UserError(
+                    f"labels, line {choice.line}: {picture.name} has no seed, which D3PO needs to sample it again: "
+                    "label images of difftune sample --eta 1, or train dpo or kto"
+                )
+            if picture.parent not in found:
+                found[picture.parent] = settings_beside(picture)
+                check_settings(config, found[picture.parent], picture.parent / SETTINGS)
+
+
+def settings_beside(picture: Path) -> Mapping[str, Any]:
+    """The settings that a picture was made with."""
+    try:
+        return json.loads((picture.parent / SETTINGS).read_text())["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{picture.parent} has no {SETTINGS} of difftune sample, which D3PO needs to sample {picture.name} again"
+        ) from error
+
+
+def check_settings(config: D3POConfig, made: Mapping[str, Any], file: Path) -> None:
+    """UserError for the first setting that differs from what the pictures were made with."""
+    guidance = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+    wanted = {
+        "model": config.model,
+        "lora": None,
+        "guidance": config.guidance,
+        "guidance_options": vars(guidance),
+        "num_inference_steps": config.num_inference_steps,
+        "eta": 1.0 if config.eta is None else config.eta,
+    }
+    for name, value in wanted.items():
+        if made.get(name) != value:
+            raise UserError(
+                f"{file}: the images were made with {name}={made.get(name)!r}, not {value!r}: train with that"
+            )
+
+
+def replayed(
+    config: D3POConfig, choices: Sequence[Choice], run: Training, chain: Chain, policy: Policy
+) -> Callable[[range], Rolled]:
+    """Batches of labelled images: two in a row are a choice's, the winner with score 1 and the loser with 0."""
+    chosen = listed(list(choices), config.seed)
+    return lambda indices: replay([chosen(i) for i in range(indices.start // 2, indices.stop // 2)], run, chain, policy)
+
+
+@torch.no_grad()
+def replay(choices: Sequence[Choice], run: Training, chain: Chain, policy: Policy) -> Rolled:
+    """The trajectories of both pictures of each choice, by the model before training.
+
+    Raises RunError, which names the line, where one does not end in its picture.
+    """
+    texts = [choice.prompt for choice in choices for _ in range(2)]
+    seeds = [seed for choice in choices for seed in (choice.seed_a, choice.seed_b)]
+    generators = [torch.Generator().manual_seed(int(seed or 0)) for seed in seeds]
+    x = chain.model.noise(len(texts), generators)
+    noise = [gaussian(x, generators) for _ in range(policy.steps)]
+    predict = chain.predict(chain.model.encode(texts))
+    trajectory = policy.sample(under(predict, run.reference), x, noise)
+    images = chain.model.decode(trajectory.end)
+    for choice, pair in zip(choices, images.view(-1, 2, *images.shape[1:]), strict=True):
+        for picture, image in zip((choice.a, choice.b), pair, strict=True):
+            check_same(choice, picture, image)
+    wins = [float(picture == choice.winner) for choice in choices for picture in (choice.a, choice.b)]
+    return Rolled(texts, predict, trajectory, torch.tensor(wins, device=images.device))
+
+
+def check_same(choice: Choice, picture: Path, image: Tensor) -> None:
+    seen = np.asarray(Image.open(picture).convert("RGB"), dtype=np.float32) / 255
+    made = image.float().cpu().permute(1, 2, 0).numpy()
+    if seen.shape != made.shape or np.abs(seen - made).mean() > TOLERANCE:
+        raise RunError(
+            f"labels, line {choice.line}: {picture} is not what its seed makes with the settings of {SETTINGS}; "
+            "was the model changed since?"
+        )

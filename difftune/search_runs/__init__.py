@@ -1,0 +1,1 @@
+"""Search at inference on a pipeline: the Python call, the experts, the run on disk."""

@@ -1,0 +1,271 @@
+"""`difftune search`: its folder, saving and resuming. The search itself is `difftune.search_runs.search`.
+
+`state.safetensors` is one file that is replaced as a whole: tensors, and as its metadata the settings, the curve so far
+and what the method keeps in JSON. Killed at any time, a search goes on from it with `--resume` to the same result; one
+that has ended goes on with a larger budget.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from difftune.configs.recipes import SearchConfig
+from difftune.environment import versions
+from difftune.errors import RunError, UserError
+from difftune.files.checkpoint import Say
+from difftune.files.output import grid, png, unused, write, write_json
+from difftune.lookup import at_least, guidance_named, known, model_named
+from difftune.pipelines.generate import opened, pixels
+from difftune.search_runs.experts import experts_for
+from difftune.search_runs.lineage_plot import picture
+from difftune.search_runs.search import Found, Point, Search, configured, reward_for, search
+from difftune.training import run_folder
+from guidance.search.catalogue import SEARCHES
+from guidance.search.fkc import Exponents
+from guidance.search.problem import Saved
+from rewards.compose import parse_rewards
+from rewards.registry import Reward
+
+STATE, RESULT = "state.safetensors", "search.json"
+SAVE_SECONDS = 5.0  # between two savings
+DRAWN = 8  # prompts whose lineage is drawn
+FREE = {"output_dir", "resume"}  # what may differ between a search and its resumption
+BUDGETS = {"budget", "reward_budget"}  # what may grow
+
+
+def run(
+    config: SearchConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None
+) -> dict[str, Any]:
+    """Search, and write images, weights, the lineage and search.json; returns what search.json holds.
+
+    SIGTERM and Ctrl-C save the state after the step that is under way, and end with 143 and 130.
+    """
+    check(config)
+    folder, began = Path(config.output_dir), time.perf_counter()
+    earlier = resumed(folder, config) if config.resume else None
+    if not config.resume:
+        unused(folder)
+    found = follow(started(config, earlier, pipe, reward), config, folder, show or run_folder.shown)
+    summary = {**summarised(config, found), "seconds": round(time.perf_counter() - began, 3), "versions": versions()}
+    for name, data in files(config, found):
+        write(folder / name, data)
+    write_json(folder / RESULT, summary)
+    return summary
+
+
+def check(config: SearchConfig) -> None:
+    """One sentence for the first setting that cannot be, before anything is loaded."""
+    if not config.prompt:
+        raise UserError("there is no prompt to search for: give at least one --prompt")
+    settings = configured(config.method, settings_of(config))
+    experts_for(config.method, settings, experts_of(config))
+    at_least(1, budget=config.budget, num_inference_steps=config.num_inference_steps)
+    guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+    model_named(config.model)
+
+
+def settings_of(config: SearchConfig) -> dict[str, Any]:
+    """The method's own settings, each in its field's type."""
+    make = SEARCHES[known("search method", config.method, SEARCHES)].config
+    hints, found = get_type_hints(make), {}
+    for pair in config.setting or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--setting {pair} has no value: write it KEY=VALUE")
+        if name in found:
+            raise UserError(f"--setting {name} is given twice: give it once")
+        found[name] = typed(name, value, hints[known(f"setting of {config.method}", name, make.__dataclass_fields__)])
+    return found
+
+
+def experts_of(config: SearchConfig) -> dict[str, str]:
+    """The prompts of further experts, by name."""
+    found = {}
+    for pair in config.expert or []:
+        name, equals, prompt = pair.partition("=")
+        if not name or not equals:
+            raise UserError(f"--expert {pair} has no name: write it NAME=PROMPT")
+        if name in found:
+            raise UserError(f"--expert {name} is given twice: give each its own name")
+        found[name] = prompt
+    return found
+
+
+def typed(name: str, value: str, hint: Any) -> Any:
+    """A setting in its field's type: none is None, and a field of several types takes the first that fits."""
+    kinds = get_args(hint) or (hint,)
+    if value.lower() == "none" and type(None) in kinds:
+        return None
+    if Exponents in kinds:
+        return exponents(name, value)
+    for kind in [kind for kind in (int, float) if kind in kinds]:
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    if bool in kinds and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not {int, float, bool} & set(kinds):
+        return value  # a name, which the method checks
+    raise UserError(f"--setting {name}={value} is no {' or '.join(k.__name__ for k in kinds)}")
+
+
+def exponents(name: str, value: str) -> dict[str, float]:
+    """Experts' exponents, written cond:2,uncond:-1."""
+    pairs = [pair.rpartition(":") for pair in value.split(",")]
+    try:
+        found = {expert.strip(): float(number) for expert, _, number in pairs}
+    except ValueError:
+        raise UserError(f"--setting {name}={value} is no list of exponents: write it cond:2,uncond:-1") from None
+    if len(found) < len(pairs):
+        raise UserError(f"--setting {name}={value} names an expert twice: give each one exponent")
+    return found
+
+
+def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: Reward | None) -> Search:
+    """The search, from its beginning or from where it was saved."""
+    weights = parse_rewards(config.reward)
+    reward_for(config.method, weights if reward is None else reward)
+    going = search(
+        opened(config.model, config.lora) if pipe is None else pipe,
+        config.prompt,
+        config.method,
+        weights if reward is None else reward,
+        config.budget,
+        config.seed,
+        guidance=guidance_named(config.guidance, config.guidance_scale, config.guidance_options),
+        experts=experts_of(config),
+        num_inference_steps=config.num_inference_steps,
+        eta=config.eta,
+        reward_budget=config.reward_budget,
+        memory_budget=config.memory_budget,
+        saved=None if earlier is None else earlier.saved,
+        **settings_of(config),
+    )
+    if earlier is not None:
+        going.history = earlier.history
+    return going
+
+
+def follow(going: Search, config: SearchConfig, folder: Path, say: Say) -> Found:
+    """The end of a search whose state is saved every few seconds, and at its end."""
+    last, found = time.perf_counter(), None
+    with run_folder.stopping() as stop:
+        for number, found in enumerate(going):
+            if stop.number or time.perf_counter() - last > SAVE_SECONDS:
+                write(folder / STATE, state_bytes(config, found))
+                last = time.perf_counter()
+            if stop.number:
+                stop.leave(number + 1)
+    found = going.result() if found is None else found
+    write(folder / STATE, state_bytes(config, found))
+    say(f"{config.method}: mean reward {float(found.rewards.mean()):.4f}, {int(found.nfe.max())} NFEs a prompt")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the state on disk
+
+
+class Earlier:
+    """A search that was saved."""
+
+    def __init__(self, saved: Saved, history: Sequence[Point]):
+        self.saved, self.history = saved, tuple(history)
+
+
+def state_bytes(config: SearchConfig, found: Found) -> bytes:
+    tensors, info = found.state.saved()
+    about = {"settings": comparable(config), "history": found.history, "info": info}
+    return save(dict(tensors), {"difftune": json.dumps(about)})
+
+
+def comparable(config: SearchConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if name not in FREE}
+
+
+def resumed(folder: Path, config: SearchConfig) -> Earlier | None:
+    """What the folder's state holds; None where the search was killed before it was first saved."""
+    now = json.loads(json.dumps(comparable(config)))
+    if (folder / RESULT).exists() and json.loads((folder / RESULT).read_text())["settings"] == now:
+        raise UserError(
+            f"{folder} holds a finished search: there is nothing to resume, give a larger --budget or another "
+            "--output_dir"
+        )
+    if not (folder / STATE).exists():
+        unused(folder)
+        return None
+    tensors, about = read(folder / STATE)
+    for name, value in now.items():
+        same_or_larger(folder, name, about["settings"].get(name), value)
+    return Earlier(Saved(tensors, about["info"]), [Point(*point) for point in about["history"]])
+
+
+def same_or_larger(folder: Path, name: str, before: Any, now: Any) -> None:
+    """Raises UserError for a setting that changed, but for a budget that grew; None is no limit."""
+    if before == now or (name in BUDGETS and before is not None and (now is None or now > before)):
+        return
+    more = " or more" if name in BUDGETS else ""
+    raise UserError(f"the search in {folder} was made with {name}={before!r}, not {now!r}: resume with that{more}")
+
+
+def read(path: Path) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["difftune"])
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} cannot be resumed from: {error}; remove it to start anew") from error
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def summarised(config: SearchConfig, found: Found) -> dict[str, Any]:
+    """What search.json says: the settings, each prompt's best, and the curve."""
+    state = found.state
+    prompts = [
+        {
+            "prompt": prompt,
+            "seed": config.seed + i,
+            "image": image_name(config, i),
+            "reward": float(state.reward[i]),
+            "nfe": int(state.nfe[i]),
+            "reward_calls": int(state.reward_calls[i]),
+            "gradients": int(state.gradients[i]),
+        }
+        for i, prompt in enumerate(config.prompt)
+    ]
+    finite = [point for point in found.history if all(r > float("-inf") for r in point.reward)]
+    return {
+        "settings": comparable(config),
+        "reward": float(state.reward.mean()),
+        "nfe": float(state.nfe.double().mean()),
+        "reward_calls": float(state.reward_calls.double().mean()),
+        "prompts": prompts,
+        "history": [point._asdict() for point in finite],
+    }
+
+
+def image_name(config: SearchConfig, i: int) -> str:
+    return f"{i:05d}-seed{config.seed + i}.png"
+
+
+def files(config: SearchConfig, found: Found) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the pictures and of the weighted samples."""
+    pictures = pixels(found.images)
+    for i, image in enumerate(pictures):
+        yield image_name(config, i), png(image)
+    yield "grid.png", grid(pictures)
+    graph = found.state.graph()
+    for i in range(min(len(config.prompt), DRAWN)):
+        yield f"{i:05d}-lineage.png", picture(graph, i)
+    weighted = found.state.weighted()
+    samples = {name: value.cpu().contiguous() for name, value in weighted._asdict().items()}
+    yield "samples.safetensors", save({**samples, "best": found.latents.cpu().contiguous()})

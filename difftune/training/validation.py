@@ -1,0 +1,149 @@
+"""Validation: the same prompts and seeds again and again, a picture of them, and the reward that is held out.
+
+`validation.jsonl` has a line for each, `validation/` a grid for each, `best/` the weights of the best.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from difftune.configs.recipes import TrainingConfig
+from difftune.errors import UserError
+from difftune.files import checkpoint, output
+from difftune.files.checkpoint import State
+from difftune.files.prompts import read
+from difftune.lookup import at_least, guidance_named, scorer_named, weights_named
+from difftune.pipelines import lora
+from difftune.pipelines.generate import generate, pixels
+from difftune.training import trackers
+from rewards.checks import finite
+from rewards.monitor import Monitor, Parting
+
+RECORDS, GRIDS, BEST = "validation.jsonl", "validation", "best"
+Scorer = Callable[[Tensor, list[str]], Tensor]
+
+
+class Found(NamedTuple):
+    """One validation."""
+
+    record: dict[str, float]  # step, reward_mean and held_out_mean, see `scorers`
+    images: Tensor  # (B, 3, H, W) in [0, 1]
+    best: bool  # whether no earlier one was as good
+    parting: Parting | None  # where the held-out reward falls while the trained one rises
+
+
+def check(config: TrainingConfig) -> None:
+    """UserError for the first setting of the validation that cannot be; nothing is loaded."""
+    at_least(1, num_validation_images=config.num_validation_images)
+    if config.validation_steps is None:
+        if config.early_stop or config.validation_reward is not None:
+            wanted = "early_stop" if config.early_stop else "validation_reward"
+            raise UserError(f"{wanted} needs validations: give --validation_steps, as in 50")
+        return
+    at_least(1, validation_steps=config.validation_steps)
+    prompts(config)
+    if config.validation_reward is None:
+        if config.early_stop:
+            raise UserError("early_stop compares with a reward that is not trained on: give --validation_reward")
+        return
+    held_out = weights_named([config.validation_reward])
+    if not rewarded(config):
+        if config.early_stop:
+            raise UserError("early_stop compares with the reward that is trained on, and here none is: leave it out")
+        return
+    if both := sorted(held_out.keys() & weights_named(config.reward).keys()):
+        raise UserError(f"validation_reward {both[0]!r} is trained on: what is held out must be another")
+
+
+def rewarded(config: TrainingConfig) -> bool:
+    """Whether the recipe trains on `config.reward`: not where a person's labels, a folder of pictures, or an objective
+    of sets takes its place."""
+    settings = asdict(config)
+    others = (settings.get("labels"), settings.get("images"), settings.get("objective", "instance") != "instance")
+    return not any(others)
+
+
+def prompts(config: TrainingConfig) -> list[str]:
+    """The validation's prompts: the lines of a file, or ShapeEval's, category after category."""
+    if config.validation_prompts != "shapeeval":
+        return read(config.validation_prompts, "shapeeval")
+    from rewards.world.shapes import CATEGORIES, shapeeval
+
+    by_category = [[e["prompt"] for e in shapeeval() if e["category"] == name] for name in CATEGORIES]
+    return [prompt for several in zip(*by_category, strict=True) for prompt in several]
+
+
+def scorers(config: TrainingConfig, reward: Scorer | None) -> dict[str, Scorer]:
+    """The trained reward, as given or as named, and the held-out one where there is one.
+
+    Where no reward is trained on, the held-out one is alone, or `config.reward` in its place.
+    """
+    found: dict[str, Scorer] = {}
+    if rewarded(config) or config.validation_reward is None:
+        found["reward"] = scorer_named(config.reward) if reward is None else reward
+    if config.validation_reward is not None:
+        found["held_out"] = scorer_named([config.validation_reward])
+    return found
+
+
+@torch.no_grad()
+def validate(config: TrainingConfig, pipe: Any, state: State, scores: Mapping[str, Scorer]) -> Found:
+    """Draw, score, and compare with the earlier validations of this run.
+
+    The weights are the average's, where the run keeps one; the global generators are left as they were. Raises
+    NotFinite where a score is not finite.
+    """
+    random = checkpoint.randomness()
+    some = prompts(config)
+    chosen = [some[i % len(some)] for i in range(config.num_validation_images)]
+    seeds = [config.seed + i for i in range(len(chosen))]
+    method = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+    try:
+        with _average(pipe, state):
+            batches = generate(pipe, chosen, seeds, method, config.num_inference_steps, config.train_batch_size)
+            images = torch.cat([batch.images for batch in batches])
+            means = {f"{name}_mean": _mean(scorer, images.to(pipe.device), chosen) for name, scorer in scores.items()}
+    finally:
+        checkpoint.restore(random)
+    record = {"step": state.step, **means}
+    earlier = [r for r in _records(config) if r["step"] < state.step]
+    curve = [*earlier, record]
+    key = "held_out_mean" if "held_out_mean" in record else "reward_mean"
+    best = all(record[key] > r[key] for r in earlier)
+    parting = None
+    if {"reward_mean", "held_out_mean"} <= record.keys():
+        parting = Monitor()([r["reward_mean"] for r in curve], [r["held_out_mean"] for r in curve])
+    return Found(record, images, best, parting)
+
+
+def keep(config: TrainingConfig, found: Found, save: Callable[[Path], Any]) -> None:
+    """Write the grid, the weights where they are the best, and the line, which comes last."""
+    folder, step = Path(config.output_dir), int(found.record["step"])
+    grid = output.grid(pixels(found.images))
+    output.write(folder / GRIDS / f"step-{step:06d}.png", grid)
+    if found.best:
+        save(folder / BEST)
+        output.write_json(folder / BEST / "validation.json", found.record)
+    trackers.append(folder / RECORDS, found.record)
+
+
+def _records(config: TrainingConfig) -> list[dict[str, float]]:
+    path = Path(config.output_dir) / RECORDS
+    return list(trackers.records(path)) if path.exists() else []
+
+
+def _mean(scorer: Scorer, images: Tensor, prompts: list[str]) -> float:
+    return float(finite(scorer(images, prompts), "a reward of the validation").float().mean())
+
+
+@contextmanager
+def _average(pipe: Any, state: State) -> Iterator[None]:
+    """The pipeline with the average of the weights, where the state has one."""
+    average = {name.removeprefix("ema."): t for name, t in state.tensors.items() if name.startswith("ema.")}
+    with lora.lent(lora.network_of(pipe), average):
+        yield

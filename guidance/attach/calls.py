@@ -1,0 +1,210 @@
+"""What a pipeline asked of its denoiser in one step, taken apart so that it can be answered for any branch."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import unwrap_module
+from torch import Tensor, nn
+
+from guidance.branches import Counter, Inputs, each, evaluate
+from guidance.contract import Answers, Branch, Request
+from solvers.families.table import Family, unpacked
+
+RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")  # of a ControlNet, for a UNet
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward as a pipeline asked for it: its arguments with a row per sample, and the others, by dotted names."""
+
+    network: nn.Module
+    forward: Callable[..., Any]  # of the network, as the pipeline calls it
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    rows: Inputs
+    shared: Inputs
+    sample: Tensor  # what the network reads, of all branches in it
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def repeated(self, **changed: Any) -> Any:
+        """What the pipeline's very own call gives, some keyword arguments changed."""
+        return self.forward(*self.args, **{**self.kwargs, **changed})
+
+
+def recorded(
+    network: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, batch_first: Sequence[str]
+) -> Call:
+    """A call, whose arguments may change later: the pipelines reuse dictionaries."""
+    rows, shared = sorted_out(named(network, args, kwargs), batch_first)
+    return Call(network, forward, args, kwargs, rows, shared, rows[batch_first[0]])
+
+
+@dataclass
+class Asked:
+    """The calls of one step: one for the branches stacked along its batch, or one for each branch in turn."""
+
+    family: Family
+    branches: tuple[str, ...]  # that the pipeline prepared
+    calls: Sequence[Call]
+    control: Call | None  # of the ControlNet, whose answer the calls are given
+    x: Tensor  # (B, C, ...), and every answer is like it
+    networks: Mapping[str, nn.Module]  # others that a method may name
+    counter: Counter
+    cond: Tensor | None = None  # the conditional answer, once it was asked for in all rows
+    guided: bool = False  # whether anything else was asked for
+
+    def answer(self, request: Request) -> Answers:
+        """The answers (B, C, ...), NaN where nothing is evaluated.
+
+        Where they are exactly what the pipeline stacked, its very own call gives them, so that they are bit-equal.
+        """
+        places = {name: self._place(branch) for name, branch in request.items()}
+        if self.family.batched and sorted(map(plain, request.values())) == sorted(self.branches):
+            answers = self._stock(request)
+        elif self.family.batched:
+            answers = self._evaluated(request, self.calls[0])
+        else:  # never stacked, which would take more memory than the pipeline does
+            answers = {}
+            for name, branch in request.items():
+                answers |= self._evaluated({name: branch}, places[name][0])
+        self.cond = next((answers[name] for name, branch in request.items() if plain(branch) == "cond"), self.cond)
+        self.guided |= any(plain(branch) != "cond" for branch in request.values())
+        return answers
+
+    def _stock(self, request: Request) -> Answers:
+        residuals = {} if self.control is None else dict(zip(RESIDUALS, self._stock_residuals(), strict=True))
+        out = self.calls[0].repeated(**residuals)[0]
+        self.counter.add(dict.fromkeys(request, len(out) // len(self.branches)))
+        parts = dict(zip(self.branches, self._predicted(out).chunk(len(self.branches)), strict=True))
+        return {name: parts[plain(branch)] for name, branch in request.items()}
+
+    def _stock_residuals(self) -> tuple[Any, Any]:
+        """Those of all branches; in guess mode the ControlNet sees the conditional one alone, the other's are zero."""
+        assert self.control is not None
+        down, mid = self.control.repeated()
+        if self._guessing:
+            down, mid = each(lambda d: torch.cat([torch.zeros_like(d), d]), (list(down), mid))
+        return down, mid
+
+    @property
+    def _guessing(self) -> bool:
+        return self.control is not None and len(self.control) < len(self.calls[0])
+
+    def _evaluated(self, request: Request, call: Call) -> Answers:
+        blank = self._predicted(self.x.to(call.sample.dtype), read=False)
+        return evaluate(request, self._inputs, partial(self._run, call), blank, self.counter)
+
+    def _predicted(self, out: Tensor, read: bool = True) -> Tensor:
+        """The part of a network's answer that predicts, in the layout of the latents."""
+        grid = self.family.grid
+        return self.family.prediction(unpacked(out, grid(self.calls[0].shared)) if grid and read else out, self.x)
+
+    def _inputs(self, branch: Branch) -> Inputs:
+        """The batch-first arguments (B, ...) of one branch, and those of its ControlNet under "control"."""
+        call, position, count = self._place(branch)
+        rows = {name: value for name, value in call.rows.items() if self.control is None or name not in RESIDUALS}
+        inputs = each(lambda v: v.chunk(count)[position], rows)
+        if self.control is not None and not (self._guessing and self.branches[position] == "uncond"):
+            parts, part = (1, 0) if self._guessing else (count, position)
+            inputs["control"] = each(lambda v: v.chunk(parts)[part], self.control.rows)
+        return inputs if isinstance(branch.cond, str) else _merged(inputs, self._override(branch.cond))
+
+    def _place(self, branch: Branch) -> tuple[Call, int, int]:
+        """The call that holds a branch, its position along the batch, and how many lie there."""
+        cond = branch.cond if isinstance(branch.cond, str) else "cond"
+        if branch.patch is not None:  # before its inputs, which another family does not know either
+            self.family.known_patch(branch.patch.partition(":")[0])
+        if cond not in self.branches:
+            raise ValueError(self._missing(cond))
+        position = self.branches.index(cond)
+        return (self.calls[0], position, len(self.branches)) if self.family.batched else (self.calls[position], 0, 1)
+
+    def _missing(self, cond: str) -> str:
+        family, network = self.family, self.calls[0].network
+        if cond not in family.order:
+            return f"no condition {cond!r} in family {family.name}; known: {', '.join(family.order)}"
+        told = unwrap_module(network).config.get(family.embeds)
+        if told and family.batched:
+            name = f"{type(unwrap_module(network)).__name__} is guidance-distilled ({family.embeds}={told})"
+            return f"{name}, so its pipeline never evaluates {cond!r}: attach a method that needs 'cond' alone"
+        distilled = f", of this guidance-distilled model ({family.embeds}={told}) too" if told else ""
+        return f"the method needs the branch {cond!r}{distilled}: call the pipeline with {family.prepare}"
+
+    def _override(self, cond: Mapping[str, Tensor]) -> Inputs:
+        """A `Cond`, whose keys are the last parts of the dotted names, under those names."""
+        places = {name.rpartition(".")[2]: name for name in self.family.batch_first}
+        if unknown := sorted(cond.keys() - places.keys()):
+            raise ValueError(f"the network takes no {', '.join(unknown)}; known: {', '.join(places)}")
+        return {places[key]: value for key, value in cond.items()}
+
+    def _run(self, call: Call, network: str, patch: str | None, inputs: Inputs) -> Tensor:
+        if network != "main" and network not in self.networks:
+            raise ValueError(f"the method evaluates network {network!r}: pass networks={{{network!r}: ...}} to attach")
+        forward, module = (call.forward, call.network) if network == "main" else (self.networks[network],) * 2
+        inputs = {**inputs, **self._residuals(inputs.get("control"))}
+        inputs.pop("control", None)
+        with self._patched(module, patch):
+            return self._predicted(forward(**nested({**call.shared, **inputs, "return_dict": False}))[0])
+
+    def _residuals(self, inputs: Inputs | None) -> Inputs:
+        if self.control is None:
+            return {}
+        if inputs is None:
+            return dict.fromkeys(RESIDUALS)
+        arguments = nested({**self.control.shared, **inputs, "return_dict": False})
+        return dict(zip(RESIDUALS, self.control.forward(**arguments), strict=True))
+
+    def _patched(self, network: nn.Module, patch: str | None) -> AbstractContextManager[Any]:
+        return nullcontext() if patch is None else self.family.patched(network, patch)
+
+
+def plain(branch: Branch) -> str:
+    """The condition's name, for a branch that is nothing but a named condition; "" for any other."""
+    named = isinstance(branch.cond, str) and branch.rows is None and branch.patch is None and branch.network == "main"
+    return str(branch.cond) if named else ""
+
+
+def named(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by name."""
+    _, *arguments = _signature(type(unwrap_module(network)).forward).bind(network, *args, **kwargs).arguments.items()
+    return dict(arguments)
+
+
+_signature = cache(inspect.signature)  # which is slow, and the same in every step
+
+
+def sorted_out(arguments: Mapping[str, Any], batch_first: Sequence[str]) -> tuple[Inputs, Inputs]:
+    """The arguments that have a row per sample, and the others, both under dotted names."""
+    flat: Inputs = {}
+    for name, value in arguments.items():
+        inner = isinstance(value, Mapping) and any(known.startswith(f"{name}.") for known in batch_first)
+        flat |= {f"{name}.{key}": part for key, part in value.items()} if inner else {name: value}
+    rows = {name: value for name, value in flat.items() if name in batch_first and value is not None}
+    return rows, {name: value for name, value in flat.items() if name not in rows}
+
+
+def nested(flat: Inputs) -> Inputs:
+    """Keyword arguments from dotted names."""
+    arguments: Inputs = {}
+    for name, value in flat.items():
+        parent, _, key = name.rpartition(".")
+        if parent:
+            arguments[parent] = {**(arguments.get(parent) or {}), key: value}
+        else:
+            arguments[name] = value
+    return arguments
+
+
+def _merged(inputs: Inputs, override: Inputs) -> Inputs:
+    """`inputs` with some arguments replaced, those of the ControlNet of the same names too."""
+    merged = {**inputs, **override}
+    if "control" in inputs:
+        merged["control"] = {name: override.get(name, value) for name, value in inputs["control"].items()}
+    return merged

@@ -1,0 +1,319 @@
+"""Guidance on a diffusers pipeline, which keeps its own `__call__`, scheduler, ControlNet, LoRA, callbacks and offload.
+
+    with attach(pipe, CFG(7.5)) as handle:
+        images = pipe("a red circle", guidance_scale=7.5).images  # bit-equal to the stock pipeline's
+    handle.nfe
+
+All that `attach` installs is a wrapper of `pipe.progress_bar`. The with-block that a pipeline opens around its
+denoising loop is one run: entering it hooks the denoiser and wraps the scheduler's `step`, leaving it (also by an
+exception) undoes that. So nothing leaks from one run to the next, a scheduler that was replaced is followed, and
+a pipeline that shares these objects stays stock.
+
+Within a run the denoiser only writes down what it is asked, and answers with a stand-in. The scheduler's `step` then
+has all branches at hand, whether the pipeline stacked them or called for them in turn, and the latents themselves:
+there the method is run, and what it does not ask for is never evaluated.
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.cache_utils import CacheMixin
+from torch import Tensor, nn
+
+from guidance.attach.calls import Asked, Call, recorded
+from guidance.attach.schedulers import Where, locator
+from guidance.branches import Counter
+from guidance.contract import Combined, Guidance, convert, drive
+from guidance.methods.compose import inside
+from solvers.denoiser import Memory, Path, widen
+from solvers.families.table import CONTROLNET, Family, family_of, packed, unpacked
+from solvers.levels import prediction_type
+from solvers.noise import Noise
+
+HOOK = "difftune"
+
+
+def attach(pipe: Any, guidance: Guidance, networks: Mapping[str, nn.Module] | None = None) -> "Handle":
+    """Make `pipe` follow `guidance` until the handle is detached; the handle is also a context manager.
+
+    networks: those that a method names beside the pipeline's own, {"weak": unet}. The scale that the pipeline is called
+    with only decides whether it prepares the unconditional branch (> 1); the method's own scale guides, and a warning
+    says so once where a caller chose another. What the pipeline does to its guided prediction stays in force:
+    `guidance_rescale`, SD3's skip-layer call, Qwen-Image's norm.
+
+    Raises ValueError for a pipeline of no known family, a scheduler that is not in
+    `guidance.attach.schedulers.SCHEDULERS`, and a pipeline that is attached to already. During a run: for a branch that
+    the pipeline did not prepare, an unknown network or patch, a number of denoiser calls that is not the family's, a
+    network with diffusers' caching on, and a CFG++ shift that the scheduler, or what the pipeline does to its guided
+    prediction, cannot take.
+    """
+    family = family_of(pipe)
+    locator(pipe.scheduler)
+    if is_attached(pipe):
+        raise ValueError(f"this {type(pipe).__name__} is attached to already; detach that handle first")
+    return Handle(pipe, family, guidance, networks or {})
+
+
+def is_attached(pipe: Any) -> bool:
+    """Whether a handle's progress bar is on the pipeline."""
+    bar = pipe.progress_bar
+    return inspect.ismethod(bar) and isinstance(bar.__self__, Handle)
+
+
+class Handle:
+    """A guidance method on a pipeline. `nfe`: the rows evaluated in the last run; `branches`: those of each branch, by
+    the names that the method gives them ("cond", "uncond", ...)."""
+
+    def __init__(self, pipe: Any, family: Family, guidance: Guidance, networks: Mapping[str, nn.Module]):
+        self.pipe, self.family, self.guidance, self.networks = pipe, family, guidance, networks
+        self.counter = Counter()
+        self.said = False  # that the method's scale wins
+        self._bar, self._replaced = pipe.progress_bar, vars(pipe).get("progress_bar")
+        pipe.progress_bar = self._progress_bar
+
+    @property
+    def nfe(self) -> int:
+        return self.counter.rows
+
+    @property
+    def branches(self) -> dict[str, int]:
+        return dict(self.counter.branches)
+
+    def detach(self) -> None:
+        """Take the guidance off; the pipeline is what it was. Doing it twice is harmless."""
+        if vars(self.pipe).get("progress_bar") != self._progress_bar:
+            return
+        del self.pipe.progress_bar
+        if self._replaced is not None:
+            self.pipe.progress_bar = self._replaced
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def _progress_bar(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        return self._run(self._bar(*args, **kwargs))
+
+    @contextmanager
+    def _run(self, bar: AbstractContextManager[Any]) -> Iterator[Any]:
+        self.counter = Counter()
+        run, parts = Run(self), self.pipe.components
+        with ExitStack() as stack:
+            for name in self.family.denoisers:
+                if parts[name] is not None:  # Wan's second expert
+                    _refuse_cache(parts[name])
+                    stack.enter_context(_hooked(parts[name], run.forward))
+            if "controlnet" in parts:
+                stack.enter_context(_hooked(parts["controlnet"], run.control_forward))
+            stack.enter_context(_wrapped(self.pipe.scheduler, "step", run.step))
+            yield stack.enter_context(bar)
+
+
+def _refuse_cache(network: nn.Module) -> None:
+    if isinstance(network, CacheMixin) and network.is_cache_enabled:
+        raise ValueError(f"{type(network).__name__} caches between steps, which attach cannot follow: disable_cache()")
+
+
+class Stage(NamedTuple):
+    """A call of the network: the path that it reads and its level, in the network's own coordinates as in our own loop,
+    and where the scheduler is, in the scheduler's."""
+
+    path: Path
+    at: Noise
+    where: Where
+
+
+class Run:
+    """One denoising loop of a pipeline. `calls`, `extra` and `control` are what was asked of the networks since the
+    last call of the scheduler; while a step of several stages lasts, `first` is what its first call made."""
+
+    def __init__(self, handle: Handle):
+        self.handle, self.pipe, self.scheduler = handle, handle.pipe, handle.pipe.scheduler
+        self.family = handle.family
+        self.locate, self.space = locator(self.scheduler), prediction_type(self.scheduler)
+        self.x0: Tensor | None = None
+        self.memory: Memory = {}
+        self.first: Combined | None = None
+        self.compared: set[nn.Module] = set()  # networks whose scale was compared with the method's, once a run
+        self._forget()
+
+    def _forget(self) -> None:
+        self.calls: list[Call] = []
+        self.extra: list[Call] = []
+        self.control: Call | None = None
+
+    def forward(self, network: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Tensor]:
+        """In place of the denoiser's own: the call is written down."""
+        call = recorded(network, original, args, kwargs, self.family.batch_first)
+        if self.family.extra and self.family.extra in call.shared:
+            self.extra.append(call)
+            return (stand_in(call.sample, unconditional=0),)
+        self.calls.append(call)
+        return (stand_in(call.sample, len(call) // 2 if self.family.batched else len(call) * (len(self.calls) == 2)),)
+
+    def control_forward(self, network: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """In place of a ControlNet's own: as `forward`, with residuals that `Asked` replaces."""
+        self.control = recorded(network, original, args, kwargs, CONTROLNET)
+        return [], self.control.sample[:, :0]
+
+    def step(
+        self, original: Callable[..., Any], model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **more: Any
+    ) -> Any:
+        """One ordinary step with the method's prediction, plus the shift."""
+        branches = self._branches(sample)
+        grid = self.family.grid and self.family.grid(self.calls[0].shared)
+        stage = self._look(unpacked(sample, grid) if grid else sample, timestep)
+        handle, x = self.handle, stage.path.x
+        asked = Asked(self.family, branches, self.calls, self.control, x, handle.networks, handle.counter)
+        made = drive(handle.guidance, asked.answer, stage.path, stage.at, self.space, self.space)
+        if made.shift is not None:
+            self._allow_shift(stage.where)
+        made = self._finished(made, asked)
+        if len(branches) > 1 and asked.guided:
+            self._say_scale(model_output)
+        first, self.first = self.first or made, None if stage.where.last else self.first or made
+        if stage.where.last:
+            self.memory = {**self.memory, **first.memory}
+            self.x0 = _clean(stage, made, self.space)
+        self._forget()
+        layout = packed if grid else lambda x: x
+        return _moved(original(layout(made.out), timestep, sample, *args, **more), stage.where, first, made, layout)
+
+    def _branches(self, sample: Tensor) -> tuple[str, ...]:
+        """What the pipeline stacked along the batch, or called for in turn."""
+        name, order, calls = type(self.pipe).__name__, self.family.order, self.calls
+        known = (1,) if self.family.batched else (1, len(order))
+        if len(calls) not in known or len(self.extra) > 1:
+            raise ValueError(
+                f"{name} called its denoiser {len(calls) + len(self.extra)} times in a step, and attach"
+                f" knows it with {' or '.join(map(str, known))}"
+            )
+        count = len(calls[0]) // len(sample) if self.family.batched else len(calls)
+        if count not in (1, len(order)):
+            raise ValueError(f"{name} stacks {count} branches, and attach knows 1 or {len(order)} ({', '.join(order)})")
+        return order if count > 1 else ("cond",)
+
+    def _look(self, sample: Tensor, timestep: Tensor) -> Stage:
+        here = self.locate(self.scheduler, torch.as_tensor(timestep))
+        alpha, sigma = here.at
+        norm = alpha + sigma if self.space == "flow" else torch.hypot(alpha, sigma)
+        return Stage(Path(widen(sample) / norm, self.x0, self.memory), Noise(alpha / norm, sigma / norm), here)
+
+    def _allow_shift(self, here: Where) -> None:
+        method, name = type(self.handle.guidance).__name__, type(self.scheduler).__name__
+        if here.weights is None:
+            raise ValueError(f"{method} shifts x0, and {name} has no rule for that; use DDIMScheduler")
+        if self.scheduler.config.get("clip_sample") or self.scheduler.config.get("thresholding"):
+            raise ValueError(f"{method} shifts x0, which {name} clips; set clip_sample=False and thresholding=False")
+
+    def _finished(self, made: Combined, asked: Asked) -> Combined:
+        """With what the pipeline does to its guided prediction."""
+        after = self.family.after
+        if after is None or len(asked.branches) == 1 or not after.active(self.pipe, len(self.extra)):
+            return made
+        if made.shift is not None or asked.cond is None:
+            method = type(self.handle.guidance).__name__
+            raise ValueError(f"{method} has no guided prediction for the pipeline's {after.name}: {after.remedy}")
+        extra = [call.repeated()[0] for call in self.extra]
+        for answer in extra:
+            self.handle.counter.add({after.name: len(answer)})
+        return made._replace(out=after.apply(self.pipe, made.out, asked.cond, extra))
+
+    def _say_scale(self, model_output: Tensor) -> None:
+        """Once: that the method's scale wins over the one that the pipeline was called with."""
+        method = [self.handle.guidance, *inside(self.handle.guidance)][-1]  # that of Interval and Rescale is within
+        own, network = vars(method).get("scale"), self.calls[0].network
+        if self.handle.said or network in self.compared or own is None:
+            return
+        self.compared.add(network)
+        theirs, error = scale_in(model_output)
+        told = f" {own:g}" if isinstance(own, int | float) else ""  # else one per sample, or by the noise level
+        known = (*([own] if told else []), *_defaults(self.pipe))  # nobody chose the default
+        if min((abs(theirs - scale) for scale in known), default=float("inf")) > error:
+            self.handle.said = True
+            name = type(method).__name__
+            warnings.warn(f"{name} guides with its own scale{told}; the pipeline's {theirs:g} is ignored", stacklevel=2)
+
+
+def _defaults(pipe: Any) -> Iterator[float]:
+    """The scales that a pipeline guides with where its caller says nothing."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    for name in ("guidance_scale", "true_cfg_scale"):
+        if name in parameters and parameters[name].default:
+            yield parameters[name].default
+
+
+def stand_in(sample: Tensor, unconditional: int) -> Tensor:
+    """A denoiser's answer, like `sample`, from which `scale_in` can tell what the pipeline does with it: along the last
+    dimension (0, 1, 0, ...) in the first, `unconditional` rows, and (1, 0, 0, ...) in the others."""
+    out = torch.zeros_like(sample)
+    out[unconditional:, ..., 0] = 1
+    out[:unconditional, ..., 1] = 1
+    return out
+
+
+def scale_in(model_output: Tensor) -> tuple[float, float]:
+    """(s, its round-off) for a multiple of (s, 1 - s, 0, ...): what CFG of scale s makes of `stand_in`."""
+    a, b = model_output[(0,) * (model_output.ndim - 1)][:2].tolist()
+    scale = a / (a + b) if a + b else float("inf")
+    return scale, 4 * torch.finfo(model_output.dtype).eps * (1 + abs(scale)) ** 2
+
+
+def _clean(stage: Stage, made: Combined, space: str) -> Tensor:
+    """The clean estimate (B, ...)."""
+    x0 = widen(convert(made.out, space, "x0", stage.path.x, stage.at))
+    return x0 if made.shift is None else x0 + made.shift
+
+
+def _moved(result: Any, here: Where, first: Combined, made: Combined, layout: Callable[[Tensor], Tensor]) -> Any:
+    """A scheduler's result, moved by CFG++'s shift: its sample, and its x0 where it tells one."""
+    if first.shift is None or made.shift is None or here.weights is None:
+        return result
+    move = layout(here.then.alpha * (here.weights[0] * first.shift + here.weights[1] * made.shift))
+    sample, *rest = result if isinstance(result, tuple) else result.values()
+    values = [(sample + move).to(sample.dtype), *((x0 + layout(made.shift)).to(x0.dtype) for x0 in rest)]
+    return tuple(values) if isinstance(result, tuple) else type(result)(*values)
+
+
+@contextmanager
+def _wrapped(scheduler: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """scheduler.name(...) is method(its original, ...), under the original's signature, which pipelines read."""
+    before, original = vars(scheduler).get(name), getattr(scheduler, name)
+    setattr(scheduler, name, functools.wraps(original)(functools.partial(method, original)))
+    try:
+        yield
+    finally:
+        delattr(scheduler, name)
+        if before is not None:
+            setattr(scheduler, name, before)
+
+
+class _Hook(ModelHook):
+    def __init__(self, forward: Callable[..., Any]):
+        super().__init__()
+        self.run_forward = forward
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.run_forward(module, self.fn_ref.original_forward, args, kwargs)
+
+
+@contextmanager
+def _hooked(network: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """network(...) is forward(network, its original, args, kwargs)."""
+    before = {"forward", "_diffusers_hook"} & vars(network).keys()
+    registry = HookRegistry.check_if_exists_or_initialize(network)
+    registry.register_hook(_Hook(forward), HOOK)
+    try:
+        yield
+    finally:
+        registry.remove_hook(HOOK, recurse=False)
+        for left in {"forward", "_diffusers_hook"} - before:  # remove_hook leaves both behind
+            vars(network).pop(left, None)

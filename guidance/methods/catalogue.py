@@ -1,0 +1,73 @@
+"""All guidance methods, by name."""
+
+from collections.abc import Callable
+
+from guidance.contract import Guidance
+from guidance.methods.adaptive import AdaptiveGuidance, LinearAG
+from guidance.methods.apg import APG
+from guidance.methods.cfg import CFG, Between, Plain, Scale, strength
+from guidance.methods.cfgpp import CFGpp
+from guidance.methods.classifier import GFCG, ClassifierGuidance
+from guidance.methods.compose import Interval, Rescale
+from guidance.methods.conditions import MultiCondition, NullTextInversion
+from guidance.methods.dynamic import DynamicCFG
+from guidance.methods.frequency import FDG
+from guidance.methods.negative import NAG, NASA, PerpNeg
+from guidance.methods.project import TCFG, CFGZeroStar
+from guidance.methods.weak import PAG, SEG, SLG, AutoGuidance
+
+GUIDANCE: dict[str, Callable[..., Guidance]] = {
+    "none": Plain,
+    "cfg": CFG,
+    "cfgpp": CFGpp,
+    "apg": APG,
+    "ag": AdaptiveGuidance,
+    "linear-ag": LinearAG,
+    "gfcg": GFCG,
+    "interval": Interval,
+    "rescale": Rescale,
+    "perpneg": PerpNeg,
+    "autoguidance": AutoGuidance,
+    "cfg-zero": CFGZeroStar,
+    "tcfg": TCFG,
+    "fdg": FDG,
+    "pag": PAG,
+    "slg": SLG,
+    "seg": SEG,
+    "dynamic": DynamicCFG,
+    "classifier": ClassifierGuidance,
+    "nasa": NASA,
+    "nag": NAG,
+    "multi": MultiCondition,
+    "null-text": NullTextInversion,
+}
+
+__all__ = [
+    "APG",
+    "CFG",
+    "FDG",
+    "GFCG",
+    "GUIDANCE",
+    "NAG",
+    "NASA",
+    "PAG",
+    "SEG",
+    "SLG",
+    "TCFG",
+    "AdaptiveGuidance",
+    "AutoGuidance",
+    "Between",
+    "CFGZeroStar",
+    "CFGpp",
+    "ClassifierGuidance",
+    "DynamicCFG",
+    "Interval",
+    "LinearAG",
+    "MultiCondition",
+    "NullTextInversion",
+    "PerpNeg",
+    "Plain",
+    "Rescale",
+    "Scale",
+    "strength",
+]

@@ -1,0 +1,103 @@
+"""Methods around methods: a guidance interval, and a rescaled prediction."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guidance.contract import Branch, Guidance, Guide, Guided, within
+from guidance.methods.adaptive import LinearAG
+from guidance.methods.cfg import CFG, Neutral, Scale, ratio, strength
+from guidance.methods.cfgpp import CFGpp
+from guidance.methods.conditions import NullTextInversion
+from guidance.methods.negative import NAG, NASA
+from guidance.methods.project import CFGZeroStar
+from solvers.denoiser import Path
+from solvers.families.table import rescaled
+from solvers.noise import Noise
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The method where low < sigma / alpha <= high, the conditional prediction alone elsewhere
+    (https://arxiv.org/abs/2404.07724).
+
+    The bounds are levels of EDM's sigma = k; the defaults are the paper's for SDXL. Each evaluation goes by its own
+    level, so Heun's corrector just below `low` is not guided. Costs T + (evaluations inside), for CFG.
+    """
+
+    method: Guidance = field(default_factory=CFG)
+    low: float = 0.28
+    high: float = 5.42
+    neutral = Neutral({"high": 0.0}, "none")
+
+    def __post_init__(self):
+        reasons: dict[type, str | None] = {
+            CFGpp: "it needs the unconditional prediction at every step; give it a scale of Between(..., outside=0)",
+            LinearAG: "its fit is of all the steps of a run",
+            NullTextInversion: "its embeddings are for one scale at all steps",
+            CFGZeroStar: None if _no_zero_step(self.method) else "its zeroed step is the run's first; set zero_steps=0",
+        }
+        refuse(self, reasons)
+
+    @property
+    def space(self) -> str:
+        return self.method.space
+
+    def guide(self, path: Path, at: Noise) -> Guide:
+        if self.low < ratio(at) <= self.high:
+            return (yield from self.method.guide(path, at))
+        preds = yield {"cond": Branch("cond")}
+        return Guided(preds["cond"])
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """The method's prediction with the conditional one's standard deviation (https://arxiv.org/abs/2305.08891):
+
+    out = phi out std(c) / std(out) + (1 - phi) out,    per sample, of what the network emits (v in the paper).
+
+    phi = 0 is off. Under CFG++ it is the prediction of the clean data that is rescaled.
+    """
+
+    method: Guidance = field(default_factory=CFG)
+    phi: Scale = 0.7
+    space = "output"
+    neutral = Neutral({"phi": 0.0}, "cfg")
+
+    def __post_init__(self):
+        nothing = "it has no conditional prediction of its own to compare with"
+        refuse(self, {Rescale: "once is enough", NASA: nothing, NAG: nothing})
+
+    def guide(self, path: Path, at: Noise) -> Guide:
+        made, preds = yield from within(self.method, path, at)
+        phi = strength(self.phi, at, path.x)
+        if made.data is not None:
+            return made._replace(data=matched(made.data, preds["cond"], phi))
+        return made._replace(out=matched(made.out, preds["cond"], phi))
+
+
+def matched(out: Tensor, cond: Tensor, phi: float | Tensor) -> Tensor:
+    """`rescaled`, but a constant prediction, as CFG-Zero*'s zeroed step, stays."""
+    spread = out.std(dim=list(range(1, out.ndim)), keepdim=True) > 0
+    return torch.where(spread, rescaled(out, cond, phi), out)
+
+
+def refuse(outer: Any, reasons: dict[type, str | None]) -> None:
+    """Raises ValueError where a method inside `outer`, at any depth, is of a kind that has a reason."""
+    for inner in inside(outer):
+        if reason := reasons.get(type(inner)):
+            raise ValueError(f"{type(outer).__name__} cannot hold {type(inner).__name__}: {reason}")
+
+
+def inside(method: Any) -> Iterator[Any]:
+    """The methods in a method, from the outside inwards."""
+    while "method" in vars(method):
+        method = method.method
+        yield method
+
+
+def _no_zero_step(method: Any) -> bool:
+    return all(m.zero_steps == 0 for m in (method, *inside(method)) if isinstance(m, CFGZeroStar))

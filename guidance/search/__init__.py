@@ -1,0 +1,1 @@
+"""Search methods: particles, trees, and their correctors."""

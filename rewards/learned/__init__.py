@@ -1,0 +1,1 @@
+"""Rewards that are trained networks, and their preprocessing."""

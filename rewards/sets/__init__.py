@@ -1,0 +1,1 @@
+"""Rewards of a set of images: distances and diversity."""

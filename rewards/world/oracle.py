@@ -1,0 +1,85 @@
+"""The exact judge of the world of shapes, as a reward. It is for evaluation: never train on it and report it too."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rewards.checks import eight_bit, paired
+from rewards.world import shapes
+from rewards.world.render import RESOLUTION, Scene
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """1 if the caption holds of the picture, else 0 (`rewards.world.shapes.holds`).
+
+    The picture is judged as a file would hold it, in 8 bits. Raises ValueError for a caption outside the grammar and
+    for pictures that are not square.
+    """
+
+    differentiable = False
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([not why for why in self.explain(images, prompts)], device=images.device).float()
+
+    def explain(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
+        """Why each caption is false of its picture, in one sentence; empty where it holds."""
+        paired(images, prompts)
+        captions = [shapes.parse(prompt) for prompt in prompts]
+        return [shapes.explain(c, shapes.read(image)) for c, image in zip(captions, _seen(images), strict=True)]
+
+
+@dataclass(frozen=True)
+class ObjectCount:
+    """-|objects in the picture - objects that the caption names|, 0 at best; what they are does not matter."""
+
+    differentiable = False
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        paired(images, prompts)
+        wanted = [len(shapes.parse(prompt).phrases) for prompt in prompts]
+        found = [len(shapes.read(image).things) for image in _seen(images)]
+        return -(torch.tensor(found) - torch.tensor(wanted)).abs().float().to(images.device)
+
+
+@dataclass(frozen=True)
+class Position:
+    """1 if some two objects fit the caption's and stand in its relation, else 0; other objects do not matter.
+
+    Raises ValueError for a caption without a relation.
+    """
+
+    differentiable = False
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        paired(images, prompts)
+        captions = [_placed(prompt) for prompt in prompts]
+        held = [_stands(c, shapes.read(image)) for c, image in zip(captions, _seen(images), strict=True)]
+        return torch.tensor(held, device=images.device).float()
+
+
+def _placed(prompt: str) -> shapes.Caption:
+    caption = shapes.parse(prompt)
+    if caption.relation is None:
+        raise ValueError(f"{prompt!r} places nothing: say where, as in 'a red circle left of a blue square'")
+    return caption
+
+
+def _stands(caption: shapes.Caption, scene: Scene) -> bool:
+    first, second = caption.phrases
+    pairs = permutations(scene.things, 2)
+    return any(first.fits(a) and second.fits(b) and shapes.relation(a, b) == caption.relation for a, b in pairs)
+
+
+def _seen(images: Tensor) -> list:
+    """The pictures as the oracle reads them: (B, 3, H, W) -> B arrays (64, 64, 3)."""
+    if images.shape[-1] != images.shape[-2]:
+        raise ValueError(f"the oracle reads square pictures, not {images.shape[-2]} x {images.shape[-1]} pixels")
+    x = eight_bit(images).float() / 255
+    if x.shape[-1] != RESOLUTION:
+        x = F.interpolate(x, (RESOLUTION, RESOLUTION), mode="bilinear", antialias=True)
+    return list(x.permute(0, 2, 3, 1).cpu().numpy())

@@ -1,0 +1,1 @@
+"""What sets the model families apart: conditions, call, patches, attention."""

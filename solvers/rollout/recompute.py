@@ -1,0 +1,177 @@
+"""Network calls that are recomputed on the way back, and what would make the second call another than the first.
+
+Recomputation trusts that a call repeats itself. Nothing in autograd says so where it does not: the gradient would be
+wrong in silence. Each such trap is an error here, which names the remedy.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from solvers.denoiser import Path, Predict, Prediction, pack, unpack
+from solvers.noise import Noise
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """`predict`, whose inner activations are recomputed when gradients come back.
+
+    The path's tensors are arguments of their own: what is kept of them goes through the hooks of saved tensors, as
+    offloading wants, and checkpointing reads from them which device's random state to restore.
+    Non-reentrant only: reentrant checkpointing loses the gradients of parameters where x needs none. Backward raises
+    ValueError where weights, adapters or train/eval mode changed since the forward pass.
+    """
+
+    predict: Predict
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return self.predict.tensors
+
+    @cached_property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Those of `predict`, looked for once: that takes as long as both checks of a call."""
+        return networks_of(self.predict)
+
+    def __call__(self, path: Path, at: Noise) -> Prediction:
+        check = unchanged(self.networks, self.predict.tensors)
+        tensors, shape = pack(path)
+
+        def call(*tensors: Tensor) -> Prediction:
+            check()
+            return self.predict(unpack(tensors, shape), at)
+
+        return checkpoint(call, *tensors, use_reentrant=False)
+
+
+def networks_of(predict: Predict) -> tuple[nn.Module, ...]:
+    """The networks that `predict` holds, itself or in what it calls."""
+    return tuple(reachable(predict, nn.Module))
+
+
+def unchanged(networks: Sequence[nn.Module], tensors: Sequence[Tensor] = ()) -> Callable[[], None]:
+    """A check, for later, that these networks and tensors are still as they are now."""
+    before = stamp(tensors, networks)
+    return lambda: _check_unchanged(before, stamp(tensors, networks))
+
+
+class Stamp(NamedTuple):
+    """What a network's answer depends on besides its input."""
+
+    adapters: tuple[Any, ...]
+    training: tuple[bool, ...]
+    versions: tuple[int, ...]  # how often each tensor was written in place
+
+
+def stamp(tensors: Iterable[Tensor], networks: Iterable[nn.Module]) -> Stamp:
+    networks = list(networks)
+    versions = tuple(0 if t.is_inference() else t._version for t in tensors)
+    return Stamp(tuple(_adapters(networks)), tuple(n.training for n in networks), versions)
+
+
+def _adapters(networks: Iterable[nn.Module]) -> Iterator[Any]:
+    """Which of peft's layers there are, and how each is set; without importing peft, since nobody may have."""
+    if "peft.tuners.tuners_utils" not in sys.modules:
+        return
+    layer = sys.modules["peft.tuners.tuners_utils"].BaseTunerLayer
+    for m in (m for m in _within(networks) if isinstance(m, layer)):
+        scaling = tuple(vars(m).get("scaling", {}).items())
+        yield id(m), m.disable_adapters, tuple(m.active_adapters), tuple(m.merged_adapters), scaling
+
+
+def _within(networks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Every module; ten times as fast as `modules()`, and this runs at each call of the network."""
+    front = list(networks)
+    while front:
+        m = front.pop()
+        yield m
+        front += (child for child in m._modules.values() if child is not None)
+
+
+def _check_unchanged(before: Stamp, after: Stamp) -> None:
+    changed = {
+        "the adapters were disabled, removed or changed": before.adapters != after.adapters,
+        "train() or eval() was called": before.training != after.training,
+        "a tensor in predict.tensors, or noise, was written in place": before.versions != after.versions,
+    }
+    for what, happened in changed.items():
+        if happened:
+            raise ValueError(
+                f"{what} between the forward and the backward pass, and the network is called again on the way back:"
+                " call backward() first, or use gradient='full'"
+            )
+
+
+def check_step(step: Any) -> None:
+    """ValueError for a step that is no function of its arguments: a scheduler, a name, a partial with a generator."""
+    if isinstance(step, SchedulerMixin) or (inspect.ismethod(step) and isinstance(step.__self__, SchedulerMixin)):
+        scheduler = step if isinstance(step, SchedulerMixin) else step.__self__
+        raise ValueError(
+            f"{type(scheduler).__name__} as a step: a scheduler keeps its place in the run and cannot be recomputed;"
+            " pass a step of solvers.samplers.catalogue.SAMPLERS, and levels_of(scheduler) as the levels"
+        )
+    if not callable(step):
+        raise ValueError(f"the step is {step!r}: pass a function, as in solvers.samplers.catalogue.SAMPLERS['euler']")
+    if isinstance(step, partial):
+        check_step(step.func)
+    if any(True for _ in reachable(step, torch.Generator)):
+        raise ValueError(f"the step holds a torch.Generator: {DRAW_OUTSIDE}")
+
+
+def check_noise(noise: Any) -> None:
+    """ValueError for a generator where noise is wanted."""
+    if any(True for _ in reachable(noise, torch.Generator)):
+        raise ValueError(f"noise is a torch.Generator: {DRAW_OUTSIDE}")
+
+
+DRAW_OUTSIDE = "a recomputed region would draw other numbers; draw before the run, and pass noise, a tensor a step"
+
+
+class NoGenerator(TorchFunctionMode):
+    """A context in which a call with a torch.Generator is a ValueError: only the global generators are restored for a
+    recomputed region."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
+            raise ValueError(f"a torch.Generator is used inside the step: {DRAW_OUTSIDE}")
+        return func(*args, **kwargs)
+
+
+def reachable(thing: Any, kind: type, seen: set[int] | None = None) -> Iterator[Any]:
+    """Objects of a kind in a value, its containers, its fields and the closures of its functions."""
+    seen = set() if seen is None else seen
+    if id(thing) in seen or isinstance(thing, str | bytes | Tensor | type):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, kind):
+        yield thing
+        return
+    for part in _parts(thing):
+        yield from reachable(part, kind, seen)
+
+
+def _parts(thing: Any) -> Iterable[Any]:
+    if isinstance(thing, Mapping):
+        return thing.values()
+    if isinstance(thing, list | tuple):
+        return thing
+    if isinstance(thing, partial):
+        return thing.func, *thing.args, *thing.keywords.values()
+    if inspect.ismethod(thing):
+        return (thing.__self__,)
+    if isinstance(thing, FunctionType):
+        return [cell.cell_contents for cell in thing.__closure__ or ()]
+    if isinstance(thing, nn.Module) or inspect.ismodule(thing) or not type(thing).__dictoffset__:
+        return ()
+    return list(vars(thing).values())

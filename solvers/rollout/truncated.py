@@ -1,0 +1,168 @@
+"""Truncation: only some steps of a run carry gradient. `STYLES` is the list."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from solvers.denoiser import Path, Predict, Prediction, widen
+from solvers.noise import Noise
+from solvers.rollout.recompute import Recomputed
+from solvers.rollout.run import Run, descend, step_of
+from solvers.samplers.catalogue import euler
+
+
+def truncated(run: Run, option: str) -> Path:
+    """Only some steps carry gradient: "K" or "K:STYLE", the style being one of `STYLES`, and draft if unsaid; or those
+    that "0011:mask" marks with a 1."""
+    if option.endswith(":mask"):
+        return masked(run, parse_mask(option, len(run.legs)))
+    kept, style = parse_truncation(option, len(run.legs))
+    return STYLES[style](run, kept)
+
+
+def draft(run: Run, kept: int) -> Path:
+    """DRaFT-K (https://arxiv.org/abs/2309.17400): the last K steps are checkpointed, those before run without a graph.
+
+    So x gets no gradient unless K = N, which is "checkpoint".
+    """
+    cut = len(run.legs) - kept
+    return descend(run, Recomputed(run.predict), _without_graph(run, cut), cut)
+
+
+def alignprop(run: Run, kept: int) -> Path:
+    """AlignProp (https://arxiv.org/abs/2310.03739): before the last K steps, only what the network says is cut off.
+
+    The gradients of parameters and conditions are those of `draft`; x gets that of the linear path around the network,
+    prod_i (alpha_{i+1} / alpha_i) for Euler's steps, times the last K steps' own.
+    """
+    cut = len(run.legs) - kept
+    path = descend(run, Linear(run.predict, trained=False), Path(widen(run.x)), 0, cut)
+    return descend(run, Recomputed(run.predict), path, cut)
+
+
+def draft_lv(run: Run, copies: int) -> Path:
+    """DRaFT-LV (https://arxiv.org/abs/2309.17400): only the last step carries gradient, K times over.
+
+    The end of the run is noised again to the level of the last step, with fresh noise from the global generator, and
+    denoised: a path of K * B samples, copy after copy, whose mean loss has the mean gradient, of lower variance.
+    """
+    last, (now, then, noise) = len(run.legs) - 1, run.legs[-1]
+    before = _without_graph(run, last)
+    with torch.no_grad():
+        path = step_of(run)(run.predict, before, now, then, noise)
+        clean = path.x / then.alpha if path.x0 is None or then.sigma == 0 else path.x0
+    again = [now.alpha * clean + now.sigma * torch.randn_like(clean) for _ in range(copies)]
+    return _together([descend(run, Recomputed(run.predict), replace(before, x=x), last) for x in again])
+
+
+def refl(run: Run, kept: int) -> Path:
+    """ReFL (https://arxiv.org/abs/2304.05977): K steps before the end, one call with gradient, and its x0 is the end.
+
+    Where the paper draws the place of that call, K is given: draw K for each optimiser step.
+    """
+    cut = len(run.legs) - kept
+    jump = run._replace(step=euler, legs=[*run.legs[:cut], (run.legs[cut][0], run.legs[-1][1], None)])
+    return descend(jump, Recomputed(run.predict), _without_graph(run, cut), cut)
+
+
+def drtune(run: Run, kept: int) -> Path:
+    """DRTune (https://arxiv.org/abs/2405.00760): the network's input is cut off at every step, its output at all but K.
+
+    Those K are evenly spaced and end with the last step; their parameters get gradient along the linear path around the
+    network, as x does, without the product of its Jacobians.
+    """
+    count = len(run.legs)
+    trained = {count - 1 - j * count // kept for j in range(kept)}
+    path = Path(widen(run.x))
+    for i in range(count):
+        path = descend(run, Linear(run.predict, trained=i in trained), path, i, i + 1)
+    return path
+
+
+def masked(run: Run, kept: Sequence[bool]) -> Path:
+    """Any steps may carry gradient; of the others, what the network says is constant, and x goes on around it.
+
+    A kept step also has the Jacobian of the network in x, so that kept steps are not the sum of each alone. AlignProp's
+    released code keeps each step by itself, with a probability.
+    """
+    path = Path(widen(run.x))
+    for i, keep in enumerate(kept):
+        path = descend(run, Recomputed(run.predict) if keep else Linear(run.predict, trained=False), path, i, i + 1)
+    return path
+
+
+STYLES: dict[str, Callable[[Run, int], Path]] = {f.__name__: f for f in (draft, alignprop, draft_lv, refl, drtune)}
+AT_LEAST_ONE = ("draft_lv", "refl")
+
+
+def parse_truncation(option: str, steps: int) -> tuple[int, str]:
+    """K and the style: "10" -> (10, "draft"), "10:refl" -> (10, "refl"). ValueError for what cannot be."""
+    number, _, style = option.partition(":")
+    style = style or "draft"
+    if style not in STYLES:
+        raise ValueError(f"no truncation style {style!r} in 'truncated:{option}'; known: {', '.join(STYLES)}")
+    if style == "draft_lv" and number.isdecimal() and int(number) > 0:
+        return int(number), style
+    least = 1 if style in AT_LEAST_ONE else 0
+    if not number.isdecimal() or not least <= int(number) <= steps:
+        raise ValueError(
+            f"'truncated:{option}' wants the number of last steps that carry gradient, {least} to {steps}, and may name"
+            f" a style: {', '.join(STYLES)}"
+        )
+    return int(number), style
+
+
+def parse_mask(option: str, steps: int) -> list[bool]:
+    """Which steps carry gradient: "0011:mask" -> [False, False, True, True]; ValueError unless each has a digit."""
+    digits = option.removesuffix(":mask")
+    if set(digits) - {"0", "1"} or len(digits) != steps:
+        raise ValueError(
+            f"'truncated:{option}' wants {steps} digits, 1 for a step that carries gradient and 0 for others"
+        )
+    return [digit == "1" for digit in digits]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """`predict` with its input cut off from x, so that gradients pass around the network.
+
+    eps is taken as the network's own, and x0 = (x - sigma eps) / alpha follows x; at alpha = 0, eps = x / sigma does.
+    Untrained, the network's answer is a constant too, and it is called without a graph.
+    """
+
+    predict: Predict
+    trained: bool
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return self.predict.tensors
+
+    def __call__(self, path: Path, at: Noise) -> Prediction:
+        start = path.detach()
+        if self.trained:
+            p = Recomputed(self.predict)(start, at)
+        else:
+            with torch.no_grad():
+                p = self.predict(start, at)
+        moved = path.x - start.x  # zero, with the gradient of x
+        if at.alpha == 0:
+            return p._replace(eps=p.eps + moved / at.sigma)
+        return p._replace(x0=p.x0 + moved / at.alpha)
+
+
+def _without_graph(run: Run, count: int) -> Path:
+    """The path after the first steps, cut off from x; x itself where there are none."""
+    path = Path(widen(run.x))
+    if not count:
+        return path
+    with torch.no_grad():
+        return descend(run, run.predict, path.detach(), 0, count)
+
+
+def _together(paths: Sequence[Path]) -> Path:
+    """Paths of equal steps as one batch."""
+    memory = {key: torch.cat([p.memory[key] for p in paths]) for key in paths[0].memory}
+    x0 = [p.x0 for p in paths if p.x0 is not None]
+    return Path(torch.cat([p.x for p in paths]), torch.cat(x0) if x0 else None, memory)

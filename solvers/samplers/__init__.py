@@ -1,0 +1,1 @@
+"""The samplers: one step from a noise level to the next, of order 1 to 4."""
