@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 
 from difftune import models
-from tests import pipelines
+from tests.support import pipelines
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from diffusers.guiders.guider_utils import BaseGuidance
 
 from guidance.guider import Guider, as_guider
 from guidance.methods.catalogue import APG, CFG, FDG, GUIDANCE, TCFG, AdaptiveGuidance, CFGZeroStar, Rescale
-from tests.pipelines import sdxl
+from tests.support.pipelines import sdxl
 
 G = torch.Generator().manual_seed(0)
 COND, UNCOND = torch.randn(2, 4, 8, 8, generator=G), torch.randn(2, 4, 8, 8, generator=G)

@@ -13,7 +13,7 @@ from guidance.methods.catalogue import CFG, CFGpp, Plain
 from solvers.denoiser import Path, Prediction, predicted
 from solvers.noise import Noise, cosine, flow, grid
 from solvers.samplers.catalogue import euler, sample
-from tests.guidance.toy import CONDS, MEANS, Toy, predict, start
+from tests.support.toy import CONDS, MEANS, Toy, predict, start
 
 
 @dataclass

@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 from rewards import hub
 from rewards.registry import Reward, load
 from rewards.remote import Server
-from tests import pipelines
-from tests.rewards import checkpoints
+from tests.support import checkpoints, pipelines
 
 MEAN, STD = (0.5, 0.4, 0.6), (0.2, 0.3, 0.25)
 

@@ -12,7 +12,7 @@ from solvers.families.table import FAMILIES, family_of, keywords
 from solvers.latent import LatentModel
 from solvers.noise import noise
 from solvers.samplers.catalogue import euler, sample
-from tests.pipelines import ddim, sd, sdxl
+from tests.support.pipelines import ddim, sd, sdxl
 
 PROMPTS, NEGATIVES = ["a red circle", "two blue squares"], ["a square", "red"]
 STEPS, SCALE = 4, 3.0

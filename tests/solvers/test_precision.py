@@ -11,7 +11,7 @@ from solvers.latent import LatentModel
 from solvers.noise import cosine, grid
 from solvers.rollout.modes import rollout
 from solvers.samplers.catalogue import SAMPLERS, euler
-from tests import pipelines
+from tests.support import pipelines
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -1,0 +1,170 @@
+"""LoRA: what is saved loads in a fresh pipeline and gives the same output."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from difftune.errors import UserError
+from difftune.pipelines import lora
+from solvers.latent import LatentModel
+from tests.support import dits, pipelines
+
+
+def perturbed(pipe, **options):
+    """An adapter whose update is not zero."""
+    for i, weight in enumerate(lora.add(pipe, **options).values()):
+        weight.data += 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+    return pipe
+
+
+def output(pipe) -> torch.Tensor:
+    inputs = torch.Generator().manual_seed(0)
+    x, text = (
+        torch.randn(2, 4, 8, 8, generator=inputs),
+        torch.randn(2, 8, pipe.unet.config.cross_attention_dim, generator=inputs),
+    )
+    added = {"text_embeds": torch.ones(2, 16), "time_ids": torch.ones(2, 6)}
+    with torch.no_grad():
+        return pipe.unet(x, 500, text, added_cond_kwargs=added).sample
+
+
+FAMILIES = {"sd": pipelines.sd, "sdxl": pipelines.sdxl, "sd3": dits.sd3, "flux": dits.flux, "pixart": dits.pixart}
+FAMILIES["sana"] = dits.sana
+
+
+@torch.no_grad()
+def said(pipe) -> torch.Tensor:
+    """What the denoiser says, of any family."""
+    torch.manual_seed(3)
+    model = LatentModel(pipe)
+    at = model.levels(4)[2]
+    x = model.noise(2, [torch.Generator().manual_seed(i) for i in range(2)], 16, 16)
+    return model.denoiser(x, at, model.encode(["red circle", "blue square"], height=16, width=16)["cond"]).eps
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("layout", lora.LAYOUTS)
+def test_every_layout_loads_whole_into_a_fresh_pipeline_of_every_family(tmp_path, name, layout):
+    """alpha is not the rank; as many tensors are loaded as were saved."""
+    torch.manual_seed(0)
+    pipe = FAMILIES[name]()
+    torch.manual_seed(0)
+    fresh = FAMILIES[name]()
+    base = said(fresh)
+    assert torch.equal(base, said(pipe))
+    perturbed(pipe, rank=2, alpha=8, layout=layout)
+    path = lora.save(pipe, tmp_path, {k: v.clone() for k, v in lora.weights(lora.network_of(pipe)).items()})
+    lora.attach(fresh, tmp_path)
+    loaded = [key for key, _ in lora.network_of(fresh).named_parameters() if "lora" in key]
+    assert len(loaded) == len(load_file(path)) == len(lora.weights(lora.network_of(pipe)))
+    kinds = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in load_file(path)}
+    assert ("to_q" in kinds) and (bool(kinds & {"2", "proj", "conv1", "proj_out"}) is (layout != "attention"))
+    assert (said(fresh) - said(pipe)).abs().max() <= 1e-5
+    assert (said(fresh) - base).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("make", [pipelines.sd, pipelines.sdxl])
+@pytest.mark.parametrize("alpha", [None, 8])
+def test_saved_adapter_loads_into_a_fresh_pipeline(tmp_path, make, alpha):
+    pipe = perturbed(make(), rank=2, alpha=alpha)
+    path = lora.save(pipe, tmp_path)
+    fresh = make()
+    base = output(fresh)
+    fresh.load_lora_weights(tmp_path)
+    loaded = [name for name, _ in fresh.unet.named_parameters() if "lora" in name]
+    assert len(loaded) == len(load_file(path)) == len(lora.weights(pipe.unet))
+    assert (output(fresh) - output(pipe)).abs().max() <= 1e-6
+    assert (output(fresh) - base).abs().max() > 1e-3
+    assert [p.name for p in tmp_path.iterdir()] == [lora.WEIGHTS]
+
+
+@pytest.mark.parametrize("layout", lora.LAYOUTS)
+def test_kohyas_file_is_the_same_adapter(tmp_path, layout):
+    pipe = perturbed(pipelines.sd(), rank=2, alpha=8, layout=layout)
+    file = lora.export_kohya(pipe, tmp_path / "kohya.safetensors")
+    keys = load_file(file)
+    assert len(keys) == 3 * len(lora.weights(pipe.unet)) // 2
+    assert all(k.startswith("lora_unet_") and k.count(".") <= 2 for k in keys)
+    fresh = pipelines.sd()
+    fresh.load_lora_weights(tmp_path, weight_name="kohya.safetensors")
+    assert (output(fresh) - output(pipe)).abs().max() <= 1e-5
+    with pytest.raises(UserError, match="is a SD3Transformer2DModel"):
+        lora.export_kohya(dits.sd3(), tmp_path / "no.safetensors")
+
+
+def delta(pipe, name: str) -> torch.Tensor:
+    """B A of one layer, as it is applied: with shares and alpha / rank."""
+    layer = pipe.unet.get_submodule(name)
+    return sum(layer.scaling[a] * layer.lora_B[a].weight @ layer.lora_A[a].weight for a in layer.active_adapters)
+
+
+def test_adapters_are_mixed_by_shares(tmp_path):
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    deltas = []
+    for i, (rank, alpha) in enumerate([(2, 8), (3, None)]):
+        pipe = perturbed(pipelines.sd(), rank=rank, alpha=alpha)
+        lora.save(pipe, tmp_path / str(i))
+        deltas.append(delta(pipe, layer))
+    for shares in ((0.25, 0.75), (1.0, 0.0)):
+        mixed = pipelines.sd()
+        lora.mix(mixed, {str(tmp_path / str(i)): share for i, share in enumerate(shares)})
+        expected = sum(share * d for share, d in zip(shares, deltas, strict=True))
+        assert torch.allclose(delta(mixed, layer), expected, atol=1e-7)
+    alone = pipelines.sd()
+    lora.attach(alone, tmp_path / "0")
+    assert (output(mixed) - output(alone)).abs().max() <= 1e-5
+
+
+def test_weights_are_lent_and_come_back(tmp_path):
+    pipe = perturbed(pipelines.sd(), rank=2)
+    own = {k: v.clone() for k, v in lora.weights(pipe.unet).items()}
+    before = output(pipe)
+    with pytest.raises(KeyError), lora.lent(pipe.unet, {k: torch.zeros_like(v) for k, v in own.items()}):
+        assert torch.equal(output(pipe), output(pipelines.sd()))
+        raise KeyError
+    assert all(torch.equal(v, own[k]) for k, v in lora.weights(pipe.unet).items())
+    assert torch.equal(output(pipe), before)
+
+
+def test_a_new_adapter_changes_nothing_and_is_seeded():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    pipe, again, other = pipelines.sd(), pipelines.sd(), pipelines.sd()
+    base = output(pipe)
+    weights, same, different = lora.add(pipe, seed=1), lora.add(again, seed=1), lora.add(other, seed=2)
+    assert torch.equal(output(pipe), base)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(weights[k], same[k]) for k in weights)
+    assert not all(torch.equal(weights[k], different[k]) for k in weights)
+
+
+def test_only_the_adapter_is_trainable_and_it_is_float32():
+    pipe = pipelines.sd()
+    pipe.to(dtype=torch.bfloat16)
+    weights = lora.add(pipe, rank=4)
+    layers = {name.rsplit(".lora_", 1)[0].rsplit("attn", 1)[1][2:] for name in weights}
+    assert layers == {"to_q", "to_k", "to_v", "to_out.0"}
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    trained = [
+        n for c in ("unet", "vae", "text_encoder") for n, p in pipe.components[c].named_parameters() if p.requires_grad
+    ]
+    assert trained == list(weights)
+
+
+def test_sd15_has_the_papers_number_of_weights():
+    """Rank 4 on the attention of Stable Diffusion 1.5: 797,184, from its published sizes, on no device."""
+    with torch.device("meta"):
+        pipe = pipelines.sd(unet_config={"sample_size": 64, "layers_per_block": 2, "norm_num_groups": 32,
+            "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768,
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3})  # fmt: skip
+        assert sum(w.numel() for w in lora.add(pipe, rank=4).values()) == 797_184
+
+
+def test_a_second_adapter_and_foreign_weights_are_refused():
+    pipe = pipelines.sd()
+    weights = lora.add(pipe, rank=2)
+    with pytest.raises(UserError, match="adapters already"):
+        lora.add(pipe)
+    with pytest.raises(UserError, match="not of this model, layout and rank"):
+        lora.load(pipe.unet, {name: weight[:1] for name, weight in weights.items()})

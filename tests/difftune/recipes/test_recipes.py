@@ -1,0 +1,263 @@
+"""What holds of every recipe: it resumes bit for bit, skips what is not finite, and leaves the frozen weights alone."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from difftune.cli.program import RECIPES
+from difftune.errors import RunError
+from difftune.files import checkpoint
+from difftune.files.checkpoint import State
+from difftune.pipelines import lora
+from rewards.simple import Brightness
+from tests.support import pipelines
+from tests.support.toys import Bright, module_of, toy
+
+
+def final(name: str, config, state: State | None = None, steps: int | None = None) -> State:
+    *_, (_, last) = islice(module_of(name).train(config, state, pipelines.sd(), Bright()), steps)
+    return last
+
+
+def different(a: State, b: State) -> list[str]:
+    assert a.tensors.keys() == b.tensors.keys()
+    return [name for name in a.tensors if not torch.equal(a.tensors[name], b.tensors[name])]
+
+
+NO_ROUNDS = ("alignprop", "draft", "refl", "drtune", "d3po", "pso")  # every step makes new images
+NO_DROPOUT = ("ddpo", "d3po", "pso")  # a ratio of probabilities refuses it
+
+
+def rounds(name: str, length: int) -> dict[str, int]:
+    return {} if name in NO_ROUNDS else {"updates_per_round": length}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_resumed_equals_uninterrupted_bit_for_bit(name, tmp_path):
+    """Weights, optimiser, average, generators and statistics; the reward and the dropout draw from the generators.
+
+    A round of images is under way at the checkpoint, and another is made afterwards.
+    """
+    dropout = 0.0 if name in NO_DROPOUT else 0.3
+    config = toy(name, tmp_path, max_train_steps=4, lora_dropout=dropout, ema_decay=0.9, **rounds(name, 3))
+    torch.manual_seed(5)
+    whole = final(name, config)
+    torch.manual_seed(5)
+    half = final(name, config, steps=2)
+    assert different(half, whole)
+    path = checkpoint.save(tmp_path / "out", half)
+    torch.manual_seed(99)
+    resumed = final(name, config, checkpoint.load(path))
+    assert resumed.step == whole.step == 4
+    assert not different(whole, resumed)
+    times = {"metrics": {}}
+    assert {**json.loads(json.dumps(resumed.info)), **times} == {**json.loads(json.dumps(whole.info)), **times}
+
+
+class Faulty(Bright):
+    """Not a number for one picture of each batch while `now` is not empty."""
+
+    def __init__(self):
+        object.__setattr__(self, "now", [])
+
+    def __call__(self, images, prompts):
+        scores = super().__call__(images, prompts)
+        return torch.cat([scores[:1] * float("nan"), scores[1:]]) if self.now else scores
+
+
+@contextmanager
+def faulty_reward(reward: Faulty, pipe: Any) -> Iterator[None]:
+    reward.now.append(True)
+    yield
+    reward.now.clear()
+
+
+@contextmanager
+def faulty_gradient(reward: Faulty, pipe: Any) -> Iterator[None]:
+    """One weight's, behind a loss that is finite."""
+    weight = next(weight for weight in pipe.unet.parameters() if weight.requires_grad)
+    hook = weight.register_hook(lambda gradient: gradient / 0)
+    yield
+    hook.remove()
+
+
+FAULTS = {"reward": faulty_reward, "gradient": faulty_gradient}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_not_finite_is_skipped_counted_and_never_saved(name, fault, tmp_path):
+    """The second step of five is skipped, the third moves the weights again, and the next fault ends the run."""
+    config = toy(name, tmp_path, max_skipped_steps=1, max_train_steps=5, ema_decay=0.9, **rounds(name, 1))
+    pipe, reward = pipelines.sd(), Faulty()
+    run, found = module_of(name).train(config, None, pipe, reward), []
+    for step in (1, 2, 3):
+        with FAULTS[fault](reward, pipe) if step == 2 else nullcontext():
+            found.append(next(run))
+    with FAULTS[fault](reward, pipe), pytest.raises(RunError, match=r"step 4: .*not finite.*checkpoints are as they"):
+        next(run)
+    assert [metrics["skipped"] for metrics, _ in found] == [0, 1, 1]
+    assert ["loss" in metrics for metrics, _ in found] == [True, False, True]
+    (_, first), (_, second), (_, third) = found
+    learnt = {key for key in first.tensors if key.startswith(("weights.", "optimizer.", "ema."))}
+    assert not learnt & set(different(first, second)) and learnt & set(different(second, third))
+    for state in (first, second, third):
+        assert all(tensor.isfinite().all() for tensor in state.tensors.values())
+        json.dumps(state.info, allow_nan=False)
+
+
+# ------------------------------------------------------------------------------------------------ real processes
+
+SCRIPT = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from difftune.cli import RECIPES
+from tests import pipelines
+from tests.difftune.toys import Bright, module_of
+name, settings = sys.argv[1], json.loads(sys.argv[2])
+torch.manual_seed(5)
+module_of(name).run(RECIPES[name](**settings), pipe=pipelines.sd(), reward=Bright())
+"""
+ROOT = str(Path(__file__).parents[3])
+ENVIRONMENT = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def command(name: str, config) -> list[str]:
+    return [sys.executable, "-c", SCRIPT, name, json.dumps(asdict(config))]
+
+
+def killed_somewhere(name: str, config, after: int, delay: float) -> None:
+    """Run until `after` checkpoints are there, and a moment longer, then SIGKILL."""
+    process = subprocess.Popen(command(name, config), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    out = Path(config.output_dir)
+    while len(checkpoint.checkpoints(out)) < after and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", RECIPES)
+def test_killed_at_random_moments_and_resumed_equals_uninterrupted(name, tmp_path):
+    """Twice a recipe, at moments that differ from run to run of this test; the delay is printed."""
+    config = toy(name, tmp_path, max_train_steps=12, checkpointing_steps=1, ema_decay=0.9, **rounds(name, 3))
+    whole = replace(config, output_dir=str(tmp_path / "whole"))
+    subprocess.run(command(name, whole), check=True, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    cut = replace(config, output_dir=str(tmp_path / "cut"))
+    for after in (random.randint(1, 4), random.randint(6, 9)):
+        delay = random.uniform(0, 0.5)
+        print(f"{name}: killed {delay:.3f} s after checkpoint {after}")
+        killed_somewhere(name, cut, after, delay)
+        cut = replace(cut, resume_from_checkpoint="latest")
+    end = subprocess.run(command(name, cut), capture_output=True, text=True, env=ENVIRONMENT)
+    assert end.returncode == 0, end.stderr
+    files = [tmp_path / run / lora.WEIGHTS for run in ("whole", "cut")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    states = [checkpoint.load(tmp_path / run / "checkpoint-12") for run in ("whole", "cut")]
+    assert not different(*states)
+
+
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29741"],
+    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=29745"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["alignprop", "ddpo"])
+def test_what_is_not_finite_in_one_process_is_skipped_in_both(name, tmp_path):
+    """The reward of the second process breaks in its second call, and both go on together."""
+    config = toy(name, tmp_path, max_train_steps=3, max_skipped_steps=1, output_dir=str(tmp_path / "two"))
+    faulty = """
+import os
+class Once(Bright):
+    calls = []
+    def __call__(self, images, prompts):
+        self.calls.append(1)
+        broken = os.environ["RANK"] == "1" and len(self.calls) == 2
+        return super().__call__(images, prompts) * (float("nan") if broken else 1)
+"""
+    head, run = SCRIPT.replace("reward=Bright()", "reward=Once()").split("name, settings =")
+    (tmp_path / "script.py").write_text(f"{head}{faulty}name, settings ={run}")
+    launch = [sys.executable, *LAUNCHERS["torchrun"], str(tmp_path / "script.py"), name, json.dumps(asdict(config))]
+    end = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert end.returncode == 0, end.stderr
+    met = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [("loss" in metrics, metrics["skipped"]) for metrics in met] == [(True, 0), (False, 1), (True, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_saves_once_and_ends_both(rank, tmp_path):
+    """The process gets SIGTERM in its second step; the other would wait for it in the next collective call."""
+    config = toy("alignprop", tmp_path, output_dir=str(tmp_path / "two"))
+    stopped = f"""
+import os, signal
+class Stopped(Bright):
+    calls = []
+    def __call__(self, images, prompts):
+        self.calls.append(1)
+        if os.environ["RANK"] == "{rank}" and len(self.calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__call__(images, prompts)
+"""
+    head, run = SCRIPT.replace("reward=Bright()", "reward=Stopped()").split("name, settings =")
+    (tmp_path / "script.py").write_text(f"{head}{stopped}name, settings ={run}")
+    here = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29749"}
+    launch = [sys.executable, str(tmp_path / "script.py"), "alignprop", json.dumps(asdict(config))]
+    both = [
+        subprocess.Popen(launch, env=here | {"RANK": i, "LOCAL_RANK": i}, stderr=subprocess.PIPE, text=True)
+        for i in ("0", "1")
+    ]
+    try:
+        said = [process.communicate(timeout=500)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [143, 143], said
+    assert said[0].count("stopped by SIGTERM after step 2") == 1
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "two")] == ["checkpoint-2"]
+    assert checkpoint.load(tmp_path / "two" / "checkpoint-2").info["num_processes"] == 2
+    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "name"), [("torchrun", "alignprop"), ("accelerate", "alignprop"), ("torchrun", "ddpo")]
+)
+def test_two_processes_equal_one_on_the_joined_batch(launcher, name, tmp_path):
+    """Under gloo: Adam's first moments are a tenth of the synchronised gradient, which is that of the joined batch."""
+    whole = {"truncation_min": 3} if name == "alignprop" else {}
+    config = toy(name, tmp_path, max_train_steps=1, output_dir=str(tmp_path / "two"), **whole)
+    script = SCRIPT.replace("reward=Bright()", "reward=__import__('rewards.simple').simple.Brightness()")
+    (tmp_path / "script.py").write_text(script)
+    launch = [sys.executable, *LAUNCHERS[launcher], str(tmp_path / "script.py"), name]
+    end = subprocess.run([*launch, json.dumps(asdict(config))], env=ENVIRONMENT, capture_output=True, text=True)
+    assert end.returncode == 0, end.stderr
+    two = checkpoint.load(tmp_path / "two" / "checkpoint-1")
+    joined = replace(config, train_batch_size=4)
+    *_, (_, one) = module_of(name).train(joined, None, pipelines.sd(), Brightness())
+    assert two.info["num_processes"] == 2 and two.info["cursor"] == 4
+    assert sum(map(len, two.info["seen"].values())) == 4  # the rewards of both processes
+    moments = [k for k in one.tensors if k.startswith("optimizer.exp_avg.")]
+    scale = max(one.tensors[k].abs().max() for k in moments)
+    for key in moments:
+        assert (one.tensors[key] - two.tensors[key]).abs().max() <= 1e-5 * scale
+    assert "rng.1.cpu" in two.tensors

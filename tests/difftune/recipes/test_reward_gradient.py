@@ -1,0 +1,262 @@
+"""DRaFT, ReFL, DRTune and AlignProp's truncations: which steps they train, and the divergence from the start."""
+
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from difftune.configs.recipes import AlignPropConfig, DraftConfig, DrtuneConfig, ReflConfig
+from difftune.errors import UserError
+from difftune.pipelines import lora
+from difftune.recipes import alignprop, draft, drtune, refl, reward_gradient
+from difftune.recipes.alignprop import kept_mask, modes
+from difftune.recipes.reward_gradient import Ascent, between, carrying, divergence_of
+from difftune.rollouts.image_sampler import Chain
+from difftune.training.state import Called, Reference, begin
+from rewards.simple import Brightness, Contrast
+from solvers.memory.budget import Plan
+from solvers.noise import Noise
+from solvers.samplers.catalogue import SAMPLERS
+from tests.support import pipelines
+from tests.support.toys import toy
+
+MODULES = {"draft": draft, "refl": refl, "drtune": drtune, "alignprop": alignprop}
+
+
+def first(name, folder, **more):
+    config = toy(name, folder, **more)
+    ((metrics, state),) = islice(MODULES[name].train(config, None, pipelines.sd(), Brightness()), 1)
+    moments = {k: v for k, v in state.tensors.items() if k.startswith("optimizer.exp_avg.")}
+    return metrics, torch.cat([moments[k].flatten() for k in sorted(moments)])
+
+
+def test_refl_loss_golden():
+    """The released code's: 1e-3 relu(2 - r)."""
+    scores = torch.tensor([1.5, 2.0, 3.0], requires_grad=True)
+    assert [refl.refl_loss(s[None]).item() for s in scores] == pytest.approx([5e-4, 0, 0])
+    refl.refl_loss(scores).backward()
+    assert scores.grad.tolist() == pytest.approx([-1e-3 / 3, 0, 0])
+
+
+def test_each_recipe_is_its_mode_of_the_engine(tmp_path):
+    for name, more, gradient in [
+        ("draft", {"truncation_steps": 2}, "truncated:2"),
+        ("draft", {"truncation_steps": 3}, "full"),
+        ("drtune", {"truncation_steps": 2}, "truncated:2:drtune"),
+        ("refl", {"truncation_min": 2, "truncation_max": 2, "loss_coeff": 1.0}, "truncated:2:refl"),
+    ]:
+        _, ours = first(name, tmp_path, **more)
+        _, engine = first("alignprop", tmp_path, gradient=gradient)
+        assert torch.allclose(ours, engine, rtol=1e-4, atol=1e-9), name
+    _, other = first("alignprop", tmp_path, gradient="truncated:1")
+    assert not torch.allclose(other, engine, rtol=1e-2, atol=1e-9)
+
+
+def test_draft_lv_scores_every_copy(tmp_path):
+    config = toy("draft", tmp_path, low_variance_copies=3, max_train_steps=1)
+    seen = []
+
+    class Counting(Brightness):
+        def __call__(self, images, prompts):
+            seen.append((len(images), list(prompts)))
+            return super().__call__(images, prompts)
+
+    ((metrics, _),) = draft.train(config, None, pipelines.sd(), Counting())
+    ((number, prompts),) = seen
+    assert number == 6 and prompts == prompts[:2] * 3 and metrics["K"] == 1
+
+
+def test_bernoulli_linear_keeps_step_i_with_its_probability():
+    """(i + 1) / (T + 1), each by itself; 25 of 50 steps in the mean."""
+    config = AlignPropConfig(num_inference_steps=50, truncation="bernoulli_linear")
+    masks = torch.tensor([[int(d) for d in kept_mask(config, step)] for step in range(2000)], dtype=torch.float64)
+    expected = torch.arange(1, 51) / 51
+    error = (expected * (1 - expected) / len(masks)).sqrt()
+    assert ((masks.mean(0) - expected).abs() < 4.5 * error).all()
+    correlation = torch.corrcoef(masks.T).fill_diagonal_(0)
+    assert correlation.abs().max() < 0.12  # five standard errors
+    assert kept_mask(config, 7) == kept_mask(config, 7) != kept_mask(config, 8)
+    assert "1" in kept_mask(replace(config, num_inference_steps=1), 0)
+
+
+def test_bernoulli_linear_trains_and_says_how_many(tmp_path):
+    config = toy("alignprop", tmp_path, truncation="bernoulli_linear")
+    said = []
+    found = [m["K"] for m, _ in alignprop.train(config, None, pipelines.sd(), Brightness(), said.append)]
+    assert found == [kept_mask(config, step).count("1") for step in range(4)]
+    assert said[0] == "gradient: truncated:MASK, step i of 3 with probability (i + 1) / 4"
+
+
+@pytest.mark.parametrize(
+    ("gradient", "kept"),
+    [("truncated:4", 4), ("truncated:4:refl", 1), ("truncated:2:draft_lv", 1), ("truncated:0101:mask", 2), ("full", 4)],
+)
+def test_steps_that_carry_gradient(gradient, kept):
+    assert carrying(gradient, levels=5) == kept
+
+
+@pytest.mark.parametrize(
+    ("module", "config", "what"),
+    [
+        (draft, DraftConfig(num_inference_steps=3, truncation_steps=4), "1 to 3"),
+        (draft, DraftConfig(truncation_steps=0), "truncation_steps is 0"),
+        (draft, DraftConfig(low_variance_copies=-1), "low_variance_copies is -1"),
+        (refl, ReflConfig(truncation_min=3, truncation_max=2), "truncation_max is 2"),
+        (drtune, DrtuneConfig(truncation_steps=0), "truncation_steps is 0"),
+        (alignprop, AlignPropConfig(truncation="sufix"), "did you mean 'suffix'"),
+        (alignprop, AlignPropConfig(kl_coeff=-1.0), "kl_coeff is -1"),
+        (alignprop, AlignPropConfig(reward=["jpeg"]), "not differentiable"),
+    ],
+)
+def test_bad_settings_are_one_sentence(module, config, what):
+    with pytest.raises(UserError, match=what) as error:
+        module.check(config, pipe=object())
+    assert "\n" not in str(error.value)
+
+
+def test_modes_follow_the_settings():
+    assert modes(AlignPropConfig(gradient="full"))[:2] == (None, "full")
+    exact = AlignPropConfig(truncation_min=25, truncation_max=25, memory_budget="1GiB")
+    assert modes(exact)[:2] == (None, None)
+    assert modes(AlignPropConfig()).greatest == "truncated:10"
+
+
+# ------------------------------------------------------------------------------------------------ KL to the reference
+
+
+def ascent_of(config, pipe, generator_seed=None) -> Ascent:
+    run = begin(config, None, pipe, reference=True)
+    if generator_seed is not None:
+        with torch.no_grad():
+            for i, weight in enumerate(run.weights.values()):
+                weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+    chains = [Chain.of(config, pipe, network) for network in (run.network, run.reference)]
+    plan, batch = Plan("full", 2, 2), config.train_batch_size
+    assert batch == 2
+    return Ascent(config, run, *chains, lambda i: "red circle", Brightness(), torch.mean, plan)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_divergence_is_zero_at_the_start_and_its_gradient_reaches_the_weights(tmp_path, full):
+    config = toy("alignprop", tmp_path, full_finetuning=full)
+    for seed, zero in ((None, True), (1, False)):
+        ascent = ascent_of(config, pipelines.sd(), seed)
+        drawn = ascent.chain.draw(ascent.prompts, range(2), "full")
+        divergence = divergence_of(ascent, drawn, range(2))
+        assert (divergence.item() == 0) is zero
+        assert divergence.item() == divergence_of(ascent, drawn, range(2)).item()  # the same level and noise
+        (drawn.path.x.sum() + divergence).backward()
+        assert all(w.grad is not None for w in ascent.run.weights.values())
+
+
+def test_divergence_of_gaussians_is_the_closed_form():
+    """Two models that are exact for N(m, s^2) and N(m', s^2): KL = (m - m')^2 / (2 s^2), from their samples."""
+    s, means = 0.7, (1.3, 0.9)
+    levels = [Noise(torch.tensor(a).double(), torch.tensor((1 - a * a) ** 0.5).double()) for a in (0.002, 0.5, 0.9999)]
+    places = (torch.arange(4000) + 0.5) / 4000
+    total = 0.0
+    for place in places.tolist():
+        at, width = between(levels, place)
+        assert at.alpha**2 + at.sigma**2 == pytest.approx(1)
+        # eps = sigma (x - alpha m) / (alpha^2 s^2 + sigma^2): the difference does not depend on x
+        rate = (at.sigma * at.alpha * (means[0] - means[1]) / (at.alpha**2 * s**2 + at.sigma**2)) ** 2
+        total += width * rate.item() / len(places)
+    expected = kl_divergence(Normal(means[0], s), Normal(means[1], s)).item()
+    assert total == pytest.approx(expected, rel=2e-3)
+
+
+def test_between_keeps_the_coordinates_of_the_levels():
+    for low, high in [((0.9, 0.1), (0.05, 0.95)), ((1.0, 0.1), (1.0, 80.0))]:
+        levels = [Noise(torch.tensor(0.0), torch.tensor(1.0))] if low[0] < 1 else []
+        levels += [Noise(torch.tensor(a), torch.tensor(b)) for a, b in (high, low)]
+        at, width = between([*levels, Noise(torch.tensor(1.0), torch.tensor(0.0))], 0.5)
+        ends = [torch.tensor(b / a).log() for a, b in (low, high)]
+        assert width == pytest.approx((ends[1] - ends[0]).item(), rel=1e-5)
+        assert (at.sigma / at.alpha).log().item() == pytest.approx((sum(ends) / 2).item(), rel=1e-5)
+        scale = at.alpha + at.sigma if low[0] < 1 else at.alpha
+        assert scale.item() == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_kl_holds_the_model_back(tmp_path):
+    """The reward is Contrast, whose gradient a large coefficient outweighs."""
+    moved = []
+    for coefficient in (0.0, 1e4):
+        config = toy("alignprop", tmp_path, kl_coeff=coefficient, learning_rate=3e-2, max_train_steps=6)
+        pipe = pipelines.sd()
+        found = [metrics for metrics, _ in alignprop.train(config, None, pipe, Contrast())]
+        assert all(("kl" in m) == (coefficient > 0) for m in found)
+        run_chain = Chain.of(config, pipe, Called(pipe.unet, torch.float32))
+        fresh = Chain.of(config, pipe, Reference(pipe.unet, torch.float32))
+        with torch.no_grad():
+            drawn = run_chain.draw(lambda i: "red circle", range(2), "full")
+            at, _ = between(run_chain.levels, 0.5)
+            moved.append(
+                (run_chain.predict(drawn.conds)(drawn.path, at).eps - fresh.predict(drawn.conds)(drawn.path, at).eps)
+                .square()
+                .mean()
+                .item()
+            )
+    assert moved[1] < 0.5 * moved[0]
+
+
+# ------------------------------------------------------------------------------------------------ the reference pass
+
+
+def test_reference_pass_leaves_the_adapter_as_it_was(tmp_path):
+    """Between forward and backward, with and without recomputation, and where it raises."""
+    pipe = pipelines.sd()
+    base = Chain.of(toy("alignprop", tmp_path), pipelines.sd(), Called(pipelines.sd().unet, torch.float32))
+    weights = lora.add(pipe, rank=2)
+    with torch.no_grad():
+        for i, weight in enumerate(weights.values()):
+            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+    config = toy("alignprop", tmp_path)
+    chain, reference = (Chain.of(config, pipe, c(pipe.unet, torch.float32)) for c in (Called, Reference))
+    found = {}
+    for gradient in ("full", "checkpoint", "revolve:1"):
+        for between_passes in (False, True):
+            images, _ = chain(lambda i: "red circle", [0, 1], gradient)
+            if between_passes:
+                with torch.no_grad():
+                    before, _ = reference(lambda i: "red circle", [0, 1], "full")
+                    assert torch.equal(before, base(lambda i: "red circle", [0, 1], "full")[0])
+            grads = torch.autograd.grad(images.mean(), list(weights.values()))
+            found[gradient, between_passes] = torch.cat([g.flatten() for g in grads])
+        assert torch.equal(found[gradient, False], found[gradient, True])
+    assert found["full", True].abs().max() > 0
+    assert torch.allclose(found["full", True], found["checkpoint", True], rtol=1e-5, atol=1e-9)
+    with pytest.raises(KeyError), lora.off(pipe.unet):
+        raise KeyError
+    assert all(w.requires_grad for w in weights.values())
+    with torch.no_grad():
+        after = chain(lambda i: "red circle", [0, 1], "full")[0]
+    assert torch.equal(after, images.detach())
+
+
+# ------------------------------------------------------------------------------------------------ pixels
+
+
+def test_a_grey_latent_reaches_the_reward_as_grey_and_a_saturated_one_has_no_gradient(tmp_path):
+    pipe = pipelines.sd()
+    chain = Chain.of(toy("alignprop", tmp_path), pipe, Called(pipe.unet, torch.float32))
+    shift = torch.zeros((), requires_grad=True)
+    seen = {}
+    for level, name in ((0.0, "grey"), (3.0, "white"), (-3.0, "black"), (0.5, "light")):
+        pipe.vae.decode = lambda z, return_dict, level=level: (torch.full((1, 3, 4, 4), level) + shift + 0 * z.sum(),)
+        images = chain.model.decode(torch.zeros(1, 4, 8, 8))
+        (gradient,) = torch.autograd.grad(images.sum(), shift)
+        seen[name] = (images.unique().tolist(), gradient.item())
+    assert seen == {"grey": ([0.5], 24.0), "white": ([1.0], 0.0), "black": ([0.0], 0.0), "light": ([0.75], 24.0)}
+
+
+def test_samplers_with_noise_train_too(tmp_path):
+    assert "ancestral" in SAMPLERS
+    metrics, moments = first("alignprop", tmp_path, sampler="ancestral", truncation_min=3)
+    assert moments.abs().max() > 0 and metrics["K"] == 3
+
+
+def test_module_is_what_it_says():
+    assert reward_gradient.kl_rate(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0])).item() == 2.5

@@ -1,0 +1,86 @@
+"""ReNO on every family that `LatentModel` knows: a gradient of noise and embedding, and a noise for the pipeline."""
+
+from functools import partial
+
+import pytest
+import torch
+from diffusers import (
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    PixArtAlphaPipeline,
+)
+
+from difftune.pipelines.generate import for_pipeline
+from difftune.reno.optimizer import ReNO
+from tests.support import dits, pipelines
+
+PROMPTS = ["red circle", "blue square"]
+PIPELINES = {"sdxl": pipelines.sdxl, "sd3": dits.sd3, "flux": dits.flux, "pixart": dits.pixart, "sana": dits.sana}
+
+
+class Left:
+    """The picture's left half minus its right."""
+
+    differentiable = True
+
+    def __call__(self, images, prompts):
+        left, right = images.chunk(2, dim=3)
+        return left.mean(dim=(1, 2, 3)) - right.mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_noise_and_embedding_are_optimised(name):
+    pipe = PIPELINES[name]()
+    settings = ReNO(pipe, Left(), 2, optimizer="adam[learning_rate=0.1]", variables="both", height=16, width=16,
+                    regularization=0.0, progress=False)  # fmt: skip
+    result = settings.optimize(PROMPTS, 4)
+    assert (result.rewards > result.rewards_before).all() and result.history[0].grad_norm.min() > 0
+    assert not torch.equal(result.noises, result.noises_before)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_the_pipeline_makes_the_picture_from_the_noise_at_its_size(name):
+    pipe = PIPELINES[name]()
+    result = ReNO(pipe, Left(), 2, height=16, width=24, progress=False).optimize(PROMPTS, 2)
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt"}
+    made = pipe(PROMPTS, **for_pipeline(pipe, result.noises), **call).images
+    assert made.shape == (2, 3, 16, 24) and torch.allclose(made.float(), result.images.float(), atol=1e-3)
+
+
+TABLE = {key: pipelines.ddim().config[key] for key in ("beta_start", "beta_end", "beta_schedule", "steps_offset")}
+ancestral = partial(EulerAncestralDiscreteScheduler, **TABLE, timestep_spacing="trailing")
+consistency = partial(LCMScheduler, **TABLE, clip_sample=False, set_alpha_to_one=False)
+ONE_STEP = {  # the pipeline, the settings of ReNO, and of the pipeline's own call
+    "sd-turbo": (lambda: pipelines.sd(scheduler=ancestral()), {}, {}),
+    "sdxl-turbo": (lambda: pipelines.sdxl(scheduler=ancestral()), {}, {}),
+    "lcm": (
+        lambda: pipelines.sd(scheduler=consistency(), unet_config={"time_cond_proj_dim": 8}),
+        {"embedded_guidance": 7.5},
+        {"guidance_scale": 7.5},
+    ),
+    "hyper-sdxl": (
+        lambda: pipelines.sdxl(scheduler=consistency()),
+        {"setting": "hyper-sdxl"},
+        {"timesteps": [800]},
+    ),
+    "pixart-dmd": (
+        lambda: dits.pixart(PixArtAlphaPipeline, DDPMScheduler(clip_sample=False)),
+        {"setting": "pixart-dmd"},
+        {"timesteps": [400], "guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False},
+    ),
+    "flux-schnell": (lambda: dits.flux(FlowMatchEulerDiscreteScheduler(shift=1.0)), {}, {}),
+}
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_a_one_step_models_own_call_makes_the_picture_from_the_noise(name):
+    """Under the scheduler, the timesteps and the embedded scale that each is run with."""
+    make, settings, call = ONE_STEP[name]
+    pipe, more = make(), {"regularization": 0.0, "learning_rate": 2.0, "progress": False}
+    result = ReNO(pipe, Left(), height=16, width=16, **more, **settings).optimize(PROMPTS, 4)
+    assert (result.rewards > result.rewards_before).all()
+    options = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "pt", **call}
+    made = pipe(PROMPTS, **for_pipeline(pipe, result.noises), **options).images
+    assert torch.allclose(made.float(), result.images.float(), atol=1e-5)

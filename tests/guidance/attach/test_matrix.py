@@ -1,0 +1,86 @@
+"""Every method on every family, as the matrix of docs/guidance.md has it: a run leaves nothing for the next one."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from guidance.attach.handle import attach
+from guidance.methods.adaptive import LinearFit
+from guidance.methods.catalogue import GUIDANCE
+from guidance.methods.cfg import time
+from solvers.families import table
+from tests.guidance.methods.test_conformance import FAMILY, KINDS, STEPS, Spy, pipe_of, run
+from tests.support.dits import shaken
+
+PATCHES = {kind: ("slg", "pag") if kind in ("pixart-sigma", "sana") else ("slg",) for kind, _ in FAMILY}
+PATCHES |= dict.fromkeys(("sd", "sdxl"), ("pag", "slg", "seg", "nasa", "nag"))
+ZEROED = ("sd3", "flux", "sana", "wan")
+REFUSED = {
+    (kind, name): f"has no patch '{name}'; known: ({'|'.join(known)})"
+    for kind, known in PATCHES.items()
+    for name in PATCHES["sd"]
+    if name not in known
+}
+REFUSED["qwen", "cfgpp"] = "CFGpp has no guided prediction for the pipeline's rule"
+PAIRS = [(kind, case, name) for kind, case in FAMILY for name in GUIDANCE if name != "null-text"]
+
+
+def classify(x0):
+    return x0.flatten(1)[:, :3].float()
+
+
+def example(kind, name, times):
+    """The method with what it needs on two prompts or on one."""
+    text = KINDS[kind].texts["prompt_embeds"]
+    other = {"encoder_hidden_states": text[1:].flip(1)}
+    fit = LinearFit(times, tuple((0.9,) + (0.1,) * 2 * i for i in range(STEPS)))
+    options = {
+        "ag": {"threshold": -1.0, "min_cfg_steps": 2},
+        "linear-ag": {"fit": fit},
+        "gfcg": {
+            "classify": classify,
+            "classes": {"encoder_hidden_states": torch.cat([text, other["encoder_hidden_states"]])},
+            "target": torch.tensor(0),
+            "tolerance": 0.0,
+        },
+        "interval": {"low": 0.0, "high": 5.0},
+        "classifier": {"classify": classify, "target": torch.tensor(0), "scale": 0.1},
+        "cfg-zero": {"zero_steps": int(kind in ZEROED)},
+        "dynamic": {"scorers": (lambda x0: x0.flatten(1).sum(1), lambda x0: x0.flatten(1).std(1))},
+        "perpneg": {"negatives": (other,)},
+        "multi": {"conds": ("cond", other), "scales": (3.0, 1.0)},
+        "nasa": {"negative": text[1:]},
+        "nag": {"negative": text[1:]},
+    }
+    return GUIDANCE[name](**options.get(name, {}))
+
+
+def weak_of(pipe):
+    name = table.family_of(pipe).denoisers[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return shaken(deepcopy(pipe.components[name]), 0.05)
+
+
+@pytest.mark.filterwarnings("ignore:.*guides with its own scale")
+@pytest.mark.parametrize("kind, case, name", PAIRS)
+def test_runs_are_alike_whatever_ran_before(kind, case, name):
+    """Two runs with one seed are bit-identical, also after a run of another batch size; and they are guided."""
+    pipe, seen = pipe_of(kind, case), []
+    with attach(pipe, Spy(seen)):
+        stock = run(kind, pipe)
+    method = example(kind, name, tuple(time(at) for _, at in seen))
+    one = {key: value[:1] for key, value in KINDS[kind].texts.items()}
+    with attach(pipe, method, {"weak": weak_of(pipe)}) as handle:
+        if (kind, name) in REFUSED:
+            with pytest.raises(ValueError, match=REFUSED[kind, name]):
+                run(kind, pipe)
+            return
+        first, nfe = run(kind, pipe), handle.nfe
+        assert sum(handle.branches.values()) == nfe
+        alone = run(kind, pipe, **one)
+        again = run(kind, pipe)
+    assert torch.equal(first, again) and handle.nfe == nfe and bool(first.isfinite().all())
+    assert len(alone) == 1 and bool(alone.isfinite().all())
+    assert not torch.allclose(first, stock, atol=1e-4)

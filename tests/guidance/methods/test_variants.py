@@ -1,0 +1,189 @@
+"""attach() on the pipelines that start from an image, fill a mask, or follow a ControlNet."""
+
+from functools import cache, partial
+from typing import NamedTuple
+
+import diffusers
+import pytest
+import torch
+from diffusers import ControlNetModel, ControlNetUnionModel, MultiControlNetModel
+
+from guidance.attach.handle import attach
+from guidance.contract import Branch, Guided
+from guidance.methods.catalogue import CFG, Plain
+from tests.guidance.methods.test_conformance import KINDS, SCALE, SCHEDULERS, Settling, Spy, close, rows_of, run
+from tests.support.dits import flux, sd3, shaken
+from tests.support.pipelines import sd, sdxl
+
+SIZE = KINDS["sd"].size
+HINTS = {"conditioning_embedding_out_channels": (8, 16)}
+
+
+def pixels(channels=3, seed=5):
+    return torch.rand(2, channels, *SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+IMAGE = {"image": pixels(), "strength": 0.7}
+MASKED = {**IMAGE, "mask_image": pixels(1).round()}
+HINT, BESIDE = {"image": pixels(seed=6)}, {"control_image": pixels(seed=6)}
+MODE = {"control_image": [pixels(seed=6)], "control_mode": [1]}
+
+
+def controlnet(pipe, seed=0):
+    torch.manual_seed(seed)
+    return shaken(ControlNetModel.from_unet(pipe.unet, **HINTS), 0.05)
+
+
+def union(pipe):
+    torch.manual_seed(0)
+    config = ControlNetUnionModel.from_unet(pipe.unet, **HINTS).config
+    width = pipe.unet.config.block_out_channels[0]
+    small = {"num_trans_channel": width, "num_proj_channel": width, "num_trans_head": 2}
+    own = {name: value for name, value in config.items() if not name.startswith("_")}
+    return shaken(ControlNetUnionModel(**{**own, **small}), 0.05)
+
+
+class Variant(NamedTuple):
+    kind: str
+    base: object  # makes the plain pipeline
+    name: str
+    call: dict
+    net: object = None
+    schedulers: tuple = ("Euler",)
+
+
+NINE = {"in_channels": 9}
+BOTH, FLOW = ("DDIM", "Euler"), ("flow Euler", "flow Euler by size")
+VARIANTS = {
+    "sd-inpaint": Variant("sd", sd, "StableDiffusionInpaint", MASKED, None, BOTH),
+    "sd-inpaint-9": Variant("sd", partial(sd, unet_config=NINE), "StableDiffusionInpaint", MASKED),
+    "sd-controlnet": Variant("sd", sd, "StableDiffusionControlNet", HINT, controlnet, BOTH),
+    "sd-controlnet-img2img": Variant("sd", sd, "StableDiffusionControlNetImg2Img", {**IMAGE, **BESIDE}, controlnet),
+    "sd-controlnet-inpaint": Variant("sd", sd, "StableDiffusionControlNetInpaint", {**MASKED, **BESIDE}, controlnet),
+    "sdxl-img2img": Variant("sdxl", sdxl, "StableDiffusionXLImg2Img", IMAGE, None, BOTH),
+    "sdxl-inpaint": Variant("sdxl", sdxl, "StableDiffusionXLInpaint", MASKED, None, BOTH),
+    "sdxl-inpaint-9": Variant("sdxl", partial(sdxl, unet_config=NINE), "StableDiffusionXLInpaint", MASKED),
+    "sdxl-controlnet": Variant("sdxl", sdxl, "StableDiffusionXLControlNet", HINT, controlnet, BOTH),
+    "sdxl-controlnet-img2img": Variant(
+        "sdxl", sdxl, "StableDiffusionXLControlNetImg2Img", {**IMAGE, **BESIDE}, controlnet
+    ),
+    "sdxl-controlnet-inpaint": Variant(
+        "sdxl", sdxl, "StableDiffusionXLControlNetInpaint", {**MASKED, **BESIDE}, controlnet
+    ),
+    "sdxl-union": Variant("sdxl", sdxl, "StableDiffusionXLControlNetUnion", MODE, union),
+    "sdxl-union-img2img": Variant("sdxl", sdxl, "StableDiffusionXLControlNetUnionImg2Img", {**IMAGE, **MODE}, union),
+    "sdxl-union-inpaint": Variant("sdxl", sdxl, "StableDiffusionXLControlNetUnionInpaint", {**MASKED, **MODE}, union),
+    "sd3-img2img": Variant("sd3", sd3, "StableDiffusion3Img2Img", IMAGE, None, FLOW),
+    "sd3-inpaint": Variant("sd3", partial(sd3, channels=16), "StableDiffusion3Inpaint", MASKED, None, FLOW[:1]),
+    "flux-img2img": Variant("flux", flux, "FluxImg2Img", IMAGE, None, FLOW[:1]),
+    "flux-inpaint": Variant("flux", flux, "FluxInpaint", MASKED, None, FLOW[:1]),
+}
+
+
+@cache
+def made(name):
+    variant = VARIANTS[name]
+    plain = variant.base()
+    parts = {key: part for key, part in plain.components.items() if part is not None}
+    more = {"requires_safety_checker": False} if variant.kind == "sd" else {}
+    if variant.kind == "sd":
+        parts |= {"safety_checker": None, "feature_extractor": None}
+    if variant.net:
+        more["controlnet"] = variant.net(plain)
+    pipe = getattr(diffusers, f"{variant.name}Pipeline")(**parts, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pipe_of(name, case=None):
+    pipe = made(name)
+    pipe.scheduler = SCHEDULERS[case or VARIANTS[name].schedulers[0]]()
+    return pipe
+
+
+def sampled(name, pipe, **more):
+    return run(VARIANTS[name].kind, pipe, **{**VARIANTS[name].call, "steps": 4, **more})
+
+
+@pytest.mark.parametrize("name, case", [(name, case) for name, v in VARIANTS.items() for case in v.schedulers])
+def test_cfg_is_the_stock_pipeline(name, case):
+    pipe = pipe_of(name, case)
+    stock = sampled(name, pipe)
+    with attach(pipe, CFG(SCALE)) as handle:
+        ours = sampled(name, pipe)
+    assert torch.equal(ours, stock) and bool(ours.isfinite().all()) and handle.nfe >= 4 * 2
+    assert torch.equal(sampled(name, pipe), stock)
+
+
+# ------------------------------------------------------------------------------------------------ the ControlNet's rows
+@pytest.mark.parametrize("name", ("sd-controlnet", "sdxl-controlnet", "sdxl-union"))
+def test_rows_of_the_controlnet_are_skipped_too(name):
+    pipe = pipe_of(name)
+    stock, plain = sampled(name, pipe), sampled(name, pipe, scale=1.0)
+    with rows_of(pipe.unet) as rows, rows_of(pipe.controlnet) as hinted:
+        with attach(pipe, Plain()):
+            close(sampled(name, pipe), plain)
+        assert sum(rows) == sum(hinted) == 2 * 4
+        rows.clear(), hinted.clear()
+        with attach(pipe, Settling((9, 1))) as handle:
+            ours = sampled(name, pipe)
+        assert sum(rows) == sum(hinted) == handle.nfe == 4 + 3 * 3
+    close(ours[:1], stock[:1])
+    assert not torch.allclose(ours[1:], stock[1:], atol=1e-3)
+
+
+def test_guess_mode_hints_the_conditional_branch_alone():
+    pipe, mode = pipe_of("sd-controlnet"), {"guess_mode": True}
+    stock = sampled("sd-controlnet", pipe, **mode)
+    assert not torch.equal(stock, sampled("sd-controlnet", pipe))
+    with rows_of(pipe.unet) as rows, rows_of(pipe.controlnet) as hinted, attach(pipe, CFG(SCALE)):
+        assert torch.equal(sampled("sd-controlnet", pipe, **mode), stock)
+        assert (sum(rows), sum(hinted)) == (4 * 4, 2 * 4)
+    seen: list = []
+    with rows_of(pipe.controlnet) as hinted, attach(pipe, Settling((9, 0))) as handle:
+        close(sampled("sd-controlnet", pipe, **mode)[:1], stock[:1])
+        assert (handle.nfe, sum(hinted)) == (3 * 4, 2 * 4)
+    with attach(pipe, Spy(seen)):
+        sampled("sd-controlnet", pipe, **mode)
+    assert all(path.x.shape == (2, 4, SIZE[0] // 2, SIZE[1] // 2) for path, _ in seen)
+
+
+def test_several_controlnets():
+    one = made("sd-controlnet")
+    nets = MultiControlNetModel([one.controlnet, controlnet(one, seed=1)])
+    parts = {**one.components, "controlnet": nets}
+    pipe = diffusers.StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    pipe.scheduler = SCHEDULERS["Euler"]()
+    pipe.set_progress_bar_config(disable=True)
+    call = {"image": [pixels(seed=6), pixels(seed=7)], "controlnet_conditioning_scale": [0.5, 1.0]}
+    stock = run("sd", pipe, **call)
+    assert not torch.equal(stock, run("sd", pipe, **{**call, "controlnet_conditioning_scale": [0.5, 0.0]}))
+    with attach(pipe, CFG(SCALE)):
+        assert torch.equal(run("sd", pipe, **call), stock)
+    with rows_of(pipe.controlnet) as rows, attach(pipe, Settling((9, 1))) as handle:
+        close(run("sd", pipe, **call)[:1], stock[:1])
+        assert sum(rows) == handle.nfe == 4 + 3 * 2
+
+
+def test_an_embedding_of_its_own_reaches_the_controlnet():
+    """As it would have, had the pipeline been called with it."""
+    pipe, other = pipe_of("sd-controlnet"), KINDS["sd"].texts["prompt_embeds"].flip(0)
+
+    class Own:
+        space = "any"
+
+        def guide(self, path, at):
+            p = yield {"own": Branch({"encoder_hidden_states": other})}
+            return Guided(p["own"])
+
+    with attach(pipe, Own()):
+        ours = sampled("sd-controlnet", pipe)
+    close(ours, sampled("sd-controlnet", pipe, scale=1.0, prompt_embeds=other))
+
+
+def test_an_exception_in_a_controlnet_leaves_the_pipeline_clean():
+    pipe = pipe_of("sd-controlnet")
+    stock, before = sampled("sd-controlnet", pipe), set(vars(pipe.controlnet))
+    with attach(pipe, Spy([], raises_at=2)), pytest.raises(RuntimeError, match="stop"):
+        sampled("sd-controlnet", pipe)
+    assert set(vars(pipe.controlnet)) == before and torch.equal(sampled("sd-controlnet", pipe), stock)

@@ -1,0 +1,232 @@
+"""Every family of the table against its own pipelines: levels, conditions, latents, images and gradients."""
+
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import diffusers
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from solvers.denoiser import Path, Prediction
+from solvers.families.table import FAMILIES, family_of, packed, unpacked
+from solvers.latent import LatentModel
+from solvers.levels import Clock
+from solvers.noise import Noise
+from solvers.samplers.catalogue import ancestral, dpmpp_2m, end, euler, renoise, sample
+from tests.support.dits import DPM, flow, flux, pixart, qwen, sana, sd3, wan
+from tests.support.pipelines import ddim, sd, sdxl
+
+PROMPTS, NEGATIVES = ["a red circle", "two blue squares"], ["a square", "red"]
+STEPS, SCALE = 4, 3.0
+TRUE_CFG = {"guidance_scale": 3.5, "true_cfg_scale": SCALE}
+UNBINNED = {"guidance_scale": SCALE, "use_resolution_binning": False}
+
+
+def consistency(predict, path, now, then, noise=None):
+    """LCM's step: x' = alpha' x0 + sigma' noise."""
+    p = predict(path, now)
+    return end(path, renoise(p._replace(eps=noise), then), then, p)
+
+
+class Case(NamedTuple):
+    pipe: object
+    step: object = euler
+    size: tuple = (16, 16)
+    call: dict = {"guidance_scale": SCALE}
+    embedded: float | None = None
+    own_clock: bool = False  # DPM-Solver cuts a flow's timesteps down to integers
+    tolerance: float = 1e-5
+
+
+def alpha_1024():
+    """With size and aspect ratio as conditions."""
+    size = {"sample_size": 128, "num_attention_heads": 3, "cross_attention_dim": 24}  # a third for each condition
+    return pixart(diffusers.PixArtAlphaPipeline, use_additional_conditions=True, **size)
+
+
+def turbo(kind):
+    """Sampled in 1 to 4 steps without guidance."""
+    table = ("beta_start", "beta_end", "beta_schedule", "steps_offset")
+    config = {**{key: ddim().config[key] for key in table}, "timestep_spacing": "trailing"}
+    return kind(scheduler=diffusers.EulerAncestralDiscreteScheduler(**config))
+
+
+def lcm():
+    table = {key: ddim().config[key] for key in ("beta_start", "beta_end", "beta_schedule")}
+    scheduler = diffusers.LCMScheduler(**table, clip_sample=False, set_alpha_to_one=False)
+    return sd(scheduler=scheduler, unet_config={"time_cond_proj_dim": 8})
+
+
+FULL = {
+    "sd3": Case(sd3),
+    "sd3.5": Case(partial(sd3, qk_norm="rms_norm", dual_attention_layers=(0,))),
+    "sd3-shift-by-size": Case(partial(sd3, flow(use_dynamic_shifting=True)), size=(24, 16)),
+    "flux-dev": Case(partial(flux, guidance_embeds=True), call=TRUE_CFG, embedded=3.5, size=(16, 24)),
+    "flux-schnell": Case(partial(flux, flow(shift=1.0)), call=TRUE_CFG),
+    "pixart-sigma": Case(pixart, dpmpp_2m, call=UNBINNED),
+    "pixart-alpha": Case(partial(pixart, diffusers.PixArtAlphaPipeline, ddim()), call=UNBINNED),
+    "pixart-alpha-1024": Case(alpha_1024, dpmpp_2m, size=(16, 24), call=UNBINNED),
+    "sana": Case(sana, dpmpp_2m, (32, 32), UNBINNED, own_clock=True),
+    "sana-euler": Case(partial(sana, flow(), timestep_scale=0.5, out_channels=8), euler, (32, 32), UNBINNED),
+    "sana-eps": Case(partial(sana, diffusers.DPMSolverMultistepScheduler()), dpmpp_2m, (32, 32), UNBINNED),
+}
+FEW_STEPS = {
+    "sd-turbo": Case(partial(turbo, sd), ancestral, call={"guidance_scale": 0.0}),
+    "sdxl-turbo": Case(partial(turbo, sdxl), ancestral, call={"guidance_scale": 0.0}),
+    "lcm": Case(lcm, consistency, call={"guidance_scale": 7.5}, embedded=7.5, tolerance=1e-4),  # its c_out is about 1
+}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def sized(case):
+    return {"height": case.size[0], "width": case.size[1]}
+
+
+def modelled(case, steps=STEPS):
+    """The model and its denoiser, with the pipeline's clock."""
+    model = LatentModel(case.pipe(), case.embedded)
+    if not case.own_clock:
+        return model, model.denoiser
+    model.pipe.scheduler.set_timesteps(steps)
+    return model, replace(model.denoiser, clock=Clock(model.pipe.scheduler, own=True))
+
+
+def guided(denoiser, conds, scale=SCALE):
+    """u + scale * (c - u) of (x0, eps); the conditional prediction alone for None."""
+
+    def predict(path, at):
+        c = denoiser(path.x, at, conds["cond"])
+        if scale is None:
+            return c
+        u = denoiser(path.x, at, conds["uncond"])
+        return Prediction(u.x0 + scale * (c.x0 - u.x0), u.eps + scale * (c.eps - u.eps))
+
+    return predict
+
+
+def stock(model, case, steps=STEPS, **more):
+    options = {"num_inference_steps": steps, "generator": seeded(), **sized(case), **case.call, **more}
+    negatives = {} if case.call["guidance_scale"] == 0 or case.embedded == 7.5 else {"negative_prompt": NEGATIVES}
+    return model.pipe(PROMPTS, **negatives, **options).images
+
+
+def relative(ours, theirs):
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize("name", FULL)
+@torch.no_grad()
+def test_own_loop_is_the_pipeline(name):
+    case = FULL[name]
+    model, denoiser = modelled(case)
+    conds = model.encode(PROMPTS, NEGATIVES, **sized(case))
+    start = Path(model.noise(2, seeded(), **sized(case)))
+    *_, last = sample(case.step, guided(denoiser, conds), start, model.levels(STEPS, **sized(case)))
+    theirs = stock(model, case, output_type="latent")
+    if isinstance(model.pipe, FluxPipeline):
+        theirs = unpacked(theirs, (case.size[0] // 4, case.size[1] // 4))
+    assert last.x.shape == (2, *model.shape(**sized(case))) and theirs.std() > 0.1
+    assert relative(last.x, theirs) < case.tolerance
+    assert relative(model.decode(last.x), stock(model, case, output_type="pt")) < 1e-4
+
+
+@pytest.mark.parametrize("steps", (1, 4))
+@pytest.mark.parametrize("name", FEW_STEPS)
+@torch.no_grad()
+def test_few_steps_without_guidance(name, steps):
+    case = FEW_STEPS[name]
+    model, denoiser = modelled(case)
+    levels, draws = model.levels(steps), seeded()
+    x = model.noise(2, draws) * (levels[0].sigma if case.step is ancestral else 1.0)
+    predict = guided(denoiser, model.encode(PROMPTS), scale=None)
+    for now, then in zip(levels, levels[1:], strict=False):
+        path = case.step(predict, Path(x), now, then, torch.randn(x.shape, generator=draws))
+        x = path.x
+    assert relative(x, stock(model, case, steps, output_type="latent")) < case.tolerance
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_gradient_is_the_slope(name):
+    """Of what is sampled, along the gradient's own direction in noise, conditions and parameters each."""
+    case = FULL[name]
+    model, denoiser = modelled(case, steps=2)
+    model.pipe.to(torch.float64)
+    with torch.no_grad():
+        conds = model.encode(PROMPTS[:1], NEGATIVES[:1], **sized(case))
+    hidden = conds["cond"]["encoder_hidden_states"].double()
+    conds["cond"] = {**conds["cond"], "encoder_hidden_states": hidden}
+    weight = max(model.parameters(), key=lambda p: p.numel())
+    leaves = [model.noise(1, seeded(), **sized(case)).double().requires_grad_(), hidden.requires_grad_(), weight]
+    levels = model.levels(2, **sized(case))
+
+    def loss():
+        *_, last = sample(case.step, guided(denoiser, conds, 1.5), Path(leaves[0]), levels)
+        return last.x.square().mean()
+
+    grads = torch.autograd.grad(loss(), leaves)
+    for leaf, grad in zip(leaves, grads, strict=True):
+        direction, h = grad / grad.norm(), 1e-3 if "sana" in name else 1e-4  # its attention computes in float32
+        with torch.no_grad():
+            origin = leaf.clone()
+            ends = [(leaf.copy_(origin + sign * h * direction), loss())[1] for sign in (1, -1)]
+            leaf.copy_(origin)
+        slope = (ends[0] - ends[1]) / (2 * h)
+        torch.testing.assert_close(grad.norm(), slope, rtol=2e-3, atol=0)
+        assert slope > 1e-7
+
+
+@torch.no_grad()
+def test_an_autoencoder_without_a_posterior():
+    model = LatentModel(sana())
+    images = torch.rand(2, 3, 16, 16, generator=seeded())
+    z = model.encode_images(images)
+    expected = model.pipe.vae.encode(2 * images - 1).latent * 0.41
+    torch.testing.assert_close(z, expected)
+    with torch.enable_grad():
+        z.requires_grad_()
+        ours = torch.autograd.grad(model.decode(z, checkpointed=True).sum(), z)[0]
+        theirs = torch.autograd.grad((model.pipe.vae.decode(z / 0.41).sample / 2 + 0.5).clamp(0, 1).sum(), z)[0]
+    torch.testing.assert_close(ours, theirs)
+    assert ours.abs().sum() > 0
+
+
+def test_tokens_are_two_by_two_patches():
+    x = torch.randn(2, 4, 6, 8, generator=seeded())
+    tokens = packed(x)
+    assert torch.equal(tokens, FluxPipeline._pack_latents(x, 2, 4, 6, 8))
+    assert torch.equal(unpacked(tokens, (3, 4)), x)
+
+
+@torch.no_grad()
+def test_levels_follow_the_size():
+    model = LatentModel(flux(guidance_embeds=True), 3.5)
+    small, large = (model.levels(4, height=side, width=side) for side in (16, 256))
+    assert small[1].sigma < large[1].sigma and small[0] == large[0] == Noise(torch.tensor(0.0), torch.tensor(1.0))
+    model.pipe(PROMPTS, num_inference_steps=4, height=256, width=256, output_type="latent", max_sequence_length=8)
+    assert [at.sigma.item() for at in large] == model.pipe.scheduler.sigmas.tolist()
+
+
+def test_what_latent_model_refuses():
+    for make, name in ((wan, "wan"), (qwen, "qwen")):
+        with pytest.raises(ValueError, match=f"does not know .* .family {name}.; use attach"):
+            LatentModel(make())
+    with pytest.raises(ValueError, match="guidance_embeds=True: pass embedded_guidance"):
+        LatentModel(flux(guidance_embeds=True)).encode("red")
+    with pytest.raises(ValueError, match="guidance_embeds=False: do not pass embedded_guidance"):
+        LatentModel(flux(), 3.5).encode("red")
+    with pytest.raises(ValueError, match="do not pass embedded_guidance"):
+        LatentModel(sd3(), 3.5).encode("red")
+    with pytest.raises(ValueError, match="18 x 16 pixels: both must be multiples of 4"):
+        LatentModel(sd3()).shape(18, 16)
+
+
+def test_no_pipeline_is_in_two_families():
+    names = [name for family in FAMILIES.values() for name in family.pipelines]
+    assert len(set(names)) == len(names) and all(hasattr(diffusers, name) for name in names)
+    assert all(name == family.name for name, family in FAMILIES.items())
+    assert family_of(flux()) is FAMILIES["flux"] and DPM["use_flow_sigmas"]

@@ -1,0 +1,50 @@
+"""Settings with which every recipe trains a random pipeline in a second or two. A new recipe that needs more than
+`SHARED` says so in `MORE`."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from difftune.cli.program import RECIPES
+from rewards.simple import Brightness
+
+SHARED = {
+    "max_train_steps": 4,
+    "train_batch_size": 2,
+    "num_inference_steps": 3,
+    "learning_rate": 1e-2,
+    "max_skipped_steps": 0,
+    "guidance": "cfg",
+    "rank": 2,
+}
+MORE: dict[str, dict[str, Any]] = {
+    "ddpo": {
+        "per_prompt_stat_tracking": True,
+        "per_prompt_stat_tracking_buffer_size": 3,
+        "per_prompt_stat_tracking_min_count": 2,
+    },
+    "drtune": {"truncation_steps": 2},
+    "kto": {"train_batch_size": 4},
+    "dragon": {"pairs_per_round": 4},
+}
+
+
+def toy(name: str, folder: Path, **more: Any) -> Any:
+    """The recipe's settings, with prompts in a file of the folder."""
+    prompts = folder / "prompts.txt"
+    prompts.parent.mkdir(parents=True, exist_ok=True)
+    prompts.write_text("red circle\nblue square\nred square\n")
+    return RECIPES[name](**{**SHARED, "prompts": str(prompts), **MORE.get(name, {}), **more})
+
+
+def module_of(name: str) -> Any:
+    return import_module(f"difftune.recipes.{name}")
+
+
+class Bright(Brightness):
+    """Brightness that needs the generators too: a resumed run must find them as they were."""
+
+    def __call__(self, images, prompts):
+        return super().__call__(images + 1e-3 * torch.randn_like(images), prompts)
