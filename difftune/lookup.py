@@ -2,23 +2,15 @@
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
-
-import torch
-from torch import Tensor
 
 from difftune.errors import UserError
 from difftune.models import source
-from difftune.pipelines.engine import brings_solver, step_of, wants_noise
 from guidance.contract import Guidance
 from guidance.methods.catalogue import GUIDANCE
 from rewards.compose import WeightedSum, parse_rewards, weighted
 from rewards.registry import REWARDS, Entry, Reward, entry, unknown
-from solvers.denoiser import Path, Prediction, predicted
-from solvers.noise import Noise, cosine, grid
-from solvers.rollout.modes import parse_gradient, rollout
-from solvers.samplers.catalogue import SAMPLERS, Step, euler
+from solvers.samplers.catalogue import SAMPLERS, Step
 
 Thing = TypeVar("Thing")
 
@@ -145,52 +137,6 @@ def model_named(name: str) -> str:
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
     return name
-
-
-def gradient_named(mode: str, steps: int, sampler: str = "euler", of: str = "weights") -> str:
-    """The engine's mode, if it is known, gives a gradient `of` the weights or the noise, and runs.
-
-    It is tried on one number with as many steps, so that what the engine says of its options is said at once.
-    """
-    name, option = (mode.split(":") + [""])[:2]
-    if name == "truncated" and not (option.isdecimal() and 1 <= int(option) <= steps):
-        raise UserError(f"gradient {mode!r} wants the number of last steps that carry gradient, 1 to {steps}")
-    if brings_solver(mode) and sampler != "euler":
-        raise UserError(f"gradient {mode!r} brings its own solver, and would not run sampler {sampler!r}: leave it out")
-    try:
-        parse_gradient(mode)
-        try_gradient(mode, steps, of)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return mode
-
-
-@dataclass(frozen=True)
-class OneNumber:
-    """eps - x0 = w x: the smallest network there is."""
-
-    weight: Tensor
-
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        return (self.weight,)
-
-    def __call__(self, path: Path, at: Noise) -> Prediction:
-        return predicted("flow", path.x, at, self.weight * path.x)
-
-
-def try_gradient(mode: str, steps: int, of: str) -> None:
-    """Run and differentiate that many steps on one number. ValueError where the mode raises it or gives no gradient."""
-    weight, x = torch.full((1, 1), 0.1), torch.ones(1, 1)
-    wanted = {"weights": weight, "noise": x}[of].requires_grad_()
-    noise = torch.zeros(steps, 1, 1) if wants_noise(mode, euler) else None
-    with torch.enable_grad():
-        levels = grid(cosine, steps, 0.99, 0.0)
-        path = rollout(step_of(mode, euler), OneNumber(weight), x, levels, mode, noise)
-    if not path.x.requires_grad:
-        raise ValueError(f"gradient {mode!r} gives no gradient of the {of}: use 'checkpoint'")
-    if torch.autograd.grad(path.x.sum(), wanted, allow_unused=True)[0] is None:
-        raise ValueError(f"gradient {mode!r} gives no gradient of the {of}: use 'checkpoint'")
 
 
 def member(kind: str, name: str, family: Mapping[str, Thing]) -> Thing:

@@ -1,7 +1,7 @@
 """From an image back to its noise, in our own loop: DDIM inversion under any method, editing, null-text inversion.
 
-    noisy = invert(guided(denoise, CFGpp(0.6), source), latents, levels)       # levels: noisiest first
-    *_, end = sample(euler, guided(denoise, CFGpp(0.6), target), noisy, levels)
+noisy = invert(guided(denoise, CFGpp(0.6), source), latents, levels)       # levels: noisiest first
+*_, end = sample(euler, guided(denoise, CFGpp(0.6), target), noisy, levels)
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from guidance.contract import Guidance
 from guidance.guided import GuidedPredict, guided
-from guidance.methods.cfg import CFG, Plain, rows_for, time
+from guidance.methods.cfg import CFG, Plain
 from guidance.methods.conditions import NullTextInversion
+from guidance.methods.scales import rows_for, time
 from solvers.denoiser import Cond, Denoiser, Path, Predict, Prediction, widen
 from solvers.noise import Noise
 from solvers.samplers.catalogue import euler, sample

@@ -27,12 +27,13 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
-from difftune.evaluation import shapeeval
+from difftune.evaluation import intervals, shapeeval
 from difftune.evaluation.compare import at_cfg_scale
 from difftune.files import output
 from difftune.lookup import guidance_named, takes_scale
-from difftune.pipelines.generate import generate, opened
+from difftune.pipelines.generate import generate
 from difftune.pipelines.method_parts import TEXTS
+from difftune.pipelines.opened import opened
 from guidance.attach.handle import attach
 from guidance.contract import Guidance
 from guidance.guided import guided
@@ -173,8 +174,8 @@ def measured(name: str, scale: float | None, given: Set, size: Size) -> dict[str
         "seconds": made.seconds,
         "score": asdict(shapeeval.scores(made.results)["overall"]),
         "frechet": _distance(seen, given.features, size.resamples),
-        "saturation": asdict(shapeeval.estimate(saturation)),
-        "diversity": asdict(shapeeval.estimate([float(vendi(f)) for f in seen], (1.0, float(size.images)))),
+        "saturation": asdict(intervals.estimate(saturation)),
+        "diversity": asdict(intervals.estimate([float(vendi(f)) for f in seen], (1.0, float(size.images)))),
         "holds": [r.holds for r in made.results],
     }
 
@@ -216,7 +217,7 @@ def adaptive(size: Size, ag: AdaptiveGuidance, spacing: str | None) -> dict[str,
         n: shapeeval.evaluate(pipe, m, entries, size.adaptive_images, size.steps, batch_size=size.batch_size)
         for n, m in methods.items()
     }
-    change = shapeeval.differences(made["ag"].results, made["cfg"].results)["overall"]
+    change = intervals.differences(made["ag"].results, made["cfg"].results)["overall"]
     seconds = timed({n: lambda m=m: _loop(pipe, m, size.steps) for n, m in methods.items()}, size.repeats)  # type: ignore[misc]
     return {
         **asdict(ag),
@@ -252,7 +253,7 @@ def inversion(size: Size, method: Guidance) -> dict[str, Any]:
         again = latent.decode(edit(latent.denoiser, method, z, conds, conds, levels))
         error = ((again - latent.decode(z)) ** 2).flatten(1).mean(1)
         found += (-10 * error.clamp(min=1e-10).log10()).tolist()
-    return asdict(shapeeval.estimate(found, (0.0, 100.0))) | {"pictures": size.pictures, "steps": size.inversion_steps}
+    return asdict(intervals.estimate(found, (0.0, 100.0))) | {"pictures": size.pictures, "steps": size.inversion_steps}
 
 
 def invert_all(folder: File, size: Size) -> None:

@@ -40,12 +40,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from difftune.cli.options import EXAMPLES
 from difftune.cli.program import RECIPES, cli
-from difftune.evaluation import shapeeval
-from difftune.files import checkpoint
+from difftune.evaluation import intervals, shapeeval
+from difftune.files import checkpoint, records
 from difftune.files.output import write
 from difftune.lookup import guidance_named
-from difftune.pipelines.generate import opened
-from difftune.training import trackers
+from difftune.pipelines.opened import opened
 from difftune.training.run_folder import CONFIG, METRICS
 from rewards.compose import parse_rewards, weighted
 from rewards.sets.vendi import vendi
@@ -118,16 +117,16 @@ def counted(forwards: Forwards) -> Iterator[Forwards]:
 @contextmanager
 def written_with_cost(forwards: Forwards) -> Iterator[None]:
     """Each line of metrics.jsonl tells what was spent until then."""
-    append: Callable[..., None] = trackers.append
+    append: Callable[..., None] = records.append
 
     def priced(path: Path, record: Mapping[str, Any]) -> None:
         append(path, {**record, "forward_equivalents": forwards.total})
 
-    trackers.append = priced
+    records.append = priced
     try:
         yield
     finally:
-        trackers.append = append
+        records.append = append
 
 
 def trained(job: Job) -> bool:
@@ -212,7 +211,7 @@ def run(job: Job, results: Path) -> None:
     shutil.rmtree(job.folder, ignore_errors=True)
     ended = trained(job)
     settings = yaml.safe_load((job.folder / CONFIG).read_text())
-    spent = {line["step"]: line for line in trackers.records(job.folder / METRICS)}
+    spent = {line["step"]: line for line in records.records(job.folder / METRICS)}
     seconds = np.cumsum([line["seconds"] for line in spent.values()]).tolist()
     then, points = before(job, settings), []
     for path in chosen(checkpoint.checkpoints(job.folder), job.points):
@@ -267,7 +266,7 @@ def row(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def change(mean: Mapping[str, Any], name: str, digits: int) -> str:
     """The paired difference with its interval over prompts."""
-    e = shapeeval.estimate((mean[f"{name}_after"] - mean[f"{name}_before"]).tolist(), bounds=(-1.0, 1.0))
+    e = intervals.estimate((mean[f"{name}_after"] - mean[f"{name}_before"]).tolist(), bounds=(-1.0, 1.0))
     return f"{e.score:+.{digits}f} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
 
 
@@ -294,7 +293,7 @@ def duel(lines: Mapping[str, Mapping[str, Any]]) -> str:
 
 def finished(results: Path) -> dict[str, dict[str, Any]]:
     """The lines of whole runs, by run."""
-    return {line["run"]: line for line in trackers.records(results)} if results.exists() else {}
+    return {line["run"]: line for line in records.records(results)} if results.exists() else {}
 
 
 def follow(job: Job, results: Path) -> None:

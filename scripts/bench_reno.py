@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from difftune import models
-from difftune.evaluation import shapeeval
+from difftune.evaluation import intervals, shapeeval
 from difftune.files import output
 from difftune.reno.optimizer import ReNO
 from guidance.guided import guided
@@ -223,16 +223,16 @@ def told(part: str, folder: Path, methods: Sequence[str]) -> str:
 CATEGORIES = ("overall", *shapes.CATEGORIES)
 
 
-def differences(results: dict[str, list[tuple[shapeeval.Result, float, float, float]]]) -> Iterator[str]:
+def differences(results: dict[str, list[tuple[intervals.Result, float, float, float]]]) -> Iterator[str]:
     """`reno` minus each other method, paired by prompt."""
     own = [r for r, *_ in results.get("reno", [])]
     for method, found in results.items():
         if method != "reno" and own and found:
-            change = shapeeval.differences(own, [r for r, *_ in found])["overall"]
+            change = intervals.differences(own, [r for r, *_ in found])["overall"]
             yield f"reno minus {method}: {change}, {'counts' if change.excludes_zero else 'does not count'}"
 
 
-def results_of(part: str, folder: Path, method: str) -> list[tuple[shapeeval.Result, float, float, float]]:
+def results_of(part: str, folder: Path, method: str) -> list[tuple[intervals.Result, float, float, float]]:
     """(the oracle's word, reward, reward calls, seconds) of each prompt."""
     kinds = {entry["prompt"]: entry["category"] for entry in shapeeval.entries_of()}
     rows = []
@@ -240,7 +240,7 @@ def results_of(part: str, folder: Path, method: str) -> list[tuple[shapeeval.Res
         run = json.loads(file.read_text())
         for prompt, holds, reward in zip(run["prompts"], run["holds"], run["rewards"], strict=True):
             each = run["seconds"] / len(run["prompts"])
-            rows.append((shapeeval.Result(prompt, kinds[prompt], 0, holds), reward, run["calls"], each))
+            rows.append((intervals.Result(prompt, kinds[prompt], 0, holds), reward, run["calls"], each))
     return rows
 
 

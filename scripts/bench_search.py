@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from difftune import models
-from difftune.evaluation import shapeeval
-from difftune.evaluation.shapeeval import Estimate
+from difftune.evaluation import intervals, shapeeval
+from difftune.evaluation.intervals import Estimate
 from guidance.guided import guided
 from guidance.methods.cfg import CFG
 from guidance.search.catalogue import SEARCHES
@@ -291,7 +291,7 @@ class Reader(NamedTuple):
 
 def interval(values: Sequence[float], reward: str) -> Estimate:
     low, high = REWARDS[reward].range or (0.0, 1.0)
-    return shapeeval.estimate(values, (low, high))
+    return intervals.estimate(values, (low, high))
 
 
 def table(reader: Reader, methods: Sequence[str], reward: str, kind: str) -> Iterator[str]:

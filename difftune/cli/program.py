@@ -18,6 +18,7 @@ import click
 from difftune import __version__
 from difftune.cli import options as o
 from difftune.cli.label import label
+from difftune.configs.noise import RenoConfig
 from difftune.configs.recipes import (
     AlignPropConfig,
     D3POConfig,
@@ -30,9 +31,8 @@ from difftune.configs.recipes import (
     KTOConfig,
     PSOConfig,
     ReflConfig,
-    RenoConfig,
-    SearchConfig,
 )
+from difftune.configs.search import SearchConfig
 from difftune.errors import RunError, UserError
 
 RECIPES: dict[str, type] = {

@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftune.configs.recipes import AlignPropConfig, RenoConfig
+from difftune.configs.noise import RenoConfig
+from difftune.configs.recipes import AlignPropConfig
 from difftune.demo import report
-from difftune.evaluation.score import opened as opened_image
-from difftune.evaluation.shapeeval import Evaluation, Result, differences, entries_of, evaluate, judged, scores
-from difftune.files import output
+from difftune.evaluation.intervals import Result, differences
+from difftune.evaluation.shapeeval import Evaluation, entries_of, evaluate, judged, scores
+from difftune.files import output, records
+from difftune.files.pictures import opened as opened_image
 from difftune.lookup import guidance_named
-from difftune.pipelines.generate import opened, pixels
+from difftune.pipelines.generate import pixels
+from difftune.pipelines.opened import opened
 from difftune.recipes import alignprop
 from difftune.reno import optimizer
-from difftune.training import trackers
 from rewards.compose import weighted
 
 MARK = ".difftune-demo"  # what tells a demo's folder from any other
@@ -124,7 +126,7 @@ def _alignprop(b: Budget, seed: int, folder: Path, before: Evaluation) -> dict[s
     method = guidance_named("cfg", b.guidance_scale)
     pipe = opened(b.model, config.output_dir)
     after = evaluate(pipe, method, entries_of(b.prompts_per_category), b.images_per_prompt, b.steps, seed)
-    curve = [record["reward_mean"] for record in trackers.records(folder / "alignprop" / "metrics.jsonl")]
+    curve = [record["reward_mean"] for record in records.records(folder / "alignprop" / "metrics.jsonl")]
     metrics = {
         "reward_before": _reward(b.reward, before.images, before.results),
         "reward_after": _reward(b.reward, after.images, after.results),

@@ -15,7 +15,8 @@ from torch import Tensor
 from difftune.environment import versions
 from difftune.files import output
 from difftune.lookup import guidance_kinds, guidance_named, takes_scale
-from difftune.pipelines.generate import generate, mean_branches, mean_nfe, opened, pixels, settings_of, watched
+from difftune.pipelines.generate import generate, mean_branches, mean_nfe, pixels, settings_of, watched
+from difftune.pipelines.opened import opened
 from guidance.contract import Guidance
 from guidance.methods.cfgpp import CFGpp
 from guidance.methods.classifier import GFCG

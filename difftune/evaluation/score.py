@@ -1,15 +1,12 @@
 """Rewards of image files."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
-from difftune.errors import RunError, UserError
+from difftune.errors import UserError
+from difftune.files.pictures import opened
 from rewards.compose import parse_rewards, weighted
 from rewards.registry import entry
 
@@ -41,13 +38,3 @@ def _one_each(prompts: Sequence[str], images: Sequence[str], needing: Sequence[s
     if len(prompts) not in (0, 1, len(images)):
         raise UserError(f"{len(prompts)} prompts for {len(images)} images: give --prompt once, or once per image")
     return prompts if len(prompts) == len(images) else [*prompts, ""][:1] * len(images)
-
-
-def opened(path: str | Path) -> Tensor:
-    """The picture of a file, (3, H, W) in [0, 1]."""
-    try:
-        with Image.open(path) as image:
-            x = np.asarray(image.convert("RGB"), np.float32) / 255
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
-        raise RunError(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from error
-    return torch.from_numpy(x).permute(2, 0, 1)

@@ -9,12 +9,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from difftune.errors import UserError
-from difftune.evaluation.score import opened
+from difftune.errors import RunError, UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 METADATA, SAMPLES = "metadata.jsonl", "sample.json"
@@ -95,3 +96,13 @@ def _captions(file: Path) -> dict[str, str]:
 def _beside(path: Path) -> str | None:
     file = path.with_suffix(".txt")
     return file.read_text("utf-8").strip() or None if file.is_file() else None
+
+
+def opened(path: str | Path) -> Tensor:
+    """The picture of a file, (3, H, W) in [0, 1]."""
+    try:
+        with Image.open(path) as image:
+            x = np.asarray(image.convert("RGB"), np.float32) / 255
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+        raise RunError(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from error
+    return torch.from_numpy(x).permute(2, 0, 1)

@@ -11,14 +11,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from difftune.errors import UserError
 from rewards.compose import Recomputed, WeightedSum
+from solvers.denoiser import Path, Prediction, predicted
 from solvers.families.attention import Verdict, attention, choose, deterministic, obstacle
 from solvers.latent import LatentModel
 from solvers.memory.budget import Plan, Probe, parse_size, planned, resident
 from solvers.memory.live import check_offload, offload_line, offloaded
+from solvers.noise import Noise, cosine, grid
+from solvers.rollout.modes import parse_gradient, rollout
 from solvers.samplers.catalogue import Step, ancestral, euler, is_stochastic
 
 OWN_SOLVER = ("adjoint", "reversible", "lean")  # modes that bring their own solver, and take no step
@@ -152,3 +155,63 @@ def _worded(function: Callable[[], Any]) -> Any:
         return function()
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def gradient_named(mode: str, steps: int, sampler: str = "euler", of: str = "weights") -> str:
+    """The engine's mode, if it is known, gives a gradient `of` the weights or the noise, and runs.
+
+    It is tried on one number with as many steps, so that what the engine says of its options is said at once.
+    """
+    name, option = (mode.split(":") + [""])[:2]
+    if name == "truncated" and not (option.isdecimal() and 1 <= int(option) <= steps):
+        raise UserError(f"gradient {mode!r} wants the number of last steps that carry gradient, 1 to {steps}")
+    if brings_solver(mode) and sampler != "euler":
+        raise UserError(f"gradient {mode!r} brings its own solver, and would not run sampler {sampler!r}: leave it out")
+    try:
+        parse_gradient(mode)
+        try_gradient(mode, steps, of)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return mode
+
+
+@dataclass(frozen=True)
+class OneNumber:
+    """eps - x0 = w x: the smallest network there is."""
+
+    weight: Tensor
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return (self.weight,)
+
+    def __call__(self, path: Path, at: Noise) -> Prediction:
+        return predicted("flow", path.x, at, self.weight * path.x)
+
+
+def try_gradient(mode: str, steps: int, of: str) -> None:
+    """Run and differentiate that many steps on one number. ValueError where the mode raises it or gives no gradient."""
+    weight, x = torch.full((1, 1), 0.1), torch.ones(1, 1)
+    wanted = {"weights": weight, "noise": x}[of].requires_grad_()
+    noise = torch.zeros(steps, 1, 1) if wants_noise(mode, euler) else None
+    with torch.enable_grad():
+        levels = grid(cosine, steps, 0.99, 0.0)
+        path = rollout(step_of(mode, euler), OneNumber(weight), x, levels, mode, noise)
+    if not path.x.requires_grad:
+        raise ValueError(f"gradient {mode!r} gives no gradient of the {of}: use 'checkpoint'")
+    if torch.autograd.grad(path.x.sum(), wanted, allow_unused=True)[0] is None:
+        raise ValueError(f"gradient {mode!r} gives no gradient of the {of}: use 'checkpoint'")
+
+
+@contextmanager
+def frozen(*pipes: Any) -> Iterator[None]:
+    """Only what is optimised needs gradients: the pipelines' parameters do not, until the block is left."""
+    parts = [part for pipe in pipes for part in pipe.components.values() if isinstance(part, nn.Module)]
+    trained = [p for part in parts for p in part.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)

@@ -8,20 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from difftune import models
 from difftune.environment import versions
-from difftune.errors import RunError, UserError
+from difftune.errors import UserError
 from difftune.files import output
-from difftune.lookup import guidance_named, model_named
-from difftune.pipelines import full_weights
-from difftune.pipelines.lora import WEIGHTS, mix
-from difftune.pipelines.lora import attach as attach_lora
+from difftune.files.noises import noises_of
+from difftune.lookup import guidance_named
 from difftune.pipelines.method_parts import equipped, prepared
+from difftune.pipelines.opened import opened
 from guidance.attach.handle import attach
 from guidance.contract import Guidance
 from rewards.checks import finite
@@ -122,58 +118,6 @@ def mean_branches(batches: Sequence[Batch]) -> dict[str, float]:
     return {name: sum(b.branches.get(name, 0) * len(b.images) for b in batches) / images for name in names}
 
 
-def opened(model: str, lora: str | Sequence[str] | None = None) -> Any:
-    """The pipeline, on the GPU if there is one, with what training wrote to the folder `lora`: a LoRA, or a network.
-
-    Several LoRAs are mixed, each with its share: ["a=0.7", "b=0.3"].
-    """
-    shares = shares_of([lora] if isinstance(lora, str) else lora or [])
-    model_named(model)
-    pipe = models.load(model).to("cuda" if torch.cuda.is_available() else "cpu")
-    if shares:
-        _adapt(pipe, model, shares)
-    return pipe
-
-
-def shares_of(loras: Sequence[str]) -> dict[str, float]:
-    """Shares by folder of FOLDER or FOLDER=SHARE; 1 where none is said. Raises UserError where there is no LoRA."""
-    shares: dict[str, float] = {}
-    for term in loras:
-        folder, share = _divided(term)
-        networks = [name for name in ("unet", "transformer") if Path(folder, name).is_dir()]
-        if not Path(folder, WEIGHTS).is_file() and not networks:
-            raise UserError(f"--lora {folder} holds no {WEIGHTS}: give the --output_dir of a training run")
-        if networks and (len(loras) > 1 or share != 1):
-            raise UserError(f"--lora {folder} holds a whole network, which cannot be mixed: give it alone")
-        shares[folder] = share
-    return shares
-
-
-def _divided(term: str) -> tuple[str, float]:
-    """A folder and its share; a folder whose name ends in =SHARE is taken for one if it is there."""
-    folder, equals, number = term.rpartition("=")
-    if not equals or Path(term).is_dir():
-        return term, 1.0
-    try:
-        return folder, float(number)
-    except ValueError as error:
-        raise UserError(f"--lora {term}: the share after '=' is a number, as in out=0.5") from error
-
-
-def _adapt(pipe: Any, model: str, shares: Mapping[str, float]) -> None:
-    (first, *_) = shares
-    try:
-        if not Path(first, WEIGHTS).is_file():
-            full_weights.load(pipe, first)
-        elif list(shares.values()) == [1.0]:
-            attach_lora(pipe, first)
-        else:
-            mix(pipe, shares)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the LoRA of {first} does not fit model {model!r}: {reason}") from error
-
-
 def pixels(images: Tensor) -> list[Any]:
     """(B, 3, H, W) as B arrays (H, W, 3)."""
     return list(images.permute(0, 2, 3, 1).numpy())
@@ -232,28 +176,6 @@ def sample(
     output.write(folder / "grid.png", output.grid(pictures, num_images if len(prompt) > 1 else None))
     output.write_json(folder / "sample.json", found)
     return found
-
-
-NOISE = "noise.safetensors"  # of `difftune optimize`
-
-
-def noises_of(path: str | Path, images: int | None = None) -> Tensor:
-    """The noises (B, C, h, w) of a file that `difftune optimize` wrote, one for each of so many images.
-
-    UserError for another number of them, for a file of something else, and where an embedding belongs to the noise.
-    """
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot read the noise {str(path)!r}: {error}") from error
-    if "noise" not in found or found["noise"].ndim != 4:
-        raise UserError(f"{path} holds no noise: give the {NOISE} of `difftune optimize`")
-    if "embedding" in found:
-        raise UserError(f"{path} holds a prompt's embedding too, without which its noise makes another picture")
-    if images is not None and len(found["noise"]) != images:
-        number = len(found["noise"])
-        raise UserError(f"{path} holds {number} noises for {images} images: give its prompts, one for each noise")
-    return found["noise"]
 
 
 def settings_of(guidance: Any) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from difftune.configs.recipes import AlignPropConfig
 from difftune.files.checkpoint import Say, State
-from difftune.lookup import at_least, gradient_named, known
-from difftune.pipelines.engine import check_offloading
+from difftune.lookup import at_least, known
+from difftune.pipelines.engine import check_offloading, gradient_named
 from difftune.recipes.reward_gradient import Modes, ascents, check_gradient
 from difftune.training.state import Metrics, Reward, follow
 from difftune.training.state import card as model_card

@@ -24,6 +24,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from difftune import processes
 from difftune.configs.recipes import DragonConfig
 from difftune.errors import UserError
 from difftune.evaluation.win_rate import win_rate
@@ -39,7 +40,6 @@ from difftune.recipes.set_objectives import OBJECTIVES, Objective, check_objecti
 from difftune.rollouts.image_sampler import Chain
 from difftune.rollouts.pairs import Pairs, draws_of, pair_errors
 from difftune.rollouts.rounds import Rounds, engine, repeated
-from difftune.training import run_folder
 from difftune.training.state import (
     Called,
     Metrics,
@@ -230,7 +230,7 @@ def run(
     check(config, pipe, reward)
     pipe = load_model(config.model) if pipe is None else pipe
     found = follow(config, train, card, show, pipe, reward)
-    if config.num_win_rate_images and run_folder.process().is_main_process:
+    if config.num_win_rate_images and processes.process().is_main_process:
         found |= compared(config, pipe, reward)
         output.write_json(Path(config.output_dir) / "win_rate.json", found)
     return found

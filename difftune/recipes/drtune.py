@@ -13,7 +13,8 @@ from typing import Any
 
 from difftune.configs.recipes import DrtuneConfig
 from difftune.files.checkpoint import Say, State
-from difftune.lookup import at_least, gradient_named
+from difftune.lookup import at_least
+from difftune.pipelines.engine import gradient_named
 from difftune.recipes.alignprop import alignprop_loss
 from difftune.recipes.reward_gradient import Modes, ascents, check_gradient
 from difftune.training.state import Metrics, Reward, follow

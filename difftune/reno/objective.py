@@ -5,18 +5,17 @@
 of z (B, D): the noise itself, a change of the prompt's embedding, or both, one row per sample.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from difftune.errors import RunError
 from difftune.lookup import sampler_named
-from difftune.pipelines.engine import bound_mode, held, moving, plan_for, probe_step, scores_of, step_of
+from difftune.pipelines.engine import bound_mode, frozen, held, moving, plan_for, probe_step, scores_of, step_of
 from difftune.reno.regularizers import REGULARIZERS
 from guidance.contract import Guidance
 from guidance.guided import GuidedPredict, guided
@@ -254,17 +253,3 @@ def joined(records: Sequence[Iteration]) -> Iteration:
 def embeddings(conds: Mapping[str, Cond], like: Tensor) -> Tensor:
     """The prompts' embedding (B, L, E), in float32 or better."""
     return widen(conds["cond"][EMBEDDING]).to(like.device)
-
-
-@contextmanager
-def frozen(*pipes: Any) -> Iterator[None]:
-    """Only what is optimised needs gradients: the pipelines' parameters do not, until the block is left."""
-    parts = [part for pipe in pipes for part in pipe.components.values() if isinstance(part, nn.Module)]
-    trained = [p for part in parts for p in part.parameters() if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from difftune.configs.recipes import RenoConfig
+from difftune.configs.noise import RenoConfig
 from difftune.errors import UserError
 from difftune.files.checkpoint import Say, State
-from difftune.lookup import at_least, differentiable, gradient_named, known, sampler_named
-from difftune.pipelines.engine import check_engine, check_offloading, one_at_a_time, wants_noise
+from difftune.lookup import at_least, differentiable, known, sampler_named
+from difftune.pipelines.engine import check_engine, check_offloading, gradient_named, one_at_a_time, wants_noise
 from difftune.reno.named import Rewards, needs_gradient, optimizer_named, sized, summed, weights_over_ranges
 from difftune.reno.objective import Iteration, Objective, Unknowns, Variables, embeddings
 from difftune.reno.paper import levels_at, setting_of, start_scale

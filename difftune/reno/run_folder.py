@@ -16,21 +16,21 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from difftune.configs.recipes import RenoConfig
+from difftune import processes
+from difftune.configs.noise import RenoConfig
 from difftune.errors import UserError
-from difftune.evaluation.score import opened
 from difftune.files import checkpoint
 from difftune.files.checkpoint import Say, State
+from difftune.files.noises import NOISE, noises_of
 from difftune.files.output import grid, png, unused, write, write_json
-from difftune.lookup import at_least, differentiable, gradient_named, guidance_named, known, model_named, sampler_named
+from difftune.files.pictures import opened
+from difftune.lookup import at_least, differentiable, guidance_named, known, model_named, sampler_named
 from difftune.models import load as load_model
-from difftune.pipelines.engine import Engine, check_engine, check_offloading, kernels, offload_of
-from difftune.pipelines.generate import NOISE, noises_of
+from difftune.pipelines.engine import Engine, check_engine, check_offloading, gradient_named, kernels, offload_of
 from difftune.reno.named import needs_gradient, optimizer_named, summed
 from difftune.reno.optimizer import Live, ReNO, Result
 from difftune.reno.paper import PAPER
 from difftune.reno.regularizers import REGULARIZERS
-from difftune.training import run_folder
 from rewards.compose import parse_rewards
 from rewards.monitor import Monitor
 from rewards.registry import Reward, entry
@@ -59,7 +59,7 @@ def run(config: RenoConfig, show: Say | None = None, pipe: Any = None, reward: R
     """
     check(config, pipe, reward)
     folder = prepared(config)
-    started, say = time.perf_counter(), show or run_folder.shown
+    started, say = time.perf_counter(), show or processes.shown
     reno = configured(config, pipe, reward)
     if torch.cuda.is_available() and pipe is None:
         reno.pipe.to("cuda")
@@ -225,7 +225,7 @@ def optimised(config: RenoConfig, reno: ReNO, batch: Batch, start: Tensor | None
 def followed(config: RenoConfig, folder: Path, lives: Iterable[Live], frames: list[Tensor]) -> Result | None:
     """The end of a run whose pictures are collected and whose checkpoints are saved; None if it was at its end."""
     live, steps = None, config.checkpointing_steps
-    with run_folder.stopping() if steps else nullcontext(run_folder.Stop()) as stop:
+    with processes.stopping() if steps else nullcontext(processes.Stop()) as stop:
         for live in lives:
             frames.append((live.images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu())
             if steps and (live.progress.iteration % steps == 0 or stop.number):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from difftune.configs.recipes import TrainingConfig
+from difftune.configs.training import TrainingConfig
 from difftune.files.prompts import Prompts
 from difftune.lookup import guidance_named, sampler_named
 from difftune.pipelines.engine import moving, step_of, wants_noise

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from difftune.configs.recipes import PreferenceConfig, TrainingConfig
+from difftune.configs.recipes import PreferenceConfig
+from difftune.configs.training import TrainingConfig
 from difftune.errors import UserError
 from difftune.files.prompts import listed, prompts_named
 from difftune.labelling.choices import Choice, decided

@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from difftune.configs.recipes import TrainingConfig
+from difftune.configs.training import TrainingConfig
 from difftune.errors import UserError
 from difftune.files.checkpoint import Say, randomness, restore
 from difftune.files.prompts import Prompts

@@ -16,17 +16,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from difftune.configs.recipes import SearchConfig
+from difftune import processes
+from difftune.configs.search import SearchConfig
 from difftune.environment import versions
 from difftune.errors import RunError, UserError
 from difftune.files.checkpoint import Say
 from difftune.files.output import grid, png, unused, write, write_json
 from difftune.lookup import at_least, guidance_named, known, model_named
-from difftune.pipelines.generate import opened, pixels
+from difftune.pipelines.generate import pixels
+from difftune.pipelines.opened import opened
 from difftune.search_runs.experts import experts_for
 from difftune.search_runs.lineage_plot import picture
 from difftune.search_runs.search import Found, Point, Search, configured, reward_for, search
-from difftune.training import run_folder
 from guidance.search.catalogue import SEARCHES
 from guidance.search.fkc import Exponents
 from guidance.search.problem import Saved
@@ -52,7 +53,7 @@ def run(
     earlier = resumed(folder, config) if config.resume else None
     if not config.resume:
         unused(folder)
-    found = follow(started(config, earlier, pipe, reward), config, folder, show or run_folder.shown)
+    found = follow(started(config, earlier, pipe, reward), config, folder, show or processes.shown)
     summary = {**summarised(config, found), "seconds": round(time.perf_counter() - began, 3), "versions": versions()}
     for name, data in files(config, found):
         write(folder / name, data)
@@ -157,7 +158,7 @@ def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: 
 def follow(going: Search, config: SearchConfig, folder: Path, say: Say) -> Found:
     """The end of a search whose state is saved every few seconds, and at its end."""
     last, found = time.perf_counter(), None
-    with run_folder.stopping() as stop:
+    with processes.stopping() as stop:
         for number, found in enumerate(going):
             if stop.number or time.perf_counter() - last > SAVE_SECONDS:
                 write(folder / STATE, state_bytes(config, found))

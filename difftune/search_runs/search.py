@@ -24,9 +24,8 @@ from tqdm import tqdm
 
 from difftune.errors import RunError, UserError
 from difftune.lookup import at_least, differentiable, known
-from difftune.pipelines.engine import held
+from difftune.pipelines.engine import frozen, held
 from difftune.pipelines.method_parts import equipped, prepared
-from difftune.reno.objective import frozen
 from difftune.search_runs.experts import Expert, Experts, experts_for, fitting
 from guidance.branches import Counter
 from guidance.contract import Guidance

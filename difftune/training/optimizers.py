@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftune.configs.recipes import TrainingConfig
+from difftune.configs.training import TrainingConfig
 from difftune.errors import UserError
 
 

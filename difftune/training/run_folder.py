@@ -3,28 +3,22 @@
 A recipe yields (metrics, state) after each optimiser step and knows nothing of this.
 """
 
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
 from tqdm import tqdm
 
 from difftune.errors import UserError
-from difftune.files import checkpoint
+from difftune.files import checkpoint, records
 from difftune.files.checkpoint import Say, State
 from difftune.files.output import write
 from difftune.pipelines import full_weights, lora
+from difftune.processes import agreed, process, shown, stopping
 from difftune.training import trackers as log
 from difftune.training import validation
 from rewards.checks import NotFinite
@@ -66,7 +60,7 @@ def run(
         for place in (folder, folder / validation.BEST):
             lora.sweep(place)
         for name in (METRICS, validation.RECORDS):
-            log.rewind(folder / name, done)
+            records.rewind(folder / name, done)
     process().wait_for_everyone()  # and sees the records as they go on
     scorers = validation.scorers(config, reward) if config.validation_steps else {}
     bar = tqdm(total=config.max_train_steps, initial=done, disable=not main)
@@ -131,15 +125,6 @@ def validated(
     return None if found is None else found.parting
 
 
-def process() -> PartialState:
-    """This process among those that were launched together; accelerate joins those on CPUs only if it is told."""
-    return PartialState(cpu=on_cpu())
-
-
-def on_cpu() -> bool:
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
 def starting_state(config: Config, say: Say | None = None) -> State | None:
     """Where a run begins: None at step 0, else the state of the checkpoint that is to be resumed.
 
@@ -198,60 +183,9 @@ def settings_yaml(config: Config) -> str:
 
 
 def report(folder: Path, metrics: dict[str, float], trackers: Sequence[Any], bar: Any) -> None:
-    log.append(folder / METRICS, metrics)
+    records.append(folder / METRICS, metrics)
     for tracker in trackers:
         tracker.log(metrics, step=int(metrics["step"]))
     if "reward_mean" in metrics:  # a step that was skipped has none
         bar.set_postfix(reward=f"{metrics['reward_mean']:.4f}", refresh=False)
     bar.update()
-
-
-class Stop:
-    """The signal that asked for the end, or 0."""
-
-    number: int = 0
-
-    def leave(self, step: int) -> None:
-        shown(f"stopped by {signal.Signals(self.number).name} after step {step}, which is saved")
-        if self.number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + self.number)
-
-
-def agreed(stop: Stop) -> int:
-    """The signal that asked any of the processes for the end, or 0, told at the same step to all.
-
-    One that left alone would leave the others waiting for it. A signal that comes meanwhile is for the next step.
-    """
-    if process().num_processes == 1:
-        return stop.number
-    found = max(gather_object([stop.number]))
-    stop.number = found or stop.number
-    return found
-
-
-@contextmanager
-def stopping() -> Iterator[Stop]:
-    """SIGTERM and the first Ctrl-C raise a flag, so that the step under way is finished; a second Ctrl-C ends it."""
-    stop = Stop()
-
-    def ask(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and stop.number:
-            raise KeyboardInterrupt
-        stop.number = number
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals are the main thread's
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def shown(text: str) -> None:
-    """For people, once per run: stdout is for results."""
-    if process().is_main_process:
-        print(text, file=sys.stderr)

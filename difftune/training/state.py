@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from difftune.configs.recipes import TrainingConfig
+from difftune import processes
+from difftune.configs.training import TrainingConfig
 from difftune.errors import RunError, UserError
 from difftune.files import checkpoint
 from difftune.files.checkpoint import Randomness, Say, State
@@ -195,7 +196,7 @@ def begin(config: TrainingConfig, state: State | None, pipe: Any, reference: boo
     """
     if state is not None:
         run_folder.same_run(config, state)
-    accelerator = Accelerator(cpu=run_folder.on_cpu(), mixed_precision=config.mixed_precision)
+    accelerator = Accelerator(cpu=processes.on_cpu(), mixed_precision=config.mixed_precision)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UserError("DeepSpeed keeps the optimiser to itself, so that no step could be resumed: use DDP or FSDP2")
     pipe.to(accelerator.device)
@@ -274,7 +275,7 @@ def attempt(config: TrainingConfig, run: Training, step: int, one: Callable[[int
         run.skipped += 1
         if run.skipped > config.max_skipped_steps:
             raise RunError(f"step {step + 1}: {error}; checkpoints are as they were") from error
-        run_folder.shown(f"step {step + 1} is skipped, {run.skipped} of {config.max_skipped_steps}: {error}")
+        processes.shown(f"step {step + 1} is skipped, {run.skipped} of {config.max_skipped_steps}: {error}")
         found = {}
     rest = {"lr": run.optimizer.param_groups[0]["lr"], "skipped": run.skipped}
     return {"step": step + 1, **found, **rest, "seconds": time.perf_counter() - started}

@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from difftune.configs.recipes import TrainingConfig
+from difftune.configs.training import TrainingConfig
 from difftune.errors import UserError
-from difftune.files import checkpoint, output
+from difftune.files import checkpoint, output, records
 from difftune.files.checkpoint import State
 from difftune.files.prompts import read
 from difftune.lookup import at_least, guidance_named, scorer_named, weights_named
 from difftune.pipelines import lora
 from difftune.pipelines.generate import generate, pixels
-from difftune.training import trackers
 from rewards.checks import finite
 from rewards.monitor import Monitor, Parting
 
@@ -129,12 +128,12 @@ def keep(config: TrainingConfig, found: Found, save: Callable[[Path], Any]) -> N
     if found.best:
         save(folder / BEST)
         output.write_json(folder / BEST / "validation.json", found.record)
-    trackers.append(folder / RECORDS, found.record)
+    records.append(folder / RECORDS, found.record)
 
 
 def _records(config: TrainingConfig) -> list[dict[str, float]]:
     path = Path(config.output_dir) / RECORDS
-    return list(trackers.records(path)) if path.exists() else []
+    return list(records.records(path)) if path.exists() else []
 
 
 def _mean(scorer: Scorer, images: Tensor, prompts: list[str]) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from guidance.contract import Branch, Guide, Guided, Preds
-from guidance.methods.cfg import Neutral, Scale, chosen, dot, step_of, strength, time
+from guidance.methods.scales import Neutral, Scale, chosen, dot, step_of, strength, time
 from solvers.denoiser import Path
 from solvers.noise import Noise
 

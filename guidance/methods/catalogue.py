@@ -5,7 +5,7 @@ from collections.abc import Callable
 from guidance.contract import Guidance
 from guidance.methods.adaptive import AdaptiveGuidance, LinearAG
 from guidance.methods.apg import APG
-from guidance.methods.cfg import CFG, Between, Plain, Scale, strength
+from guidance.methods.cfg import CFG, Plain
 from guidance.methods.cfgpp import CFGpp
 from guidance.methods.classifier import GFCG, ClassifierGuidance
 from guidance.methods.compose import Interval, Rescale
@@ -14,6 +14,7 @@ from guidance.methods.dynamic import DynamicCFG
 from guidance.methods.frequency import FDG
 from guidance.methods.negative import NAG, NASA, PerpNeg
 from guidance.methods.project import TCFG, CFGZeroStar
+from guidance.methods.scales import Between, Scale, strength
 from guidance.methods.weak import PAG, SEG, SLG, AutoGuidance
 
 GUIDANCE: dict[str, Callable[..., Guidance]] = {

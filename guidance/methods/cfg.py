@@ -3,104 +3,12 @@
 A scale is a float, a (B,) tensor, or a function of `Noise` that gives either; never of a step index.
 """
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isclose
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
 
 from guidance.contract import Branch, Guide, Guided
-from solvers.denoiser import Cond, Path, along
+from guidance.methods.scales import Neutral, Scale, strength
+from solvers.denoiser import Path
 from solvers.noise import Noise
-
-Scale = float | Tensor | Callable[[Noise], float | Tensor]
-
-
-class Neutral(NamedTuple):
-    """The settings of a method that do nothing: `dataclasses.replace(method, **settings)` is the method `equals`."""
-
-    settings: Mapping[str, Any]
-    equals: str  # "none", "uncond" or "cfg" (of the same scale)
-
-
-def strength(scale: Scale, at: Noise, x: Tensor) -> float | Tensor:
-    """The scale at a noise level, shaped to multiply x (B, ...).
-
-    Raises ValueError for a tensor that is neither () nor (B,), and for what is no scale.
-    """
-    value = scale(at) if callable(scale) else scale
-    if isinstance(value, int | float):
-        return value
-    if not isinstance(value, Tensor):
-        raise ValueError(f"a scale is a float, a (B,) tensor or a function of Noise, not {type(value).__name__}")
-    if value.shape not in ((), x.shape[:1]):
-        raise ValueError(f"a scale of shape {tuple(value.shape)} for {len(x)} samples; pass a float or a (B,) tensor")
-    return along(value, x)
-
-
-def nonzero(scale: float | Tensor, x: Tensor) -> Tensor | None:
-    """The rows (B,) of x that a `strength` acts on; None where it is all of them."""
-    rows = torch.as_tensor(scale != 0, device=x.device).view(-1).expand(len(x))
-    return None if bool(rows.all()) else rows
-
-
-def chosen(rows: Tensor | None, there: Tensor, elsewhere: Tensor) -> Tensor:
-    """`there` in the rows (B,), all for None, and `elsewhere` in the others."""
-    return there if rows is None else torch.where(along(rows, there), there, elsewhere)
-
-
-def ratio(at: Noise) -> float:
-    """k = sigma / alpha, the noise level of EDM and k-diffusion; infinite at pure noise of a flow."""
-    return float(at.sigma / at.alpha)
-
-
-def time(at: Noise) -> float:
-    """sigma / (alpha + sigma), which is a flow's time: 0 at data, 1 at pure noise, finite for every level."""
-    return float(at.sigma / (at.alpha + at.sigma))
-
-
-def step_of(times: Sequence[float], at: Noise, owner: str) -> int:
-    """Which of the `times` the level is; ValueError where it is none of them."""
-    for i, known in enumerate(times):
-        if isclose(known, time(at), rel_tol=0, abs_tol=1e-5):
-            return i
-    raise ValueError(
-        f"{owner} was made for {len(times)} noise levels, and k = {ratio(at):.4g} is none of them: sample with the"
-        " same scheduler and steps"
-    )
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b> of each sample in float64, shaped to multiply a (B, ...)."""
-    return along((a.double() * b.double()).flatten(1).sum(1), a)
-
-
-def along_direction(a: Tensor, b: Tensor) -> Tensor:
-    """The part of a (B, ...) that is parallel to b, per sample: <a, b> / ||b||^2 b, and 0 where b is 0."""
-    power = dot(b, b)
-    return torch.where(power > 0, dot(a, b) / power, 0.0).to(b.dtype) * b
-
-
-def rows_for(cond: str | Cond, x: Tensor) -> str | Cond:
-    """A condition with a row for each sample of x: tensors of one row serve all of them."""
-    if isinstance(cond, str):
-        return cond
-    return {name: value.expand(len(x), *value.shape[1:]) if len(value) == 1 else value for name, value in cond.items()}
-
-
-@dataclass(frozen=True)
-class Between:
-    """A schedule: `scale` where low < sigma / alpha <= high, `outside` elsewhere."""
-
-    scale: float | Tensor
-    low: float = 0.0
-    high: float = float("inf")
-    outside: float = 1.0
-
-    def __call__(self, at: Noise) -> float | Tensor:
-        return self.scale if self.low < ratio(at) <= self.high else self.outside
 
 
 @dataclass(frozen=True)

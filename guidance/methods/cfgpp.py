@@ -6,7 +6,8 @@ from itertools import pairwise
 from statistics import median
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.cfg import CFG, Neutral, Scale, step_of, strength, time
+from guidance.methods.cfg import CFG
+from guidance.methods.scales import Neutral, Scale, step_of, strength, time
 from solvers.denoiser import Path
 from solvers.noise import Noise
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.cfg import Neutral, Scale, chosen, strength
+from guidance.methods.scales import Neutral, Scale, chosen, strength
 from solvers.denoiser import Cond, Path, along
 from solvers.noise import Noise
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from guidance.contract import Branch, Guidance, Guide, Guided, within
 from guidance.methods.adaptive import LinearAG
-from guidance.methods.cfg import CFG, Neutral, Scale, ratio, strength
+from guidance.methods.cfg import CFG
 from guidance.methods.cfgpp import CFGpp
 from guidance.methods.conditions import NullTextInversion
 from guidance.methods.negative import NAG, NASA
 from guidance.methods.project import CFGZeroStar
+from guidance.methods.scales import Neutral, Scale, ratio, strength
 from solvers.denoiser import Path
 from solvers.families.table import rescaled
 from solvers.noise import Noise

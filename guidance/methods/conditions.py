@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.cfg import Neutral, Scale, rows_for, step_of, strength
 from guidance.methods.negative import weights_of
+from guidance.methods.scales import Neutral, Scale, rows_for, step_of, strength
 from solvers.denoiser import Cond, Path
 from solvers.noise import Noise
 

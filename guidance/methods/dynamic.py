@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.cfg import Neutral
 from guidance.methods.classifier import given
+from guidance.methods.scales import Neutral
 from solvers.denoiser import Path, along
 from solvers.noise import Noise
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.cfg import Neutral, Scale, strength
+from guidance.methods.scales import Neutral, Scale, strength
 from solvers.denoiser import Path
 from solvers.noise import Noise
 

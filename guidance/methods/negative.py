@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from guidance.contract import Branch, Guide, Guided, Request
-from guidance.methods.cfg import Neutral, Scale, along_direction, rows_for, strength
 from guidance.methods.classifier import given
+from guidance.methods.scales import Neutral, Scale, along_direction, rows_for, strength
 from solvers.denoiser import Cond, Path
 from solvers.noise import Noise
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.cfg import Neutral, Scale, chosen, dot, strength
+from guidance.methods.scales import Neutral, Scale, chosen, dot, strength
 from solvers.denoiser import Path
 from solvers.noise import Noise
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.cfg import Neutral, Scale, chosen, nonzero, strength
+from guidance.methods.scales import Neutral, Scale, chosen, nonzero, strength
 from solvers.denoiser import Path
 from solvers.noise import Noise
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from guidance.guided import GuidedPredict, guided
 from guidance.methods.adaptive import LinearFit
 from guidance.methods.catalogue import GUIDANCE
-from guidance.methods.cfg import time
+from guidance.methods.scales import time
 from solvers.denoiser import Path, Prediction
 from solvers.exact import Mixture
 from solvers.noise import Noise, cosine, flow, noise

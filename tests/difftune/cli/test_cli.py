@@ -13,7 +13,7 @@ from PIL import Image
 
 from difftune.cli import options as o
 from difftune.cli.program import RECIPES, cli
-from difftune.configs.recipes import RenoConfig
+from difftune.configs.noise import RenoConfig
 from rewards.registry import REWARDS, Entry
 from tests.support.pipelines import sd
 
@@ -89,7 +89,8 @@ def test_sample_writes_images_a_grid_and_its_settings(model, tmp_path):
 
 
 def test_an_image_depends_on_its_seed_alone(model):
-    from difftune.pipelines.generate import generate, opened
+    from difftune.pipelines.generate import generate
+    from difftune.pipelines.opened import opened
     from guidance.methods.catalogue import CFG
 
     pipe = opened(model)

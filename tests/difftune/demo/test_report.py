@@ -8,7 +8,8 @@ import shlex
 import pytest
 
 from difftune.cli.program import cli
-from difftune.configs.recipes import AlignPropConfig, RenoConfig
+from difftune.configs.noise import RenoConfig
+from difftune.configs.recipes import AlignPropConfig
 from difftune.demo import run
 from difftune.errors import UserError
 from difftune.recipes import alignprop

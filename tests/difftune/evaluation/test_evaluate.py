@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from difftune.errors import UserError
-from difftune.evaluation import shapeeval
-from difftune.evaluation.shapeeval import Result, differences, estimate, scores, wilson
+from difftune.evaluation import intervals, shapeeval
+from difftune.evaluation.intervals import Result, differences, estimate, wilson
+from difftune.evaluation.shapeeval import scores
 from rewards.world import shapes
 from rewards.world.render import render
 
@@ -34,7 +35,7 @@ def test_wilson(successes, trials, low, high):
 def test_wilson_solves_its_equation(successes, trials):
     p = successes / trials
     for bound in wilson(successes, trials):
-        assert (bound - p) ** 2 == pytest.approx(shapeeval.Z95**2 * bound * (1 - bound) / trials, rel=1e-9)
+        assert (bound - p) ** 2 == pytest.approx(intervals.Z95**2 * bound * (1 - bound) / trials, rel=1e-9)
 
 
 def test_unanimous_scores_have_wilsons_interval():
@@ -46,7 +47,7 @@ def test_unanimous_scores_have_wilsons_interval():
 def test_bootstrap_has_the_unbiased_standard_error():
     values = np.random.default_rng(0).uniform(size=200)
     e = estimate(values)
-    expected = shapeeval.Z95 * values.std(ddof=1) / np.sqrt(len(values))
+    expected = intervals.Z95 * values.std(ddof=1) / np.sqrt(len(values))
     assert e.score == pytest.approx(values.mean())
     assert (e.high - e.low) / 2 == pytest.approx(expected, rel=0.05)
 

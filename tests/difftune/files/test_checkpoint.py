@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from difftune.errors import RunError, UserError
-from difftune.files import checkpoint
+from difftune.files import checkpoint, records
 from difftune.files.checkpoint import State
-from difftune.training import trackers
 
 
 def state(step: int) -> State:
@@ -141,14 +140,14 @@ def test_randomness_goes_through_a_file(tmp_path):
 
 def test_metrics_are_rewound_to_a_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    trackers.rewind(path, 0)
+    records.rewind(path, 0)
     assert not path.exists()
     for step in (1, 2, 3):
-        trackers.append(path, {"step": step, "loss": step / 3})
+        records.append(path, {"step": step, "loss": step / 3})
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
-    trackers.rewind(path, 2)
-    assert list(trackers.records(path)) == [{"step": step, "loss": step / 3} for step in (1, 2)]
+    records.rewind(path, 2)
+    assert list(records.records(path)) == [{"step": step, "loss": step / 3} for step in (1, 2)]
     with pytest.raises(ValueError, match="JSON"):
-        trackers.append(path, {"step": 3, "loss": float("nan")})
-    assert len(list(trackers.records(path))) == 2
+        records.append(path, {"step": 3, "loss": float("nan")})
+    assert len(list(records.records(path))) == 2

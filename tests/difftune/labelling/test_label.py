@@ -20,7 +20,9 @@ from PIL import Image
 from difftune.cli.program import cli
 from difftune.errors import RunError, UserError
 from difftune.labelling.choices import read_labels
-from difftune.labelling.server import LabelFile, Session, live, open_server, pictures, tasks
+from difftune.labelling.label_file import LabelFile, live
+from difftune.labelling.server import Session, open_server
+from difftune.labelling.tasks import pictures, tasks
 from tests.conftest import BROWSERS
 
 RED, BLUE = "a red circle", "a blue square"

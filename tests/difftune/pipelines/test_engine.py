@@ -13,10 +13,11 @@ from click.testing import CliRunner
 
 from difftune import environment
 from difftune.cli.program import cli
-from difftune.configs.recipes import AlignPropConfig, RenoConfig
+from difftune.configs.noise import RenoConfig
+from difftune.configs.recipes import AlignPropConfig
 from difftune.errors import RunError, UserError
-from difftune.lookup import gradient_named
 from difftune.pipelines import engine
+from difftune.pipelines.engine import gradient_named
 from difftune.recipes import alignprop, reward_gradient
 from difftune.recipes.alignprop import train
 from difftune.reno import optimizer

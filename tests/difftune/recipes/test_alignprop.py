@@ -12,13 +12,13 @@ import yaml
 
 from difftune.configs.recipes import AlignPropConfig
 from difftune.errors import RunError, UserError
-from difftune.files import checkpoint
+from difftune.files import checkpoint, records
 from difftune.files.checkpoint import State
 from difftune.pipelines import lora
 from difftune.recipes import alignprop
 from difftune.recipes.alignprop import alignprop_loss, kept_steps, train
 from difftune.rollouts.image_sampler import Chain
-from difftune.training import run_folder, trackers
+from difftune.training import run_folder
 from difftune.training.state import Called, mixed, samples
 from rewards.simple import Brightness
 from solvers.latent import LatentModel
@@ -236,7 +236,7 @@ def test_run_writes_what_it_should_and_goes_on_where_it_stopped(toy, tmp_path):
     weights = [(tmp_path / name / lora.WEIGHTS).read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
     curves = [
-        [(r["step"], r["reward_mean"]) for r in trackers.records(tmp_path / n / "metrics.jsonl")]
+        [(r["step"], r["reward_mean"]) for r in records.records(tmp_path / n / "metrics.jsonl")]
         for n in ("whole", "cut")
     ]
     assert curves[0] == curves[1]

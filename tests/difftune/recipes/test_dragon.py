@@ -108,7 +108,7 @@ def dragon_encoder():
 
 
 def picture(folder: str, i: int) -> torch.Tensor:
-    from difftune.evaluation.score import opened
+    from difftune.files.pictures import opened
 
     return opened(f"{folder}/{i}.png")
 

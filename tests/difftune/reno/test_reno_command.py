@@ -10,10 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from difftune.cli.program import cli
-from difftune.configs.recipes import RenoConfig
+from difftune.configs.noise import RenoConfig
 from difftune.errors import UserError
-from difftune.evaluation.score import opened
 from difftune.files.output import png
+from difftune.files.pictures import opened
 from difftune.reno import optimizer, run_folder
 from difftune.reno.paper import Setting
 from tests.support import pipelines

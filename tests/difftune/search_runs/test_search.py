@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from difftune import SEARCHES, search
 from difftune.cli.program import cli
-from difftune.configs.recipes import SearchConfig
+from difftune.configs.search import SearchConfig
 from difftune.errors import RunError, UserError
 from difftune.search_runs import run_folder as command
 from difftune.search_runs import search as searching

@@ -12,7 +12,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
-from difftune import models
+from difftune import models, processes
 from difftune.configs.recipes import AlignPropConfig
 from difftune.errors import UserError
 from difftune.files import checkpoint
@@ -21,7 +21,6 @@ from difftune.pipelines import full_weights, lora
 from difftune.pipelines.generate import generate
 from difftune.recipes import alignprop
 from difftune.rollouts.image_sampler import Chain
-from difftune.training import run_folder
 from difftune.training import state as training
 from difftune.training.optimizers import OPTIMIZERS
 from difftune.training.reward_statistics import PerPrompt
@@ -231,7 +230,7 @@ def test_a_state_of_another_kind_is_refused(tmp_path):
     other = toy("alignprop", tmp_path, full_finetuning=True)
     with pytest.raises(UserError, match="full_finetuning=False, not True"):
         next(alignprop.train(other, state, pipelines.sd(), Brightness()))
-    assert run_folder.process().num_processes == 1
+    assert processes.process().num_processes == 1
 
 
 DIVIDED = """

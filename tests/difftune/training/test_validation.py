@@ -12,6 +12,7 @@ from difftune.cli.program import RECIPES
 from difftune.configs.recipes import AlignPropConfig
 from difftune.errors import UserError
 from difftune.files import checkpoint
+from difftune.files import records as lines
 from difftune.pipelines import lora
 from difftune.recipes import alignprop
 from difftune.training import trackers, validation
@@ -27,7 +28,7 @@ def config(tmp_path) -> AlignPropConfig:
 
 
 def records(folder) -> list[dict]:
-    return list(trackers.records(Path(folder) / validation.RECORDS))
+    return list(lines.records(Path(folder) / validation.RECORDS))
 
 
 def test_prompts_that_are_no_file_name_what_the_validation_knows(config):

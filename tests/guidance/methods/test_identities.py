@@ -34,11 +34,11 @@ from guidance.methods.catalogue import (
     Plain,
     Rescale,
 )
-from guidance.methods.cfg import dot
 from guidance.methods.classifier import RULES, rival_of, smoothed
 from guidance.methods.compose import matched
 from guidance.methods.dynamic import _best
 from guidance.methods.frequency import low
+from guidance.methods.scales import dot
 from solvers.denoiser import Path
 from solvers.exact import Gaussian, Mixture
 from solvers.noise import cosine, flow, grid, noise

@@ -1,0 +1,66 @@
+"""A pipeline, opened by name and adapted: its LoRAs, what a method makes of its own."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from difftune import models
+from difftune.errors import UserError
+from difftune.lookup import model_named
+from difftune.pipelines import full_weights
+from difftune.pipelines.lora import WEIGHTS, mix
+from difftune.pipelines.lora import attach as attach_lora
+
+
+def opened(model: str, lora: str | Sequence[str] | None = None) -> Any:
+    """The pipeline, on the GPU if there is one, with what training wrote to the folder `lora`: a LoRA, or a network.
+
+    Several LoRAs are mixed, each with its share: ["a=0.7", "b=0.3"].
+    """
+    shares = shares_of([lora] if isinstance(lora, str) else lora or [])
+    model_named(model)
+    pipe = models.load(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    if shares:
+        _adapt(pipe, model, shares)
+    return pipe
+
+
+def shares_of(loras: Sequence[str]) -> dict[str, float]:
+    """Shares by folder of FOLDER or FOLDER=SHARE; 1 where none is said. Raises UserError where there is no LoRA."""
+    shares: dict[str, float] = {}
+    for term in loras:
+        folder, share = _divided(term)
+        networks = [name for name in ("unet", "transformer") if Path(folder, name).is_dir()]
+        if not Path(folder, WEIGHTS).is_file() and not networks:
+            raise UserError(f"--lora {folder} holds no {WEIGHTS}: give the --output_dir of a training run")
+        if networks and (len(loras) > 1 or share != 1):
+            raise UserError(f"--lora {folder} holds a whole network, which cannot be mixed: give it alone")
+        shares[folder] = share
+    return shares
+
+
+def _divided(term: str) -> tuple[str, float]:
+    """A folder and its share; a folder whose name ends in =SHARE is taken for one if it is there."""
+    folder, equals, number = term.rpartition("=")
+    if not equals or Path(term).is_dir():
+        return term, 1.0
+    try:
+        return folder, float(number)
+    except ValueError as error:
+        raise UserError(f"--lora {term}: the share after '=' is a number, as in out=0.5") from error
+
+
+def _adapt(pipe: Any, model: str, shares: Mapping[str, float]) -> None:
+    (first, *_) = shares
+    try:
+        if not Path(first, WEIGHTS).is_file():
+            full_weights.load(pipe, first)
+        elif list(shares.values()) == [1.0]:
+            attach_lora(pipe, first)
+        else:
+            mix(pipe, shares)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the LoRA of {first} does not fit model {model!r}: {reason}") from error

@@ -1,0 +1,72 @@
+"""Who speaks and who stops: the processes that were launched together, and the signals that end them."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+
+
+def process() -> PartialState:
+    """This process among those that were launched together; accelerate joins those on CPUs only if it is told."""
+    return PartialState(cpu=on_cpu())
+
+
+def on_cpu() -> bool:
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+class Stop:
+    """The signal that asked for the end, or 0."""
+
+    number: int = 0
+
+    def leave(self, step: int) -> None:
+        shown(f"stopped by {signal.Signals(self.number).name} after step {step}, which is saved")
+        if self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self.number)
+
+
+def agreed(stop: Stop) -> int:
+    """The signal that asked any of the processes for the end, or 0, told at the same step to all.
+
+    One that left alone would leave the others waiting for it. A signal that comes meanwhile is for the next step.
+    """
+    if process().num_processes == 1:
+        return stop.number
+    found = max(gather_object([stop.number]))
+    stop.number = found or stop.number
+    return found
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """SIGTERM and the first Ctrl-C raise a flag, so that the step under way is finished; a second Ctrl-C ends it."""
+    stop = Stop()
+
+    def ask(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and stop.number:
+            raise KeyboardInterrupt
+        stop.number = number
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals are the main thread's
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def shown(text: str) -> None:
+    """For people, once per run: stdout is for results."""
+    if process().is_main_process:
+        print(text, file=sys.stderr)
