@@ -477,6 +477,6 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 for _name, _config in RECIPES.items():
     train.add_command(_recipe(_name, _config, f"difftune.recipes.{_name}"))
-cli.add_command(_recipe("optimize", RenoConfig, "difftune.reno.optimizer"))
+cli.add_command(_recipe("optimize", RenoConfig, "difftune.reno.run_folder"))
 cli.add_command(label)
 cli.add_command(_search())

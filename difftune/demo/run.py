@@ -27,7 +27,7 @@ from difftune.lookup import guidance_named
 from difftune.pipelines.generate import pixels
 from difftune.pipelines.opened import opened
 from difftune.recipes import alignprop
-from difftune.reno import optimizer
+from difftune.reno import run_folder as reno_folder
 from rewards.compose import weighted
 
 MARK = ".difftune-demo"  # what tells a demo's folder from any other
@@ -157,7 +157,7 @@ def _reno(b: Budget, seed: int, folder: Path) -> dict[str, Any]:
         iterations=b.reno_iterations,
         seed=seed,
     )
-    found = optimizer.run(config)
+    found = reno_folder.run(config)
     before, after = (_read(folder / "reno", when, len(prompts)) for when in ("before", "after"))
     seeds = [entry["seed"] for entry in found["prompts"]]
     was, now = judged(before, prompts, seeds), judged(after, prompts, seeds)

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from difftune.configs.noise import RenoConfig
 from difftune.errors import UserError
-from difftune.files.checkpoint import Say, State
+from difftune.files.checkpoint import State
 from difftune.lookup import at_least, differentiable, known, sampler_named
 from difftune.pipelines.engine import check_engine, check_offloading, gradient_named, one_at_a_time, wants_noise
 from difftune.reno.named import Rewards, needs_gradient, optimizer_named, sized, summed, weights_over_ranges
@@ -33,7 +32,6 @@ from guidance.contract import Guidance
 from guidance.guided import guided
 from guidance.invert import invert
 from guidance.methods.catalogue import Plain
-from rewards.registry import Reward
 from solvers.latent import Generators, LatentModel
 from solvers.memory.budget import Plan
 from solvers.noise import Noise
@@ -330,10 +328,3 @@ def started_at(start: Tensor, noise: Tensor) -> Tensor:
 
 def fresh(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def run(config: RenoConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None) -> dict[str, Any]:
-    """`difftune optimize`, which is `difftune.reno.run_folder`."""
-    from difftune.reno.run_folder import run as command
-
-    return command(config, show, pipe, reward)

@@ -13,7 +13,7 @@ from difftune.configs.recipes import AlignPropConfig
 from difftune.demo import run
 from difftune.errors import UserError
 from difftune.recipes import alignprop
-from difftune.reno import optimizer
+from difftune.reno import run_folder as reno_folder
 from tests.support.pipelines import sd
 
 
@@ -57,7 +57,7 @@ def test_the_quoted_commands_give_the_same_settings(made, monkeypatch):
 
     budget = made[2]
     seen = []
-    for module in (alignprop, optimizer):
+    for module in (alignprop, reno_folder):
         monkeypatch.setattr(module, "run", lambda config: seen.append(config) or {})
     configs = [
         AlignPropConfig(model=budget.model, reward=["brightness"], guidance_scale=5.0, output_dir="a b", rank=2),

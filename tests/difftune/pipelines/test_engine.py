@@ -20,7 +20,6 @@ from difftune.pipelines import engine
 from difftune.pipelines.engine import gradient_named
 from difftune.recipes import alignprop, reward_gradient
 from difftune.recipes.alignprop import train
-from difftune.reno import optimizer
 from difftune.reno import run_folder as reno_folder
 from difftune.reno.optimizer import ReNO
 from difftune.training import run_folder
@@ -123,7 +122,7 @@ def test_deterministic_holds_during_the_run_alone(toy, tmp_path, on):
     reward = Watching([])
     list(train(replace(toy, deterministic=on), None, pipelines.sd(), reward))
     config = RenoConfig(prompt=PROMPTS[:1], iterations=1, deterministic=on, output_dir=str(tmp_path / "reno"))
-    optimizer.run(config, [].append, pipelines.sd(), reward)
+    reno_folder.run(config, [].append, pipelines.sd(), reward)
     assert set(reward.seen) == {on} and len(reward.seen) == 2
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -153,7 +152,7 @@ def test_reno_within_a_budget_is_reno(tmp_path):
 def test_optimize_writes_what_was_resolved(tmp_path):
     said: list[str] = []
     config = RenoConfig(prompt=PROMPTS[:2], iterations=2, output_dir=str(tmp_path / "out"), memory_budget="1GiB")
-    summary = optimizer.run(config, said.append, pipelines.sd(), Brightness())
+    summary = reno_folder.run(config, said.append, pipelines.sd(), Brightness())
     assert summary["engine"]["gradient"] == "full" and "full, 2 of 2 images" in summary["engine"]["memory_budget"]
     assert said == [f"{name}: {line}" for name, line in summary["engine"].items()]
 
@@ -267,7 +266,7 @@ def test_offloading_goes_around_the_rollouts_of_recipes_and_of_reno(toy, monkeyp
 
 def test_optimize_says_that_it_offloads(tmp_path):
     config = RenoConfig(prompt=PROMPTS[:1], iterations=1, output_dir=str(tmp_path / "out"), offload=True)
-    assert optimizer.run(config, [].append, pipelines.sd(), Brightness())["engine"]["offload"] == OFFLOADED
+    assert reno_folder.run(config, [].append, pipelines.sd(), Brightness())["engine"]["offload"] == OFFLOADED
 
 
 @pytest.mark.parametrize("gradient", ["full", "revolve:2", "lean", "adjoint:exact_endpoint"])
@@ -341,7 +340,7 @@ def test_xformers_runs_where_the_probe_says_so(monkeypatch, toy, tmp_path):
     settings = RenoConfig(
         prompt=["x"], iterations=1, output_dir=str(tmp_path / "r"), enable_xformers_memory_efficient_attention=True
     )
-    summary = optimizer.run(settings, [].append, pipelines.sd(), Brightness())
+    summary = reno_folder.run(settings, [].append, pipelines.sd(), Brightness())
     assert summary["engine"]["attention"] == "sdpa (slower)"
 
 
