@@ -38,8 +38,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from difftune.cli.options import EXAMPLES
-from difftune.cli.program import RECIPES, cli
+from difftune.cli.config_file import EXAMPLES
+from difftune.cli.program import cli
+from difftune.cli.train import RECIPES
 from difftune.evaluation import intervals, shapeeval
 from difftune.files import checkpoint, records
 from difftune.files.output import write

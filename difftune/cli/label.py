@@ -9,9 +9,11 @@ from typing import Any
 import click
 
 from difftune.cli import options as o
+from difftune.cli.command import Command
+from difftune.cli.config_file import CONFIG
 
 
-@click.command(cls=o.Command, params=[o.CONFIG, o.JSON])
+@click.command(cls=Command, params=[CONFIG, o.JSON])
 @click.option("--images", metavar="FOLDER", required=True, help="What `difftune sample` wrote, or any with a table.")
 @click.option("--prompts", metavar="FILE", help="JSON, JSON lines or CSV that tells the prompt of each file.")
 @click.option("--labels", metavar="FILE", help="Where labels go, and went before: labels.jsonl of the folder.")

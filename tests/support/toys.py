@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from difftune.cli.program import RECIPES
+from difftune.cli.train import RECIPES
 from rewards.simple import Brightness
 
 SHARED = {

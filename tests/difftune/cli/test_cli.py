@@ -11,27 +11,15 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 
-from difftune.cli import options as o
-from difftune.cli.program import RECIPES, cli
+from difftune.cli.command import Command
+from difftune.cli.fields import options_of
+from difftune.cli.program import cli
+from difftune.cli.train import RECIPES
 from difftune.configs.noise import RenoConfig
 from rewards.registry import REWARDS, Entry
 from tests.support.pipelines import sd
 
 STEPS = ["--steps", "2"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    sd().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "picture.png"
-    Image.fromarray(np.full((16, 16, 3), 51, np.uint8)).save(path)
-    return str(path)
 
 
 def call(*arguments):
@@ -276,9 +264,9 @@ def test_ctrl_c_exits_with_130(monkeypatch, picture):
 
 @pytest.mark.parametrize("config", [*RECIPES.values(), RenoConfig])
 def test_every_field_is_a_flag_with_help_and_its_default(config):
-    params = {p.name: p for p in o.options_of(config)}
+    params = {p.name: p for p in options_of(config)}
     made = config()
-    parsed = o.Command("x", params=list(params.values())).make_context("x", ["--prompt=x"] * (config is RenoConfig))
+    parsed = Command("x", params=list(params.values())).make_context("x", ["--prompt=x"] * (config is RenoConfig))
     for name in config.__dataclass_fields__:
         assert params[name].help, name
         if name not in ("guidance_options", "prompt"):

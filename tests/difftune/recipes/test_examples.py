@@ -6,8 +6,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from difftune.cli.options import EXAMPLES
-from difftune.cli.program import RECIPES, _configured, cli, train
+from difftune.cli.config_file import EXAMPLES
+from difftune.cli.program import cli
+from difftune.cli.train import RECIPES, train
+from difftune.cli.train import configured as configured_by
 
 FILES = sorted(EXAMPLES.glob("*.yaml"))
 
@@ -21,7 +23,7 @@ def recipe_of(path):
 def configured(path, *flags):
     recipe = recipe_of(path)
     ctx = train.commands[recipe].make_context(recipe, ["--config", str(path), *flags])
-    return _configured(ctx, RECIPES[recipe])
+    return configured_by(ctx, RECIPES[recipe])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -29,7 +31,7 @@ def test_an_example_is_read_and_its_config_is_accepted(path, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a snail\n")
     config = configured(path)
-    import_module(f"difftune.{recipe_of(path)}").check(config)
+    import_module(f"difftune.recipes.{recipe_of(path)}").check(config)
     written = yaml.safe_load(path.read_text())
     plain = {key: value for key, value in written.items() if key in vars(config) and key != "reward"}
     assert plain and {key: getattr(config, key) for key in plain} == plain
@@ -45,7 +47,7 @@ def test_every_recipe_has_an_example_on_an_embedded_model(recipe):
 def test_an_example_is_found_by_its_bare_name_and_flags_win(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ctx = train.commands["alignprop"].make_context("alignprop", ["--config", "tiny-alignprop", "--rank", "7"])
-    config = _configured(ctx, RECIPES["alignprop"])
+    config = configured_by(ctx, RECIPES["alignprop"])
     assert (config.num_inference_steps, config.rank, config.guidance) == (10, 7, "none")
 
 

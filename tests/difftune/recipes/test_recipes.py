@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from difftune.cli.program import RECIPES
+from difftune.cli.train import RECIPES
 from difftune.errors import RunError
 from difftune.files import checkpoint
 from difftune.files.checkpoint import State
@@ -125,7 +125,7 @@ SCRIPT = """
 import json, sys
 import torch
 torch.set_num_threads(1)
-from difftune.cli import RECIPES
+from difftune.cli.train import RECIPES
 from tests import pipelines
 from tests.difftune.toys import Bright, module_of
 name, settings = sys.argv[1], json.loads(sys.argv[2])

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from difftune.cli.program import RECIPES
+from difftune.cli.train import RECIPES
 from difftune.configs.recipes import AlignPropConfig
 from difftune.errors import UserError
 from difftune.files import checkpoint

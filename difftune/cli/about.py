@@ -1,0 +1,75 @@
+"""`difftune methods`, `doctor` and `demo`."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+import click
+
+from difftune.cli import options as o
+from difftune.cli.command import Command
+from difftune.cli.config_file import CONFIG
+from difftune.cli.output import said, show, summary
+from difftune.cli.train import RECIPES
+from difftune.configs.noise import RenoConfig
+
+
+@click.command(params=[o.JSON])
+def methods(as_json: bool) -> None:
+    """Guidance methods, samplers, rewards and recipes, one line each."""
+    found = _methods()
+    lines = [line for kind, entries in found.items() for line in (f"{kind}:", *_named(entries), "")]
+    show(found, as_json, "\n".join(lines[:-1]))
+
+
+def _methods() -> dict[str, list[dict[str, Any]]]:
+    from guidance.methods.catalogue import GUIDANCE
+    from rewards.registry import REWARDS
+    from solvers.samplers.catalogue import SAMPLERS
+
+    return {
+        "guidance": [{"name": name, "summary": summary(method)} for name, method in GUIDANCE.items()],
+        "samplers": [{"name": name, "summary": summary(step)} for name, step in SAMPLERS.items()],
+        "rewards": [
+            {"name": name, "summary": r.summary, "differentiable": r.differentiable, "needs_prompt": r.needs_prompt}
+            for name, r in REWARDS.items()
+        ],
+        "recipes": [{"name": name, "summary": summary(c)} for name, c in {**RECIPES, "reno": RenoConfig}.items()],
+    }
+
+
+def _named(entries: Sequence[dict[str, Any]]) -> list[str]:
+    width = max(len(entry["name"]) for entry in entries)
+    return [f"  {entry['name']:<{width}}  {entry['summary']}" for entry in entries]
+
+
+@click.command(params=[o.JSON])
+def doctor(as_json: bool) -> None:
+    """Versions, devices, attention backends, embedded models, cache."""
+    with redirect_stdout(sys.stderr):
+        from difftune.environment import report
+
+        found = report()
+    show(found, as_json, "\n".join(_lines(found)))
+
+
+def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
+    """A nested dict as indented lines."""
+    lines = []
+    for key, inner in value.items():
+        for item in inner if isinstance(inner, list) and inner and isinstance(inner[0], dict) else [inner]:
+            nested = isinstance(item, dict)
+            lines += [f"{indent}{key}:", *_lines(item, indent + "  ")] if nested else [f"{indent}{key}: {said(item)}"]
+    return lines
+
+
+@click.command(cls=Command, params=[CONFIG, o.SEED, o.JSON])
+@click.option("--output_dir", default="runs/demo", show_default=True, metavar="FOLDER", help="It may hold a demo.")
+def demo(seed: int, output_dir: str, as_json: bool) -> None:
+    """The main job on the embedded models, offline: guidance, a LoRA, an optimised noise; a report with pictures."""
+    with redirect_stdout(sys.stderr):
+        from difftune.demo.run import run
+
+        found = run(output_dir, seed)
+    show(found, as_json, f"{output_dir}/report.html")

@@ -1,0 +1,33 @@
+"""What commands print: JSON alone, or a table."""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+
+def show(found: Any, as_json: bool, text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of the processes that accelerate launched, one speaks
+        click.echo(json.dumps(found) if as_json else text)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    width = max(len(row) for row in rows)
+    full = [[*row, *[""] * (width - len(row))] for row in rows]
+    columns = [max(map(len, column)) for column in zip(*full, strict=True)]
+    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, columns, strict=True)).rstrip() for row in full)
+
+
+def summary(thing: Any) -> str:
+    """The first sentence of the docstring."""
+    paragraph = " ".join((thing.__doc__ or "").strip().partition("\n\n")[0].split())
+    sentence, dot, _ = paragraph.partition(". ")
+    return sentence + dot.strip()
+
+
+def said(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) if isinstance(value, list) else str(value or "not installed")

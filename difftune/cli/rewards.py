@@ -1,0 +1,118 @@
+"""`difftune rewards`."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, fields
+from math import isfinite
+from typing import Any
+
+import click
+
+from difftune.cli import options as o
+from difftune.cli.output import said, show, table
+
+
+@click.group()
+def rewards() -> None:
+    """The rewards that there are, and what they download."""
+
+
+@rewards.command("list", params=[o.JSON])
+def list_rewards(as_json: bool) -> None:
+    """Every reward, those of other distributions too: what it asks for and gives."""
+    from rewards.registry import REWARDS, plugins
+
+    for why in plugins():
+        click.echo(f"difftune: {why}", err=True)
+    found = [_facts(name, entry) for name, entry in sorted(REWARDS.items())]
+    header = ["name", "prompt", "gradient", "licence", "summary"]
+    rows = [[f["name"], said(f["needs_prompt"]), said(f["differentiable"]), f["licence"], f["summary"]] for f in found]
+    show(found, as_json, table([header, *rows]))
+
+
+@rewards.command("info", params=[o.JSON])
+@click.argument("name")
+def reward_info(name: str, as_json: bool) -> None:
+    """All that is known of a reward: NAME, or module:attribute."""
+    with redirect_stdout(sys.stderr):
+        found = _facts(name, _known_entry(name))
+        found["files"] = _locked(found.pop("weights"))
+    show(found, as_json, "\n".join(f"{key}: {_fact(value)}" for key, value in found.items()))
+
+
+@rewards.command("prefetch")
+@click.argument("name", nargs=-1, required=True)
+@click.option("--model", metavar="HUB_ID", help="The model to fetch, of rewards that take any: the option `model`.")
+def prefetch(name: Sequence[str], model: str | None) -> None:
+    """Download and verify all that the rewards need: then they load with HF_HUB_OFFLINE=1.
+
+    NAME may have options, which decide what that is: "open-clip[model=ViT-B-16, pretrained=laion2b_s34b_b88k]".
+    """
+    with redirect_stdout(sys.stderr):
+        for one in name:
+            _known_entry(one)
+        from rewards.hub import prefetch as fetch
+
+        files = [file for one in name for file in fetch(one, **({"model": model} if model else {}))]
+    show(None, False, "\n".join(map(str, files)) or "nothing to download")
+
+
+@rewards.command("serve", params=[o.JSON])
+@click.argument("name")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; elsewhere needs a token.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="0 takes a free one.")
+@click.option("--token", envvar="DIFFTUNE_REWARD_TOKEN", default="", help="What clients must know.")
+@click.option("--batch_size", type=o.AT_LEAST_ONE, help="Images that the reward scores at a time.")
+@click.option("--max_images", type=o.AT_LEAST_ONE, default=64, show_default=True, help="Images of one request.")
+@click.option("--device", default="cpu", show_default=True, help="Where the reward runs.")
+def serve(
+    name: str, host: str, port: int, token: str, batch_size: int | None, max_images: int, device: str, as_json: bool
+) -> None:
+    """Serve a reward over HTTP, for `--reward http://HOST:PORT` elsewhere; Ctrl-C ends it.
+
+    The token is better given in DIFFTUNE_REWARD_TOKEN than on the command line, where other users see it.
+    """
+    with redirect_stdout(sys.stderr):
+        _known_entry(name)
+        from rewards.registry import load
+        from rewards.remote import Limits, Server
+
+        server = Server(load(name, batch_size), host, port, token, Limits(images=max_images), device)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
+    show({"url": server.url, "reward": name}, as_json, f"{name} at {server.url}")
+    with server:
+        server.serve_forever()
+
+
+def _known_entry(name: str) -> Any:
+    from rewards.registry import entry
+
+    try:
+        return entry(name)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _facts(name: str, entry: Any) -> dict[str, Any]:
+    facts = {f.name: getattr(entry, f.name) for f in fields(entry) if f.name not in ("make", "fetch")}
+    low, high = entry.range
+    return {"name": name, **facts, "range": [low, high] if isfinite(low) and isfinite(high) else None}
+
+
+def _locked(names: Sequence[str]) -> list[dict[str, Any]]:
+    """What lock.json says of those files."""
+    if not names:
+        return []
+    from rewards.hub import locks
+
+    return [asdict(locks()[name]) for name in names]
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "".join(f"\n  {key}: {_fact(inner)}" for item in value for key, inner in item.items())
+    if isinstance(value, list):
+        return " to ".join(map(str, value)) or "none"
+    return said(value) if isinstance(value, bool) else "none" if value is None else str(value)
