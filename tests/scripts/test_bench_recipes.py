@@ -112,14 +112,14 @@ def test_a_finished_run_is_not_run_again(bench, tmp_path, monkeypatch):
 
 def test_training_lines_tell_the_cost_and_a_stop_is_no_failure(bench, tmp_path, monkeypatch):
     def command(arguments, prog_name):
-        bench.log.append(tmp_path / "metrics.jsonl", {"step": 1})
+        bench.records.append(tmp_path / "metrics.jsonl", {"step": 1})
         raise SystemExit(143 if "--stopped" in arguments else 0 if "--whole" in arguments else 2)
 
     monkeypatch.setattr(bench.cli, "main", command)
     job = bench.Job("alignprop", 0, tmp_path, ("--stopped",))
-    append = bench.log.append
+    append = bench.records.append
     assert not bench.trained(job)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "forward_equivalents": 0.0}
-    assert bench.log.append is append
+    assert bench.records.append is append
     with pytest.raises(SystemExit):
         bench.trained(bench.Job("alignprop", 0, tmp_path, ()))

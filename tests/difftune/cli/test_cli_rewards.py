@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from rewards.registry import REWARDS
-from tests.difftune.cli.test_cli import refuse, succeed
+from tests.difftune.cli.test_cli import picture, refuse, succeed  # noqa: F401, picture is a fixture
 
 
 def test_list_has_every_reward_with_what_it_asks_for():

@@ -50,7 +50,7 @@ def one_thread():
 def toy(request, tmp_path):
     """(the recipe's module, its settings)"""
     (tmp_path / "prompts.txt").write_text("red circle\nblue square\nred square\n")
-    module = import_module(f"difftune.{request.param}")
+    module = import_module(f"difftune.recipes.{request.param}")
     return module, replace(TOYS[request.param], prompts=str(tmp_path / "prompts.txt"))
 
 
