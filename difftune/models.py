@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from difftune.errors import DiskError, UserError
 from rewards.registry import unknown
 
 if TYPE_CHECKING:
@@ -45,10 +46,10 @@ def path(name: str) -> Path:
     Raises ValueError for an unknown name, FileNotFoundError where this installation lacks the weights.
     """
     if name not in MODELS:
-        raise ValueError(unknown("embedded model", name, MODELS))
+        raise UserError(unknown("embedded model", name, MODELS))
     own, base = ROOT / MODELS[name].folder, MODELS[name].base
     if not own.is_dir():
-        raise FileNotFoundError(
+        raise DiskError(
             f"model {name!r} is not in this installation ({own} is missing): reinstall difftune, "
             "or train it with scripts/train_tiny.py"
         )
@@ -72,23 +73,23 @@ def load(name_or_path: str | Path, **options: Any) -> "DiffusionPipeline":
         return DiffusionPipeline.from_pretrained(where, **options)
     except OSError as error:  # huggingface_hub's and requests' errors are
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot load {where!r} from the Hub: {reason}; embedded: {_pipelines()}") from error
+        raise UserError(f"cannot load {where!r} from the Hub: {reason}; embedded: {_pipelines()}") from error
 
 
 def source(name_or_path: str | Path) -> Path | str:
     """Where a pipeline's weights are: the folder, or the Hub name as it is; ValueError for anything else."""
     name, folder = str(name_or_path), Path(name_or_path).expanduser()
     if name in MODELS and not MODELS[name].pipeline:
-        raise ValueError(f"{name!r} is {MODELS[name].summary}, not a pipeline; embedded pipelines: {_pipelines()}")
+        raise UserError(f"{name!r} is {MODELS[name].summary}, not a pipeline; embedded pipelines: {_pipelines()}")
     if name in MODELS:
         return path(name)
     if (folder / "model_index.json").is_file():
         return folder
     if folder.exists():
-        raise ValueError(f"{name!r} is no pipeline: it holds no model_index.json")
+        raise UserError(f"{name!r} is no pipeline: it holds no model_index.json")
     if isinstance(name_or_path, str) and name.count("/") == 1 and not name.startswith(("/", ".", "~")):
         return name
-    raise ValueError(
+    raise UserError(
         f"{unknown('model', name, [n for n in MODELS if MODELS[n].pipeline])}, "
         "a folder with a model_index.json, or owner/name on the Hub"
     )
@@ -120,7 +121,7 @@ def _assembled(name: str, own: Path, base: Path) -> Path:
         partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
     except OSError as error:
         remedy = "set XDG_CACHE_HOME to a folder that can be written"
-        raise OSError(f"cannot write to {cache} ({error.strerror}): {remedy}") from error
+        raise DiskError(f"cannot write to {cache} ({error.strerror}): {remedy}") from error
     try:
         _merge(base, own, partial)
         partial.rename(done)

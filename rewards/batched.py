@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rewards.checks import paired
+from rewards.errors import RewardError
 from rewards.registry import Reward
 
 
@@ -25,7 +26,7 @@ class Batched:
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and not (isinstance(self.batch_size, int) and self.batch_size >= 1):
-            raise ValueError(f"the batch size of a reward is at least 1, not {self.batch_size!r}")
+            raise RewardError(f"the batch size of a reward is at least 1, not {self.batch_size!r}")
 
     @property
     def differentiable(self) -> bool:

@@ -6,6 +6,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from rewards.errors import NotFinite, RewardError
 from rewards.registry import unknown
 
 OVERSHOOT = 0.25  # how far pixels may lie beyond black and white, as a decoder's do
@@ -15,25 +16,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def paired(images: Tensor, prompts: Sequence[str]) -> None:
     """Raises ValueError unless images are floats (B, 3, H, W) in [0, 1], up to `OVERSHOOT`, with B prompts."""
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images are (B, 3, H, W) in [0, 1], not {tuple(images.shape)}")
+        raise RewardError(f"images are (B, 3, H, W) in [0, 1], not {tuple(images.shape)}")
     if isinstance(prompts, str) or len(prompts) != len(images):
-        raise ValueError(f"{len(images)} images need a list of {len(images)} prompts, not {prompts!r}")
+        raise RewardError(f"{len(images)} images need a list of {len(images)} prompts, not {prompts!r}")
     if not images.is_floating_point():
-        raise ValueError(f"images are floats in [0, 1], not {images.dtype}: divide pixels of 8 bits by 255")
+        raise RewardError(f"images are floats in [0, 1], not {images.dtype}: divide pixels of 8 bits by 255")
     low, high = (float(x) for x in images.detach().aminmax()) if images.numel() else (0.0, 1.0)
     if isfinite(low) and isfinite(high) and not -OVERSHOOT <= low <= high <= 1 + OVERSHOOT:
-        raise ValueError(f"images are in [0, 1], not from {low:.3g} to {high:.3g}: (x + 1) / 2 brings [-1, 1] there")
+        raise RewardError(f"images are in [0, 1], not from {low:.3g} to {high:.3g}: (x + 1) / 2 brings [-1, 1] there")
 
 
 def dtype_of(name: str) -> torch.dtype:
     """The dtype of a network by its name. Raises ValueError for another than those of `DTYPES`."""
     if name not in DTYPES:
-        raise ValueError(unknown("dtype of a network", name, DTYPES))
+        raise RewardError(unknown("dtype of a network", name, DTYPES))
     return DTYPES[name]
-
-
-class NotFinite(ValueError):
-    """A reward, or a gradient, is infinite or not a number."""
 
 
 def finite(values: Tensor, what: str) -> Tensor:

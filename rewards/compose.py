@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rewards.checks import checked, paired
+from rewards.errors import RewardError
 from rewards.registry import Reward, entry, load
 
 
@@ -60,11 +61,11 @@ def weighted(weights: Mapping[str, float]) -> WeightedSum:
     """Rewards by name with their weights: weighted({"tiny-clip": 1, "jpeg": -0.1}). Raises ValueError for a name that
     is not known, a weight that is no finite number, and where there is none."""
     if not weights:
-        raise ValueError("no reward was given: name one, as in tiny-clip=1")
+        raise RewardError("no reward was given: name one, as in tiny-clip=1")
     for name, weight in weights.items():
         entry(name)
         if not isfinite(weight):
-            raise ValueError(f"the weight of reward {name!r} is {weight}, not a finite number")
+            raise RewardError(f"the weight of reward {name!r} is {weight}, not a finite number")
     return WeightedSum({name: load(name) for name in weights}, {name: float(w) for name, w in weights.items()})
 
 
@@ -80,7 +81,7 @@ def parse_rewards(terms: Sequence[str]) -> dict[str, float]:
         name, equals, weight = _divided(term)
         entry(name)
         if name in weights:
-            raise ValueError(f"reward {name!r} is given twice: give it once, with one weight")
+            raise RewardError(f"reward {name!r} is given twice: give it once, with one weight")
         weights[name] = _number(weight, term) if equals else 1.0
     return weights
 
@@ -98,7 +99,7 @@ def _number(text: str, term: str) -> float:
     except ValueError:
         number = float("nan")
     if not isfinite(number):
-        raise ValueError(f"cannot read {term!r}: the weight after '=' is a finite number, as in tiny-clip=0.5")
+        raise RewardError(f"cannot read {term!r}: the weight after '=' is a finite number, as in tiny-clip=0.5")
     return number
 
 
@@ -149,7 +150,7 @@ class Clipped:
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
-            raise ValueError(f"a reward is clipped to [low, high], not to [{self.low}, {self.high}]")
+            raise RewardError(f"a reward is clipped to [low, high], not to [{self.low}, {self.high}]")
 
     @property
     def differentiable(self) -> bool:
@@ -169,7 +170,7 @@ def non_dominated(scores: Tensor) -> Tensor:
     https://arxiv.org/abs/2401.05675). Equal items do not dominate each other. Scores need no common scale.
     """
     if scores.ndim != 2:
-        raise ValueError(f"the scores of a batch are (B, R), one column per reward, not {tuple(scores.shape)}")
+        raise RewardError(f"the scores of a batch are (B, R), one column per reward, not {tuple(scores.shape)}")
     a, b = scores[:, None], scores[None]
     dominates = (a >= b).all(dim=2) & (a > b).any(dim=2)
     return ~dominates.any(dim=0)
@@ -220,5 +221,5 @@ class Routed:
         """The reward of a prompt."""
         found = next((reward for pattern, reward in self.routes.items() if re.search(pattern, prompt)), self.other)
         if found is None:
-            raise ValueError(f"no reward is for the prompt {prompt!r}: add a route, or a reward for all others")
+            raise RewardError(f"no reward is for the prompt {prompt!r}: add a route, or a reward for all others")
         return found

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rewards.errors import RewardError, Unreachable, WeightsMissing
 from rewards.registry import OF_ALL, entry, fitting, imported, spelled, unknown
 
 LOCKS = Path(__file__).parent / "lock.json"
@@ -56,19 +57,19 @@ def weights(name: str) -> Path:
     cannot be now.
     """
     if name not in locks():
-        raise ValueError(unknown("pinned file", name, locks()))
+        raise RewardError(unknown("pinned file", name, locks()))
     lock, record = locks()[name], _folder(name) / "record.json"
     if not record.is_file() or json.loads(record.read_text())["revision"] != lock.revision:
         _install(lock, record)
     kept = json.loads(record.read_text())
     if kept["source_sha256"] != (lock.sha256 or kept["source_sha256"]):
-        raise ValueError(_tampered(lock, record.parent, kept["source_sha256"]))
+        raise RewardError(_tampered(lock, record.parent, kept["source_sha256"]))
     file = Path(kept["file"])
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is gone: remove {record.parent} to fetch {name} again")
+        raise WeightsMissing(f"{file} is gone: remove {record.parent} to fetch {name} again")
     found = sha256(file)
     if found != kept["sha256"]:
-        raise ValueError(_tampered(lock, file, found))
+        raise RewardError(_tampered(lock, file, found))
     return file
 
 
@@ -84,18 +85,18 @@ def read(file: str | Path) -> dict[str, Tensor]:
     whole, and FileNotFoundError if there is none.
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(f"there are no weights at {file}")
+        raise WeightsMissing(f"there are no weights at {file}")
     try:
         if Path(file).suffix not in PICKLES:
             return load_file(file)
         found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{file} holds more than tensors, and is not unpickled") from error
+        raise RewardError(f"{file} holds more than tensors, and is not unpickled") from error
     except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is not a whole file of weights: {_first_line(error)}") from error
+        raise RewardError(f"{file} is not a whole file of weights: {_first_line(error)}") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{file} does not hold tensors by name")
+        raise RewardError(f"{file} does not hold tensors by name")
     return found
 
 
@@ -130,16 +131,16 @@ def snapshot(model: str | Path) -> Path:
     try:
         folder = _safe(Path(huggingface_hub.snapshot_download(str(model), revision=pinned, allow_patterns=SAFE)))
     except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(_unreached(str(model))) from error
+        raise WeightsMissing(_unreached(str(model))) from error
     except (HfHubHTTPError, HFValidationError) as error:
-        raise FileNotFoundError(f"{model} is neither a folder nor a model of the Hub: {_first_line(error)}") from error
+        raise WeightsMissing(f"{model} is neither a folder nor a model of the Hub: {_first_line(error)}") from error
     _write(record, {"revision": folder.name})
     return folder
 
 
 def _safe(folder: Path) -> Path:
     if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"{folder} has no safetensors, and pickles of models are not read: name another model")
+        raise WeightsMissing(f"{folder} has no safetensors, and pickles of models are not read: name another model")
     return folder
 
 
@@ -153,7 +154,7 @@ def _install(lock: Lock, record: Path) -> None:
     source = _from_hub(lock) if lock.hub_id else _from_url(lock, record.parent / lock.file)
     found = sha256(source)
     if found != (lock.sha256 or _stated(source) or found):
-        raise ValueError(_tampered(lock, source, found))
+        raise RewardError(_tampered(lock, source, found))
     file = _converted(source, record.parent / "model.safetensors") if source.suffix in PICKLES else source
     _write(record, {"source_sha256": found, "file": str(file), "sha256": sha256(file), "revision": lock.revision})
 
@@ -162,20 +163,20 @@ def _from_hub(lock: Lock) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(lock.hub_id, lock.file, revision=lock.revision))
     except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(_unreached(f"{lock.hub_id}/{lock.file}")) from error
+        raise WeightsMissing(_unreached(f"{lock.hub_id}/{lock.file}")) from error
     except HfHubHTTPError as error:
-        raise ConnectionError(f"the Hub does not give {lock.hub_id}/{lock.file}: {_first_line(error)}") from error
+        raise Unreachable(f"the Hub does not give {lock.hub_id}/{lock.file}: {_first_line(error)}") from error
 
 
 def _from_url(lock: Lock, file: Path) -> Path:
     assert lock.url and lock.bytes, f"{lock.name} in lock.json needs url and bytes"
     if constants.HF_HUB_OFFLINE:
-        raise FileNotFoundError(_unreached(lock.file))
+        raise WeightsMissing(_unreached(lock.file))
     try:
         with urllib.request.urlopen(lock.url, timeout=TIMEOUT) as answer:
             content = answer.read(lock.bytes + 1)
     except OSError as error:
-        raise ConnectionError(f"cannot fetch {lock.url}: {_first_line(error)}") from error
+        raise Unreachable(f"cannot fetch {lock.url}: {_first_line(error)}") from error
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
     return file

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewards.checks import eight_bit, paired
+from rewards.errors import RewardError
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class JPEGProxy:
 def quantised(table: Sequence[int], quality: int) -> list[int]:
     """The standard table at a quality from 1 to 100, as libjpeg scales it. Raises ValueError for another."""
     if not 1 <= quality <= 100:
-        raise ValueError(f"the quality of a JPEG is 1 to 100, not {quality}")
+        raise RewardError(f"the quality of a JPEG is 1 to 100, not {quality}")
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     return [min(max((entry * scale + 50) // 100, 1), 255) for entry in table]
 

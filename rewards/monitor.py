@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rewards.errors import RewardError
+
 
 class Parting(NamedTuple):
     """When the two rewards parted, and how far, in their own units."""
@@ -36,7 +38,7 @@ class Monitor:
     def __call__(self, trained: Sequence[float], held_out: Sequence[float]) -> Parting | None:
         """None while they have not parted. Raises ValueError for curves of different lengths."""
         if len(trained) != len(held_out):
-            raise ValueError(f"{len(trained)} values of the trained reward and {len(held_out)} of the held-out one")
+            raise RewardError(f"{len(trained)} values of the trained reward and {len(held_out)} of the held-out one")
         if len(trained) <= self.window + 1:
             return None
         t, h = (_smooth(np.asarray(curve, np.float64), self.window) for curve in (trained, held_out))

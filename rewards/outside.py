@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewards.errors import RewardError
 from rewards.registry import Entry
 
 
@@ -35,7 +36,7 @@ def plain(function: Callable[[Tensor, Sequence[str]], Tensor]) -> Plain:
     scores = function(images, ["a red circle"])
     if not isinstance(scores, Tensor) or scores.shape != (1,):
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(f"a reward gives scores (B,) for B images, not {shape} for one image")
+        raise RewardError(f"a reward gives scores (B,) for B images, not {shape} for one image")
     return Plain(function, scores.requires_grad)
 
 
@@ -52,7 +53,7 @@ def described(name: str) -> Entry:
     if isinstance(thing, type):
         return Entry(thing, summary, True, _stated(thing, name), anything, licence="unknown")
     if not callable(thing):
-        raise ValueError(f"{name!r} is no reward: it cannot be called with images and prompts")
+        raise RewardError(f"{name!r} is no reward: it cannot be called with images and prompts")
     reward = plain(thing)
     return Entry(lambda: reward, summary, True, reward.differentiable, anything, licence="unknown")
 
@@ -61,7 +62,7 @@ def _stated(kind: type, name: str) -> bool:
     """What a class says of all its objects."""
     found = inspect.getattr_static(kind, "differentiable", None)
     if not isinstance(found, bool):
-        raise ValueError(f"the class {name!r} is no reward: write `differentiable = True`, or False, in its body")
+        raise RewardError(f"the class {name!r} is no reward: write `differentiable = True`, or False, in its body")
     return found
 
 
@@ -72,7 +73,7 @@ def _found(name: str) -> Any:
     try:
         found = vars(import_module(module))
     except ImportError as error:
-        raise ValueError(f"cannot import the reward {name!r}: {error}") from error
+        raise RewardError(f"cannot import the reward {name!r}: {error}") from error
     if attribute not in found:
-        raise ValueError(f"the module {module!r} has no {attribute!r}, which the reward {name!r} names")
+        raise RewardError(f"the module {module!r} has no {attribute!r}, which the reward {name!r} names")
     return found[attribute]

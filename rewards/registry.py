@@ -16,6 +16,8 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from rewards.errors import RewardError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -330,7 +332,7 @@ def register(name: str, summary: str, **facts: Any) -> Callable[[Make], Make]:
 
     def add(make: Make) -> Make:
         if name in REWARDS:
-            raise ValueError(f"there is a reward {name!r} already: choose another name")
+            raise RewardError(f"there is a reward {name!r} already: choose another name")
         REWARDS[name] = Entry(make, summary, **facts)
         return make
 
@@ -361,10 +363,10 @@ def fitting(name: str, make: Callable[..., Any], options: dict[str, Any]) -> dic
     known = inspect.signature(make).parameters
     for option in options:
         if option not in known:
-            raise ValueError(unknown(f"option of reward {name!r}", option, known))
+            raise RewardError(unknown(f"option of reward {name!r}", option, known))
     for option, about in known.items():
         if about.default is about.empty and option not in options:
-            raise ValueError(f"reward {name!r} needs the option {option!r}: write {name}[{option}=...]")
+            raise RewardError(f"reward {name!r} needs the option {option!r}: write {name}[{option}=...]")
     return options
 
 
@@ -380,7 +382,7 @@ def spelled(name: str) -> tuple[str, dict[str, Any]]:
     pairs = [pair.partition("=") for pair in re.split(r",\s*(?=\w+=)", inside[:-1])]
     for key, equals, _ in pairs:
         if not equals:
-            raise ValueError(f"cannot read {key!r} in {name!r}: options are KEY=VALUE, as in jpeg[quality=40]")
+            raise RewardError(f"cannot read {key!r} in {name!r}: options are KEY=VALUE, as in jpeg[quality=40]")
     return plain, {key.strip(): _literal(value) for key, _, value in pairs}
 
 
@@ -404,7 +406,7 @@ def entry(name: str) -> Entry:
     if name not in REWARDS:
         plugins()
     if name not in REWARDS:
-        raise ValueError(unknown("reward", name, REWARDS))
+        raise RewardError(unknown("reward", name, REWARDS))
     return REWARDS[name]
 
 

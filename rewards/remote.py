@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from rewards.checks import eight_bit, finite, paired
+from rewards.errors import RewardError, Unreachable
 from rewards.registry import Reward
 
 TOKEN = "DIFFTUNE_REWARD_TOKEN"  # of the environment: what client and server share
@@ -46,7 +47,7 @@ class Remote:
 
     def __post_init__(self) -> None:
         if urlsplit(self.url).scheme not in ("http", "https"):
-            raise ValueError(f"the URL of a reward server starts with http:// or https://, not {self.url!r}")
+            raise RewardError(f"the URL of a reward server starts with http:// or https://, not {self.url!r}")
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         paired(images, prompts)
@@ -67,9 +68,9 @@ class Remote:
         except urllib.error.HTTPError as error:
             with error:
                 why = error.read(ANSWER).decode(errors="replace").strip()
-            raise ConnectionError(f"the reward server {self.url} refused with {error.code}: {why}") from error
+            raise Unreachable(f"the reward server {self.url} refused with {error.code}: {why}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConnectionError(f"no scores from the reward server {self.url}: {error}") from error
+            raise Unreachable(f"no scores from the reward server {self.url}: {error}") from error
 
 
 class Stays(urllib.request.HTTPRedirectHandler):
@@ -85,7 +86,7 @@ OPENER = urllib.request.build_opener(Stays)
 def _scores(answer: dict[str, Any], count: int) -> list[float]:
     scores = [float(score) for score in answer["scores"]]
     if len(scores) != count:
-        raise ValueError(f"{len(scores)} scores for {count} images")
+        raise RewardError(f"{len(scores)} scores for {count} images")
     return scores
 
 
@@ -144,7 +145,7 @@ class Server(ThreadingHTTPServer):
         device: str = "cpu",
     ):
         if not token and not _loopback(host):
-            raise ValueError(f"{host} can be reached from elsewhere: give a token, or listen on 127.0.0.1")
+            raise RewardError(f"{host} can be reached from elsewhere: give a token, or listen on 127.0.0.1")
         _there(device)
         self.reward, self.token, self.limits, self.device = reward, token, limits, device
         self.one_at_a_time = Lock()
@@ -164,7 +165,7 @@ class Server(ThreadingHTTPServer):
             self.socket.bind(self.server_address)
         except OSError as error:
             where = f"{self.server_address[0]!s}, port {self.server_address[1]}"
-            raise OSError(f"cannot listen on {where}: {error.strerror}; choose another --port") from error
+            raise Unreachable(f"cannot listen on {where}: {error.strerror}; choose another --port") from error
         self.server_address = self.socket.getsockname()
         host, self.server_port = self.server_address[:2]
         self.server_name = str(host)
@@ -212,7 +213,7 @@ def _there(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"there is no device {device!r}: {str(error).partition(chr(10))[0]}") from error
+        raise RewardError(f"there is no device {device!r}: {str(error).partition(chr(10))[0]}") from error
 
 
 def _loopback(host: str) -> bool:

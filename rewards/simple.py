@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rewards.checks import paired
+from rewards.errors import RewardError
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Symmetry:
 
     def __post_init__(self) -> None:
         if self.mirror not in MIRRORS:
-            raise ValueError(f"pictures are mirrored {' or '.join(MIRRORS)}, not {self.mirror!r}")
+            raise RewardError(f"pictures are mirrored {' or '.join(MIRRORS)}, not {self.mirror!r}")
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         paired(images, prompts)

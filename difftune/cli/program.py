@@ -1,8 +1,6 @@
 """The command line. Nothing heavy is imported before a command runs, so that `--help` answers at once."""
 
-import dis
 import sys
-from types import TracebackType
 from typing import Any
 
 import click
@@ -13,13 +11,11 @@ from difftune.cli.images import compare, evaluate, sample, score
 from difftune.cli.label import label
 from difftune.cli.rewards import rewards
 from difftune.cli.train import optimize, search, train
-from difftune.errors import RunError, UserError
-
-OURS = ("difftune", "guidance", "rewards", "solvers")
+from difftune.errors import ERRORS
 
 
 class Program(click.Group):
-    """A group that ends with one sentence where the user can put it right, and with a traceback where we must."""
+    """A group that ends with one sentence where a person can put it right, and with a traceback where we must."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
@@ -32,26 +28,13 @@ class Program(click.Group):
             _stop(error.format_message(), error.exit_code)
         except (KeyboardInterrupt, click.Abort):
             _stop("interrupted", 130)
-        except UserError as error:
+        except ERRORS as error:
             _stop(str(error), error.exit_code)
-        except (ImportError, ValueError, OSError) as error:
-            if not _raised_by_us(error.__traceback__):
-                raise
-            _stop(str(error), RunError.exit_code)
 
 
 def _stop(message: str, code: int) -> None:
     click.echo(f"difftune: {message}", err=True)
     sys.exit(code)
-
-
-def _raised_by_us(trace: TracebackType | None) -> bool:
-    """Whether the exception comes from a `raise` statement of this project: then it is a sentence for the user."""
-    assert trace is not None
-    while trace.tb_next:
-        trace = trace.tb_next
-    ours = trace.tb_frame.f_globals["__name__"].split(".")[0] in OURS
-    return ours and trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})

@@ -61,7 +61,7 @@ def estimate(values: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)) 
     """
     x = np.asarray(values, np.float64)
     if len(x) == 0:
-        raise ValueError("an interval needs at least one prompt")
+        raise UserError("an interval needs at least one prompt")
     if np.ptp(x) == 0:
         return _unanimous(float(x[0]), len(x), bounds)
     draws = np.random.default_rng(BOOTSTRAP_SEED).integers(len(x), size=(RESAMPLES, len(x) - 1))

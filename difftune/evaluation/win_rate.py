@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from scipy.special import betainc, betaincinv
 
+from difftune.errors import UserError
+
 
 @dataclass(frozen=True)
 class WinRate:
@@ -31,9 +33,9 @@ def win_rate(wins: int, ties: int, n: int, confidence: float = 0.95) -> WinRate:
     P(X >= k). Raises ValueError unless 0 <= wins, 0 <= ties, wins + ties <= n, n >= 1 and confidence is in (0, 1).
     """
     if min(wins, ties) < 0 or wins + ties > n or n < 1:
-        raise ValueError(f"{wins} wins and {ties} ties of {n} comparisons cannot be")
+        raise UserError(f"{wins} wins and {ties} ties of {n} comparisons cannot be")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}: it must be between 0 and 1")
+        raise UserError(f"confidence is {confidence}: it must be between 0 and 1")
     k, a = wins + ties / 2, 1 - confidence
     return WinRate(k / n, _low(k, n, a / 2), 1 - _low(n - k, n, a / 2), _low(k, n, a), _tail(k, n), n)
 

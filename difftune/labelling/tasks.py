@@ -85,7 +85,7 @@ def _parsed(suffix: str, text: str) -> Any:
     if suffix == ".jsonl":
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     if suffix != ".json":
-        raise ValueError("it is no .json, .jsonl or .csv")
+        raise UserError("it is no .json, .jsonl or .csv")
     found = json.loads(text)
     if isinstance(found, dict) and isinstance(found.get("images"), list):  # sample.json
         model = found["settings"].get("model") if isinstance(found.get("settings"), dict) else None

@@ -198,9 +198,9 @@ def try_gradient(mode: str, steps: int, of: str) -> None:
         levels = grid(cosine, steps, 0.99, 0.0)
         path = rollout(step_of(mode, euler), OneNumber(weight), x, levels, mode, noise)
     if not path.x.requires_grad:
-        raise ValueError(f"gradient {mode!r} gives no gradient of the {of}: use 'checkpoint'")
+        raise UserError(f"gradient {mode!r} gives no gradient of the {of}: use 'checkpoint'")
     if torch.autograd.grad(path.x.sum(), wanted, allow_unused=True)[0] is None:
-        raise ValueError(f"gradient {mode!r} gives no gradient of the {of}: use 'checkpoint'")
+        raise UserError(f"gradient {mode!r} gives no gradient of the {of}: use 'checkpoint'")
 
 
 @contextmanager

@@ -54,7 +54,8 @@ from difftune.training.state import (
 )
 from difftune.training.state import card as model_card
 from difftune.training.state import check as check_shared
-from rewards.checks import NotFinite, finite
+from rewards.checks import finite
+from rewards.errors import NotFinite
 from rewards.sets.catalogue import greedy_swap
 from solvers.denoiser import Cond
 from solvers.rollout.modes import rollout

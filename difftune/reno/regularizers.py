@@ -10,6 +10,8 @@ from math import lgamma, log, pi, sqrt
 import torch
 from torch import Tensor
 
+from difftune.errors import UserError
+
 CAP = -log(2)  # of a log probability 2 e^l, where the bound says nothing: there is no gradient above it
 BLOCK = 4  # consecutive elements that DNO takes for one vector
 PERMUTATIONS = 100  # of all elements, over which DNO averages
@@ -40,7 +42,7 @@ def dno(noise: Tensor) -> Tensor:
     """
     flat = noise.double().flatten(1)
     if flat.shape[1] % BLOCK:
-        raise ValueError(f"regularizer 'dno' takes blocks of {BLOCK}, and the noise has {flat.shape[1]} elements")
+        raise UserError(f"regularizer 'dno' takes blocks of {BLOCK}, and the noise has {flat.shape[1]} elements")
     shuffled = flat[:, _permutations(flat.shape[1]).to(flat.device)]  # (B, P, D)
     return -(_concentration(flat[:, None]) + _concentration(shuffled)).squeeze(1)
 
@@ -87,7 +89,7 @@ def spectral(noise: Tensor) -> Tensor:
     size = noise.shape[-2:]
     order = _frequencies(*size).to(noise.device)
     if len(order) < BAND:
-        raise ValueError(f"regularizer 'spectral' needs {BAND} frequencies: a noise of {size[0]} x {size[1]} has none")
+        raise UserError(f"regularizer 'spectral' needs {BAND} frequencies: a noise of {size[0]} x {size[1]} has none")
     spectrum = torch.fft.rfft2(noise.double(), norm="ortho").flatten(2)[..., order]
     power = (spectrum.real**2 + spectrum.imag**2).unflatten(2, (-1, BAND))
     square = BAND * (power.mean(dim=3) - 1) ** 2 / 2

@@ -74,7 +74,7 @@ class SPSA:
 
     def __post_init__(self):
         if self.candidates % 2:
-            raise ValueError(f"candidates is {self.candidates}: optimizer 'spsa' takes pairs, so give an even number")
+            raise UserError(f"candidates is {self.candidates}: optimizer 'spsa' takes pairs, so give an even number")
 
     def search(self, z: Tensor, normal: Normal) -> Search:
         velocity = torch.zeros_like(z)
@@ -101,7 +101,7 @@ class CMA:
 
     def __post_init__(self):
         if self.candidates < 4:
-            raise ValueError(f"candidates is {self.candidates}: optimizer 'cma' needs at least 4")
+            raise UserError(f"candidates is {self.candidates}: optimizer 'cma' needs at least 4")
         library()
 
     def search(self, z: Tensor, normal: Normal) -> Search:

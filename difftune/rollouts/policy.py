@@ -14,6 +14,7 @@ from math import log, pi
 import torch
 from torch import Tensor
 
+from difftune.errors import UserError
 from solvers.denoiser import Path, Predict, Prediction, widen
 from solvers.noise import Noise
 from solvers.samplers.step import end, shift_of, transition
@@ -111,7 +112,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         if not self.eta > 0:
-            raise ValueError(f"eta is {self.eta}: a sampler without noise has no log-probability, so give it above 0")
+            raise UserError(f"eta is {self.eta}: a sampler without noise has no log-probability, so give it above 0")
 
     @property
     def steps(self) -> int:
@@ -132,7 +133,7 @@ class Policy:
     def sample(self, predict: Predict, x: Tensor, noise: Sequence[Tensor]) -> Trajectory:
         """A trajectory from x (B, ...) by `noise`, one tensor like x for each step; nothing carries a gradient."""
         if len(noise) != self.steps:
-            raise ValueError(f"{len(noise)} tensors of noise for {self.steps} steps: pass one for each")
+            raise UserError(f"{len(noise)} tensors of noise for {self.steps} steps: pass one for each")
         paths, log_probs, stds = [Path(widen(x))], [], []
         for i, z in enumerate(noise):
             prediction, mean, std = self.step(predict, paths[-1], i)

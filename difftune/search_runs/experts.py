@@ -75,15 +75,13 @@ def fitting(name: str, pipe: Any, own: LatentModel, size: tuple[int, int], level
     mine, its = traits(own, size), traits(other, size)
     for trait in mine:
         if its[trait] != mine[trait]:
-            raise ValueError(
+            raise UserError(
                 f"the expert {name!r} does not fit: the {trait} is {its[trait]}, and {mine[trait]} in the search"
             )
     table, asked = other.denoiser.clock.table, [-float(log_snr(at)) for at in levels[:-1]]
     if table is not None and (max(asked) > table[-1] + SLACK or min(asked) < table[0] - SLACK):
         knows, asks = (f"{exp(max(span)):.4g} to {exp(min(span)):.4g}" for span in (table, asked))
-        raise ValueError(
-            f"the expert {name!r} does not fit: it knows sigma / alpha {knows}, and the search asks {asks}"
-        )
+        raise UserError(f"the expert {name!r} does not fit: it knows sigma / alpha {knows}, and the search asks {asks}")
     return other
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
+from difftune.errors import UserError
 from guidance.search.problem import Graph
 
 DPI = 120
@@ -26,7 +27,7 @@ def figure(graph: Graph, group: int = 0) -> Figure:
     """
     rows = (graph.groups == group).nonzero()[:, 0].tolist()
     if not rows:
-        raise ValueError(f"group {group} has no node to draw; the graph has {sorted(set(graph.groups.tolist()))}")
+        raise UserError(f"group {group} has no node to draw; the graph has {sorted(set(graph.groups.tolist()))}")
     own = {row: i for i, row in enumerate(rows)}
     parents = [own.get(parent, -1) for parent in graph.parent[rows].tolist()]
     levels, values = graph.level[rows].tolist(), graph.value[rows].tolist()

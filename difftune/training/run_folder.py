@@ -21,7 +21,7 @@ from difftune.pipelines import full_weights, lora
 from difftune.processes import agreed, process, shown, stopping
 from difftune.training import trackers as log
 from difftune.training import validation
-from rewards.checks import NotFinite
+from rewards.errors import NotFinite
 from rewards.monitor import Parting
 
 CONFIG, METRICS, CARD = "config.yaml", "metrics.jsonl", "README.md"

@@ -38,7 +38,7 @@ from difftune.pipelines.method_parts import check_trainable
 from difftune.training import optimizers, run_folder, validation
 from difftune.training.optimizers import OPTIMIZERS
 from difftune.training.reward_statistics import PerPrompt
-from rewards.checks import NotFinite
+from rewards.errors import NotFinite
 from solvers.rollout.run import unchecked_gradients, watch_gradients, watching
 
 Metrics = dict[str, float]

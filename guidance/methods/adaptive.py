@@ -10,6 +10,7 @@ from torch import Tensor
 from guidance.contract import Branch, Guide, Guided, Preds
 from guidance.methods.scales import Neutral, Scale, chosen, dot, step_of, strength, time
 from solvers.denoiser import Path
+from solvers.errors import InputError
 from solvers.noise import Noise
 
 
@@ -80,7 +81,7 @@ class LinearAG:
 
     def guide(self, path: Path, at: Noise) -> Guide:
         if self.fit is None:
-            raise ValueError("LinearAG has no fit: make one with guidance.methods.adaptive.fit_linear_ag")
+            raise InputError("LinearAG has no fit: make one with guidance.methods.adaptive.fit_linear_ag")
         i = step_of(self.fit.times, at, "LinearAG")
         if 2 * i >= len(self.fit.times):
             preds = yield {"cond": Branch("cond")}
@@ -118,7 +119,7 @@ def _longer(path: Path, key: str, new: Tensor, i: int | None = None) -> Tensor:
     """The history under `key` (B, steps, ...), with `new` at its end; step i must have i before it."""
     before = path.memory.get(key, new[:, None][:, :0])
     if i is not None and before.shape[1] != i:
-        raise ValueError(
+        raise InputError(
             f"LinearAG evaluates step {i} with {before.shape[1]} steps before it: run all steps of the fit, one"
             " evaluation each"
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from guidance.contract import Branch, Guide, Guided
 from guidance.methods.scales import Neutral, Scale, chosen, strength
 from solvers.denoiser import Cond, Path, along
+from solvers.errors import InputError
 from solvers.noise import Noise
 
 Classify = Callable[[Tensor], Tensor]  # x0 (B, ...) -> logits (B, K)
@@ -49,7 +50,7 @@ def given(owner: str, field: str, value: Any, what: str) -> Any:
     """The value of a field that a method cannot do without; a name is not yet the thing."""
     if value is None or isinstance(value, str):
         said = "none" if value is None else f"only the name {value!r}"
-        raise ValueError(f"{owner} needs {field}, {what}, and was given {said}: pass it as {field}=")
+        raise InputError(f"{owner} needs {field}, {what}, and was given {said}: pass it as {field}=")
     return value
 
 
@@ -115,7 +116,7 @@ class GFCG:
         if callable(self.rule):
             return self.rule
         if self.rule not in RULES:
-            raise ValueError(f"no rule {self.rule!r} of GFCG; known: {', '.join(RULES)}, or a function")
+            raise InputError(f"no rule {self.rule!r} of GFCG; known: {', '.join(RULES)}, or a function")
         return RULES[self.rule]
 
     def _strengths(self, confusion: Tensor, at: Noise, x: Tensor) -> tuple[float | Tensor, Tensor | None]:
@@ -139,7 +140,7 @@ def target_of(owner: str, target: Tensor | None, path: Path, key: str) -> Tensor
     x = path.x
     classes = given(owner, "target", target, "the class (B,) of each sample")
     if classes.shape not in ((), x.shape[:1]):
-        raise ValueError(f"{owner} has {len(classes)} targets for {len(x)} samples: pass one each")
+        raise InputError(f"{owner} has {len(classes)} targets for {len(x)} samples: pass one each")
     return classes.to(x.device).expand(len(x))
 
 

@@ -27,6 +27,7 @@ from guidance.search.population import (
 )
 from guidance.search.problem import Problem, Saved, State, estimate
 from guidance.search.smc import Particles, check_resampling, resample, reweight
+from solvers.errors import InputError
 
 STEP, RESAMPLING = 1, 2  # what a draw is for, in the keys of randomness
 
@@ -77,9 +78,9 @@ class FK:
         check_temperature(self.inverse_temperature)
         check_resampling(self.resampling, self.threshold)
         if self.potential not in POTENTIALS:
-            raise ValueError(f"no potential {self.potential!r}; known: {', '.join(POTENTIALS)}")
+            raise InputError(f"no potential {self.potential!r}; known: {', '.join(POTENTIALS)}")
         if not (0 <= self.start <= self.stop <= 1 and self.every > 0):
-            raise ValueError(
+            raise InputError(
                 f"potentials from {self.start} to {self.stop} of the run, every {self.every}: "
                 "give 0 <= start <= stop <= 1 and every > 0"
             )
@@ -156,7 +157,7 @@ class TDS:
         check_temperature(self.inverse_temperature)
         check_resampling(self.resampling, self.threshold)
         if self.tempering is not None and self.tempering <= 0:
-            raise ValueError(f"tempering is {self.tempering}: it must be above 0, or None for none")
+            raise InputError(f"tempering is {self.tempering}: it must be above 0, or None for none")
 
 
 def tempered(config: TDS, i: int) -> float:
@@ -391,17 +392,17 @@ def _plain_step(problem: Problem, inverse_temperature: float, population: Popula
 
 def check_particles(particles: int | None) -> None:
     if particles is not None and particles < 1:
-        raise ValueError(f"particles is {particles}: there must be at least 1")
+        raise InputError(f"particles is {particles}: there must be at least 1")
 
 
 def check_temperature(inverse_temperature: float, most: float = 1e6) -> None:
     if not 0 <= inverse_temperature <= most:
-        raise ValueError(f"inverse_temperature is {inverse_temperature}: it must be between 0 and {most:g}")
+        raise InputError(f"inverse_temperature is {inverse_temperature}: it must be between 0 and {most:g}")
 
 
 def check_candidates(candidates: int) -> None:
     if candidates < 1:
-        raise ValueError(f"candidates is {candidates}: there must be at least 1")
+        raise InputError(f"candidates is {candidates}: there must be at least 1")
 
 
 def best_of_n_kl(n: int) -> float:

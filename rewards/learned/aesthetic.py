@@ -11,6 +11,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from rewards import hub
 from rewards.checks import paired
+from rewards.errors import RewardError
 from rewards.learned.clip import VIT_L, vision_config
 from rewards.learned.layouts import built, under
 from rewards.learned.preprocess import Preprocess
@@ -37,7 +38,7 @@ class Aesthetic:
         dtype: str = "float32",
     ):
         if variant not in ("sac", "ava"):
-            raise ValueError(f"the aesthetic predictor has the variants sac and ava, not {variant!r}")
+            raise RewardError(f"the aesthetic predictor has the variants sac and ava, not {variant!r}")
         layers = hub.state(f"aesthetic-v2-{variant}") if predictor is None else hub.read(predictor)
         self.weight, self.bias = (x.float() for x in affine(layers))
         clip = hub.state("clip-vit-l-14") if weights is None else hub.read(weights)

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from rewards import hub
 from rewards.checks import dtype_of, paired
+from rewards.errors import RewardError
 from rewards.learned.preprocess import RESAMPLE, Preprocess, transformers_preprocess
 from rewards.registry import unknown
 from rewards.world import shapes
@@ -59,7 +60,7 @@ class ClassProbability:
         if str(label).isdecimal() and int(label) < len(self.labels):
             return int(label)
         if str(label).strip().lower() not in self.names:
-            raise ValueError(unknown("class", str(label), self.names))
+            raise RewardError(unknown("class", str(label), self.names))
         return self.names[str(label).strip().lower()]
 
 
@@ -96,11 +97,11 @@ def timm_preprocess(about: Mapping[str, Any]) -> Preprocess:
     _, height, width = about["input_size"]
     mode = about.get("crop_mode", "center")
     if height != width or mode not in ("center", "squash"):
-        raise ValueError(f"a timm model with input {height} x {width} and crop mode {mode!r} is not supported")
+        raise RewardError(f"a timm model with input {height} x {width} and crop mode {mode!r} is not supported")
     fit: Literal["crop", "squash"] = "squash" if mode == "squash" else "crop"
     how = about.get("interpolation", "bicubic")
     if how not in RESAMPLE.values():
-        raise ValueError(f"a timm model with interpolation {how!r} is not supported, only bilinear, bicubic")
+        raise RewardError(f"a timm model with interpolation {how!r} is not supported, only bilinear, bicubic")
     return Preprocess(height, fit, about["mean"], about["std"], how, int(height / about.get("crop_pct", 0.875)))
 
 
@@ -154,7 +155,7 @@ class TinyClassifier:
     def _classes(prompt: str) -> list[bool]:
         phrases = shapes.parse(prompt).phrases
         if len(phrases) != 1:
-            raise ValueError(f"the classifier knows pictures of one object, not {prompt!r}")
+            raise RewardError(f"the classifier knows pictures of one object, not {prompt!r}")
         (phrase,) = phrases
         named = [tuple(name.split()) for name in CLASSES]
         return [shape == phrase.shape and phrase.color in (None, color) for color, shape in named]

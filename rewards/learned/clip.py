@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from rewards import hub
 from rewards.checks import dtype_of, paired
+from rewards.errors import RewardError, WeightsMissing
 from rewards.learned.layouts import built, clip_from_open_clip, under
 from rewards.learned.preprocess import Preprocess, transformers_preprocess
 
@@ -84,7 +85,7 @@ class CLIPScore(Cosine):
 
     def __init__(self, folder: str | Path, dtype: str = "float32"):
         if not (Path(folder) / "open_clip_config.json").is_file():
-            raise FileNotFoundError(f"no open_clip model in {folder}: it has no open_clip_config.json")
+            raise WeightsMissing(f"no open_clip model in {folder}: it has no open_clip_config.json")
         name = f"local-dir:{folder}"
         self.model = open_clip.create_model(name).to(dtype_of(dtype)).eval().requires_grad_(False)
         self.tokenize = open_clip.get_tokenizer(name)
@@ -113,7 +114,7 @@ class TransformersCLIP(Cosine):
 def _open_clip_preprocess(config: Mapping[str, Any], folder: str | Path) -> Preprocess:
     for key, known in (("resize_mode", FITS), ("interpolation", ("bicubic", "bilinear"))):
         if config[key] not in known:
-            raise ValueError(f"{folder}: {key} {config[key]!r} is not supported, only {', '.join(known)}")
+            raise RewardError(f"{folder}: {key} {config[key]!r} is not supported, only {', '.join(known)}")
     size = config["size"] if isinstance(config["size"], int) else config["size"][0]
     return Preprocess(size, FITS[config["resize_mode"]], config["mean"], config["std"], config["interpolation"])
 
@@ -138,7 +139,7 @@ def repository(model: str, pretrained: str) -> str:
     found = str(config.get("hf_hub", "")).rstrip("/") if config else ""
     if found.count("/") != 1:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none, and no model of that name"
-        raise ValueError(f"open_clip has no model {model!r} with tag {pretrained!r} on the Hub; its tags: {tags}")
+        raise RewardError(f"open_clip has no model {model!r} with tag {pretrained!r} on the Hub; its tags: {tags}")
     return found
 
 
@@ -195,7 +196,7 @@ def hps(
     The longer side is resized and the picture padded with black, never cropped. Scores compare pictures of one prompt.
     """
     if version not in ("2", "2.1"):
-        raise ValueError(f"HPS has the versions 2 and 2.1, not {version!r}")
+        raise RewardError(f"HPS has the versions 2 and 2.1, not {version!r}")
     state = clip_from_open_clip(_state(weights, f"hps-v{version}"))
     return _from_state(state, sizes, dtype, Preprocess(fit="pad"))
 

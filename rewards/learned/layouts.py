@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rewards.checks import dtype_of
+from rewards.errors import RewardError
 
 OPEN_CLIP = {
     r"^visual\.class_embedding$": "vision_model.embeddings.class_embedding",
@@ -84,5 +85,5 @@ def built(
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             some = ", ".join(sorted(map(str, info[what]))[:3])
-            raise ValueError(f"the weights do not fit {kind.__name__}: {what.replace('_', ' ')} {some}")
+            raise RewardError(f"the weights do not fit {kind.__name__}: {what.replace('_', ' ')} {some}")
     return model.eval().requires_grad_(False)

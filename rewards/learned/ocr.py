@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rewards.checks import eight_bit, paired
+from rewards.errors import ExtraMissing, RewardError
 
 QUOTED = re.compile(r"[\"“]([^\"”]+)[\"”]|(?<!\w)'([^']+)'(?!\w)")
 
@@ -24,7 +25,7 @@ class OCR:
 
     def __init__(self) -> None:
         if util.find_spec("rapidocr") is None:
-            raise ModuleNotFoundError("the reward 'ocr' needs an extra: pip install 'difftune[ocr]'")
+            raise ExtraMissing("the reward 'ocr' needs an extra: pip install 'difftune[ocr]'")
         self.engine = import_module("rapidocr").RapidOCR()
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -40,7 +41,7 @@ def quoted(prompt: str) -> str:
     """The text between the quotation marks of a prompt; several are joined."""
     found = "".join(a or b for a, b in QUOTED.findall(prompt))
     if not found.strip():
-        raise ValueError(f"{prompt!r} quotes no text to be read: write it in quotation marks")
+        raise RewardError(f"{prompt!r} quotes no text to be read: write it in quotation marks")
     return found
 
 

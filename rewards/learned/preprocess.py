@@ -7,6 +7,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
+from rewards.errors import RewardError
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -84,16 +86,16 @@ def transformers_preprocess(about: Mapping[str, Any]) -> Preprocess:
     for others than a square input by a squash or by a resize of the shorter side and a centre crop."""
     for key, expected in EXPECTED.items():
         if about.get(key, expected) not in (expected, None):
-            raise ValueError(f"an image processor with {key} {about[key]} is not supported")
+            raise RewardError(f"an image processor with {key} {about[key]} is not supported")
     size = about["size"] if isinstance(about["size"], dict) else {"height": about["size"], "width": about["size"]}
     how = RESAMPLE.get(about.get("resample", 2))
     if how is None:
-        raise ValueError(f"an image processor with resample {about['resample']} is not supported, only {RESAMPLE}")
+        raise RewardError(f"an image processor with resample {about['resample']} is not supported, only {RESAMPLE}")
     mean, std = about["image_mean"], about["image_std"]
     if "height" in size and size["height"] == size["width"] and not about.get("do_center_crop"):
         return Preprocess(size["height"], "squash", mean, std, how)
     if "shortest_edge" not in size:
-        raise ValueError(f"an image processor with size {size} is not supported")
+        raise RewardError(f"an image processor with size {size} is not supported")
     edge = size["shortest_edge"]
     if "crop_pct" in about:  # ConvNeXt: small inputs are resized to more than they show
         return Preprocess(edge, "crop" if edge < 384 else "squash", mean, std, how, int(edge / about["crop_pct"]))

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rewards import hub
 from rewards.checks import dtype_of, paired
+from rewards.errors import RewardError
 
 MATCH = 'Does this picture show "{prompt}"? Answer yes or no.'
 BETTER = 'Which picture shows "{prompt}" better? Is image 1 better than image 2? Answer yes or no.'
@@ -53,7 +54,7 @@ class VLMJudge:
         if self.reference is None:
             return self._yes([x], prompt)
         if isinstance(self.reference, Mapping) and prompt not in self.reference:
-            raise ValueError(f"there is no reference picture of the prompt {prompt!r}: give one for every prompt")
+            raise RewardError(f"there is no reference picture of the prompt {prompt!r}: give one for every prompt")
         other = (self.reference[prompt] if isinstance(self.reference, Mapping) else self.reference).to(x)
         return (self._yes([x, other], prompt) + 1 - self._yes([other, x], prompt)) / 2
 
@@ -84,5 +85,5 @@ class VLMJudge:
         spelled = [self.processor.tokenizer.encode(form, add_special_tokens=False) for form in ANSWERS[word]]
         found = sorted({ids[0] for ids in spelled if len(ids) == 1} - {self.processor.tokenizer.unk_token_id})
         if not found:
-            raise ValueError(f"{word!r} is not one token of this model, which cannot be a judge then")
+            raise RewardError(f"{word!r} is not one token of this model, which cannot be a judge then")
         return found

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rewards.errors import RewardError
 from rewards.sets import frechet, mmd, vendi
 
 
@@ -113,7 +114,7 @@ def greedy_swap(reward: SetReward, pairs: Tensor, start: Tensor, sweeps: int = 3
     https://arxiv.org/abs/2504.15217). Raises ValueError unless pairs are (P, 2, D) and sweeps at least 1.
     """
     if pairs.ndim != 3 or pairs.shape[1] != 2 or start.shape != pairs.shape[:1] or sweeps < 1:
-        raise ValueError(
+        raise RewardError(
             f"greedy_swap wants pairs (P, 2, D), start (P,) and 1 sweep or more, not {tuple(pairs.shape)}, "
             f"{tuple(start.shape)} and {sweeps}"
         )

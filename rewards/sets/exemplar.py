@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from rewards import hub
 from rewards.checks import paired
+from rewards.errors import RewardError
 from rewards.registry import load
 
 
@@ -34,7 +35,7 @@ class TextExemplar:
 
     def __init__(self, texts: Sequence[str] = (), encoder: str = "tiny-clip", options: dict[str, Any] | None = None):
         if isinstance(texts, str) or not texts:
-            raise ValueError(f"text exemplars are a list of one text or more, not {texts!r}")
+            raise RewardError(f"text exemplars are a list of one text or more, not {texts!r}")
         self.texts, self.encoder = list(texts), encoder_of(encoder, **(options or {}))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -52,5 +53,5 @@ def encoder_of(name: str, **options: Any) -> Encoder:
     """The towers of a reward. Raises ValueError for one without `image_features` and `text_features`."""
     reward: Any = load(name, **options)
     if not {"image_features", "text_features"} <= set(dir(reward)):
-        raise ValueError(f"reward {name!r} has no towers for pictures and texts: take one of the CLIP rewards")
+        raise RewardError(f"reward {name!r} has no towers for pictures and texts: take one of the CLIP rewards")
     return reward

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rewards.errors import RewardError
+
 
 class Moments(NamedTuple):
     """Mean (..., D) and covariance (..., D, D) of a set, or of a batch of sets, in float64."""
@@ -38,7 +40,7 @@ def moments(features: Tensor, shrinkage: float = 0.0) -> Moments:
 def running(features: Tensor) -> Running:
     """Of features (N, D), in float64. Raises ValueError unless it is a set of at least 2 items."""
     if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"moments want features (N, D) of at least 2 items, not {tuple(features.shape)}")
+        raise RewardError(f"moments want features (N, D) of at least 2 items, not {tuple(features.shape)}")
     x = features.double()
     mean = x.mean(0)
     return Running(len(x), mean, (x - mean).T @ (x - mean))
@@ -54,7 +56,7 @@ def added(of: Running, item: Tensor) -> Running:
 def removed(of: Running, item: Tensor) -> Running:
     """`of` without an item (D,) that is in it, which is not checked. Raises ValueError where nothing would be left."""
     if of.n < 2:
-        raise ValueError(f"a set of {of.n} items cannot lose one")
+        raise RewardError(f"a set of {of.n} items cannot lose one")
     item, n = item.double(), of.n - 1
     mean = of.mean - (item - of.mean) / n
     return Running(n, mean, of.scatter - torch.outer(item - of.mean, item - mean))
@@ -68,16 +70,16 @@ def replaced(of: Running, old: Tensor, new: Tensor) -> Running:
 def moments_of(of: Running, shrinkage: float = 0.0) -> Moments:
     """The moments of a running set; `shrinkage` as in `moments`. Raises ValueError for less than 2 items."""
     if of.n < 2:
-        raise ValueError(f"moments want at least 2 items, not {of.n}")
+        raise RewardError(f"moments want at least 2 items, not {of.n}")
     if not 0 <= shrinkage <= 1:
-        raise ValueError(f"shrinkage is {shrinkage}: it must be in [0, 1]")
+        raise RewardError(f"shrinkage is {shrinkage}: it must be in [0, 1]")
     return Moments(of.mean, _shrunk(of.scatter / (of.n - 1), shrinkage))
 
 
 def frames(features: Tensor, shrinkage: float = 0.0) -> Moments:
     """The moments of every item of features (B, N, D): N frames, patches or places of one item are its set."""
     if features.ndim != 3 or features.shape[1] < 2:
-        raise ValueError(f"frames are features (B, N, D) of at least 2 places, not {tuple(features.shape)}")
+        raise RewardError(f"frames are features (B, N, D) of at least 2 places, not {tuple(features.shape)}")
     x = features.double()
     mean = x.mean(1, keepdim=True)
     return Moments(mean[:, 0], _shrunk((x - mean).mT @ (x - mean) / (x.shape[1] - 1), shrinkage))

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rewards.errors import RewardError
+
 Kernel = Callable[[Tensor, Tensor], Tensor]  # (N, D), (M, D) -> (N, M)
 
 
@@ -39,7 +41,7 @@ class Sums(NamedTuple):
 def sums(a: Tensor, b: Tensor, kernel: Kernel = cubic) -> Sums:
     """Of features (N, D) and (M, D). Raises ValueError unless both are sets of at least 2 items of one width."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(
+        raise RewardError(
             f"MMD wants features (N, D) and (M, D) of 2 items or more, not {tuple(a.shape)} and {tuple(b.shape)}"
         )
     a, b = a.double(), b.double()
@@ -78,7 +80,7 @@ def kid(a: Tensor, b: Tensor, subsets: int = 100, size: int = 100, generator: to
     than `size`.
     """
     if min(len(a), len(b)) < size:
-        raise ValueError(f"KID draws subsets of {size} items, and a set has {min(len(a), len(b))}: give a smaller size")
+        raise RewardError(f"KID draws subsets of {size} items, a set has {min(len(a), len(b))}: give a smaller size")
     draws = [[torch.randperm(len(x), generator=generator)[:size] for x in (a, b)] for _ in range(subsets)]
     return torch.stack([mmd(a[i.to(a.device)], b[j.to(b.device)]) for i, j in draws]).mean()
 
@@ -101,7 +103,7 @@ def permutation_test(
     Raises ValueError for what `mmd` refuses, and unless permutations is at least 1.
     """
     if permutations < 1:
-        raise ValueError(f"permutations is {permutations}: it must be at least 1")
+        raise RewardError(f"permutations is {permutations}: it must be at least 1")
     sums(a, b, kernel)
     union = torch.cat([a, b]).double()
     k = kernel(union, union).fill_diagonal_(0)

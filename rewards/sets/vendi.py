@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rewards.errors import RewardError
+
 
 class Directions(NamedTuple):
     """A set of N features as it changes: N, and the sum of u u^T (D, D) over their directions u = x / |x|."""
@@ -17,7 +19,7 @@ class Directions(NamedTuple):
 def vendi(features: Tensor) -> Tensor:
     """The score () of features (N, D) under cosine similarity, in float64: 1 for copies, N for orthogonal ones."""
     if features.ndim != 2 or len(features) == 0:
-        raise ValueError(f"vendi wants features (N, D), not {tuple(features.shape)}")
+        raise RewardError(f"vendi wants features (N, D), not {tuple(features.shape)}")
     x = F.normalize(features.double(), dim=1)
     return vendi_of(x @ x.T)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewards.checks import eight_bit, paired
+from rewards.errors import RewardError
 from rewards.world import shapes
 from rewards.world.render import RESOLUTION, Scene
 
@@ -65,7 +66,7 @@ class Position:
 def _placed(prompt: str) -> shapes.Caption:
     caption = shapes.parse(prompt)
     if caption.relation is None:
-        raise ValueError(f"{prompt!r} places nothing: say where, as in 'a red circle left of a blue square'")
+        raise RewardError(f"{prompt!r} places nothing: say where, as in 'a red circle left of a blue square'")
     return caption
 
 
@@ -78,7 +79,7 @@ def _stands(caption: shapes.Caption, scene: Scene) -> bool:
 def _seen(images: Tensor) -> list:
     """The pictures as the oracle reads them: (B, 3, H, W) -> B arrays (64, 64, 3)."""
     if images.shape[-1] != images.shape[-2]:
-        raise ValueError(f"the oracle reads square pictures, not {images.shape[-2]} x {images.shape[-1]} pixels")
+        raise RewardError(f"the oracle reads square pictures, not {images.shape[-2]} x {images.shape[-1]} pixels")
     x = eight_bit(images).float() / 255
     if x.shape[-1] != RESOLUTION:
         x = F.interpolate(x, (RESOLUTION, RESOLUTION), mode="bilinear", antialias=True)

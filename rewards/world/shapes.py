@@ -19,6 +19,7 @@ from itertools import permutations
 import numpy as np
 from scipy import ndimage
 
+from rewards.errors import RewardError
 from rewards.world.render import BACKGROUNDS, COLORS, RESOLUTION, SHAPES, Scene, Thing, coverage
 
 SIZES = ("small", "large")
@@ -99,13 +100,13 @@ def _find(words: list[str], part: list[str]) -> int | None:
 
 def _thing(words: list[str], text: str) -> Phrase:
     if not words or words[0] not in ("a", "an"):
-        raise ValueError(f"cannot parse {text!r}: an object starts with 'a' or 'an', as in 'a red circle'")
+        raise RewardError(f"cannot parse {text!r}: an object starts with 'a' or 'an', as in 'a red circle'")
     return _phrase(words[1:], text)
 
 
 def _phrase(words: list[str], text: str) -> Phrase:
     if not words:
-        raise ValueError(f"cannot parse {text!r}: a shape is missing; known: {', '.join(SHAPES)}")
+        raise RewardError(f"cannot parse {text!r}: a shape is missing; known: {', '.join(SHAPES)}")
     *adjectives, shape = words
     size = color = None
     for word in adjectives:
@@ -118,7 +119,7 @@ def _phrase(words: list[str], text: str) -> Phrase:
 
 def _known(word: str, words: Sequence[str] | dict, text: str) -> str:
     if word not in words:
-        raise ValueError(f"cannot parse {text!r}: {word!r} is none of {', '.join(words)}")
+        raise RewardError(f"cannot parse {text!r}: {word!r} is none of {', '.join(words)}")
     return word
 
 

@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from solvers.denoiser import Cond
+from solvers.errors import InputError
 from solvers.families.patches import SELF_ATTENTION_PATCHES, SKIPPED, SKIPPED_JOINT, SKIPPED_SD3, UNET_PATCHES, Patch
 
 
@@ -83,7 +84,7 @@ class Family:
     def known_patch(self, kind: str) -> Patch:
         """Raises ValueError, listing the known, for another name."""
         if kind not in self.patches:
-            raise ValueError(f"family {self.name} has no patch {kind!r}; known: {', '.join(self.patches) or 'none'}")
+            raise InputError(f"family {self.name} has no patch {kind!r}; known: {', '.join(self.patches) or 'none'}")
         return self.patches[kind]
 
 
@@ -94,7 +95,7 @@ def keywords(batch_first: Sequence[str], cond: Cond) -> dict[str, Any]:
     """
     places = {name.rpartition(".")[2]: name.rpartition(".")[0] for name in batch_first}
     if unknown := sorted(cond.keys() - places.keys()):
-        raise ValueError(f"the network takes no {', '.join(unknown)}; known: {', '.join(places)}")
+        raise InputError(f"the network takes no {', '.join(unknown)}; known: {', '.join(places)}")
     arguments: dict[str, Any] = {}
     for key, value in cond.items():
         (arguments.setdefault(places[key], {}) if places[key] else arguments)[key] = value
@@ -174,7 +175,7 @@ def guidance_told(network: Any, setting: str, scale: float | None) -> bool:
     if told != (scale is not None):
         remedy = "pass" if scale is None else "do not pass"
         value = network.config.get(setting)
-        raise ValueError(f"{type(network).__name__} has {setting}={value}: {remedy} embedded_guidance")
+        raise InputError(f"{type(network).__name__} has {setting}={value}: {remedy} embedded_guidance")
     return told
 
 
@@ -445,4 +446,4 @@ def family_of(pipe: DiffusionPipeline) -> Family:
         if name in family.pipelines:
             return family
     known = ", ".join(name for family in FAMILIES.values() for name in family.pipelines)
-    raise ValueError(f"no family for {name}; known pipelines: {known}")
+    raise InputError(f"no family for {name}; known pipelines: {known}")

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute
 
+from solvers.errors import InputError
+
 Function = Callable[[Tensor], Sequence[Tensor]]
 
 
@@ -114,7 +116,7 @@ def block_checkpointing(*models: Any) -> Iterator[None]:
     for model in models:
         if not has_blocks(model):
             name = type(model).__name__
-            raise ValueError(f"{name} has no blocks that can be recomputed: leave block checkpointing off")
+            raise InputError(f"{name} has no blocks that can be recomputed: leave block checkpointing off")
     before = [(module, dict(vars(module))) for model in models for module in _blocks(model)]
     try:
         for model in models:
@@ -156,9 +158,9 @@ def check_offload(gradient: str) -> None:
     """ValueError for "full", which keeps whole graphs, and for the sweeps that hold their states where autograd does
     not see them."""
     if gradient.partition(":")[0] in ("revolve", "lean") or gradient == "adjoint:exact_endpoint":
-        raise ValueError(f"gradient mode {gradient!r} holds its states on the device: offload with 'checkpoint'")
+        raise InputError(f"gradient mode {gradient!r} holds its states on the device: offload with 'checkpoint'")
     if gradient.partition(":")[0] == "full":
-        raise ValueError("gradient mode 'full' keeps whole graphs, not latents: offload with 'checkpoint'")
+        raise InputError("gradient mode 'full' keeps whole graphs, not latents: offload with 'checkpoint'")
 
 
 def offload_line(device: torch.device | str) -> str:

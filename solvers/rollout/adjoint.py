@@ -16,6 +16,7 @@ from functools import partial
 from torch import Tensor
 
 from solvers.denoiser import Path
+from solvers.errors import InputError
 from solvers.noise import Noise, log_snr
 from solvers.rollout.ode import TABLEAUX, Flow, Tableau, clean, first, increment, scale, tau, weighted
 from solvers.rollout.revolve import replayed
@@ -28,7 +29,7 @@ from solvers.samplers.singlestep import between
 def adjoint(run: Run, option: str) -> Path:
     """The continuous adjoint by one of `ADJOINTS`; only "exact_endpoint" is exact for the sampler that it runs."""
     if option not in ADJOINTS:
-        raise ValueError(f"no adjoint method {option!r}; known: {', '.join(ADJOINTS)}, as in 'adjoint:heun'")
+        raise InputError(f"no adjoint method {option!r}; known: {', '.join(ADJOINTS)}, as in 'adjoint:heun'")
     no_step(f"adjoint:{option}", run)
     no_noise(f"adjoint:{option}", run)
     return ADJOINTS[option](run, f"adjoint:{option}")
@@ -54,7 +55,7 @@ def deis(order: int) -> Callable[[Run, str], Path]:
 
     def solve(run: Run, mode: str) -> Path:
         if any(now.alpha == 0 for now, *_ in run.legs):
-            raise ValueError(f"gradient mode {mode!r} divides by alpha, which is 0 at the start: use 'adjoint:heun'")
+            raise InputError(f"gradient mode {mode!r} divides by alpha, which is 0 at the start: use 'adjoint:heun'")
         return _solved(run, Exponential(run, Flow(run.predict, mode), order))
 
     return solve

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from rewards.registry import REWARDS
-from tests.difftune.cli.test_cli import picture, refuse, succeed  # noqa: F401, picture is a fixture
+from tests.difftune.cli.test_cli import refuse, succeed
 
 
 def test_list_has_every_reward_with_what_it_asks_for():
@@ -36,7 +36,7 @@ def test_prefetch_without_a_network_says_what_is_missing():
     refuse(2, "rewards", "prefetch", "tiny-clip", "aesthetics", saying=["did you mean 'aesthetic'?"])
     assert succeed("rewards", "prefetch", "tiny-clip").stdout == "nothing to download\n"
     refuse(1, "rewards", "prefetch", "clip", saying=["laion/CLIP-ViT-H-14-laion2B-s32B-b79K is not in the cache"])
-    refuse(1, "rewards", "prefetch", "vlm", saying=["needs the option 'model'"])
+    refuse(2, "rewards", "prefetch", "vlm", saying=["needs the option 'model'"])
     refuse(1, "rewards", "prefetch", "vlm", "--model", "some/vlm", saying=["some/vlm is not in the cache"])
 
 
@@ -78,7 +78,7 @@ def test_served_reward_scores_pictures_by_its_url(picture):
 
 
 def test_server_for_others_needs_a_token():
-    refuse(1, "rewards", "serve", "brightness", "--host", "0.0.0.0", "--port", "0", saying=["give a token"])
+    refuse(2, "rewards", "serve", "brightness", "--host", "0.0.0.0", "--port", "0", saying=["give a token"])
 
 
 def test_extra_that_is_missing_is_one_sentence(picture, monkeypatch):
