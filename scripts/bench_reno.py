@@ -60,8 +60,8 @@ class Part:
     prompts: int | None = None  # of each category; None: all
 
     def reno(self, **more: Any) -> ReNO:
-        guidance = None if self.scale is None else CFG(self.scale)
-        return ReNO(pipeline(self.model), {"tiny-clip": 1.0}, self.steps, guidance, progress=False, **more)
+        own = {"num_inference_steps": self.steps, "guidance": None if self.scale is None else CFG(self.scale)}
+        return ReNO(pipeline(self.model), {"tiny-clip": 1.0}, progress=False, **own, **more)
 
 
 PARTS = {"turbo": Part("tiny-turbo", 1, None, 50), "tiny": Part("tiny", 20, 3.0, 20)}

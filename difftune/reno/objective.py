@@ -8,7 +8,7 @@ of z (B, D): the noise itself, a change of the prompt's embedding, or both, one 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from difftune.errors import RunError
 from difftune.lookup import sampler_named
 from difftune.pipelines.engine import bound_mode, frozen, held, moving, plan_for, probe_step, scores_of, step_of
 from difftune.reno.regularizers import REGULARIZERS
+from difftune.reno.settings import NoiseSettings, Variables
 from guidance.contract import Guidance
 from guidance.guided import GuidedPredict, guided
 from guidance.methods.catalogue import Plain
@@ -29,7 +30,6 @@ from solvers.noise import Noise
 from solvers.rollout.modes import rollout, unchecked_gradients, watch_gradients
 
 EMBEDDING = "encoder_hidden_states"  # the condition that may be optimised, which every family has
-Variables = Literal["noise", "prompt", "both"]
 
 
 class Iteration(NamedTuple):
@@ -124,9 +124,9 @@ def rms(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """L for one batch of samples; `settings` is the ReNO that asks."""
+    """L for one batch of samples."""
 
-    settings: Any
+    settings: NoiseSettings
     model: LatentModel
     reward: WeightedSum
     watched: Any  # a reward that is not optimised, or None
@@ -159,7 +159,7 @@ class Objective:
             parts = {name: reward(images, prompts) for name, reward in self.reward.rewards.items()}
             total = self.reward.total(parts)
             away = REGULARIZERS[self.settings.regularizer](self.unknowns.noise_of(z, rows))
-            loss = self.settings.regularization * away - total.to(away)
+            loss = self.settings.regularization_weight * away - total.to(away)
             gradient = self._gradient(loss.sum(), z, where) if backward else None
         norm = torch.zeros(len(z)) if gradient is None else gradient.norm(dim=1).cpu()
         recorded = {name: scores.detach().cpu() for name, scores in parts.items()}

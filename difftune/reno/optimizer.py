@@ -19,16 +19,15 @@ from tqdm import tqdm
 
 from difftune.errors import UserError
 from difftune.files.checkpoint import State
-from difftune.lookup import at_least, differentiable, known, sampler_named
-from difftune.pipelines.engine import check_engine, check_offloading, gradient_named, one_at_a_time, wants_noise
-from difftune.reno.named import Rewards, needs_gradient, optimizer_named, sized, summed, weights_over_ranges
-from difftune.reno.objective import Iteration, Objective, Unknowns, Variables, embeddings
+from difftune.lookup import at_least, differentiable, sampler_named
+from difftune.pipelines.engine import one_at_a_time, wants_noise
+from difftune.reno.named import Rewards, needs_gradient, sized, summed, weights_over_ranges
+from difftune.reno.objective import Iteration, Objective, Unknowns, embeddings
 from difftune.reno.paper import levels_at, setting_of, start_scale
 from difftune.reno.progress import Progress, beginning, chosen, of_state
-from difftune.reno.regularizers import REGULARIZERS
 from difftune.reno.results import START, Live, Result, result
+from difftune.reno.settings import NoiseSettings
 from difftune.reno.zero_order import ranked, started
-from guidance.contract import Guidance
 from guidance.guided import guided
 from guidance.invert import invert
 from guidance.methods.catalogue import Plain
@@ -39,60 +38,24 @@ from solvers.samplers.catalogue import gaussian
 
 
 @dataclass(frozen=True)
-class ReNO:
+class ReNO(NoiseSettings):
     """Noise optimisation on a diffusers pipeline, which is left as it was.
 
-    rewards: weights by name, or a reward. guidance: a method; none by default, as few-step models want.
-    optimizer: "sgd", "adam" or "lbfgs", or for rewards without a gradient "neighbours", "spsa" or "cma"; options as in
-    "adam[learning_rate=0.1]", or an object of these classes. learning_rate and grad_clip are short for its options.
-    setting: a name of `reno_settings.PAPER`; None is that of the pipeline's model, if it is one of the paper's. What is
-    None here is then the paper's: learning_rate, height, width, timesteps.
-    gradient: a mode of `solvers.rollout.modes`; None is "checkpoint", or what `memory_budget` ("6GiB", weights
-    included) has room for: one step is measured, and mode, block checkpointing and the samples at a time are chosen to
-    fit.
-    offload: the latents that wait for the backward pass do so in the host's memory, which on a CPU changes nothing.
+    rewards: weights by name, or a reward. held_out: a reward that is watched beside it and not optimised, and so needs
+    no gradient. All other fields are those of `NoiseSettings`, given by keyword.
+
     Raises UserError for what is unknown, and for a reward without a gradient under an optimiser that needs it.
     """
 
     pipe: Any
     rewards: Rewards
-    num_inference_steps: int = 1
-    guidance: Guidance | None = None
-    learning_rate: float | None = None
-    regularization: float = 0.01
-    grad_clip: float | None = None
-    optimizer: Any = "sgd"
-    regularizer: str = "chi"  # a name of `regularize.REGULARIZERS`
-    variables: Variables = "noise"
-    gradient: str | None = None
-    sampler: str = "euler"
-    progress: bool = True
-    memory_budget: str | None = None
-    offload: bool = False
-    held_out: Rewards | None = None  # watched beside the optimised one; it needs no gradient
-    normalize: bool = False  # divide each reward by the width of its nominal range, so that weights compare
-    patience: int | None = None  # iterations without a better image after which a sample leaves
-    target: float | None = None  # total reward at which a sample leaves
-    max_distance: float | None = None  # from the start, as a share of the start's norm
-    height: int | None = None  # of the images, in pixels
-    width: int | None = None
-    timesteps: tuple[int, ...] | None = None  # of the steps, in place of the scheduler's own
-    embedded_guidance: float | None = None  # told to a network distilled over guidance scales (LCM)
-    setting: str | None = None
+    held_out: Rewards | None = None
+    progress: bool = True  # show a progress bar
 
     def __post_init__(self):
-        sampler_named(self.sampler)
-        known("regularizer", self.regularizer, REGULARIZERS)
-        known("choice of variables", self.variables, ("noise", "prompt", "both"))
-        check_engine(self.memory_budget, xformers=False)
-        setting_of(self.pipe, self.setting)
-        by_gradient = needs_gradient(self._optimizer)
-        if by_gradient:
+        super().__post_init__()
+        if needs_gradient(self.update):
             differentiable(self.rewards)
-        if self.gradient is not None and by_gradient:
-            of = "weights" if self.variables == "prompt" else "noise"
-            gradient_named(self.gradient, self.num_inference_steps, self.sampler, of)
-            check_offloading(self.offload, self.gradient)
 
     def optimize(
         self,
@@ -157,21 +120,11 @@ class ReNO:
         side = paper.size if paper else None
         return self.height or side, self.width or side
 
-    @property
-    def copies(self) -> int:
-        """Tensors like z that the optimiser keeps, or asks for at a time."""
-        options = vars(self._optimizer)
-        return 2 * options.get("history", 0) + options.get("candidates", 0)
-
-    @property
-    def _optimizer(self) -> Any:
-        return optimizer_named(self.optimizer, self.learning_rate, self.grad_clip)
-
     # -------------------------------------------------------------------------------------------- the loop
 
     def _iterate(self, objective: Objective, iterations: int, progress: Progress) -> Iterator[Live]:
         paper = setting_of(self.pipe, self.setting)
-        optimizer = sized(self._optimizer, paper, objective.unknowns.dimension)
+        optimizer = sized(self.update, paper, objective.unknowns.dimension)
         walk = self._descend if needs_gradient(optimizer) else self._search
         yield from walk(objective, optimizer, iterations, progress)
 
@@ -187,7 +140,7 @@ class ReNO:
             moves = progress.iteration < iterations - 1
             rows, found = progress.rows, self._evaluated(objective, progress, moves)
             refused(found.record, objective, progress.z[rows], rows, progress)
-            progress = progress.seen(found, progress.z[rows], rows, torch.ones_like(rows), self)
+            progress = progress.seen(found, progress.z[rows], rows, torch.ones_like(rows))
             live, progress = self._live(objective, progress), replace(progress, pending=True)
             if moves:
                 progress = self._moved(objective, optimizer, progress, chosen(found, progress.active[rows]))
@@ -231,7 +184,7 @@ class ReNO:
         place = (torch.arange(len(rows)) * size + totals.argmax(dim=1)).to(z.device)
         values = torch.stack([ranked(row) for row in -found.loss.view(-1, size)])
         progress = progress.told_of(values, rows)
-        return progress.seen(chosen(found, place), z[place], rows, torch.full_like(rows, size), self), values
+        return progress.seen(chosen(found, place), z[place], rows, torch.full_like(rows, size)), values
 
     def _of_another(self) -> UserError:
         return UserError(f"the state is not of optimizer {self.optimizer}: resume with the one that made it")
@@ -255,9 +208,7 @@ class ReNO:
     ) -> tuple[Objective, list[int]]:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         texts = [text for text in texts for _ in range(seeds_per_prompt)]
-        at_least(1, iterations=iterations, num_inference_steps=self.num_inference_steps)
-        at_least(1, seeds_per_prompt=seeds_per_prompt, patience=1 if self.patience is None else self.patience)
-        at_least(0, max_distance=self.max_distance or 0)
+        at_least(1, iterations=iterations, seeds_per_prompt=seeds_per_prompt)
         if not texts:
             raise UserError("the list of prompts is empty: give at least one")
         seeds = [seed + i for i in range(len(texts))]
@@ -279,7 +230,7 @@ class ReNO:
         unknowns = Unknowns(self.variables, noise, embeddings(conds, noise))
         reward = weights_over_ranges(self.rewards) if self.normalize else summed(self.rewards)
         watched = None if self.held_out is None else summed(self.held_out)
-        batch = len(prompts) * vars(self._optimizer).get("candidates", 1)
+        batch = len(prompts) * self.candidates
         whole = Plan(self.gradient or "checkpoint", batch, batch)
         objective = Objective(self, model, reward, watched, prompts, conds, unknowns, fixed, levels, scale, whole)
         with torch.enable_grad():
@@ -297,8 +248,8 @@ class ReNO:
     def _progress(self, objective: Objective, seeds: Sequence[int], state: State | None) -> Progress:
         z = objective.unknowns.start()
         if state is None:
-            return beginning(z, objective.prompts, seeds)
-        progress = of_state(state, z, objective.prompts, seeds)
+            return beginning(self, z, objective.prompts, seeds)
+        progress = of_state(state, self, z, objective.prompts, seeds)
         begun_with(state, objective.unknowns.noise)
         return progress
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from difftune.errors import UserError
 from difftune.files.checkpoint import State
 from difftune.reno.objective import Evaluated, Iteration
+from difftune.reno.settings import NoiseSettings
 
 
 class Made(NamedTuple):
@@ -24,6 +25,7 @@ class Made(NamedTuple):
 class Progress:
     """After `iteration` evaluations: what comes next, the first images, the best ones and the latest."""
 
+    settings: NoiseSettings
     prompts: Sequence[str]
     seeds: Sequence[int]
     z: Tensor  # (B, D), evaluated next
@@ -63,11 +65,11 @@ class Progress:
         """With what the searches of the samples `rows` are told, (A, N)."""
         return replace(self, told=(*self.told, spread(values, rows, len(self.z))))
 
-    def seen(self, found: Evaluated, z: Tensor, rows: Tensor, calls: Tensor, settings: Any) -> "Progress":
+    def seen(self, found: Evaluated, z: Tensor, rows: Tensor, calls: Tensor) -> "Progress":
         """With one more evaluation, of z (A, D): the best kept, by reward alone, and the samples that are done gone."""
         if not self.made:
             first = Made(found.images, z, found.record.total)
-            return replace(self, made=(first, first, first)).seen(found, z, rows, calls, settings)
+            return replace(self, made=(first, first, first)).seen(found, z, rows, calls)
         finite = (found.record.total.isfinite() & found.record.grad_norm.isfinite()).to(rows.device)
         new = Made(found.images, z, found.record.total)
         gained = new.total > self.best.total[rows.cpu()]
@@ -84,11 +86,11 @@ class Progress:
             made=(self.first, best, now),
             history=(*self.history, recorded(found.record, rows, len(self.z))),
         )
-        return progress._without_the_done(rows[~finite].tolist(), settings)
+        return progress._without_the_done(rows[~finite].tolist())
 
-    def _without_the_done(self, broken: list[int], settings: Any) -> "Progress":
+    def _without_the_done(self, broken: list[int]) -> "Progress":
         """Each active sample that has reached the target, has waited long enough or is not finite leaves."""
-        stopped = list(self.stopped)
+        stopped, settings = list(self.stopped), self.settings
         for i in self.rows.tolist():
             if i in broken:
                 stopped[i] = "not finite"
@@ -116,13 +118,15 @@ class Progress:
         return State(self.iteration, _apart(tensors), {**about, "pending": self.pending})
 
 
-def beginning(z: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Progress:
+def beginning(settings: NoiseSettings, z: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Progress:
     """Before the first evaluation."""
     zeros = torch.zeros(len(z), dtype=torch.long, device=z.device)
-    return Progress(prompts, seeds, z, zeros == 0, zeros, zeros, ("",) * len(z))
+    return Progress(settings, prompts, seeds, z, zeros == 0, zeros, zeros, ("",) * len(z))
 
 
-def of_state(state: State, z: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Progress:
+def of_state(
+    state: State, settings: NoiseSettings, z: Tensor, prompts: Sequence[str], seeds: Sequence[int]
+) -> Progress:
     """What `Progress.state` gave, for the same samples; z as it would begin. UserError where the samples differ."""
     for name, mine in (("prompts", list(prompts)), ("seeds", list(seeds))):
         if state.info[name] != mine:
@@ -140,6 +144,7 @@ def of_state(state: State, z: Tensor, prompts: Sequence[str], seeds: Sequence[in
         Made(own(f"{n}.images"), own(f"{n}.z"), tensors[f"{n}.total"]) for n in ("first", "best", "now") if state.step
     ]
     return Progress(
+        settings,
         prompts,
         seeds,
         own("z"),

@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +24,12 @@ from difftune.files.checkpoint import Say, State
 from difftune.files.noises import NOISE, noises_of
 from difftune.files.output import grid, png, unused, write, write_json
 from difftune.files.pictures import opened
-from difftune.lookup import at_least, differentiable, guidance_named, known, model_named, sampler_named
+from difftune.lookup import at_least, differentiable, guidance_named, model_named
 from difftune.models import load as load_model
-from difftune.pipelines.engine import Engine, check_engine, check_offloading, gradient_named, kernels, offload_of
-from difftune.reno.named import needs_gradient, optimizer_named, summed
+from difftune.pipelines.engine import Engine, check_engine, kernels, offload_of
+from difftune.reno.named import needs_gradient, summed
 from difftune.reno.optimizer import Live, ReNO, Result
-from difftune.reno.paper import PAPER
-from difftune.reno.regularizers import REGULARIZERS
+from difftune.reno.settings import NoiseSettings
 from rewards.compose import parse_rewards
 from rewards.monitor import Monitor
 from rewards.registry import Reward, entry
@@ -109,28 +108,19 @@ def configured(config: RenoConfig, pipe: Any, reward: Reward | None) -> ReNO:
     return ReNO(
         load_model(config.model, torch_dtype=DTYPES[config.mixed_precision]) if pipe is None else pipe,
         parse_rewards(config.reward) if reward is None else reward,
-        config.num_inference_steps,
-        guidance_named(config.guidance, config.guidance_scale, config.guidance_options),
-        config.learning_rate,
-        config.regularization_weight,
-        config.grad_clip,
-        config.optimizer,
-        config.regularizer,
-        config.variables,
-        config.gradient,
-        config.sampler,
-        memory_budget=config.memory_budget,
-        offload=config.offload,
-        held_out=None if config.held_out is None else summed({config.held_out: 1.0}),
-        normalize=config.normalize,
-        patience=config.patience,
-        target=config.target,
-        max_distance=config.max_distance,
-        height=config.height,
-        width=config.width,
-        embedded_guidance=config.embedded_guidance,
-        setting=config.setting,
+        None if config.held_out is None else summed({config.held_out: 1.0}),
+        **vars(noise_settings(config)),
     )
+
+
+def noise_settings(config: RenoConfig) -> NoiseSettings:
+    """The settings of the optimisation itself: those that go by the same name, and the guidance as an object.
+
+    Raises UserError for one that is unknown or cannot be.
+    """
+    shared = {field.name for field in fields(NoiseSettings)} & {field.name for field in fields(RenoConfig)}
+    guidance = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+    return NoiseSettings(**{name: getattr(config, name) for name in shared} | {"guidance": guidance})
 
 
 def check(config: RenoConfig, pipe: Any = None, reward: Reward | None = None) -> None:
@@ -138,31 +128,19 @@ def check(config: RenoConfig, pipe: Any = None, reward: Reward | None = None) ->
     if not config.prompt:
         raise UserError("there is no prompt to optimise: give at least one --prompt")
     at_least(1, iterations=config.iterations, batch_size=config.batch_size, seeds_per_prompt=config.seeds_per_prompt)
-    at_least(1, num_inference_steps=config.num_inference_steps, inversion_steps=config.inversion_steps)
-    at_least(0, learning_rate=config.learning_rate or 0, regularization_weight=config.regularization_weight)
-    at_least(0, grad_clip=config.grad_clip or 0, max_distance=config.max_distance or 0)
-    for name in ("patience", "checkpointing_steps", "height", "width"):
-        at_least(1, **{name: 1 if getattr(config, name) is None else getattr(config, name)})
-    sampler_named(config.sampler)
-    known("regularizer", config.regularizer, REGULARIZERS)
-    guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
-    check_engine(config.memory_budget, config.enable_xformers_memory_efficient_attention)
-    optimizer = optimizer_named(config.optimizer, config.learning_rate, config.grad_clip)
-    if needs_gradient(optimizer):
+    at_least(1, inversion_steps=config.inversion_steps)
+    if config.checkpointing_steps is not None:
+        at_least(1, checkpointing_steps=config.checkpointing_steps)
+    check_engine(None, config.enable_xformers_memory_efficient_attention)
+    if needs_gradient(noise_settings(config).update):
         differentiable(config.reward if reward is None else reward)
-    if config.gradient is not None and needs_gradient(optimizer):
-        of = "weights" if config.variables == "prompt" else "noise"
-        gradient_named(config.gradient, config.num_inference_steps, config.sampler, of)
-        check_offloading(config.offload, config.gradient)
     check_names(config)
     if pipe is None:
         model_named(config.model)
 
 
 def check_names(config: RenoConfig) -> None:
-    """UserError for a held-out reward, a setting or a file to start from that is not there."""
-    if config.setting is not None:
-        known("setting of ReNO's paper", config.setting, PAPER)
+    """UserError for a held-out reward or a file to start from that is not there."""
     if config.start is not None and not Path(config.start).is_file():
         raise UserError(f"--start {config.start} is no file: give a noise.safetensors or a picture")
     if config.held_out is not None:

@@ -131,7 +131,7 @@ def test_deterministic_holds_during_the_run_alone(toy, tmp_path, on):
 def test_reno_within_a_budget_is_reno(tmp_path):
     pipe, kept = pipelines.sd(), {}
     weights = parameters_bytes(*pipe.components.values())
-    settings = ReNO(pipe, SUM, 2, progress=False, learning_rate=2.0)
+    settings = ReNO(pipe, SUM, num_inference_steps=2, progress=False, learning_rate=2.0)
     whole = settings.optimize(PROMPTS, 3)
     assert (whole.plan.gradient, whole.plan.micro_batch, whole.plan.peak) == ("checkpoint", 3, 0)
     with pytest.raises(UserError, match="memory_budget 1KiB is too small") as error:
@@ -258,9 +258,9 @@ def test_offloading_goes_around_the_rollouts_of_recipes_and_of_reno(toy, monkeyp
     _, said, _ = trained(replace(toy, train_batch_size=1, **budgets))
     assert said[0] == "gradient: checkpoint" and entered == [("cpu", "checkpoint")]
     pipe = pipelines.sd()
-    result = ReNO(pipe, SUM, 2, progress=False, **budgets).optimize(PROMPTS[:1], 2)
+    result = ReNO(pipe, SUM, num_inference_steps=2, progress=False, **budgets).optimize(PROMPTS[:1], 2)
     assert result.plan.gradient == "checkpoint" and len(entered) == 3
-    plain = ReNO(pipe, SUM, 2, progress=False).optimize(PROMPTS[:1], 2)
+    plain = ReNO(pipe, SUM, num_inference_steps=2, progress=False).optimize(PROMPTS[:1], 2)
     assert torch.equal(result.noises, plain.noises) and len(entered) == 3
 
 
@@ -288,7 +288,7 @@ def test_noise_gets_a_gradient_through_all_steps(gradient):
 def test_a_truncation_that_cuts_the_noise_off_is_refused_at_once():
     pipe = pipelines.sd()
     with pytest.raises(UserError, match="'checkpoint'"):
-        ReNO(pipe, {"brightness": 1.0}, 3, gradient="truncated:2")
+        ReNO(pipe, {"brightness": 1.0}, num_inference_steps=3, gradient="truncated:2")
 
 
 def test_a_mode_with_its_own_solver_takes_no_other_sampler():

@@ -171,7 +171,7 @@ def test_a_run_is_resumed_with_the_noise_that_it_began_with(pipe, variables):
 
 def test_best_is_kept_by_reward_alone_and_is_no_alias(pipe):
     """A step far too long: the reward soon falls, and each best noise still makes its image."""
-    settings = quiet(pipe, learning_rate=100.0, regularization=1e3)
+    settings = quiet(pipe, learning_rate=100.0, regularization_weight=1e3)
     live, kept = [], []
     for state in settings.iterate(PROMPTS, 4):
         live.append((state.record, state.noises.clone(), state.images.clone()))
@@ -193,7 +193,8 @@ def test_best_is_kept_by_reward_alone_and_is_no_alias(pipe):
 
 
 def test_reward_and_regularizer_are_reported_apart(pipe):
-    first = [next(quiet(pipe, {"brightness": 2.0}, regularization=w).iterate(PROMPTS, 2)).record for w in (0.0, 5.0)]
+    both = [quiet(pipe, {"brightness": 2.0}, regularization_weight=weight) for weight in (0.0, 5.0)]
+    first = [next(reno.iterate(PROMPTS, 2)).record for reno in both]
     assert torch.equal(first[0].parts["brightness"], first[1].parts["brightness"])
     assert torch.equal(first[0].total, 2 * first[0].parts["brightness"])
     assert (first[1].grad_norm > first[0].grad_norm).all()
@@ -317,7 +318,7 @@ def test_every_engine_mode_raises_the_reward_of_noise_and_prompt(pipe, mode):
 def test_twenty_steps_of_tiny_fit_their_budget_with_the_full_gradient():
     """Weights, states and all within 40 MiB, where mode "full" is predicted to take 142 MiB."""
     pipe, reward, budget = models.load("tiny"), load_reward("contrast"), "40MiB"
-    settings = ReNO(pipe, reward, 20, CFG(3.0), progress=False, memory_budget=budget)
+    settings = ReNO(pipe, reward, num_inference_steps=20, guidance=CFG(3.0), progress=False, memory_budget=budget)
     weights = sum(p.nbytes for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
     (full, _) = replace(settings, memory_budget=None, gradient="full")._objective("a red circle", 2, 0, None, 1, None)
     (fitted, _) = settings._objective("a red circle", 2, 0, None, 1, None)

@@ -1,7 +1,7 @@
 """`difftune optimize`: its files, its resumption, and the noise that `difftune sample` takes."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,7 +15,9 @@ from difftune.errors import UserError
 from difftune.files.output import png
 from difftune.files.pictures import opened
 from difftune.reno import optimizer, run_folder
-from difftune.reno.paper import Setting
+from difftune.reno.paper import PAPER, Setting
+from difftune.reno.settings import NoiseSettings
+from guidance.methods.cfg import CFG, Plain
 from tests.support import pipelines
 
 PROMPTS = ["red circle", "blue square"]
@@ -35,6 +37,22 @@ def model(tmp_path_factory):
 
 def settings(out, **more) -> RenoConfig:
     return RenoConfig(**{"prompt": PROMPTS, "reward": ["brightness=-1"], "output_dir": str(out), **more})
+
+
+OTHER = {"num_inference_steps": 3, "sampler": "ancestral", "guidance": "cfg", "embedded_guidance": 2.0, "height": 32,
+         "width": 16, "setting": "sd-turbo", "variables": "both", "optimizer": "adam", "learning_rate": 0.3,
+         "grad_clip": 0.7, "regularizer": "spectral", "regularization_weight": 0.2, "normalize": True, "patience": 4,
+         "target": 0.9, "max_distance": 0.4, "gradient": "checkpoint", "memory_budget": "3GiB",
+         "offload": True}  # fmt: skip
+
+
+def test_each_setting_of_a_noise_has_its_flag_and_reaches_it_by_name(pipe):
+    names = {field.name for field in fields(NoiseSettings)} - {"timesteps"}  # which a paper's setting gives
+    assert names == OTHER.keys() and all(getattr(RenoConfig(), name) != OTHER[name] for name in names)
+    reno = run_folder.configured(RenoConfig(reward=["brightness"], **OTHER), pipe, None)
+    found = {name: getattr(reno, name) for name in names}
+    assert found == {**OTHER, "guidance": CFG(5.0)}
+    assert run_folder.noise_settings(RenoConfig()) == NoiseSettings(guidance=Plain())
 
 
 def test_run_writes_pictures_paths_curves_and_the_noise(pipe, tmp_path):
@@ -235,7 +253,7 @@ def test_a_noise_that_does_not_fit_is_named(model, tmp_path):
 
 
 def test_a_picture_has_the_size_of_the_papers_setting(pipe, tmp_path, monkeypatch):
-    monkeypatch.setitem(run_folder.PAPER, "larger", Setting((), 24, 5.0))
+    monkeypatch.setitem(PAPER, "larger", Setting((), 24, 5.0))
     (tmp_path / "picture.png").write_bytes(png(torch.rand(24, 24, 3).numpy()))
     config = settings(tmp_path / "out", start=str(tmp_path / "picture.png"), setting="larger", inversion_steps=2,
                       iterations=1)  # fmt: skip

@@ -33,8 +33,8 @@ class Left:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_noise_and_embedding_are_optimised(name):
     pipe = PIPELINES[name]()
-    settings = ReNO(pipe, Left(), 2, optimizer="adam[learning_rate=0.1]", variables="both", height=16, width=16,
-                    regularization=0.0, progress=False)  # fmt: skip
+    settings = ReNO(pipe, Left(), num_inference_steps=2, optimizer="adam[learning_rate=0.1]", variables="both",
+                    height=16, width=16, regularization_weight=0.0, progress=False)  # fmt: skip
     result = settings.optimize(PROMPTS, 4)
     assert (result.rewards > result.rewards_before).all() and result.history[0].grad_norm.min() > 0
     assert not torch.equal(result.noises, result.noises_before)
@@ -43,7 +43,7 @@ def test_noise_and_embedding_are_optimised(name):
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_the_pipeline_makes_the_picture_from_the_noise_at_its_size(name):
     pipe = PIPELINES[name]()
-    result = ReNO(pipe, Left(), 2, height=16, width=24, progress=False).optimize(PROMPTS, 2)
+    result = ReNO(pipe, Left(), num_inference_steps=2, height=16, width=24, progress=False).optimize(PROMPTS, 2)
     call = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt"}
     made = pipe(PROMPTS, **for_pipeline(pipe, result.noises), **call).images
     assert made.shape == (2, 3, 16, 24) and torch.allclose(made.float(), result.images.float(), atol=1e-3)
@@ -78,7 +78,7 @@ ONE_STEP = {  # the pipeline, the settings of ReNO, and of the pipeline's own ca
 def test_a_one_step_models_own_call_makes_the_picture_from_the_noise(name):
     """Under the scheduler, the timesteps and the embedded scale that each is run with."""
     make, settings, call = ONE_STEP[name]
-    pipe, more = make(), {"regularization": 0.0, "learning_rate": 2.0, "progress": False}
+    pipe, more = make(), {"regularization_weight": 0.0, "learning_rate": 2.0, "progress": False}
     result = ReNO(pipe, Left(), height=16, width=16, **more, **settings).optimize(PROMPTS, 4)
     assert (result.rewards > result.rewards_before).all()
     options = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "pt", **call}
