@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rewards.errors import RewardError, Unreachable, WeightsMissing
@@ -134,7 +134,7 @@ def snapshot(model: str | Path) -> Path:
         raise WeightsMissing(_unreached(str(model))) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise WeightsMissing(f"{model} is neither a folder nor a model of the Hub: {_first_line(error)}") from error
-    _write(record, {"revision": folder.name})
+    _write(record, json.dumps({"revision": folder.name}).encode())
     return folder
 
 
@@ -156,7 +156,8 @@ def _install(lock: Lock, record: Path) -> None:
     if found != (lock.sha256 or _stated(source) or found):
         raise RewardError(_tampered(lock, source, found))
     file = _converted(source, record.parent / "model.safetensors") if source.suffix in PICKLES else source
-    _write(record, {"source_sha256": found, "file": str(file), "sha256": sha256(file), "revision": lock.revision})
+    facts = {"source_sha256": found, "file": str(file), "sha256": sha256(file), "revision": lock.revision}
+    _write(record, json.dumps(facts).encode())
 
 
 def _from_hub(lock: Lock) -> Path:
@@ -177,9 +178,7 @@ def _from_url(lock: Lock, file: Path) -> Path:
             content = answer.read(lock.bytes + 1)
     except OSError as error:
         raise Unreachable(f"cannot fetch {lock.url}: {_first_line(error)}") from error
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
-    return file
+    return _write(file, content)
 
 
 def _stated(file: Path) -> str | None:
@@ -189,17 +188,22 @@ def _stated(file: Path) -> str | None:
 
 
 def _converted(source: Path, file: Path) -> Path:
+    tensors = {key: value.contiguous().clone() for key, value in read(source).items()}
+    return _write(file, save(tensors))
+
+
+def _write(file: Path, data: bytes) -> Path:
+    """A whole file, or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}")
-    save_file({key: value.contiguous().clone() for key, value in read(source).items()}, partial)
-    return partial.replace(file)
-
-
-def _write(record: Path, facts: dict[str, Any]) -> None:
-    record.parent.mkdir(parents=True, exist_ok=True)
-    partial = record.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(facts))
-    partial.replace(record)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        return partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _folder(name: str) -> Path:

@@ -1,15 +1,13 @@
 """Checkpoints: safetensors for tensors, JSON for the rest, nothing pickled.
 
-A checkpoint is written into `checkpoint-STEP.tmp`, flushed to the disk and renamed, and its manifest holds the SHA-256
-of every file: it is whole, or it is not taken for one.
+A checkpoint is written as a whole folder, and its manifest holds the SHA-256 of every file: it is whole, or it is not
+taken for one. One that was damaged later is set aside as `checkpoint-STEP.damaged`.
 """
 
 import hashlib
 import json
-import os
 import random
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from difftune.errors import RunError, UserError
+from difftune.files.output import remove, whole_folder
 
 TENSORS, INFO, MANIFEST = "state.safetensors", "state.json", "manifest.json"
-PARTIAL = ".tmp"
+DAMAGED = ".damaged"
 Say = Callable[[str], Any]
 
 
@@ -36,27 +35,28 @@ class State(NamedTuple):
 
 
 def save(folder: str | Path, state: State, limit: int | None = None, also: Callable[[Path], Any] | None = None) -> Path:
-    """Write `folder/checkpoint-STEP`, then remove all but the `limit` newest. `also(path)` adds files of its own."""
+    """Write `folder/checkpoint-STEP`, then `prune` the others. `also(path)` adds files of its own.
+
+    Raises DiskError where the disk refuses: those that were there stay.
+    """
     final = Path(folder) / f"checkpoint-{state.step}"
-    partial = final.with_name(final.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()}, partial / TENSORS)
-    (partial / INFO).write_text(json.dumps({"step": state.step, **state.info}))
-    if also is not None:
-        also(partial)
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    hashes = {path.relative_to(partial).as_posix(): digest(path) for path in files}
-    (partial / MANIFEST).write_text(json.dumps(hashes, indent=2))
-    for path in (*partial.rglob("*"), partial):
-        flush(path)
-    if final.exists():
-        remove(final.rename(final.with_name(final.name + ".old")))
-    partial.rename(final)
-    flush(final.parent)
-    for old in checkpoints(folder)[: -limit if limit else 0]:
-        remove(old)
+    with whole_folder(final) as partial:
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()}, partial / TENSORS)
+        (partial / INFO).write_text(json.dumps({"step": state.step, **state.info}))
+        if also is not None:
+            also(partial)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        hashes = {path.relative_to(partial).as_posix(): digest(path) for path in files}
+        (partial / MANIFEST).write_text(json.dumps(hashes, indent=2))
+    prune(folder, limit, state.step)
     return final
+
+
+def prune(folder: str | Path, limit: int | None, step: int) -> None:
+    """Remove all checkpoints but that of `step` and the newest others, `limit` in all; None keeps all."""
+    others = [path for path in checkpoints(folder) if path.name != f"checkpoint-{step}"]
+    for path in others[: len(others) - limit + 1] if limit else ():
+        remove(path)
 
 
 def load(path: str | Path) -> State:
@@ -69,15 +69,24 @@ def load(path: str | Path) -> State:
 
 
 def latest(folder: str | Path, say: Say = warnings.warn) -> Path | None:
-    """The newest checkpoint that is whole; `say` hears of each newer one that is not."""
-    for path in Path(folder).glob(f"checkpoint-*{PARTIAL}"):
-        say(f"{path} was skipped: it was never finished")
-    for path in reversed(checkpoints(folder)):
-        fault = defect(path)
-        if not fault:
-            return path
-        say(f"{path} was skipped: {fault}")
-    return None
+    """The newest checkpoint that is whole; see `sort_out`."""
+    sort_out(folder, say)
+    return next(reversed(checkpoints(folder)), None)
+
+
+def sort_out(folder: str | Path, say: Say = warnings.warn) -> None:
+    """Set damaged checkpoints aside, so that none is counted; `say` hears of each."""
+    for path in checkpoints(folder):
+        if fault := defect(path):
+            say(f"{path} was set aside as {set_aside(path).name}: {fault}")
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, which a person may want to look at. An earlier one of its step makes way."""
+    aside = path.with_name(path.name + DAMAGED)
+    if aside.exists():
+        remove(aside)
+    return path.rename(aside)
 
 
 def resumed(folder: str | Path, wanted: str | None, say: Say = warnings.warn) -> State | None:
@@ -87,7 +96,9 @@ def resumed(folder: str | Path, wanted: str | None, say: Say = warnings.warn) ->
     if wanted != "latest":
         if not Path(wanted).is_dir():
             raise UserError(f"no checkpoint {wanted!r}: give its folder, or 'latest'")
-        return load(wanted)
+        state = load(wanted)
+        sort_out(folder, say)
+        return state
     found = latest(folder, say)
     return None if found is None else load(found)
 
@@ -112,20 +123,6 @@ def defect(path: Path) -> str:
 def digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def remove(path: Path) -> None:
-    """At once for whoever looks for checkpoints."""
-    shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)) if path.suffix != PARTIAL else path)
-
-
-def flush(path: Path) -> None:
-    """What was written to a file, or into a folder, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Randomness(NamedTuple):

@@ -5,25 +5,30 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from difftune.files.output import write
+from difftune.files import output
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line, which is on its way to the disk when this returns."""
-    with path.open("a") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
+    """Add one line, which is on the disk when this returns. DiskError where it cannot be: the file is as it was."""
+    output.append(path, json.dumps(record, allow_nan=False))
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and one that was torn: a resumed run writes them again."""
+    """Drop the lines after `step`, and those that are no records: a resumed run writes them again."""
     if path.exists():
-        write(path, "".join(json.dumps(record) + "\n" for record in records(path) if record["step"] <= step))
+        kept = [record for record in records(path) if record["step"] <= step]
+        output.write(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl, up to the first that was torn."""
-    for line in path.read_text().splitlines():
+    """The lines of a metrics.jsonl that hold a record, an object with the number `step`; others are passed over.
+
+    A line may be blank, torn by a crash, or damaged: those after it are good all the same.
+    """
+    for line in path.read_bytes().split(b"\n"):
         try:
-            yield json.loads(line)
-        except ValueError:
-            return
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(found, dict) and isinstance(found.get("step"), int | float):
+            yield found

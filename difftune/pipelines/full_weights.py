@@ -1,7 +1,5 @@
 """Full fine-tuning: every weight of the denoiser is trained, in float32, and saved as diffusers saves a network."""
 
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as FILE
 from safetensors.torch import save_file
 from torch import Tensor
 
-from difftune.files.checkpoint import flush
+from difftune.files.output import whole_folder
 from difftune.pipelines import lora
 from solvers.families.table import family_of
 
@@ -34,18 +32,10 @@ def save(pipe: Any, folder: str | Path, tensors: Mapping[str, Tensor]) -> Path:
     It is read by `type(network).from_pretrained`, and by `difftune sample --lora`.
     """
     network, final = lora.network_of(pipe), folder_of(pipe, folder)
-    partial, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
-    for rest in (partial, old):
-        shutil.rmtree(rest, ignore_errors=True)
     whole = {**network.state_dict(), **tensors}  # with the buffers
-    network.save_config(partial)
-    save_file({k: v.detach().cpu().contiguous() for k, v in whole.items()}, partial / FILE, {"format": "pt"})
-    for file in partial.iterdir():
-        flush(file)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(partial, final)
-    shutil.rmtree(old, ignore_errors=True)
+    with whole_folder(final) as partial:
+        network.save_config(partial)
+        save_file({k: v.detach().cpu().contiguous() for k, v in whole.items()}, partial / FILE, {"format": "pt"})
     return final
 
 

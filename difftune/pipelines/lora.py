@@ -5,10 +5,6 @@ without which an alpha other than the rank is silently lost.
 """
 
 import json
-import os
-import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +21,10 @@ from safetensors.torch import save as safetensors
 from torch import Tensor, nn
 
 from difftune.errors import UserError
-from difftune.files.checkpoint import flush
-from difftune.files.output import write
+from difftune.files.output import whole_file, write
 from solvers.families.table import family_of
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-TEMPORARY = ".lora-"  # what `save` writes into, with eight letters and digits of tempfile's after it
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # attention to the text's tokens, of SD3 and FLUX
 FEED_FORWARD = ("net.0.proj", "net.2", "proj_mlp")
@@ -146,22 +140,11 @@ def save(pipe: Any, folder: str | Path, tensors: Mapping[str, Tensor] | None = N
     layers = {f"{kind}_lora_layers": adapter_of(network, tensors)}
     adapter = {k: sorted(v) if isinstance(v, set) else v for k, v in network.peft_config[NAME].to_dict().items()}
     settings = {f"{kind}_lora_adapter_metadata": adapter}  # a set's order would differ from process to process
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY) as temporary:  # a folder: loaders look at every file
+    with whole_file(Path(folder, WEIGHTS)) as partial:
         writer = type(pipe) if isinstance(pipe, LoraBaseMixin) else SD3LoraLoaderMixin
-        writer.save_lora_weights(temporary, **layers, **settings, weight_name=WEIGHTS)
-        sort_header(Path(temporary, WEIGHTS))
-        flush(Path(temporary, WEIGHTS))
-        os.replace(Path(temporary, WEIGHTS), folder / WEIGHTS)
-    return folder / WEIGHTS
-
-
-def sweep(folder: str | Path) -> None:
-    """Remove what a `save` that was killed left in the folder."""
-    for path in Path(folder).glob(f"{TEMPORARY}*"):
-        if re.fullmatch(rf"{re.escape(TEMPORARY)}[a-z0-9_]{{8}}", path.name) and path.is_dir():
-            shutil.rmtree(path)
+        writer.save_lora_weights(partial.parent, **layers, **settings, weight_name=WEIGHTS)
+        sort_header(partial)
+    return Path(folder, WEIGHTS)
 
 
 def adapter_of(network: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

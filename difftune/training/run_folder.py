@@ -16,7 +16,7 @@ from tqdm import tqdm
 from difftune.errors import UserError
 from difftune.files import checkpoint, records
 from difftune.files.checkpoint import Say, State
-from difftune.files.output import write
+from difftune.files.output import sweep, write
 from difftune.pipelines import full_weights, lora
 from difftune.processes import agreed, process, shown, stopping
 from difftune.training import trackers as log
@@ -57,8 +57,8 @@ def run(
     process().wait_for_everyone()  # every process has seen the folder as it was
     if main:
         write(folder / CONFIG, settings_yaml(config))
-        for place in (folder, folder / validation.BEST):
-            lora.sweep(place)
+        for place in (folder, folder / validation.BEST, folder / validation.GRIDS):
+            sweep(place)
         for name in (METRICS, validation.RECORDS):
             records.rewind(folder / name, done)
     process().wait_for_everyone()  # and sees the records as they go on

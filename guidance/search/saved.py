@@ -9,7 +9,7 @@ search, however its writer ended.
 
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path as File
 
 from safetensors import SafetensorError, safe_open
@@ -43,14 +43,13 @@ def load(file: str | File) -> Saved:
 
 def _write(file: File, data: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
     try:
-        with os.fdopen(handle, "wb") as out:
+        with partial.open("xb") as out:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
+        os.replace(partial, file)
     except BaseException:
-        File(temporary).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise

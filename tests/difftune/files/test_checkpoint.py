@@ -10,6 +10,7 @@ import torch
 from difftune.errors import RunError, UserError
 from difftune.files import checkpoint, records
 from difftune.files.checkpoint import State
+from difftune.files.output import beside, sweep
 
 
 def state(step: int) -> State:
@@ -89,24 +90,46 @@ def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path, harm):
 
     checkpoint.save(tmp_path, state(1))
     harm(checkpoint.save(tmp_path, state(2), also=more))
-    with pytest.warns(UserWarning, match="checkpoint-2 was skipped"):
-        assert checkpoint.latest(tmp_path).name == "checkpoint-1"
     with pytest.raises(RunError, match="checkpoint-2 cannot be resumed from"):
         checkpoint.load(tmp_path / "checkpoint-2")
+    with pytest.warns(UserWarning, match="checkpoint-2 was set aside as checkpoint-2.damaged"):
+        assert checkpoint.latest(tmp_path).name == "checkpoint-1"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2.damaged"]
 
 
-def test_one_that_was_never_finished_is_skipped_and_replaced(tmp_path):
-    partial = tmp_path / "checkpoint-5.tmp"
+def test_one_that_was_never_finished_is_no_checkpoint(tmp_path):
+    partial = beside(tmp_path / "checkpoint-5")
     partial.mkdir()
     (partial / checkpoint.TENSORS).write_bytes(b"half")
-    said = []
-    assert checkpoint.latest(tmp_path, said.append) is None
-    assert said == [f"{partial} was skipped: it was never finished"]
+    assert checkpoint.latest(tmp_path) is None
     checkpoint.save(tmp_path, state(5))
     assert checkpoint.load(tmp_path / "checkpoint-5").step == 5
     checkpoint.save(tmp_path, State(5, {"lora.a": torch.ones(1)}, {}))  # again, as after a resumption from before it
     assert checkpoint.load(tmp_path / "checkpoint-5").tensors.keys() == {"lora.a"}
+    sweep(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_damaged_checkpoints_neither_count_nor_displace_whole_ones(tmp_path, limit):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, state(step))
+    for step in (2, 3):
+        one_bit(tmp_path / f"checkpoint-{step}")
+    assert checkpoint.resumed(tmp_path, "latest", say=lambda line: None).step == 1
+    assert names(tmp_path) == ["checkpoint-1"]
+    checkpoint.save(tmp_path, state(2), limit)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"][-limit:]
+    assert all(not checkpoint.defect(path) for path in checkpoint.checkpoints(tmp_path))
+    assert sorted(p.name for p in tmp_path.glob("*.damaged")) == ["checkpoint-2.damaged", "checkpoint-3.damaged"]
+
+
+def test_the_one_just_written_is_never_removed(tmp_path):
+    for step in (2, 4, 6):
+        checkpoint.save(tmp_path, state(step))
+    assert checkpoint.resumed(tmp_path, str(tmp_path / "checkpoint-2")).step == 2
+    checkpoint.save(tmp_path, state(3), limit=1)
+    assert names(tmp_path) == ["checkpoint-3"]
 
 
 def test_writing_that_fails_leaves_the_last_one(tmp_path):
@@ -114,9 +137,9 @@ def test_writing_that_fails_leaves_the_last_one(tmp_path):
         raise OSError("no space left")
 
     checkpoint.save(tmp_path, state(1))
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(RunError, match="cannot write .*checkpoint-2: no space left"):
         checkpoint.save(tmp_path, state(2), limit=1, also=full)
-    assert names(tmp_path) == ["checkpoint-1"]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 def test_resumption_by_name(tmp_path):
@@ -138,16 +161,22 @@ def test_randomness_goes_through_a_file(tmp_path):
     assert draws[0] == draws[1]
 
 
-def test_metrics_are_rewound_to_a_step(tmp_path):
+BAD_LINES = ["", "   ", '{"step": 4, "lo', "7", "null", "[]", '{"loss": 1}', '{"step": "4"}', "[" * 100_000, "\x00"]
+
+
+@pytest.mark.parametrize("bad", [*(line.encode() for line in BAD_LINES), b"\xff\xfe", b'{"step": 2, "text": "\xff"}'])
+def test_metrics_are_rewound_to_a_step_whatever_stands_between_them(tmp_path, bad):
     path = tmp_path / "metrics.jsonl"
     records.rewind(path, 0)
     assert not path.exists()
-    for step in (1, 2, 3):
-        records.append(path, {"step": step, "loss": step / 3})
-    with path.open("a") as file:
-        file.write('{"step": 4, "lo')
+    good = [{"step": step, "loss": step / 3} for step in (1, 2, 3)]
+    for record in good:
+        records.append(path, record)
+        with path.open("ab") as file:
+            file.write(bad + b"\n")
+    with path.open("ab") as file:
+        file.write(b'{"step": 4, "lo')
+    assert list(records.records(path)) == good
     records.rewind(path, 2)
-    assert list(records.records(path)) == [{"step": step, "loss": step / 3} for step in (1, 2)]
-    with pytest.raises(ValueError, match="JSON"):
-        records.append(path, {"step": 3, "loss": float("nan")})
-    assert len(list(records.records(path))) == 2
+    records.append(path, good[2])
+    assert path.read_text() == "".join(json.dumps(record) + "\n" for record in good)

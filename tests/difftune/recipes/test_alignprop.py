@@ -1,7 +1,6 @@
 """AlignProp: its gradient against a hand-written loop, resumption bit for bit, and what it refuses."""
 
 import signal
-import tempfile
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ from difftune.configs.recipes import AlignPropConfig
 from difftune.errors import RunError, UserError
 from difftune.files import checkpoint, records
 from difftune.files.checkpoint import State
+from difftune.files.output import beside
 from difftune.pipelines import lora
 from difftune.recipes import alignprop
 from difftune.recipes.alignprop import alignprop_loss, kept_steps, train
@@ -268,17 +268,15 @@ def test_what_a_killed_save_left_is_removed_when_the_run_goes_on_and_nothing_els
     config = replace(toy, output_dir=str(out), max_train_steps=1)
     alignprop.run(config, pipe=pipelines.sd(), reward=BRIGHT)
     (out / "best").mkdir()
-    left = [Path(tempfile.mkdtemp(dir=where, prefix=lora.TEMPORARY)) for where in (out, out / "best")]
+    left = [beside(where / lora.WEIGHTS) for where in (out, out / "best")]
     for folder in left:
-        (folder / lora.WEIGHTS).write_bytes(b"half")
-    others = [out / ".lora-mine", out / ".lora-ABCDEFGH", out / "lora-abcdefgh"]
-    for folder in others:
         folder.mkdir()
-    (out / ".lora-12345678").write_text("a file")
+        (folder / lora.WEIGHTS).write_bytes(b"half")
+    (out / "notes").mkdir()
     again = replace(config, max_train_steps=2, resume_from_checkpoint="latest")
     alignprop.run(again, pipe=pipelines.sd(), reward=BRIGHT)
     assert not any(folder.exists() for folder in left)
-    assert all(folder.is_dir() for folder in others) and (out / ".lora-12345678").is_file()
+    assert (out / "notes").is_dir()
 
 
 class Broken(Brightness):
