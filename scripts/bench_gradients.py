@@ -38,7 +38,8 @@ from guidance.methods.catalogue import CFG
 from solvers.denoiser import Path
 from solvers.families.attention import attention, choose, obstacle
 from solvers.latent import LatentModel
-from solvers.memory.live import LiveBytes, block_checkpointing
+from solvers.memory.checkpointing import block_checkpointing
+from solvers.memory.live import LiveBytes
 from solvers.noise import Noise
 from solvers.rollout.modes import MODES, rollout
 from solvers.samplers.catalogue import euler, gaussian

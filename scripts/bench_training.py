@@ -27,7 +27,7 @@ from difftune.pipelines import engine
 from difftune.recipes import alignprop, d3po
 from rewards.registry import load
 from solvers.families.attention import Verdict, choose, obstacle
-from solvers.memory.live import block_checkpointing
+from solvers.memory.checkpointing import block_checkpointing
 
 DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 WIDTHS = (128, 256, 512, 512)  # of the VAE

@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from solvers.denoiser import Cond, Prediction, predicted, widen
 from solvers.errors import InputError
-from solvers.families.table import Family, family_of
+from solvers.families.family import Family
+from solvers.families.table import family_of
 from solvers.levels import Clock, levels_of, prediction_type
 from solvers.noise import Noise
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
+from solvers.samplers.catalogue import Generators
 
 
 @dataclass(frozen=True)

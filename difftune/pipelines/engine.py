@@ -19,7 +19,7 @@ from solvers.denoiser import Path, Prediction, predicted
 from solvers.families.attention import Verdict, attention, choose, deterministic, obstacle
 from solvers.latent import LatentModel
 from solvers.memory.budget import Plan, Probe, parse_size, planned, resident
-from solvers.memory.live import check_offload, offload_line, offloaded
+from solvers.memory.offload import check_offload, offload_line, offloaded
 from solvers.noise import Noise, cosine, grid
 from solvers.rollout.modes import parse_gradient, rollout
 from solvers.samplers.catalogue import Step, ancestral, euler, is_stochastic

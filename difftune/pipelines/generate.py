@@ -21,7 +21,8 @@ from difftune.pipelines.opened import opened
 from guidance.attach.handle import attach
 from guidance.contract import Guidance
 from rewards.checks import finite
-from solvers.families.table import family_of, packed
+from solvers.families.table import family_of
+from solvers.families.tokens import packed
 from solvers.latent import LatentModel
 
 

@@ -18,7 +18,6 @@ from difftune.errors import UserError
 from difftune.lookup import model_named
 from guidance.contract import Guidance
 from guidance.guided import guided
-from guidance.methods.adaptive import Recorded, fit_linear_ag
 from guidance.methods.catalogue import (
     GFCG,
     GUIDANCE,
@@ -34,6 +33,7 @@ from guidance.methods.catalogue import (
     PerpNeg,
 )
 from guidance.methods.classifier import smoothed
+from guidance.methods.linear_ag import Recorded, fit_linear_ag
 from rewards.registry import load
 from rewards.world.classifier import CLASSES, load_classifier
 from rewards.world.render import RESOLUTION

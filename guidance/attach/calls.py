@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from guidance.branches import Counter, Inputs, each, evaluate
 from guidance.contract import Answers, Branch, Request
 from solvers.errors import InputError
-from solvers.families.table import Family, unpacked
+from solvers.families.family import Family
+from solvers.families.tokens import unpacked
 
 RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")  # of a ControlNet, for a UNet
 

@@ -33,7 +33,10 @@ from guidance.contract import Combined, Guidance, convert, drive
 from guidance.methods.compose import inside
 from solvers.denoiser import Memory, Path, widen
 from solvers.errors import InputError
-from solvers.families.table import CONTROLNET, Family, family_of, packed, unpacked
+from solvers.families.family import Family
+from solvers.families.table import family_of
+from solvers.families.tokens import packed, unpacked
+from solvers.families.unet import CONTROLNET_INPUTS
 from solvers.levels import prediction_type
 from solvers.noise import Noise
 
@@ -162,7 +165,7 @@ class Run:
 
     def control_forward(self, network: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """In place of a ControlNet's own: as `forward`, with residuals that `Asked` replaces."""
-        self.control = recorded(network, original, args, kwargs, CONTROLNET)
+        self.control = recorded(network, original, args, kwargs, CONTROLNET_INPUTS)
         return [], self.control.sample[:, :0]
 
     def step(

@@ -52,14 +52,14 @@ def index_of(scheduler: Any, timestep: Tensor) -> int:
     return int(scheduler.index_for_timestep(timestep.to(scheduler.timesteps.device)))
 
 
-def ratio(at: Noise) -> float:
+def noise_ratio(at: Noise) -> float:
     """k = sigma / alpha."""
     return float(at.sigma / at.alpha)
 
 
 def trapezoid(start: Noise, end: Noise) -> tuple[float, float]:
     """Weights of the second call of a step that averages the slopes at both of its ends."""
-    return 0.5, ratio(start) / ratio(end) / 2
+    return 0.5, noise_ratio(start) / noise_ratio(end) / 2
 
 
 def midpoint(start: float, middle: float, end: float) -> tuple[tuple[float, float], tuple[float, float]]:

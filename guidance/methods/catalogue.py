@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from guidance.contract import Guidance
-from guidance.methods.adaptive import AdaptiveGuidance, LinearAG
+from guidance.methods.adaptive import AdaptiveGuidance
 from guidance.methods.apg import APG
 from guidance.methods.cfg import CFG, Plain
 from guidance.methods.cfgpp import CFGpp
@@ -12,6 +12,7 @@ from guidance.methods.compose import Interval, Rescale
 from guidance.methods.conditions import MultiCondition, NullTextInversion
 from guidance.methods.dynamic import DynamicCFG
 from guidance.methods.frequency import FDG
+from guidance.methods.linear_ag import LinearAG
 from guidance.methods.negative import NAG, NASA, PerpNeg
 from guidance.methods.project import TCFG, CFGZeroStar
 from guidance.methods.scales import Between, Scale, strength

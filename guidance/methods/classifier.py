@@ -16,7 +16,7 @@ from solvers.errors import InputError
 from solvers.noise import Noise
 
 Classify = Callable[[Tensor], Tensor]  # x0 (B, ...) -> logits (B, K)
-Rule = Callable[[Tensor, Tensor, Tensor], Tensor]  # p (B, K), target (B,), rival (B,) -> confusion (B,) in [0, 1]
+Confusion = Callable[[Tensor, Tensor, Tensor], Tensor]  # p (B, K), target (B,), rival (B,) -> confusion (B,) in [0, 1]
 
 
 def miss(p: Tensor, target: Tensor, rival: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def gate(p: Tensor, target: Tensor, rival: Tensor) -> Tensor:
     return (p.argmax(1) != target).to(p.dtype)
 
 
-RULES: dict[str, Rule] = {f.__name__: f for f in (miss, pair, gate)}
+RULES: dict[str, Confusion] = {f.__name__: f for f in (miss, pair, gate)}
 
 
 def rival_of(p: Tensor, target: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class GFCG:
     classes: Cond | None = None
     target: Tensor | None = None
     cfg_scale: Scale | None = None
-    rule: str | Rule = "miss"
+    rule: str | Confusion = "miss"
     tolerance: float = 0.01
     network: str = "main"
     space = "any"
@@ -112,7 +112,7 @@ class GFCG:
         return rival, self._rule(p, target, rival)
 
     @property
-    def _rule(self) -> Rule:
+    def _rule(self) -> Confusion:
         if callable(self.rule):
             return self.rule
         if self.rule not in RULES:

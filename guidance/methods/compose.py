@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from guidance.contract import Branch, Guidance, Guide, Guided, within
-from guidance.methods.adaptive import LinearAG
 from guidance.methods.cfg import CFG
 from guidance.methods.cfgpp import CFGpp
 from guidance.methods.conditions import NullTextInversion
+from guidance.methods.linear_ag import LinearAG
 from guidance.methods.negative import NAG, NASA
 from guidance.methods.project import CFGZeroStar
 from guidance.methods.scales import Neutral, Scale, ratio, strength
 from solvers.denoiser import Path
 from solvers.errors import InputError
-from solvers.families.table import rescaled
+from solvers.families.after import rescaled
 from solvers.noise import Noise
 
 

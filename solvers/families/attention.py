@@ -25,7 +25,7 @@ FLAG = "--enable_xformers_memory_efficient_attention"
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2}  # of a gradient, relative
 
 
-class Shape(NamedTuple):
+class AttentionShape(NamedTuple):
     """Of one attention layer; the tensors are (batch, tokens, heads, width)."""
 
     queries: int
@@ -35,10 +35,10 @@ class Shape(NamedTuple):
 
 
 SHAPES = (  # Stable Diffusion 1.5 at 512 pixels: self- and cross-attention of its three widths
-    Shape(4096, 4096, 8, 40),
-    Shape(4096, 77, 8, 40),
-    Shape(1024, 1024, 8, 80),
-    Shape(256, 256, 8, 160),
+    AttentionShape(4096, 4096, 8, 40),
+    AttentionShape(4096, 77, 8, 40),
+    AttentionShape(1024, 1024, 8, 80),
+    AttentionShape(256, 256, 8, 160),
 )
 
 
@@ -75,7 +75,9 @@ class Verdict(NamedTuple):
     why: str
 
 
-def choose(device: torch.device | str, dtype: torch.dtype, shapes: Sequence[Shape] = SHAPES, batch: int = 2) -> Verdict:
+def choose(
+    device: torch.device | str, dtype: torch.dtype, shapes: Sequence[AttentionShape] = SHAPES, batch: int = 2
+) -> Verdict:
     """xformers, if its forward and backward run on these shapes, give SDPA's gradients, and are no slower in total."""
     total = dict.fromkeys(ATTENTION, 0.0)
     for shape in shapes:
@@ -93,7 +95,7 @@ def choose(device: torch.device | str, dtype: torch.dtype, shapes: Sequence[Shap
     return Verdict(backend, f"forward and backward in {dtype}: {times}")
 
 
-def _inputs(shape: Shape, batch: int, device: torch.device | str, dtype: torch.dtype) -> list[Tensor]:
+def _inputs(shape: AttentionShape, batch: int, device: torch.device | str, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     sizes = [(batch, tokens, shape.heads, shape.width) for tokens in (shape.queries, shape.keys, shape.keys)]
     draw = lambda size: torch.randn(size, generator=generator, device=device, dtype=dtype)  # noqa: E731

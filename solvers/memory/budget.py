@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from solvers.denoiser import Path, Predict
 from solvers.errors import InputError
-from solvers.memory.live import UNBOUNDED, Function, Memory, apart, block_checkpointing, has_blocks, measured
+from solvers.memory.checkpointing import apart, block_checkpointing, has_blocks
+from solvers.memory.live import UNBOUNDED, Footprint, Function, measured
 from solvers.noise import Noise
 from solvers.rollout.modes import rollout
 from solvers.rollout.revolve import repeated
@@ -30,7 +31,7 @@ from solvers.samplers.catalogue import Step
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-NOTHING = Memory(0, 0)
+ZERO = Footprint(0, 0)
 
 
 def parse_size(text: str | int) -> int:
@@ -52,13 +53,13 @@ def size_text(size: int) -> str:
 class Probe:
     """Bytes of one image, measured on one step of the sampler; `held` are the whole run's, whatever is chosen."""
 
-    full: Memory
-    checkpoint: Memory
-    blocks: Memory | None = None  # as `checkpoint`, with block checkpointing; None: the network has no blocks
-    decode: Memory = NOTHING
-    decode_blocks: Memory | None = None
-    reward: Memory = NOTHING
-    rewards_apart: Memory | None = None  # each of several rewards recomputed by itself
+    full: Footprint
+    checkpoint: Footprint
+    blocks: Footprint | None = None  # as `checkpoint`, with block checkpointing; None: the network has no blocks
+    decode: Footprint = ZERO
+    decode_blocks: Footprint | None = None
+    reward: Footprint = ZERO
+    rewards_apart: Footprint | None = None  # each of several rewards recomputed by itself
     inputs: int = 0  # latents and conditions
     held: int = 0
 
@@ -197,10 +198,10 @@ def candidates(found: Probe, steps: int, batch: int, gradient: str | None = None
             for decoder in flags if found.decode_blocks else (False,):
                 for rewards in flags if found.rewards_apart else (False,):
                     for size in sizes:
-                        yield predicted(found, Plan(mode, size, batch, blocks, decoder, rewards), steps)
+                        yield with_peak(found, Plan(mode, size, batch, blocks, decoder, rewards), steps)
 
 
-def predicted(found: Probe, plan: Plan, steps: int) -> Plan:
+def with_peak(found: Probe, plan: Plan, steps: int) -> Plan:
     """The plan with its peak and its calls."""
     name, kept, copies = plan.gradient.partition(":")[0], kept_steps(plan.gradient, steps), copies_of(plan.gradient)
     call = _measure(found.blocks if plan.blocks else found.checkpoint)
@@ -244,7 +245,7 @@ def _modes(steps: int) -> list[str]:
     return ["full", "checkpoint", *(f"revolve:{slots}" for slots in range(1, steps))]
 
 
-def _measure(memory: Memory | None) -> Memory:
+def _measure(memory: Footprint | None) -> Footprint:
     assert memory is not None
     return memory
 

@@ -1,4 +1,4 @@
-"""What a computation needs of memory, measured, and the three ways to need less that leave its result alone.
+"""What a computation needs of memory, measured.
 
 `LiveBytes` counts tensors as they come and go, on a CPU as on a GPU: what a CPU's allocator does not tell, and what the
 hooks of saved tensors do not see (a closure's tensors, a state that an autograd function keeps by itself).
@@ -6,17 +6,13 @@ hooks of saved tensors do not see (a closure's tensors, a state that an autograd
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint as recompute
-
-from solvers.errors import InputError
 
 Function = Callable[[Tensor], Sequence[Tensor]]
 
@@ -57,17 +53,17 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-class Memory(NamedTuple):
+class Footprint(NamedTuple):
     """Bytes of a computation and its backward pass."""
 
     kept: int  # between the two: the graph, and the outputs
     peak: int  # the most at once
 
 
-UNBOUNDED = Memory(2**62, 2**62)  # of what there is no room for
+UNBOUNDED = Footprint(2**62, 2**62)  # of what there is no room for
 
 
-def measured(function: Function, x: Tensor, limit: int | None = None) -> Memory:
+def measured(function: Function, x: Tensor, limit: int | None = None) -> Footprint:
     """What function(x) -> tensors needs, with the gradient with respect to x; parameters' gradients are left out.
 
     Runs once, forwards and backwards, and leaves the random state as it was. UNBOUNDED where the device has no room for
@@ -81,12 +77,12 @@ def measured(function: Function, x: Tensor, limit: int | None = None) -> Memory:
             return UNBOUNDED
 
 
-def _measured(function: Function, x: Tensor, limit: int | None) -> Memory:
+def _measured(function: Function, x: Tensor, limit: int | None) -> Footprint:
     with _peak(x.device) as peak, LiveBytes(limit) as live:
         outputs = [out for out in function(x) if out.requires_grad]
         kept = live.now
         torch.autograd.grad(outputs, x, [torch.ones_like(out) for out in outputs], allow_unused=True)
-    return Memory(kept, peak() or live.peak)
+    return Footprint(kept, peak() or live.peak)
 
 
 @contextmanager
@@ -104,74 +100,6 @@ def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
 def _random_state(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
-
-
-@contextmanager
-def block_checkpointing(*models: Any) -> Iterator[None]:
-    """Within, each block of these diffusers models keeps only its input and is recomputed on the way back.
-
-    The gradients are the same bits. The backward pass must run within, too: a checkpointed call that is recomputed
-    without it saves other tensors than it did, which torch refuses. Raises ValueError for a model without such blocks.
-    """
-    for model in models:
-        if not has_blocks(model):
-            name = type(model).__name__
-            raise InputError(f"{name} has no blocks that can be recomputed: leave block checkpointing off")
-    before = [(module, dict(vars(module))) for model in models for module in _blocks(model)]
-    try:
-        for model in models:
-            model.enable_gradient_checkpointing()
-        yield
-    finally:
-        for module, own in before:
-            module.gradient_checkpointing = own["gradient_checkpointing"]
-            module._gradient_checkpointing_func = own.get("_gradient_checkpointing_func")
-
-
-def has_blocks(model: Any) -> bool:
-    """Whether `block_checkpointing` works on a diffusers model."""
-    return bool(model._supports_gradient_checkpointing and _blocks(model))
-
-
-def _blocks(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if "gradient_checkpointing" in vars(module)]
-
-
-def apart(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, recomputed on the way back: of several rewards, one graph at a time is there."""
-    return lambda *args: recompute(function, *args, use_reentrant=False)
-
-
-@contextmanager
-def offloaded(device: torch.device | str, gradient: str = "checkpoint") -> Iterator[str]:
-    """Around a rollout: the latents that it keeps for the backward pass wait in the host's memory, not the device's.
-
-    Yields a sentence that says what is done; on a CPU it is nothing, as the latents are there already. Raises
-    ValueError as `check_offload` does.
-    """
-    check_offload(gradient)
-    with nullcontext() if _on_host(device) else save_on_cpu(pin_memory=torch.device(device).type == "cuda"):
-        yield offload_line(device)
-
-
-def check_offload(gradient: str) -> None:
-    """ValueError for "full", which keeps whole graphs, and for the sweeps that hold their states where autograd does
-    not see them."""
-    if gradient.partition(":")[0] in ("revolve", "lean") or gradient == "adjoint:exact_endpoint":
-        raise InputError(f"gradient mode {gradient!r} holds its states on the device: offload with 'checkpoint'")
-    if gradient.partition(":")[0] == "full":
-        raise InputError("gradient mode 'full' keeps whole graphs, not latents: offload with 'checkpoint'")
-
-
-def offload_line(device: torch.device | str) -> str:
-    """What offloading from a device does."""
-    if _on_host(device):
-        return "nothing to do, the latents are in the host's memory already"
-    return f"the latents that are kept wait in the host's memory, and come back to {device} one by one"
-
-
-def _on_host(device: torch.device | str) -> bool:
-    return torch.device(device).type == "cpu"
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

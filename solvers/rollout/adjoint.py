@@ -18,7 +18,7 @@ from torch import Tensor
 from solvers.denoiser import Path
 from solvers.errors import InputError
 from solvers.noise import Noise, log_snr
-from solvers.rollout.ode import TABLEAUX, Flow, Tableau, clean, first, increment, scale, tau, weighted
+from solvers.rollout.ode import TABLEAUX, Flow, Tableau, checked_flow, clean, increment, scale, tau, weighted
 from solvers.rollout.revolve import replayed
 from solvers.rollout.run import Run, no_noise, no_step, observe
 from solvers.rollout.sweep import Down, Gradients, Totals, given, plus, pulled, swept
@@ -41,7 +41,7 @@ def exact_endpoint(run: Run, mode: str) -> Path:
     return replayed(run._replace(step=euler), max(len(run.legs), 1))
 
 
-def runge_kutta(tableau: str) -> Callable[[Run, str], Path]:
+def runge_kutta_adjoint(tableau: str) -> Callable[[Run, str], Path]:
     """A Runge-Kutta method in tau, both ways (AdjointDPM, https://arxiv.org/abs/2307.10711, which has Euler in rho)."""
 
     def solve(run: Run, mode: str) -> Path:
@@ -50,7 +50,7 @@ def runge_kutta(tableau: str) -> Callable[[Run, str], Path]:
     return solve
 
 
-def deis(order: int) -> Callable[[Run, str], Path]:
+def deis_adjoint(order: int) -> Callable[[Run, str], Path]:
     """AdjointDEIS-1 or -2M (https://arxiv.org/abs/2405.15020) along a DDIM run."""
 
     def solve(run: Run, mode: str) -> Path:
@@ -62,9 +62,9 @@ def deis(order: int) -> Callable[[Run, str], Path]:
 
 
 ADJOINTS: dict[str, Callable[[Run, str], Path]] = {
-    **{name: runge_kutta(name) for name in TABLEAUX},
-    "deis-1": deis(1),
-    "deis-2m": deis(2),
+    **{name: runge_kutta_adjoint(name) for name in TABLEAUX},
+    "deis-1": deis_adjoint(1),
+    "deis-2m": deis_adjoint(2),
     "exact_endpoint": exact_endpoint,
 }
 
@@ -86,7 +86,7 @@ class Continuous:
         w = x / scale(self.run.legs[0][0])
         states = [w]
         for i, (now, then, _) in enumerate(self.run.legs):
-            flow = first(self.flow, self.run) if check and i == 0 else self.flow
+            flow = checked_flow(self.flow, self.run) if check and i == 0 else self.flow
             w = w + increment(self.tableau, flow, w, now, then)
             states.append(w)
         return Down([scale(self.run.legs[-1][1]) * w], states[1:])
@@ -133,7 +133,7 @@ class Exponential:
     def down(self, x: Tensor, check: bool) -> Down:
         states = []
         for i, (now, then, _) in enumerate(self.run.legs):
-            flow = first(self.flow, self.run) if check and i == 0 else self.flow
+            flow = checked_flow(self.flow, self.run) if check and i == 0 else self.flow
             x = renoise(flow.said(x, now), then)
             states.append(x)
         return Down([x], states)

@@ -107,7 +107,7 @@ class Checked:
         return said._replace(x0=said.x0.detach(), eps=said.eps.detach())
 
 
-def first(flow: Flow, run: Run) -> Flow:
+def checked_flow(flow: Flow, run: Run) -> Flow:
     """`flow` for a run's first step, with its checks."""
     return replace(flow, predict=Checked(run))
 

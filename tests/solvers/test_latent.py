@@ -8,7 +8,8 @@ from diffusers import DDIMPipeline, EulerDiscreteScheduler, StableDiffusionContr
 from torch import nn
 
 from solvers.denoiser import Path, Prediction
-from solvers.families.table import FAMILIES, family_of, keywords
+from solvers.families.family import keywords
+from solvers.families.table import FAMILIES, family_of
 from solvers.latent import LatentModel
 from solvers.noise import noise
 from solvers.samplers.catalogue import euler, sample

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from guidance.guided import GuidedPredict, guided
-from guidance.methods.adaptive import LinearFit
 from guidance.methods.catalogue import GUIDANCE
+from guidance.methods.linear_ag import LinearFit
 from guidance.methods.scales import time
 from solvers.denoiser import Path, Prediction
 from solvers.exact import Mixture

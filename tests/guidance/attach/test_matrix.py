@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from guidance.attach.handle import attach
-from guidance.methods.adaptive import LinearFit
 from guidance.methods.catalogue import GUIDANCE
+from guidance.methods.linear_ag import LinearFit
 from guidance.methods.scales import time
 from solvers.families import table
 from tests.guidance.methods.test_conformance import FAMILY, KINDS, STEPS, Spy, pipe_of, run

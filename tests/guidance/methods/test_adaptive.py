@@ -8,8 +8,9 @@ import torch
 from guidance.attach.handle import attach
 from guidance.contract import Branch, Guided
 from guidance.guided import guided
-from guidance.methods.adaptive import LinearFit, Recorded, cosine, fit_linear_ag
+from guidance.methods.adaptive import cosine
 from guidance.methods.catalogue import CFG, AdaptiveGuidance, LinearAG, Plain
+from guidance.methods.linear_ag import LinearFit, Recorded, fit_linear_ag
 from solvers.denoiser import Path
 from solvers.noise import cosine as cosine_schedule
 from solvers.noise import grid, vp

@@ -21,7 +21,7 @@ from guidance.contract import Branch, Guided
 from guidance.guided import guided
 from guidance.methods.catalogue import APG, CFG, SLG, Between, Interval, Plain, Rescale
 from solvers.denoiser import Path
-from solvers.families import table
+from solvers.families import table, tokens
 from solvers.latent import LatentModel
 from solvers.samplers.catalogue import euler, sample
 from tests.support.dits import DPM, TEXT, flow, flux, pixart, qwen, sana, sd3, wan
@@ -284,7 +284,7 @@ def test_our_own_loop_is_the_same(kind, guidance):
     start = Path(model.noise(2, torch.Generator().manual_seed(1), **size))
     with torch.no_grad():
         *_, last = sample(euler, predict, start, model.levels(STEPS, **size))
-    ours = table.packed(last.x) if kind == "flux" else last.x
+    ours = tokens.packed(last.x) if kind == "flux" else last.x
     close(theirs, ours)
     assert predict.nfe == handle.nfe
 
@@ -430,7 +430,7 @@ def test_the_norm_of_qwen_is_kept_or_refused():
     with attach(pipe, CFG(0.0)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         matched = run("qwen", pipe, steps=1)
-    x = table.packed(seen[0][0].x)
+    x = tokens.packed(seen[0][0].x)
     texts = {key: value for key, value in KINDS["qwen"].texts.items() if "negative" not in key}
     swapped = {key: KINDS["qwen"].texts[f"negative_{key}"] for key in texts}
     c, u = (x - run("qwen", pipe, scale=1.0, steps=1, **given) for given in (texts, swapped))  # of the whole step

@@ -11,10 +11,10 @@ from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnP
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
 from solvers.families import attention as module
-from solvers.families.attention import ATTENTION, FLAG, Shape, attention, choose, deterministic, obstacle, sdpa
+from solvers.families.attention import ATTENTION, FLAG, AttentionShape, attention, choose, deterministic, obstacle, sdpa
 from tests.support import pipelines
 
-SMALL = (Shape(64, 64, 2, 8), Shape(64, 7, 2, 8))
+SMALL = (AttentionShape(64, 64, 2, 8), AttentionShape(64, 7, 2, 8))
 
 
 def slow(q, k, v):

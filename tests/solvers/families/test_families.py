@@ -10,7 +10,8 @@ import torch
 from diffusers import FluxPipeline
 
 from solvers.denoiser import Path, Prediction
-from solvers.families.table import FAMILIES, family_of, packed, unpacked
+from solvers.families.table import FAMILIES, family_of
+from solvers.families.tokens import packed, unpacked
 from solvers.latent import LatentModel
 from solvers.levels import Clock
 from solvers.noise import Noise

@@ -17,23 +17,23 @@ from solvers.memory.budget import (
     parameters_bytes,
     parse_size,
     planned,
-    predicted,
     probe,
     size_text,
+    with_peak,
 )
-from solvers.memory.live import UNBOUNDED, LiveBytes, Memory
+from solvers.memory.live import UNBOUNDED, Footprint, LiveBytes
 from solvers.rollout.modes import rollout
 from solvers.samplers.catalogue import euler
 from tests.support import pipelines
 
 MEASURED = Probe(  # round numbers of a large network, in MB
-    full=Memory(1500, 1600),
-    checkpoint=Memory(1, 1600),
-    blocks=Memory(1, 400),
-    decode=Memory(6, 2800),
-    decode_blocks=Memory(6, 500),
-    reward=Memory(300, 350),
-    rewards_apart=Memory(2, 200),
+    full=Footprint(1500, 1600),
+    checkpoint=Footprint(1, 1600),
+    blocks=Footprint(1, 400),
+    decode=Footprint(6, 2800),
+    decode_blocks=Footprint(6, 500),
+    reward=Footprint(300, 350),
+    rewards_apart=Footprint(2, 200),
     inputs=1,
     held=100,
 )
@@ -104,7 +104,7 @@ def test_a_plan_is_one_line_that_says_why():
 
 def test_revolve_is_planned_where_latents_are_what_is_large():
     """States as large as graphs; the slots are the most that fit."""
-    large = Probe(full=Memory(150, 200), checkpoint=Memory(100, 200))
+    large = Probe(full=Footprint(150, 200), checkpoint=Footprint(100, 200))
     peaks = [planned(large, size, 10, 1) for size in (1700, 1199, 700, 300)]
     assert [plan.gradient for plan in peaks] == ["full", "revolve:9", "revolve:5", "revolve:1"]
     assert [plan.peak for plan in peaks] == [1550, 1100, 700, 300]
@@ -185,7 +185,7 @@ def test_every_kind_of_plan_runs_within_its_prediction_and_gives_the_same_gradie
     """Predicted from one image and one step; measured on three steps of three images."""
     job, expected = Job(pipe, 3, 3), None
     for mode, size, *extras in KINDS:
-        plan = predicted(tiny, Plan(mode, size, 3, *extras), 3)
+        plan = with_peak(tiny, Plan(mode, size, 3, *extras), 3)
         with LiveBytes() as live:
             gradient = job.gradient(plan)
         expected = gradient if expected is None else expected
@@ -227,7 +227,7 @@ def test_predicted_bytes_are_those_that_are_kept(pipe, tiny, gradient):
 
 def test_modes_predicted_by_what_they_keep(tiny):
     plan = next(iter(candidates(tiny, 8, 1, "checkpoint")))
-    peak = lambda gradient: predicted(tiny, replace(plan, gradient=gradient), 8)  # noqa: E731
+    peak = lambda gradient: with_peak(tiny, replace(plan, gradient=gradient), 8)  # noqa: E731
     assert peak("truncated:8:draft").peak == peak("checkpoint").peak == peak("adjoint:euler").peak
     assert peak("truncated:2").peak < peak("truncated:8").peak
     assert peak("reversible:bdia").peak == peak("truncated:2").peak

@@ -11,8 +11,10 @@ from difftune.pipelines import lora
 from guidance.guided import guided
 from guidance.methods.catalogue import CFG
 from solvers.latent import LatentModel
-from solvers.memory import live as memory
-from solvers.memory.live import UNBOUNDED, LiveBytes, apart, block_checkpointing, has_blocks, measured, offloaded
+from solvers.memory import offload
+from solvers.memory.checkpointing import apart, block_checkpointing, has_blocks
+from solvers.memory.live import UNBOUNDED, LiveBytes, measured
+from solvers.memory.offload import offloaded
 from solvers.noise import cosine, grid
 from solvers.rollout.modes import rollout
 from solvers.samplers.catalogue import SAMPLERS, euler, is_stochastic
@@ -216,7 +218,7 @@ def test_no_latent_stays_where_saved_tensors_are_moved(name, gradient, monkeypat
     """Of all that the network was called with, the device keeps the caller's x alone; a copy stands for the host's."""
     step = None if name is None else SAMPLERS[name]
     copying = lambda pin_memory: saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t)  # noqa: E731
-    monkeypatch.setattr(memory, "save_on_cpu", copying)
+    monkeypatch.setattr(offload, "save_on_cpu", copying)
     met, net, levels = [], Net(randn(3, 2, seed=3).requires_grad_()), grid(cosine, 5, 0.95, 0.0)
 
     def noted(path, at):

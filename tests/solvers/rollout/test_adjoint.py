@@ -10,7 +10,7 @@ from torchdiffeq import odeint_adjoint
 from solvers.denoiser import Path
 from solvers.exact import Gaussian, bind
 from solvers.noise import cosine, flow, grid, log_snr, noise
-from solvers.rollout.adjoint import ADJOINTS, runge_kutta
+from solvers.rollout.adjoint import ADJOINTS, runge_kutta_adjoint
 from solvers.rollout.modes import rollout
 from solvers.rollout.ode import TABLEAUX, Flow, Tableau, increment, scale, tau
 from solvers.samplers.catalogue import euler
@@ -61,7 +61,7 @@ def by_torchdiffeq(method, times, field, start, end):
 def test_stored_trajectories_are_torchdiffeqs(monkeypatch, ours, theirs, start):
     """dw / dtau = u on the grid, decreasing from alpha = 0 too."""
     monkeypatch.setitem(TABLEAUX, "rk4_38", RULE_38)
-    monkeypatch.setitem(ADJOINTS, ours, runge_kutta(ours))
+    monkeypatch.setitem(ADJOINTS, ours, runge_kutta_adjoint(ours))
     levels = grid(flow, 7, 1.0 - start)
     field = lambda predict: lambda t, w: Flow(predict, "test")(w, noise(1 - t, t))  # noqa: E731
     times = torch.stack([tau(at) for at in levels])

@@ -13,7 +13,7 @@ from guidance.methods.catalogue import CFG
 from solvers.denoiser import Path, predicted
 from solvers.latent import LatentModel
 from solvers.levels import levels_of
-from solvers.memory.live import block_checkpointing
+from solvers.memory.checkpointing import block_checkpointing
 from solvers.noise import flow, grid
 from solvers.rollout.modes import rollout
 from solvers.rollout.recompute import Recomputed

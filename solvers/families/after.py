@@ -1,0 +1,58 @@
+"""What pipelines do to their guided prediction before the scheduler's step."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers.families.tokens import packed, unpacked
+
+
+@dataclass(frozen=True)
+class After:
+    """What a pipeline does to its guided prediction before the scheduler's step, when it evaluated several branches."""
+
+    name: str
+    active: Callable[[Any, int], bool]  # (pipe, extra calls of the denoiser in this step)
+    apply: Callable[[Any, Tensor, Tensor, Sequence[Tensor]], Tensor]  # (pipe, guided, cond, answers to the extra calls)
+    remedy: str  # how to call the pipeline without it, or what else to do
+
+
+def rescaled(out: Tensor, cond: Tensor, phi: float | Tensor) -> Tensor:
+    """phi * out * std(cond) / std(out) + (1 - phi) * out (https://arxiv.org/abs/2305.08891), as diffusers rounds it."""
+    axes = list(range(1, out.ndim))
+    matched = out * (cond.std(dim=axes, keepdim=True) / out.std(dim=axes, keepdim=True))
+    return phi * matched + (1 - phi) * out
+
+
+def norm_matched(out: Tensor, cond: Tensor) -> Tensor:
+    """(B, C, h, w) whose tokens have the norms of those of `cond`, 0 / 0 included, as in the pipeline."""
+    tokens, like = packed(out), packed(cond)
+    matched = tokens * (torch.norm(like, dim=-1, keepdim=True) / torch.norm(tokens, dim=-1, keepdim=True))
+    return unpacked(matched, (out.shape[-2] // 2, out.shape[-1] // 2))
+
+
+RESCALE = After(
+    "guidance_rescale",
+    lambda pipe, extra: vars(pipe).get("_guidance_rescale", 0.0) > 0,  # img2img and inpaint have none
+    lambda pipe, out, cond, extra: rescaled(out, cond, pipe.guidance_rescale),
+    "call the pipeline with guidance_rescale=0",
+)
+
+
+SKIP_LAYERS = After(
+    "skip_guidance_layers",
+    lambda pipe, extra: extra > 0,
+    lambda pipe, out, cond, extra: out + (cond - extra[0]) * pipe._skip_layer_guidance_scale,
+    "call the pipeline without skip_guidance_layers",
+)
+
+
+NORM = After(
+    "rule that gives each token the norm of the conditional prediction",
+    lambda pipe, extra: True,
+    lambda pipe, out, cond, extra: norm_matched(out, cond),
+    "it cannot be switched off; use another method",
+)

@@ -1,0 +1,57 @@
+"""FLUX.1."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from solvers.denoiser import Cond
+from solvers.families.family import guidance_told, sequential_family, shift
+from solvers.families.patches import SKIPPED_JOINT
+from solvers.families.sd3 import SD3_INPUTS
+from solvers.families.tokens import packed, unpacked
+
+FLUX_INPUTS = (*SD3_INPUTS, "guidance")
+
+
+def encode_flux(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
+    """T5's hidden states (B, L, D), CLIP's pooled one (B, P), and the embedded guidance scale (B,) where it is told."""
+    told = guidance_told(pipe.transformer, "guidance_embeds", embedded_guidance)
+    more = {"guidance": torch.full([len(prompts)], embedded_guidance, device=pipe._execution_device)} if told else {}
+    conds: dict[str, Cond] = {}
+    for branch, texts in {"cond": prompts, "uncond": negatives or [""] * len(prompts)}.items():
+        hidden, pooled, _ = pipe.encode_prompt(texts, None)
+        conds[branch] = {"encoder_hidden_states": hidden, "pooled_projections": pooled, **more}
+    return conds
+
+
+def call_flux(network: Any, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+    """FLUX reads tokens, with the place of each, and a timestep in [0, 1]."""
+    rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
+    places = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).to(x)  # (tokens, 3)
+    texts = x.new_zeros(cond["encoder_hidden_states"].shape[1], 3)
+    timestep = timestep.to(x).expand(len(x)) / 1000
+    out = network(packed(x), timestep=timestep, **cond, img_ids=places, txt_ids=texts, return_dict=False)[0]
+    return unpacked(out, (rows, columns))
+
+
+def shifted_flux(pipe: Any, latent: tuple[int, int], steps: int) -> dict[str, Any]:
+    """FLUX's levels before the shift are 1, ..., 1/N; a scheduler of another kind lays out its own."""
+    config = pipe.scheduler.config
+    sigmas = {} if config.get("use_flow_sigmas") else {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+    return {**sigmas, "mu": shift(config, latent[0] * latent[1] // 4, 1.15)}
+
+
+FLUX = sequential_family(
+    name="flux",
+    patches=SKIPPED_JOINT,
+    pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+    batch_first=FLUX_INPUTS,
+    encode=encode_flux,
+    call=call_flux,
+    grid=lambda arguments: (int(arguments["img_ids"][-1, 1]) + 1, int(arguments["img_ids"][-1, 2]) + 1),
+    options=shifted_flux,
+    size=lambda network: 128,  # FluxPipeline.default_sample_size: the network has none
+    patch=2,
+)
