@@ -20,8 +20,8 @@ FLOORS = {
         {"memory"},
         {"latent", "rollout"},
         {"exact", "families", "samplers"},
-        {"denoiser", "levels"},
-        {"codec", "noise"},
+        {"codec", "denoiser", "levels"},
+        {"errors", "noise"},
     ],
     "guidance": [
         {"invert", "search"},
@@ -34,6 +34,7 @@ FLOORS = {
         {"batched", "compose", "jpeg", "remote", "sets", "simple", "world"},
         {"checks", "hub", "outside"},
         {"monitor", "registry"},
+        {"errors"},
     ],
     "difftune": [
         {"__main__"},
@@ -44,10 +45,11 @@ FLOORS = {
         {"evaluation", "reno", "search_runs", "training"},
         {"pipelines"},
         {"environment", "files", "labelling", "lookup"},
-        {"configs", "errors", "models", "processes"},
+        {"models"},
+        {"configs", "errors", "processes"},
     ],
 }
-HIGHEST = {"solvers": 5, "guidance": 5, "rewards": 5, "difftune": 9}
+HIGHEST = {"solvers": 5, "guidance": 5, "rewards": 5, "difftune": 10}
 MOST_ROOMS = {"solvers": 12, "guidance": 12, "rewards": 14, "difftune": 20}
 NO_ROOMS = {"__init__.py", "__pycache__", "py.typed", "lock.json", "weights", "examples", "templates"}
 
