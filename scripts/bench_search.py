@@ -39,11 +39,14 @@ from difftune.evaluation import intervals, shapeeval
 from difftune.evaluation.intervals import Estimate
 from guidance.guided import guided
 from guidance.methods.cfg import CFG
+from guidance.search.baselines import BestOfN, Importance
 from guidance.search.catalogue import SEARCHES
 from guidance.search.dts import DTS
-from guidance.search.fk import FK, SVDD, TDS, BestOfN, Importance
+from guidance.search.fk import FK
 from guidance.search.fkc import FKC
 from guidance.search.problem import Problem, RowCounter, State
+from guidance.search.selection import SVDD
+from guidance.search.tds import TDS
 from rewards.registry import REWARDS, load
 from rewards.world.shapes import COMPOSITIONAL
 from solvers.exact import Mixture, bind

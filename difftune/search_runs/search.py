@@ -33,10 +33,10 @@ from guidance.guided import GuidedPredict, guided
 from guidance.methods.cfg import CFG, Plain
 from guidance.search.catalogue import SEARCHES
 from guidance.search.dts import DTS
-from guidance.search.fk import SVDD, Beam
 from guidance.search.fkc import FKC
 from guidance.search.population import size_for
 from guidance.search.problem import Problem, RowCounter, Saved, State, estimate
+from guidance.search.selection import SVDD, Beam
 from rewards.compose import WeightedSum, weighted
 from rewards.registry import Reward
 from solvers.denoiser import Cond, Path, Prediction

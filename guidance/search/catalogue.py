@@ -2,10 +2,13 @@
 
 from typing import Any, NamedTuple
 
+from guidance.search.baselines import BestOfN, Importance, best_of_n, importance
 from guidance.search.dts import DTS, DTSStar, dts, dts_star
-from guidance.search.fk import FK, SVDD, TDS, Beam, BestOfN, Importance, beam, best_of_n, fk, importance, svdd, tds
+from guidance.search.fk import FK, fk
 from guidance.search.fkc import FKC, fkc
 from guidance.search.problem import Search
+from guidance.search.selection import SVDD, Beam, beam, svdd
+from guidance.search.tds import TDS, tds
 
 
 class Method(NamedTuple):

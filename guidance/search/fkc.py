@@ -28,15 +28,14 @@ from torch import Tensor
 
 from guidance.guided import GuidedPredict
 from guidance.methods.cfg import CFG, Plain
-from guidance.search.population import Kind, Population, generators, runs, size_for
+from guidance.search.population import STEP, Kind, Population, resampled, runs, size_for
 from guidance.search.problem import PredictOf, Problem, RowCounter, Saved, State
-from guidance.search.smc import Particles, check_resampling, resample, reweight
+from guidance.search.smc import Particles, check_resampling, reweight
 from solvers.denoiser import Path, Predict, Prediction
 from solvers.errors import InputError
 from solvers.noise import Noise
 from solvers.samplers.step import end, renoise, shrinkage, transition
 
-STEP, RESAMPLING = 1, 2  # what a draw is for, in the keys of randomness
 BOUNDARY = 1e-3  # of zeta^2 around the least that an annealing can have
 
 Exponents = Mapping[str, float]  # expert -> b_i
@@ -208,7 +207,7 @@ def fkc_step(problem: Problem, config: FKC, exponents: Exponents, population: Po
     gained = gained + _tilt_weight(problem, config, exponents, mixed, tilt, population)
     cache = {"x0": mixed.x0, "eps": mixed.eps, "drift": tilt.drift, "rho": tilt.rho, "reward": tilt.reward}
     particles = reweight(replace(before, cache=cache), gained)
-    particles = _resampled(problem, config, population, particles)
+    particles = _weighed_out(problem, config, population, particles)
     path = _moved(problem, config, exponents, population, particles)
     cache = {name: particles.cache[name] for name in ("rho", "reward")}
     particles = replace(particles, path=path, cache=cache)
@@ -381,14 +380,13 @@ def _expert_weight(problem: Problem, config: FKC, exponents: Exponents, said: Sa
     return gained.flatten()
 
 
-def _resampled(problem: Problem, config: FKC, population: Population, particles: Particles) -> Particles:
+def _weighed_out(problem: Problem, config: FKC, population: Population, particles: Particles) -> Particles:
     """Resampled where the step gave weight, and where noise follows that tells copies apart."""
     i = population.step
     weighed = _active(problem, config, i) or _reads_reward(problem, config, i)
     if not weighed or problem.levels[i + 1].sigma == 0:
         return particles
-    drawn = generators(problem, population, RESAMPLING, i)
-    return resample(particles, drawn, config.resampling, config.threshold)
+    return resampled(problem, config, population, particles)
 
 
 def _moved(problem: Problem, config: FKC, exponents: Exponents, population: Population, particles: Particles) -> Path:

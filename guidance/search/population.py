@@ -8,17 +8,18 @@ of several runs together estimate the target too.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from guidance.search.problem import Best, Graph, Problem, Saved, Spent, State, Weighted
-from guidance.search.smc import Particles, populate
+from guidance.search.smc import Particles, populate, resample
 from solvers.denoiser import Path, Prediction
 from solvers.errors import InputError
 
 SAID = "said"  # what predictions are cached under
+STEP, RESAMPLING = 1, 2  # what a draw is for, in the keys of randomness
 UNPAID = 4  # particles where neither the settings nor a budget say how many
 
 
@@ -277,6 +278,21 @@ def generators(problem: Problem, population: Population, *key: int) -> list[torc
     """A generator for each group of a population: for what its particles do together."""
     pairs = zip(population.groups.tolist(), population.offsets.tolist(), strict=True)
     return [problem.generator(g, o, *key) for g, o in pairs]
+
+
+class Resampled(Protocol):
+    """Settings that say how particles are resampled."""
+
+    @property
+    def resampling(self) -> str: ...
+    @property
+    def threshold(self) -> float | None: ...
+
+
+def resampled(problem: Problem, config: Resampled, population: Population, particles: Particles) -> Particles:
+    """The particles, resampled in each group where the settings' threshold asks for it."""
+    drawn = generators(problem, population, RESAMPLING, population.step)
+    return resample(particles, drawn, config.resampling, config.threshold)
 
 
 def clean_end(problem: Problem) -> bool:

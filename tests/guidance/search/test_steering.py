@@ -12,11 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from guidance.search import fk
+from guidance.search import baselines, fk, population, selection, tds
+from guidance.search.baselines import BestOfN, Importance, best_of_n_kl
 from guidance.search.catalogue import SEARCHES
 from guidance.search.dts import DTS, DTSStar
-from guidance.search.fk import FK, SVDD, TDS, BestOfN, Importance, best_of_n_kl, scheduled, tempered
+from guidance.search.fk import FK, scheduled
 from guidance.search.problem import Saved, Spent
+from guidance.search.selection import SVDD
+from guidance.search.tds import TDS, tempered
 from solvers.denoiser import Path
 from tests.support.chains import F64, STATES, Linear, chain, chain_target, histogram, log_z, moments
 
@@ -197,9 +200,9 @@ EVERY = dict(start=0.0, stop=1.0, every=0.1, inverse_temperature=1.0)
 EXACT = {
     "fk": (fk.fk, FK(**EVERY)),
     "fk max": (fk.fk, FK(potential="max", **{**EVERY, "start": 0.7})),
-    "tds": (fk.tds, TDS(inverse_temperature=1.0)),
-    "das": (fk.tds, TDS(inverse_temperature=1.0, tempering=0.1)),
-    "importance": (fk.importance, Importance(inverse_temperature=1.0)),
+    "tds": (tds.tds, TDS(inverse_temperature=1.0)),
+    "das": (tds.tds, TDS(inverse_temperature=1.0, tempering=0.1)),
+    "importance": (baselines.importance, Importance(inverse_temperature=1.0)),
 }
 
 
@@ -256,8 +259,8 @@ def test_weights_dropped_where_nothing_is_resampled_would_be_found_out(monkeypat
     def dropping(particles, *args):
         return replace(resample(particles, *args), log_weights=torch.zeros_like(particles.log_weights))
 
-    resample = fk.resample
-    monkeypatch.setattr(fk, "resample", dropping)
+    resample = population.resample
+    monkeypatch.setattr(population, "resample", dropping)
     weighted = steered(threshold=0.01)
     assert distance(weighted.x0, weighted.log_weight) > CAUGHT
 
@@ -268,8 +271,8 @@ def test_particles_without_their_last_weights_would_be_found_out():
 
 
 def test_a_proposal_without_its_density_ratio_would_be_found_out(monkeypatch):
-    monkeypatch.setattr(fk, "log_ratio", lambda drift, noise: torch.zeros(len(noise), **F64))
-    *_, state = fk.tds(LAW.problem(), TDS(particles=4000, inverse_temperature=1.0))
+    monkeypatch.setattr(tds, "log_ratio", lambda drift, noise: torch.zeros(len(noise), **F64))
+    *_, state = tds.tds(LAW.problem(), TDS(particles=4000, inverse_temperature=1.0))
     assert abs(moments(state.weighted())[0] - LAW.law(1.0)[0]) > 0.1
 
 
@@ -286,19 +289,19 @@ def samples(search, config, **options):
     ("search", "config"),
     [
         (fk.fk, FK(6, 0.0)),
-        (fk.tds, TDS(6, 0.0)),
-        (fk.svdd, SVDD(6, 1, 5.0)),
-        (fk.beam, fk.Beam(1, 1)),
-        (fk.importance, Importance(6, 5.0)),
+        (tds.tds, TDS(6, 0.0)),
+        (selection.svdd, SVDD(6, 1, 5.0)),
+        (selection.beam, selection.Beam(1, 1)),
+        (baselines.importance, Importance(6, 5.0)),
     ],
 )
 def test_without_a_reward_or_a_choice_each_is_the_plain_sampler(search, config):
-    plain = samples(fk.best_of_n, BestOfN(config.particles))
+    plain = samples(baselines.best_of_n, BestOfN(config.particles))
     torch.testing.assert_close(samples(search, config), plain, rtol=1e-12, atol=1e-12)
 
 
 def test_a_sample_of_best_of_n_depends_on_its_number_alone():
-    few, many = ([*fk.best_of_n(SHORT.problem(budget=40), BestOfN(k))][-1].weighted().x0 for k in (2, 5))
+    few, many = ([*baselines.best_of_n(SHORT.problem(budget=40), BestOfN(k))][-1].weighted().x0 for k in (2, 5))
     torch.testing.assert_close(few, many, rtol=1e-12, atol=1e-12)
 
 
@@ -306,7 +309,7 @@ def test_the_weight_of_a_twisted_proposal_is_the_ratio_of_densities():
     problem = Linear(steps=3, low=0.5).problem()
     config = TDS(particles=5, inverse_temperature=1.3, threshold=0.0)
     population = None
-    for state in fk.tds(problem, config):
+    for state in tds.tds(problem, config):
         tensors = state.saved().tensors
         if population is not None and "x" in tensors:
             break
@@ -324,13 +327,13 @@ def test_the_weight_of_a_twisted_proposal_is_the_ratio_of_densities():
 def test_the_last_proposal_of_tds_is_the_samplers_own(monkeypatch):
     """Where the last level holds noise as where it does not."""
     drifts = []
-    monkeypatch.setattr(fk, "log_ratio", lambda d, z: drifts.append(d) or torch.zeros(len(d), **F64))
+    monkeypatch.setattr(tds, "log_ratio", lambda d, z: drifts.append(d) or torch.zeros(len(d), **F64))
     noisy = SHORT.problem()
     noisy.levels = noisy.levels[:-1]
     noisy.costs = noisy.costs[:-1]
     for problem in (SHORT.problem(), noisy):
         drifts.clear()
-        *_, _ = fk.tds(problem, TDS(particles=3))
+        *_, _ = tds.tds(problem, TDS(particles=3))
         assert all(drift.abs().min() > 0 for drift in drifts[:-1])
         assert drifts[-1].abs().max() == 0
 
@@ -346,7 +349,7 @@ def test_das_reaches_the_whole_reward_after_87_of_100_steps():
 def test_cached_predictions_and_gradients_follow_their_particles(monkeypatch):
     """The published code resamples latents and leaves the cached gradient and twist where they were."""
     seen = []
-    proposed = fk._proposed
+    proposed = tds._proposed
 
     def check(problem, config, population, particles):
         again, _, gradient = problem.graded(particles.path, population.step, population.rows)
@@ -355,10 +358,10 @@ def test_cached_predictions_and_gradients_follow_their_particles(monkeypatch):
         seen.append(int((particles.parents != torch.arange(particles.size)).sum()))
         return proposed(problem, config, population, particles)
 
-    monkeypatch.setattr(fk, "_proposed", check)
+    monkeypatch.setattr(tds, "_proposed", check)
     bent = Linear(steps=4, low=0.5).problem((1, 2))
     bent.reward = lambda x0, groups: (x0[:, 0] * (groups + 1)).sin()  # a gradient of each particle's own
-    list(fk.tds(bent, TDS(particles=6, threshold=None)))
+    list(tds.tds(bent, TDS(particles=6, threshold=None)))
     assert sum(seen) > 0
 
 
@@ -372,7 +375,7 @@ def test_groups_never_mix_and_memory_follows():
         return predicted(path, i, groups)._replace(memory={"start": start, "group": groups.double()})
 
     problem.predicted = remembering
-    for name, config in {"fk": FK(6, 20.0, threshold=None, start=0.0), "beam": fk.Beam(4, 3)}.items():
+    for name, config in {"fk": FK(6, 20.0, threshold=None, start=0.0), "beam": selection.Beam(4, 3)}.items():
         states = list(SEARCHES[name].search(problem, config))
         tensors = states[-2].saved().tensors  # the last one has finished
         size = tensors["particles.parents"].shape[1]
@@ -393,7 +396,7 @@ COSTS = {  # name: (config, NFEs, reward calls, backward passes), of the short p
     "fk": (FK(K, start=0.0, every=0.5), K * S, K * 3, 0),
     "tds": (TDS(K), K * S, K * S, K * S),
     "svdd": (SVDD(K, M), K * M * S, K * M * S, 0),
-    "beam": (fk.Beam(K, M), K * M * S, K * M * S, 0),
+    "beam": (selection.Beam(K, M), K * M * S, K * M * S, 0),
     "best-of-n": (BestOfN(K), K * S, K, 0),
     "importance": (Importance(K), K * S, K, 0),
 }
@@ -442,16 +445,16 @@ def test_svdd_draws_candidates_by_their_rewards():
     reward = torch.tensor([0.3, -0.2, 0.9], **F64).expand(1, 4000, 3)
     problem, config = SHORT.problem(), SVDD(1, 3, 2.0)
     population = fk.Population(None, torch.tensor([0]), torch.tensor([0]))
-    places = fk._own_candidate(problem, config, reward, population, 1)[0] - 3 * torch.arange(4000)
+    places = selection._own_candidate(problem, config, reward, population, 1)[0] - 3 * torch.arange(4000)
     shares = torch.bincount(places, minlength=3) / 4000
     assert (shares - (2 * reward[0, 0]).softmax(0)).abs().max() < 0.03
-    best = fk._own_candidate(problem, replace(config, inverse_temperature=torch.inf), reward, population, 1)
+    best = selection._own_candidate(problem, replace(config, inverse_temperature=torch.inf), reward, population, 1)
     assert (best[0] == 3 * torch.arange(4000) + 2).all()
 
 
 def test_beam_takes_the_best_of_all():
     reward = torch.tensor([[[0.1, 0.5], [0.4, 0.9], [0.5, 0.0]]], **F64)
-    assert fk._top(reward, None, 0).tolist() == [[3, 1, 4]]
+    assert selection._top(reward, None, 0).tolist() == [[3, 1, 4]]
 
 
 @pytest.mark.parametrize(("n", "want"), [(4, 1.0294), (16, 1.7660), (64, 2.3437)])
@@ -459,7 +462,7 @@ def test_the_best_of_n_normals(n, want):
     groups = 12_000 // n
     law = Linear(steps=2, low=3.0)
     mean, var, _ = law.law()
-    *_, state = fk.best_of_n(law.problem(range(groups)), BestOfN(n))
+    *_, state = baselines.best_of_n(law.problem(range(groups)), BestOfN(n))
     scores = (state.reward - mean) / sqrt(var)
     error = float(scores.std()) / sqrt(groups)
     assert abs(float(scores.mean()) - want) < 4 * error
@@ -471,7 +474,7 @@ def test_the_best_of_n_normals_to_a_percent():
     """The sheet's table, by the samples of one run of the search taken n at a time."""
     law = Linear(steps=2, low=3.0)
     mean, var, _ = law.law()
-    *_, state = fk.best_of_n(law.problem(), BestOfN(256 * 800))
+    *_, state = baselines.best_of_n(law.problem(), BestOfN(256 * 800))
     scores = (state.weighted().reward - mean) / sqrt(var)
     for n, want in {4: 1.0294, 16: 1.7660, 64: 2.3437, 256: 2.8269}.items():
         assert float(scores.view(-1, n).max(1).values.mean()) == pytest.approx(want, rel=0.01)

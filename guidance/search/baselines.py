@@ -1,0 +1,72 @@
+"""The baselines of every search, which draw independent samples: best-of-N, and importance weighting."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from math import log
+
+from guidance.search.checks import check_particles, check_temperature
+from guidance.search.population import STEP, Kind, Population, noises, runs
+from guidance.search.problem import Problem, Saved, State
+from guidance.search.smc import Particles, reweight
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """Independent samples, of which the best is taken: the baseline of every search.
+
+    particles: samples drawn at a time; runs follow one another while the budget lasts.
+    """
+
+    particles: int = 8
+
+    def __post_init__(self):
+        check_particles(self.particles)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Independent samples with weights exp(lambda r(x0)), self-normalised.
+
+    particles: samples drawn at a time; runs follow one another while the budget lasts.
+    """
+
+    particles: int = 8
+    inverse_temperature: float = 10.0
+
+    def __post_init__(self):
+        check_particles(self.particles)
+        check_temperature(self.inverse_temperature)
+
+
+def best_of_n(problem: Problem, config: BestOfN, saved: Saved | None = None) -> Iterator[State]:
+    """Best-of-N. Costs S NFEs and one reward call a sample, and takes eta = 0 too."""
+    return _independent("best-of-n", problem, config.particles, 0.0, saved)
+
+
+def importance(problem: Problem, config: Importance, saved: Saved | None = None) -> Iterator[State]:
+    """Importance weighting, at the cost of best-of-N."""
+    return _independent("importance", problem, config.particles, config.inverse_temperature, saved)
+
+
+def _independent(
+    name: str, problem: Problem, size: int, inverse_temperature: float, saved: Saved | None
+) -> Iterator[State]:
+    step = partial(_plain_step, problem, inverse_temperature)
+    return runs(problem, Kind(name, step, sorted({size, 1}, reverse=True), problem.cost(), 1), saved)
+
+
+def _plain_step(problem: Problem, inverse_temperature: float, population: Population) -> Particles:
+    i, rows, particles = population.step, population.rows, population.particles
+    said = problem.predicted(particles.path, i, rows)
+    moved = replace(particles, path=problem.move(particles.path, said, i, noises(problem, population, STEP, i)))
+    if i < problem.steps - 1:
+        return moved
+    reward = problem.score(moved.path.x, rows)
+    return reweight(replace(moved, cache={"reward": reward}), inverse_temperature * reward)
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n - (n - 1) / n: how far, in KL, the best of n draws can be from the law that they are drawn by; exactly so
+    where no two rewards tie (https://arxiv.org/abs/2401.01879)."""
+    return log(n) - (n - 1) / n
