@@ -14,6 +14,7 @@ from torch import Tensor
 
 from difftune.environment import versions
 from difftune.files import output
+from difftune.files.claim import fresh
 from difftune.lookup import guidance_kinds, guidance_named, takes_scale
 from difftune.pipelines.generate import generate, mean_branches, mean_nfe, pixels, settings_of, watched
 from difftune.pipelines.opened import opened
@@ -104,34 +105,34 @@ def run(
     lora: str | Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """`difftune compare`: writes grid.png and compare.json; returns what compare.json holds."""
-    folder = output.unused(output_dir)
     for name in guidance:
         guidance_named(name)
     rewards = list(parse_rewards(reward)) or default_rewards(prompt)
-    weighted(dict.fromkeys((*rewards, *MEASURES), 1.0))  # all can be loaded, before anything is drawn
-    pipe = opened(model, lora)
-    jobs = [(p, seed + i) for p in prompt for i in range(num_images)]
-    texts, seeds = [p for p, _ in jobs], [s for _, s in jobs]
-    made = list(cells(pipe, guidance, scales, texts, seeds, num_inference_steps, batch_size))
-    found = {
-        "settings": {
-            "model": model,
-            "lora": lora or None,
-            "guidance": list(guidance),
-            "scales": list(scales),
-            "prompt": list(prompt),
-            "reward": rewards,
-            "num_images": num_images,
-            "num_inference_steps": num_inference_steps,
-            "seed": seed,
-            "batch_size": batch_size,
-            "scheduler": type(pipe.scheduler).__name__,
-        },
-        "rows": [row(cell, rewards, texts) for cell in made],
-        "versions": versions(),
-    }
-    output.write(folder / "grid.png", labelled(made, scales, num_images))
-    output.write_json(folder / "compare.json", found)
+    with fresh(output_dir) as claim:
+        weighted(dict.fromkeys((*rewards, *MEASURES), 1.0))  # all can be loaded, before anything is drawn
+        pipe = opened(model, lora)
+        jobs = [(p, seed + i) for p in prompt for i in range(num_images)]
+        texts, seeds = [p for p, _ in jobs], [s for _, s in jobs]
+        made = list(cells(pipe, guidance, scales, texts, seeds, num_inference_steps, batch_size))
+        found = {
+            "settings": {
+                "model": model,
+                "lora": lora or None,
+                "guidance": list(guidance),
+                "scales": list(scales),
+                "prompt": list(prompt),
+                "reward": rewards,
+                "num_images": num_images,
+                "num_inference_steps": num_inference_steps,
+                "seed": seed,
+                "batch_size": batch_size,
+                "scheduler": type(pipe.scheduler).__name__,
+            },
+            "rows": [row(cell, rewards, texts) for cell in made],
+            "versions": versions(),
+        }
+        grid = labelled(made, scales, num_images)
+        claim.results([("grid.png", grid), ("compare.json", output.as_json(found))])
     return found
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from difftune.environment import versions
 from difftune.errors import UserError
 from difftune.evaluation.intervals import Estimate, Result, _by_prompt, _groups, differences, estimate
 from difftune.files import output
+from difftune.files.claim import fresh
 from difftune.lookup import guidance_named
 from difftune.pipelines.generate import generate, mean_branches, mean_nfe, pixels, settings_of, watched
 from difftune.pipelines.opened import opened
@@ -129,10 +131,8 @@ def run(
 ) -> dict[str, Any]:
     """`difftune eval`: ShapeEval of a model as one JSON object; written to output_dir/eval.json too, beside a grid."""
     before = None if baseline is None else load_results(baseline)
-    folder = None if output_dir is None else output.unused(output_dir)
     method = guidance_named(guidance, None, guidance_options)
     chosen = entries_of(prompts_per_category)
-    e = evaluate(opened(model, lora), method, chosen, images_per_prompt, num_inference_steps, seed, batch_size)
     settings = {
         "model": model,
         "lora": lora or None,
@@ -145,11 +145,18 @@ def run(
         "batch_size": batch_size,
         "baseline": baseline,
     }
-    cost = {"nfe": e.nfe, "nfe_by_branch": e.branches, "seconds": round(e.seconds, 3)}
-    cost |= {"settings": settings, "versions": versions()}
-    found = summary(e.results, before)
-    found = {key: value for key, value in found.items() if key != "images"} | cost | {"images": found["images"]}
-    if folder is not None:
-        output.write(folder / "grid.png", output.grid(pixels(e.images[::images_per_prompt])))
-        output.write_json(folder / "eval.json", found)
+    with nullcontext() if output_dir is None else fresh(output_dir) as claim:
+        e = evaluate(opened(model, lora), method, chosen, images_per_prompt, num_inference_steps, seed, batch_size)
+        found = _reported(e, before, settings)
+        if claim is not None:
+            grid = output.grid(pixels(e.images[::images_per_prompt]))
+            claim.results([("grid.png", grid), ("eval.json", output.as_json(found))])
     return found
+
+
+def _reported(e: Evaluation, baseline: Sequence[Result] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What eval.json holds, with the long list of images last."""
+    cost = {"nfe": e.nfe, "nfe_by_branch": e.branches, "seconds": round(e.seconds, 3)}
+    cost |= {"settings": dict(settings), "versions": versions()}
+    found = summary(e.results, baseline)
+    return {key: value for key, value in found.items() if key != "images"} | cost | {"images": found["images"]}

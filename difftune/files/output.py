@@ -80,8 +80,12 @@ def write(path: Path, data: bytes | str) -> None:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def as_json(value: Any) -> bytes:
+    return json.dumps(value, indent=2).encode() + b"\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    write(path, json.dumps(value, indent=2) + "\n")
+    write(path, as_json(value))
 
 
 @contextmanager

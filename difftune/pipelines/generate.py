@@ -14,6 +14,7 @@ from tqdm import tqdm
 from difftune.environment import versions
 from difftune.errors import UserError
 from difftune.files import output
+from difftune.files.claim import fresh
 from difftune.files.noises import noises_of
 from difftune.lookup import guidance_named
 from difftune.pipelines.method_parts import equipped, prepared
@@ -143,40 +144,46 @@ def sample(
     Image i of a prompt is drawn with seed + i; `noise`, a file of `difftune optimize`, holds one noise for each image
     in place of that. Nothing is written before all images are made.
     """
-    folder, method = output.unused(output_dir), guidance_named(guidance, None, guidance_options)
+    method = guidance_named(guidance, None, guidance_options)
     jobs = [(p, seed + i) for p in prompt for i in range(num_images)]
     noises = None if noise is None else noises_of(noise, len(jobs))
-    pipe, began = opened(model, lora), time.perf_counter()
-    texts, seeds = [p for p, _ in jobs], [s for _, s in jobs]
-    made = generate(pipe, texts, seeds, method, num_inference_steps, batch_size, eta, noises)
-    batches = list(watched(made, len(jobs), "sample"))
-    found = {
-        "settings": {
-            "model": model,
-            "lora": lora or None,
-            "guidance": guidance,
-            "guidance_options": settings_of(method),
-            "prompt": list(prompt),
-            "num_images": num_images,
-            "num_inference_steps": num_inference_steps,
-            "eta": eta,
-            "seed": seed,
-            "noise": noise,
-            "batch_size": batch_size,
-            "scheduler": type(pipe.scheduler).__name__,
-        },
-        "images": list(_files(batches)),
-        "nfe": mean_nfe(batches),
-        "nfe_by_branch": mean_branches(batches),
-        "seconds": round(time.perf_counter() - began, 3),
-        "versions": versions(),
-    }
-    pictures = [picture for batch in batches for picture in pixels(batch.images)]
-    for about, picture in zip(_files(batches), pictures, strict=True):
-        output.write(folder / about["file"], output.png(picture))
-    output.write(folder / "grid.png", output.grid(pictures, num_images if len(prompt) > 1 else None))
-    output.write_json(folder / "sample.json", found)
+    with fresh(output_dir) as claim:
+        pipe, began = opened(model, lora), time.perf_counter()
+        texts, seeds = [p for p, _ in jobs], [s for _, s in jobs]
+        made = generate(pipe, texts, seeds, method, num_inference_steps, batch_size, eta, noises)
+        batches = list(watched(made, len(jobs), "sample"))
+        found = {
+            "settings": {
+                "model": model,
+                "lora": lora or None,
+                "guidance": guidance,
+                "guidance_options": settings_of(method),
+                "prompt": list(prompt),
+                "num_images": num_images,
+                "num_inference_steps": num_inference_steps,
+                "eta": eta,
+                "seed": seed,
+                "noise": noise,
+                "batch_size": batch_size,
+                "scheduler": type(pipe.scheduler).__name__,
+            },
+            "images": list(_files(batches)),
+            "nfe": mean_nfe(batches),
+            "nfe_by_branch": mean_branches(batches),
+            "seconds": round(time.perf_counter() - began, 3),
+            "versions": versions(),
+        }
+        claim.results(_results(batches, found, num_images if len(prompt) > 1 else None))
     return found
+
+
+def _results(batches: Sequence[Batch], found: Mapping[str, Any], columns: int | None) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the pictures, the grid and sample.json, in the order in which they are written."""
+    pictures = [picture for batch in batches for picture in pixels(batch.images)]
+    for about, picture in zip(found["images"], pictures, strict=True):
+        yield about["file"], output.png(picture)
+    yield "grid.png", output.grid(pictures, columns)
+    yield "sample.json", output.as_json(found)
 
 
 def settings_of(guidance: Any) -> dict[str, Any]:
