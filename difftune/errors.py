@@ -4,11 +4,7 @@
 """
 
 from rewards.errors import RewardError
-from solvers.errors import InputError
-
-
-class UserError(InputError):
-    """What was asked for cannot be done; the message names the value and the remedy."""
+from solvers.errors import UserError
 
 
 class RunError(UserError):
@@ -21,4 +17,4 @@ class DiskError(RunError, OSError):
     """A file or a folder cannot be read or written."""
 
 
-ERRORS = (InputError, RewardError)  # the bases of all errors whose message is a sentence for a person
+ERRORS = (UserError, RewardError)  # the bases of all errors whose message is a sentence for a person

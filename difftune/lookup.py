@@ -9,10 +9,11 @@ from difftune.models import source
 from guidance.contract import Guidance
 from guidance.methods.catalogue import GUIDANCE
 from rewards.compose import WeightedSum, parse_rewards, weighted
-from rewards.registry import REWARDS, Entry, Reward, entry, unknown
+from rewards.registry import REWARDS, Reward, entry, unknown
 from solvers.samplers.catalogue import SAMPLERS, Step
 
 Thing = TypeVar("Thing")
+Rewards = Sequence[str] | Mapping[str, float] | Reward  # NAME=WEIGHT terms, weights by name, or a reward itself
 
 DEFAULTS: dict[str, dict[str, Any]] = {"cfg": {"scale": 5.0}}  # where a recipe's differs from the method's own
 
@@ -26,12 +27,9 @@ def guidance_named(name: str, scale: float | None = None, options: Mapping[str, 
     for key, value in {**(options or {}), **({} if scale is None else {"scale": scale})}.items():
         depth, option = guidance_field(name, key)
         settings[depth][option] = value
-    try:
-        method = kinds[-1](**settings[-1])
-        for kind, given in zip(kinds[-2::-1], settings[-2::-1], strict=True):
-            method = kind(method=method, **given)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    method = kinds[-1](**settings[-1])
+    for kind, given in zip(kinds[-2::-1], settings[-2::-1], strict=True):
+        method = kind(method=method, **given)
     return method
 
 
@@ -73,55 +71,29 @@ def sampler_named(name: str) -> Step:
     return member("sampler", name, SAMPLERS)
 
 
-def reward_named(weights: Sequence[str] | Mapping[str, float], gradient: bool = True) -> WeightedSum:
-    """A weighted sum of rewards, from ["NAME=WEIGHT", ...] or {name: weight}; a differentiable one unless gradient is
-    False."""
-    try:
-        return weighted(differentiable(weights) if gradient else rewards_named(weights))
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
+def reward_named(rewards: Rewards, gradient: bool = True) -> WeightedSum:
+    """The rewards as one weighted sum, loaded: of ["NAME=WEIGHT", ...] or {name: weight}; a reward itself is a sum of
+    one, under its class's name. Raises RewardError or UserError as `reward_weights` does."""
+    weights = reward_weights(rewards, gradient)
+    if isinstance(rewards, Sequence | Mapping):
+        return weighted(weights)
+    name = type(rewards).__name__
+    return rewards if isinstance(rewards, WeightedSum) else WeightedSum({name: rewards}, {name: 1.0})
 
 
-def scorer_named(terms: Sequence[str]) -> WeightedSum:
-    """A weighted sum of rewards, differentiable or not, from ["NAME=WEIGHT", ...]."""
-    try:
-        return weighted(weights_named(terms))
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
-
-
-def weights_named(terms: Sequence[str]) -> dict[str, float]:
-    """The weights by name; nothing is loaded."""
-    try:
-        return parse_rewards(terms)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def differentiable(rewards: Sequence[str] | Mapping[str, float] | Reward) -> dict[str, float]:
-    """The weights by name, if all are differentiable; nothing is loaded. A reward itself has no names: {}."""
+def reward_weights(rewards: Rewards, gradient: bool = False) -> dict[str, float]:
+    """The weights by name, if all are known, and differentiable if a `gradient` is needed; nothing is loaded. A reward
+    itself has no name: {}."""
     if not isinstance(rewards, Sequence | Mapping):
-        _refuse(type(rewards).__name__, rewards.differentiable)
+        if gradient:
+            _refuse(type(rewards).__name__, rewards.differentiable)
         return {}
-    weights = rewards_named(rewards)
+    weights = dict(rewards) if isinstance(rewards, Mapping) else parse_rewards(rewards)
     for name in weights:
-        _refuse(name, _entry(name).differentiable)
+        able = entry(name).differentiable
+        if gradient:
+            _refuse(name, able)
     return weights
-
-
-def rewards_named(rewards: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
-    """The weights by name, if all are known; nothing is loaded."""
-    try:
-        return dict(rewards) if isinstance(rewards, Mapping) else parse_rewards(rewards)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _entry(name: str) -> Entry:
-    try:
-        return entry(name)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _refuse(name: str, able: bool) -> None:
@@ -132,10 +104,7 @@ def _refuse(name: str, able: bool) -> None:
 
 def model_named(name: str) -> str:
     """The name, if a pipeline of that name can be looked for; nothing is loaded."""
-    try:
-        source(name)
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
+    source(name)
     return name
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import SPACES, Cond, Memory, Path, lines, widen
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 
 
@@ -150,7 +150,7 @@ def within(guidance: Guidance, path: Path, at: Noise) -> Generator[Request, Pred
         own = preds if guidance.space in ("any", "output", preds.space) else preds.in_space(guidance.space)
         reply = _advance(guide, own)
     if preds is None or own is None or "cond" not in preds:
-        raise InputError(f"{type(guidance).__name__} asks for no branch 'cond', which the method around it needs")
+        raise UserError(f"{type(guidance).__name__} asks for no branch 'cond', which the method around it needs")
     if own is preds:
         return reply, preds
     slope = line(preds.space, own.space, at)[1]
@@ -162,7 +162,7 @@ def own_space(guidance: Guidance, space: str, output: str) -> str:
     """The space in which a method sees answers that come in `space`, from a network that emits `output`."""
     if guidance.space not in (*SPACES, "any", "output"):
         known = ", ".join((*SPACES, "any", "output"))
-        raise InputError(f"{type(guidance).__name__} has space {guidance.space!r}; known: {known}")
+        raise UserError(f"{type(guidance).__name__} has space {guidance.space!r}; known: {known}")
     return {"any": space, "output": output}.get(guidance.space, guidance.space)
 
 
@@ -185,7 +185,7 @@ def _restored(
 ) -> Tensor:
     if not complete:
         name = type(guidance).__name__
-        raise InputError(f"{name} works in {preds.space} and asks no branch for all rows; leave rows=None in one")
+        raise UserError(f"{name} works in {preds.space} and asks no branch for all rows; leave rows=None in one")
     reference = raw[complete[0]]
     if not 0 < slope.abs() < torch.inf:
         return reference

@@ -9,7 +9,7 @@ from torch import Tensor
 from guidance.branches import Counter, Inputs, evaluate, tensors_in
 from guidance.contract import Answers, Branch, Guidance, Request, drive
 from solvers.denoiser import Cond, Denoiser, Path, Prediction, predicted, widen
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 
 
@@ -62,13 +62,13 @@ class GuidedPredict:
         if not isinstance(branch.cond, str):
             return {**self.conds["cond"], **branch.cond}
         if branch.cond not in self.conds:
-            raise InputError(f"no condition {branch.cond!r}; given: {', '.join(self.conds)}")
+            raise UserError(f"no condition {branch.cond!r}; given: {', '.join(self.conds)}")
         return self.conds[branch.cond]
 
     def _direction(self, network: str, patch: str | None, at: Noise, inputs: Inputs) -> Tensor:
         """u = eps - x0, (rows, ...), of one network."""
         if network not in self.networks:
-            raise InputError(f"the method evaluates network {network!r}; pass guided(..., {network}=its denoiser)")
+            raise UserError(f"the method evaluates network {network!r}; pass guided(..., {network}=its denoiser)")
         denoise = self.networks[network]
         if patch is None:
             said = denoise(inputs["x"], at, inputs["cond"])
@@ -91,7 +91,7 @@ def guided(
     weak: the denoiser of `Branch(network="weak")`. counter: counts the rows evaluated; its own by default.
     """
     if "cond" not in conds:
-        raise InputError(f"conds has no 'cond'; given: {', '.join(conds) or 'nothing'}")
+        raise UserError(f"conds has no 'cond'; given: {', '.join(conds) or 'nothing'}")
     networks = {"main": denoise} if weak is None else {"main": denoise, "weak": weak}
     tensors = (*tensors_in(conds), *tensors_in(vars(guidance)), *_trained(networks))
     return GuidedPredict(networks, guidance, conds, counter or Counter(), tuple(_unique(tensors)))

@@ -17,7 +17,7 @@ from torch import Tensor
 from guidance.contract import Guidance, drive
 from guidance.methods.catalogue import CFG, FDG, GUIDANCE, TCFG, CFGZeroStar, Rescale
 from solvers.denoiser import SPACES, Path
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import noise
 
 COMBINES = (CFG, CFGZeroStar, TCFG, FDG, Rescale)
@@ -93,9 +93,9 @@ def _described(guidance: Any) -> tuple[str, dict[str, Any]]:
     kind = type(guidance).__name__
     if not isinstance(guidance, COMBINES):
         known = ", ".join(method.__name__ for method in COMBINES)
-        raise InputError(f"{kind} cannot be a guider, which sees two predictions of one step and no more; can: {known}")
+        raise UserError(f"{kind} cannot be a guider, which sees two predictions of one step and no more; can: {known}")
     if isinstance(guidance, CFGZeroStar) and guidance.zero_steps:
-        raise InputError("CFGZeroStar as a guider does not know which step is the first; set zero_steps=0")
+        raise UserError("CFGZeroStar as a guider does not know which step is the first; set zero_steps=0")
     name = next(name for name, method in GUIDANCE.items() if method is type(guidance))
     return name, {f.name: _plain(kind, f.name, vars(guidance)[f.name]) for f in fields(guidance)}
 
@@ -105,7 +105,7 @@ def _plain(owner: str, field: str, value: Any) -> Any:
         name, settings = _described(value)
         return {"guidance": name, "settings": settings}
     if not isinstance(value, int | float):
-        raise InputError(f"{owner}.{field} is a {type(value).__name__}, which a guider cannot save; pass a number")
+        raise UserError(f"{owner}.{field} is a {type(value).__name__}, which a guider cannot save; pass a number")
     return value
 
 

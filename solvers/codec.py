@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from solvers.errors import InputError
+from solvers.errors import UserError
 
 Tensors = Mapping[str, Tensor]
 
@@ -39,7 +39,7 @@ def encode(record: Any) -> Encoded:
     found = {name: encode(part) for name, part in parts.items()}
     for name, part in found.items():
         if "." in name and part.tensors.keys() - {""}:
-            raise InputError(f"the key {name!r} has a dot, and what it holds has names: they could not be told apart")
+            raise UserError(f"the key {name!r} has a dot, and what it holds has names: they could not be told apart")
     tensors = {f"{name}.{key}" if key else name: t for name, part in found.items() for key, t in part.tensors.items()}
     if isinstance(record, list | tuple) and not _named(record) and not tensors:
         return Encoded({}, [part.info for part in found.values()])

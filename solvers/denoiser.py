@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 
 Cond = Mapping[str, Tensor]  # what a network is conditioned on; every value is batch-first
@@ -100,7 +100,7 @@ def lines(space: str, at: Noise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if space == "flow":  # u = eps - x0
         total = alpha + sigma
         return 1 / total, -sigma / total, 1 / total, alpha / total
-    raise InputError(f"no prediction type {space!r}; known: {', '.join(SPACES)}")
+    raise UserError(f"no prediction type {space!r}; known: {', '.join(SPACES)}")
 
 
 def predicted(space: str, x: Tensor, at: Noise, out: Tensor, memory: Memory | None = None) -> Prediction:

@@ -1,7 +1,7 @@
 """The error of solvers and guidance that a person can put right."""
 
 
-class InputError(ValueError):
+class UserError(ValueError):
     """What was asked for cannot be done. The message is one sentence for a person: it names the value and the remedy.
 
     The command line prints it without a traceback, and ends with `exit_code`.

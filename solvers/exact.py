@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Cond, Denoiser, Path, Prediction, widen
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise, noise
 
 DATA = noise(1.0, 0.0)
@@ -27,7 +27,7 @@ class Exact:
     """What closed forms have in common: no network, hence nothing to patch."""
 
     def patched(self, name: str) -> AbstractContextManager[Any]:
-        raise InputError(f"no patch {name!r} of {type(self).__name__}: a closed form has no layers to change")
+        raise UserError(f"no patch {name!r} of {type(self).__name__}: a closed form has no layers to change")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from solvers.denoiser import Cond, Prediction, predicted, widen
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.families.family import Family
 from solvers.families.table import family_of
 from solvers.levels import Clock, levels_of, prediction_type
@@ -70,12 +70,12 @@ class LatentModel:
 
     def __post_init__(self):
         if self.family.encode is None:
-            raise InputError(f"LatentModel does not know {_name(self.pipe)} (family {self.family.name}); use attach")
+            raise UserError(f"LatentModel does not know {_name(self.pipe)} (family {self.family.name}); use attach")
         if "controlnet" in self.pipe.components:
-            raise InputError(f"{_name(self.pipe)}: LatentModel would leave the ControlNet out; use attach")
+            raise UserError(f"{_name(self.pipe)}: LatentModel would leave the ControlNet out; use attach")
         takes, has = self.network.config.in_channels, self.pipe.vae.config.latent_channels
         if takes % has:
-            raise InputError(f"the network takes {takes} channels, more than the latents' {has}; use attach")
+            raise UserError(f"the network takes {takes} channels, more than the latents' {has}; use attach")
 
     @property
     def family(self) -> Family:
@@ -122,7 +122,7 @@ class LatentModel:
         factor = self.pipe.vae_scale_factor
         multiple = factor * self.family.patch
         if height % multiple or width % multiple:
-            raise InputError(f"{height} x {width} pixels: both must be multiples of {multiple}")
+            raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
         return self.pipe.vae.config.latent_channels, height // factor, width // factor
 
     def noise(
@@ -135,7 +135,7 @@ class LatentModel:
         if isinstance(generator, Sequence):
             generator = list(generator)
             if len(generator) != batch:
-                raise InputError(f"{len(generator)} generators for a batch of {batch}: pass one, or one per sample")
+                raise UserError(f"{len(generator)} generators for a batch of {batch}: pass one, or one per sample")
         shape = (batch, *self.shape(height, width))
         dtype = torch.float32 if self.family.draws_float32 else self.dtype
         return widen(randn_tensor(shape, generator=generator, device=self.device, dtype=dtype))

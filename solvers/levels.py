@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise, flow, log_snr, noise, vp
 
 Scheduler = Any  # diffusers declares none of the attributes that are read here
@@ -38,7 +38,7 @@ def levels_of(scheduler: Scheduler, steps: int | None = None, **set_timesteps: A
         scheduler = deepcopy(scheduler)
         scheduler.set_timesteps(**set_timesteps)
     if vars(scheduler).get("num_inference_steps") is None:
-        raise InputError(f"{_name(scheduler)} has no run yet: pass steps, or call its set_timesteps first")
+        raise UserError(f"{_name(scheduler)} has no run yet: pass steps, or call its set_timesteps first")
     return read(scheduler)
 
 
@@ -48,7 +48,7 @@ def prediction_type(scheduler: Scheduler) -> str:
         return "flow"
     name = scheduler.config.get("prediction_type")
     if name not in PREDICTION_TYPES:
-        raise InputError(f"no prediction_type {name!r} of {_name(scheduler)}; known: {', '.join(PREDICTION_TYPES)}")
+        raise UserError(f"no prediction_type {name!r} of {_name(scheduler)}; known: {', '.join(PREDICTION_TYPES)}")
     return PREDICTION_TYPES[name]
 
 
@@ -65,7 +65,7 @@ class Clock:
     def __init__(self, scheduler: Scheduler, own: bool = False):
         _reader(scheduler)
         if scheduler.config.get("timestep_type") == "continuous":
-            raise InputError(f"{_name(scheduler)} with timestep_type 'continuous' has no table for a clock to read")
+            raise UserError(f"{_name(scheduler)} with timestep_type 'continuous' has no table for a clock to read")
         self.scale = float(scheduler.config["num_train_timesteps"])
         self.table = None if _is_flow(scheduler) else _log_ratios(scheduler)  # rising in t
         self.own = _own(scheduler) if own else []
@@ -101,7 +101,7 @@ def _own(scheduler: Scheduler) -> list[tuple[float, float]]:
     """(log(sigma / alpha), timestep) at each level of the current run but the last."""
     levels, timesteps = levels_of(scheduler)[:-1], scheduler.timesteps.tolist()
     if len(levels) != len(timesteps):
-        raise InputError(
+        raise UserError(
             f"{_name(scheduler)} says {len(timesteps)} timesteps at {len(levels)} levels: no clock of its own"
         )
     return [(-float(log_snr(at)), t) for at, t in zip(levels, timesteps, strict=True)]
@@ -145,7 +145,7 @@ def _sigmas(scheduler: Scheduler) -> list[Noise]:
     if not _is_flow(scheduler):
         return [noise(1 / (1 + k**2).sqrt(), k / (1 + k**2).sqrt()) for k in sigmas]
     if scheduler.config.get("invert_sigmas"):
-        raise InputError(f"{_name(scheduler)} with invert_sigmas (Mochi) runs from 0 up to 1: not supported")
+        raise UserError(f"{_name(scheduler)} with invert_sigmas (Mochi) runs from 0 up to 1: not supported")
     return [flow(sigma) for sigma in sigmas]
 
 
@@ -182,5 +182,5 @@ READERS: dict[str, Callable[[Scheduler], list[Noise]]] = {
 
 def _reader(scheduler: Scheduler) -> Callable[[Scheduler], list[Noise]]:
     if _name(scheduler) not in READERS:
-        raise InputError(f"no noise levels are known for {_name(scheduler)}; supported: {', '.join(READERS)}")
+        raise UserError(f"no noise levels are known for {_name(scheduler)}; supported: {', '.join(READERS)}")
     return READERS[_name(scheduler)]

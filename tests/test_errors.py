@@ -7,13 +7,13 @@ import pytest
 
 from difftune.errors import ERRORS, DiskError, RunError, UserError
 from rewards.errors import ExtraMissing, NotFinite, RewardError, Unreachable, WeightsMissing
-from solvers.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("difftune", "guidance", "rewards", "solvers")
 MEANT_FOR_PEOPLE = {"ValueError", "OSError", "FileNotFoundError", "ImportError", "ModuleNotFoundError"}
 INTERNAL = {  # caught where they are raised, or raised before there is a command line
     ("difftune/__init__.py", "ImportError"),
+    ("difftune/files/output.py", "OSError"),
     ("difftune/labelling/label_file.py", "OSError"),
 }
 
@@ -32,7 +32,7 @@ def test_no_module_raises_a_builtin_in_place_of_our_error(package):
 
 
 def test_every_error_of_ours_has_a_base_and_an_exit_code():
-    asked = (UserError, RewardError, InputError)
+    asked = (UserError, RewardError)
     ran = (RunError, DiskError, NotFinite, WeightsMissing, Unreachable, ExtraMissing)
     assert {kind.exit_code for kind in asked} == {2} and {kind.exit_code for kind in ran} == {1}
     assert all(str(kind("one sentence")) == "one sentence" and issubclass(kind, ERRORS) for kind in (*asked, *ran))

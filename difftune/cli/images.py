@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from difftune.cli import options as o
-from difftune.cli.checks import known_rewards, spoken
+from difftune.cli.checks import spoken
 from difftune.cli.command import Command
 from difftune.cli.config_file import CONFIG
 from difftune.cli.guidance import guidance_of
@@ -76,8 +76,6 @@ def compare(as_json: bool, **flags: Any) -> None:
     """
     with redirect_stdout(sys.stderr):
         spoken(flags["prompt"])
-        if flags["reward"]:
-            known_rewards(flags["reward"])
         from difftune.evaluation.compare import run
 
         found = run(**flags)
@@ -92,7 +90,7 @@ def score(reward: Sequence[str], prompt: Sequence[str], image: Sequence[str], as
     with redirect_stdout(sys.stderr):
         from difftune.evaluation.score import run
 
-        found = run(known_rewards(reward), prompt, image)
+        found = run(reward, prompt, image)
     header = ["image", *found[0]["rewards"], "total"]
     rows = [[s["image"], *(f"{v:.4f}" for v in s["rewards"].values()), f"{s['total']:.4f}"] for s in found]
     show(found, as_json, table([header, *rows]))

@@ -36,8 +36,10 @@ def list_rewards(as_json: bool) -> None:
 @click.argument("name")
 def reward_info(name: str, as_json: bool) -> None:
     """All that is known of a reward: NAME, or module:attribute."""
+    from rewards.registry import entry
+
     with redirect_stdout(sys.stderr):
-        found = _facts(name, _known_entry(name))
+        found = _facts(name, entry(name))
         found["files"] = _locked(found.pop("weights"))
     show(found, as_json, "\n".join(f"{key}: {_fact(value)}" for key, value in found.items()))
 
@@ -51,9 +53,11 @@ def prefetch(name: Sequence[str], model: str | None) -> None:
     NAME may have options, which decide what that is: "open-clip[model=ViT-B-16, pretrained=laion2b_s34b_b88k]".
     """
     with redirect_stdout(sys.stderr):
-        for one in name:
-            _known_entry(one)
         from rewards.hub import prefetch as fetch
+        from rewards.registry import entry
+
+        for one in name:
+            entry(one)
 
         files = [file for one in name for file in fetch(one, **({"model": model} if model else {}))]
     show(None, False, "\n".join(map(str, files)) or "nothing to download")
@@ -75,7 +79,6 @@ def serve(
     The token is better given in DIFFTUNE_REWARD_TOKEN than on the command line, where other users see it.
     """
     with redirect_stdout(sys.stderr):
-        _known_entry(name)
         from rewards.registry import load
         from rewards.remote import Limits, Server
 
@@ -84,15 +87,6 @@ def serve(
     show({"url": server.url, "reward": name}, as_json, f"{name} at {server.url}")
     with server:
         server.serve_forever()
-
-
-def _known_entry(name: str) -> Any:
-    from rewards.registry import entry
-
-    try:
-        return entry(name)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
 
 
 def _facts(name: str, entry: Any) -> dict[str, Any]:

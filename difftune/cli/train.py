@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from difftune.cli import options as o
-from difftune.cli.checks import known_rewards, spoken
+from difftune.cli.checks import spoken
 from difftune.cli.command import Command
 from difftune.cli.fields import options_of
 from difftune.cli.guidance import guidance_of
@@ -72,9 +72,11 @@ def _search() -> click.Command:
 
 def configured(ctx: click.Context, config: type) -> Any:
     """The Config that file and flags describe."""
+    from rewards.compose import parse_rewards
+
     flags = {f.name: ctx.params[f.name] for f in fields(config)}
     flags |= {name: list(value) for name, value in flags.items() if isinstance(value, tuple)}
-    known_rewards(flags["reward"])
+    parse_rewards(flags["reward"])
     if "prompt" in flags:
         spoken(flags["prompt"])
     name, settings = guidance_of(ctx)

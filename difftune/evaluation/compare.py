@@ -15,13 +15,12 @@ from torch import Tensor
 from difftune.environment import versions
 from difftune.files import output
 from difftune.files.claim import fresh
-from difftune.lookup import guidance_kinds, guidance_named, takes_scale
+from difftune.lookup import guidance_kinds, guidance_named, reward_named, reward_weights, takes_scale
 from difftune.pipelines.generate import generate, mean_branches, mean_nfe, pixels, settings_of, watched
 from difftune.pipelines.opened import opened
 from guidance.contract import Guidance
 from guidance.methods.cfgpp import CFGpp
 from guidance.methods.classifier import GFCG
-from rewards.compose import parse_rewards, weighted
 from rewards.registry import load
 from rewards.world import shapes
 from solvers.levels import levels_of
@@ -107,9 +106,9 @@ def run(
     """`difftune compare`: writes grid.png and compare.json; returns what compare.json holds."""
     for name in guidance:
         guidance_named(name)
-    rewards = list(parse_rewards(reward)) or default_rewards(prompt)
+    rewards = list(reward_weights(reward)) or default_rewards(prompt)
     with fresh(output_dir) as claim:
-        weighted(dict.fromkeys((*rewards, *MEASURES), 1.0))  # all can be loaded, before anything is drawn
+        reward_named(dict.fromkeys((*rewards, *MEASURES), 1.0), gradient=False)  # all can be loaded
         pipe = opened(model, lora)
         jobs = [(p, seed + i) for p in prompt for i in range(num_images)]
         texts, seeds = [p for p, _ in jobs], [s for _, s in jobs]

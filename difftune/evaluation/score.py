@@ -7,7 +7,7 @@ import torch
 
 from difftune.errors import UserError
 from difftune.files.pictures import opened
-from rewards.compose import parse_rewards, weighted
+from difftune.lookup import reward_named, reward_weights
 from rewards.registry import entry
 
 
@@ -17,10 +17,10 @@ def run(rewards: Sequence[str], prompts: Sequence[str], images: Sequence[str]) -
     One prompt serves all images; more must be one per image. Raises UserError, before anything is scored, for a missing
     prompt and for a file that is no image.
     """
-    weights = parse_rewards(rewards)
+    weights = reward_weights(rewards)
     texts = _one_each(prompts, images, [name for name in weights if entry(name).needs_prompt])
     pictures = [opened(path) for path in images]
-    reward = weighted(weights)
+    reward = reward_named(weights, gradient=False)
     found = []
     for path, text, picture in zip(images, texts, pictures, strict=True):
         with torch.no_grad():

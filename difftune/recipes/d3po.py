@@ -23,7 +23,7 @@ from difftune.configs.recipes import D3POConfig
 from difftune.files.checkpoint import Say, State
 from difftune.files.prompts import prompts_named
 from difftune.labelling.choices import decided
-from difftune.lookup import at_least, reward_named, rewards_named
+from difftune.lookup import at_least, reward_named, reward_weights
 from difftune.models import load as load_model
 from difftune.rollouts.image_sampler import Chain
 from difftune.rollouts.policy import Policy, log_ratio
@@ -179,7 +179,7 @@ def check(config: D3POConfig, pipe: Any = None, reward: Reward | None = None) ->
     if config.labels is not None:
         check_replay(config, decided(config.labels))
     elif reward is None:
-        rewards_named(config.reward)
+        reward_weights(config.reward)
 
 
 def card(config: D3POConfig, metrics: Metrics) -> str:

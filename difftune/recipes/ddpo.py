@@ -23,7 +23,7 @@ from difftune.configs.recipes import DDPOConfig
 from difftune.errors import UserError
 from difftune.files.checkpoint import Say, State
 from difftune.files.prompts import Prompts, prompts_named
-from difftune.lookup import at_least, reward_named, rewards_named
+from difftune.lookup import at_least, reward_named, reward_weights
 from difftune.models import load as load_model
 from difftune.rollouts.image_sampler import Chain
 from difftune.rollouts.policy import Policy, kl, log_prob
@@ -180,7 +180,7 @@ def check(config: DDPOConfig, pipe: Any = None, reward: Reward | None = None) ->
         )
     at_least(0, clip_range=config.clip_range, adv_clip_max=config.adv_clip_max, kl_weight=config.kl_weight)
     if reward is None:
-        rewards_named(config.reward)
+        reward_weights(config.reward)
 
 
 def card(config: DDPOConfig, metrics: Metrics) -> str:

@@ -27,7 +27,7 @@ from difftune.errors import UserError
 from difftune.files.checkpoint import Say, State
 from difftune.files.pictures import captioned, stack
 from difftune.files.prompts import listed, prompts_named
-from difftune.lookup import at_least, known, reward_named, rewards_named
+from difftune.lookup import at_least, known, reward_named, reward_weights
 from difftune.models import load as load_model
 from difftune.recipes.dpo import dpo_loss, dpo_margin
 from difftune.rollouts.denoising import draw
@@ -254,7 +254,7 @@ def check_online(config: PSOConfig, reward: Reward | None) -> None:
             f"lora_dropout is {config.lora_dropout}: the ratio of two probabilities would be noise, so leave it at 0"
         )
     if reward is None:
-        rewards_named(config.reward)
+        reward_weights(config.reward)
 
 
 def beta_of(config: PSOConfig) -> float:

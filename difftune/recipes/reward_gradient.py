@@ -19,7 +19,7 @@ from torch import Tensor
 from difftune.configs.recipes import RewardGradientConfig
 from difftune.files.checkpoint import Say, State
 from difftune.files.prompts import Prompts, prompts_named
-from difftune.lookup import at_least, differentiable, reward_named
+from difftune.lookup import at_least, reward_named, reward_weights
 from difftune.models import load as load_model
 from difftune.pipelines.engine import (
     Engine,
@@ -252,4 +252,4 @@ def check_gradient(config: RewardGradientConfig, pipe: Any = None, reward: Rewar
     check(config, pipe)
     at_least(0, kl_coeff=config.kl_coeff)
     check_engine(config.memory_budget, xformers=False)
-    differentiable(config.reward if reward is None else reward)
+    reward_weights(config.reward if reward is None else reward, gradient=True)

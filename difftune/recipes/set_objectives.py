@@ -16,7 +16,7 @@ from difftune.configs.recipes import DragonConfig
 from difftune.errors import UserError
 from difftune.files.pictures import pictures, stack
 from difftune.files.prompts import read
-from difftune.lookup import known, reward_named, rewards_named
+from difftune.lookup import known, reward_named, reward_weights
 from difftune.training.state import Reward
 from rewards.sets.catalogue import MMD, Frechet, Mean, SetReward, Vendi
 from rewards.sets.exemplar import Encoder, encoder_of
@@ -139,7 +139,7 @@ def check_objective(config: DragonConfig, reward: Reward | None) -> None:
     if config.objective not in WITHOUT_EXEMPLARS:
         exemplars_of(config)
     if config.objective == "instance" and reward is None:
-        rewards_named(config.reward)
+        reward_weights(config.reward)
     if not 0 <= config.shrinkage <= 1:
         raise UserError(f"shrinkage is {config.shrinkage}: it must be in [0, 1]")
 

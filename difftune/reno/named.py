@@ -5,15 +5,14 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from difftune.errors import UserError
-from difftune.lookup import known
+from difftune.lookup import Rewards, known, reward_named
 from difftune.reno.first_order import FIRST_ORDER
 from difftune.reno.paper import Setting, learning_rate
 from difftune.reno.zero_order import ZERO_ORDER
-from rewards.compose import WeightedSum, weighted
-from rewards.registry import Reward, entry, spelled
+from rewards.compose import WeightedSum
+from rewards.registry import entry, spelled
 
 OPTIMIZERS = FIRST_ORDER | ZERO_ORDER
-Rewards = Mapping[str, float] | Reward
 
 
 def optimizer_named(spec: Any, learning_rate: float | None = None, grad_clip: float | None = None) -> Any:
@@ -28,10 +27,7 @@ def optimizer_named(spec: Any, learning_rate: float | None = None, grad_clip: fl
     names = [f.name for f in fields(kind)] if is_dataclass(kind) else []
     for option in options | given:
         known(f"option of optimizer {name!r}", option, names)
-    try:
-        return kind(**options | given) if isinstance(spec, str) else replace(spec, **given) if given else spec
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return kind(**options | given) if isinstance(spec, str) else replace(spec, **given) if given else spec
 
 
 def needs_gradient(optimizer: Any) -> bool:
@@ -45,21 +41,6 @@ def sized(optimizer: Any, paper: Setting | None, dimension: int) -> Any:
     return replace(optimizer, learning_rate=paper.learning_rate if paper else learning_rate(dimension))
 
 
-def summed(rewards: Rewards) -> WeightedSum:
-    """The rewards as a weighted sum, of one under its class's name where they are a reward."""
-    if isinstance(rewards, Mapping):
-        return _loaded(rewards)
-    name = type(rewards).__name__
-    return rewards if isinstance(rewards, WeightedSum) else WeightedSum({name: rewards}, {name: 1.0})
-
-
-def _loaded(weights: Mapping[str, float]) -> WeightedSum:
-    try:
-        return weighted(weights)
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
-
-
 def weights_over_ranges(rewards: Rewards) -> WeightedSum:
     """The weighted sum where each reward is divided by the width of its nominal range.
 
@@ -67,7 +48,7 @@ def weights_over_ranges(rewards: Rewards) -> WeightedSum:
     """
     if not isinstance(rewards, Mapping):
         raise UserError("normalize goes by the rewards' nominal ranges: give the rewards by name")
-    return _loaded({name: weight / nominal_width(name) for name, weight in rewards.items()})
+    return reward_named({name: weight / nominal_width(name) for name, weight in rewards.items()}, gradient=False)
 
 
 def nominal_width(name: str) -> float:

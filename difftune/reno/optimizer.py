@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from difftune.errors import UserError
 from difftune.files.checkpoint import State
-from difftune.lookup import at_least, differentiable, sampler_named
+from difftune.lookup import at_least, reward_named, reward_weights, sampler_named
 from difftune.pipelines.engine import one_at_a_time, wants_noise
-from difftune.reno.named import Rewards, needs_gradient, sized, summed, weights_over_ranges
+from difftune.reno.named import Rewards, needs_gradient, sized, weights_over_ranges
 from difftune.reno.objective import Iteration, Objective, Unknowns, embeddings
 from difftune.reno.paper import levels_at, setting_of, start_scale
 from difftune.reno.progress import Progress, beginning, chosen, of_state
@@ -55,7 +55,7 @@ class ReNO(NoiseSettings):
     def __post_init__(self):
         super().__post_init__()
         if needs_gradient(self.update):
-            differentiable(self.rewards)
+            reward_weights(self.rewards, gradient=True)
 
     def optimize(
         self,
@@ -228,8 +228,8 @@ class ReNO(NoiseSettings):
         if start is not None:
             noise = started_at(start, noise)
         unknowns = Unknowns(self.variables, noise, embeddings(conds, noise))
-        reward = weights_over_ranges(self.rewards) if self.normalize else summed(self.rewards)
-        watched = None if self.held_out is None else summed(self.held_out)
+        reward = weights_over_ranges(self.rewards) if self.normalize else reward_named(self.rewards, gradient=False)
+        watched = None if self.held_out is None else reward_named(self.held_out, gradient=False)
         batch = len(prompts) * self.candidates
         whole = Plan(self.gradient or "checkpoint", batch, batch)
         objective = Objective(self, model, reward, watched, prompts, conds, unknowns, fixed, levels, scale, whole)

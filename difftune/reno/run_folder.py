@@ -24,10 +24,10 @@ from difftune.files.checkpoint import Say, State
 from difftune.files.noises import NOISE, noises_of
 from difftune.files.output import grid, png, unused, write, write_json
 from difftune.files.pictures import opened
-from difftune.lookup import at_least, differentiable, guidance_named, model_named
+from difftune.lookup import at_least, guidance_named, model_named, reward_named, reward_weights
 from difftune.models import load as load_model
 from difftune.pipelines.engine import Engine, check_engine, kernels, offload_of
-from difftune.reno.named import needs_gradient, summed
+from difftune.reno.named import needs_gradient
 from difftune.reno.optimizer import Live, ReNO, Result
 from difftune.reno.settings import NoiseSettings
 from rewards.compose import parse_rewards
@@ -108,7 +108,7 @@ def configured(config: RenoConfig, pipe: Any, reward: Reward | None) -> ReNO:
     return ReNO(
         load_model(config.model, torch_dtype=DTYPES[config.mixed_precision]) if pipe is None else pipe,
         parse_rewards(config.reward) if reward is None else reward,
-        None if config.held_out is None else summed({config.held_out: 1.0}),
+        None if config.held_out is None else reward_named({config.held_out: 1.0}, gradient=False),
         **vars(noise_settings(config)),
     )
 
@@ -133,7 +133,7 @@ def check(config: RenoConfig, pipe: Any = None, reward: Reward | None = None) ->
         at_least(1, checkpointing_steps=config.checkpointing_steps)
     check_engine(None, config.enable_xformers_memory_efficient_attention)
     if needs_gradient(noise_settings(config).update):
-        differentiable(config.reward if reward is None else reward)
+        reward_weights(config.reward if reward is None else reward, gradient=True)
     check_names(config)
     if pipe is None:
         model_named(config.model)
@@ -144,10 +144,7 @@ def check_names(config: RenoConfig) -> None:
     if config.start is not None and not Path(config.start).is_file():
         raise UserError(f"--start {config.start} is no file: give a noise.safetensors or a picture")
     if config.held_out is not None:
-        try:
-            entry(config.held_out)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        entry(config.held_out)
     if config.resume_from_checkpoint not in (None, "latest"):
         raise UserError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: optimize knows 'latest' alone")
 

@@ -16,7 +16,7 @@ from difftune.configs.training import TrainingConfig
 from difftune.errors import UserError
 from difftune.files.prompts import listed, prompts_named
 from difftune.labelling.choices import Choice, decided
-from difftune.lookup import at_least, reward_named, rewards_named
+from difftune.lookup import at_least, reward_named, reward_weights
 from difftune.rollouts.denoising import Draws, denoising_errors, draw
 from difftune.rollouts.image_sampler import Chain
 from difftune.rollouts.rounds import Made, Rounds, make, repeated
@@ -127,7 +127,7 @@ def check_preferences(config: Any, reward: Reward | None) -> None:
     if config.labels is not None:
         decided(config.labels)
     elif reward is None:
-        rewards_named(config.reward)
+        reward_weights(config.reward)
 
 
 def judge_of(config: PreferenceConfig, reward: Reward | None) -> Reward | None:

@@ -22,16 +22,15 @@ from difftune.environment import versions
 from difftune.errors import RunError, UserError
 from difftune.files.checkpoint import Say
 from difftune.files.output import grid, png, unused, write, write_json
-from difftune.lookup import at_least, guidance_named, known, model_named
+from difftune.lookup import at_least, guidance_named, known, model_named, reward_named
 from difftune.pipelines.generate import pixels
 from difftune.pipelines.opened import opened
 from difftune.search_runs.experts import experts_for
 from difftune.search_runs.lineage_plot import picture
-from difftune.search_runs.search import Found, Point, Search, configured, reward_for, search
+from difftune.search_runs.search import GRADIENTS, Found, Point, Search, configured, search
 from guidance.search.catalogue import SEARCHES
 from guidance.search.fkc import Exponents
 from guidance.search.problem import Saved
-from rewards.compose import parse_rewards
 from rewards.registry import Reward
 
 STATE, RESULT = "state.safetensors", "search.json"
@@ -132,13 +131,12 @@ def exponents(name: str, value: str) -> dict[str, float]:
 
 def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: Reward | None) -> Search:
     """The search, from its beginning or from where it was saved."""
-    weights = parse_rewards(config.reward)
-    reward_for(config.method, weights if reward is None else reward)
+    reward = reward_named(config.reward if reward is None else reward, gradient=config.method in GRADIENTS)
     going = search(
         opened(config.model, config.lora) if pipe is None else pipe,
         config.prompt,
         config.method,
-        weights if reward is None else reward,
+        reward,
         config.budget,
         config.seed,
         guidance=guidance_named(config.guidance, config.guidance_scale, config.guidance_options),

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from difftune.errors import RunError, UserError
-from difftune.lookup import at_least, differentiable, known
+from difftune.lookup import at_least, known, reward_named
 from difftune.pipelines.engine import frozen, held
 from difftune.pipelines.method_parts import equipped, prepared
 from difftune.search_runs.experts import Expert, Experts, experts_for, fitting
@@ -37,7 +37,7 @@ from guidance.search.fkc import FKC
 from guidance.search.population import size_for
 from guidance.search.problem import Problem, RowCounter, Saved, State, estimate
 from guidance.search.selection import SVDD, Beam
-from rewards.compose import WeightedSum, weighted
+from rewards.compose import WeightedSum
 from rewards.registry import Reward
 from solvers.denoiser import Cond, Path, Prediction
 from solvers.latent import LatentModel
@@ -229,7 +229,7 @@ def search(
         raise UserError("the list of prompts is empty: give at least one")
     config = configured(method, settings)
     named = experts_for(method, config, experts)
-    reward = reward_for(method, rewards)
+    reward = reward_named({"tiny-clip": 1.0} if rewards is None else rewards, gradient=method in GRADIENTS)
     at_least(1, num_inference_steps=num_inference_steps, budget=budget or 1, reward_budget=reward_budget or 1)
     adapter = Adapter(LatentModel(pipe), prompts, reward, height, width)
     levels = adapter.model.levels(num_inference_steps, height, width)
@@ -254,23 +254,6 @@ def configured(method: str, settings: Mapping[str, Any]) -> Any:
         known(f"setting of {method}", name, make.__dataclass_fields__)
     with worded():
         return make(**settings)
-
-
-def reward_for(method: str, rewards: Mapping[str, float] | Reward | None) -> WeightedSum:
-    """The reward, which must be differentiable for a method that follows its gradient."""
-    rewards = {"tiny-clip": 1.0} if rewards is None else rewards
-    if method in GRADIENTS:
-        differentiable(rewards)
-    try:
-        return weighted(rewards) if isinstance(rewards, Mapping) else alone(rewards)
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
-
-
-def alone(reward: Reward) -> WeightedSum:
-    """A reward as a weighted sum of one, under its class's name."""
-    name = type(reward).__name__
-    return reward if isinstance(reward, WeightedSum) else WeightedSum({name: reward}, {name: 1.0})
 
 
 # ------------------------------------------------------------------------------------------------ the adapter

@@ -17,7 +17,7 @@ from difftune.errors import UserError
 from difftune.files import checkpoint, output, records
 from difftune.files.checkpoint import State
 from difftune.files.prompts import read
-from difftune.lookup import at_least, guidance_named, scorer_named, weights_named
+from difftune.lookup import at_least, guidance_named, reward_named, reward_weights
 from difftune.pipelines import lora
 from difftune.pipelines.generate import generate, pixels
 from rewards.checks import finite
@@ -50,12 +50,12 @@ def check(config: TrainingConfig) -> None:
         if config.early_stop:
             raise UserError("early_stop compares with a reward that is not trained on: give --validation_reward")
         return
-    held_out = weights_named([config.validation_reward])
+    held_out = reward_weights([config.validation_reward])
     if not rewarded(config):
         if config.early_stop:
             raise UserError("early_stop compares with the reward that is trained on, and here none is: leave it out")
         return
-    if both := sorted(held_out.keys() & weights_named(config.reward).keys()):
+    if both := sorted(held_out.keys() & reward_weights(config.reward).keys()):
         raise UserError(f"validation_reward {both[0]!r} is trained on: what is held out must be another")
 
 
@@ -84,9 +84,9 @@ def scorers(config: TrainingConfig, reward: Scorer | None) -> dict[str, Scorer]:
     """
     found: dict[str, Scorer] = {}
     if rewarded(config) or config.validation_reward is None:
-        found["reward"] = scorer_named(config.reward) if reward is None else reward
+        found["reward"] = reward_named(config.reward, gradient=False) if reward is None else reward
     if config.validation_reward is not None:
-        found["held_out"] = scorer_named([config.validation_reward])
+        found["held_out"] = reward_named([config.validation_reward], gradient=False)
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from guidance.branches import Counter, Inputs, each, evaluate
 from guidance.contract import Answers, Branch, Request
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.families.family import Family
 from solvers.families.tokens import unpacked
 
@@ -124,7 +124,7 @@ class Asked:
         if branch.patch is not None:  # before its inputs, which another family does not know either
             self.family.known_patch(branch.patch.partition(":")[0])
         if cond not in self.branches:
-            raise InputError(self._missing(cond))
+            raise UserError(self._missing(cond))
         position = self.branches.index(cond)
         return (self.calls[0], position, len(self.branches)) if self.family.batched else (self.calls[position], 0, 1)
 
@@ -143,12 +143,12 @@ class Asked:
         """A `Cond`, whose keys are the last parts of the dotted names, under those names."""
         places = {name.rpartition(".")[2]: name for name in self.family.batch_first}
         if unknown := sorted(cond.keys() - places.keys()):
-            raise InputError(f"the network takes no {', '.join(unknown)}; known: {', '.join(places)}")
+            raise UserError(f"the network takes no {', '.join(unknown)}; known: {', '.join(places)}")
         return {places[key]: value for key, value in cond.items()}
 
     def _run(self, call: Call, network: str, patch: str | None, inputs: Inputs) -> Tensor:
         if network != "main" and network not in self.networks:
-            raise InputError(f"the method evaluates network {network!r}: pass networks={{{network!r}: ...}} to attach")
+            raise UserError(f"the method evaluates network {network!r}: pass networks={{{network!r}: ...}} to attach")
         forward, module = (call.forward, call.network) if network == "main" else (self.networks[network],) * 2
         inputs = {**inputs, **self._residuals(inputs.get("control"))}
         inputs.pop("control", None)

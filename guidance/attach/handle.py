@@ -32,7 +32,7 @@ from guidance.branches import Counter
 from guidance.contract import Combined, Guidance, convert, drive
 from guidance.methods.compose import inside
 from solvers.denoiser import Memory, Path, widen
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.families.family import Family
 from solvers.families.table import family_of
 from solvers.families.tokens import packed, unpacked
@@ -60,7 +60,7 @@ def attach(pipe: Any, guidance: Guidance, networks: Mapping[str, nn.Module] | No
     family = family_of(pipe)
     locator(pipe.scheduler)
     if is_attached(pipe):
-        raise InputError(f"this {type(pipe).__name__} is attached to already; detach that handle first")
+        raise UserError(f"this {type(pipe).__name__} is attached to already; detach that handle first")
     return Handle(pipe, family, guidance, networks or {})
 
 
@@ -123,7 +123,7 @@ class Handle:
 
 def _refuse_cache(network: nn.Module) -> None:
     if isinstance(network, CacheMixin) and network.is_cache_enabled:
-        raise InputError(f"{type(network).__name__} caches between steps, which attach cannot follow: disable_cache()")
+        raise UserError(f"{type(network).__name__} caches between steps, which attach cannot follow: disable_cache()")
 
 
 class Stage(NamedTuple):
@@ -196,13 +196,13 @@ class Run:
         name, order, calls = type(self.pipe).__name__, self.family.order, self.calls
         known = (1,) if self.family.batched else (1, len(order))
         if len(calls) not in known or len(self.extra) > 1:
-            raise InputError(
+            raise UserError(
                 f"{name} called its denoiser {len(calls) + len(self.extra)} times in a step, and attach"
                 f" knows it with {' or '.join(map(str, known))}"
             )
         count = len(calls[0]) // len(sample) if self.family.batched else len(calls)
         if count not in (1, len(order)):
-            raise InputError(f"{name} stacks {count} branches, and attach knows 1 or {len(order)} ({', '.join(order)})")
+            raise UserError(f"{name} stacks {count} branches, and attach knows 1 or {len(order)} ({', '.join(order)})")
         return order if count > 1 else ("cond",)
 
     def _look(self, sample: Tensor, timestep: Tensor) -> Stage:
@@ -214,9 +214,9 @@ class Run:
     def _allow_shift(self, here: Where) -> None:
         method, name = type(self.handle.guidance).__name__, type(self.scheduler).__name__
         if here.weights is None:
-            raise InputError(f"{method} shifts x0, and {name} has no rule for that; use DDIMScheduler")
+            raise UserError(f"{method} shifts x0, and {name} has no rule for that; use DDIMScheduler")
         if self.scheduler.config.get("clip_sample") or self.scheduler.config.get("thresholding"):
-            raise InputError(f"{method} shifts x0, which {name} clips; set clip_sample=False and thresholding=False")
+            raise UserError(f"{method} shifts x0, which {name} clips; set clip_sample=False and thresholding=False")
 
     def _finished(self, made: Combined, asked: Asked) -> Combined:
         """With what the pipeline does to its guided prediction."""
@@ -225,7 +225,7 @@ class Run:
             return made
         if made.shift is not None or asked.cond is None:
             method = type(self.handle.guidance).__name__
-            raise InputError(f"{method} has no guided prediction for the pipeline's {after.name}: {after.remedy}")
+            raise UserError(f"{method} has no guided prediction for the pipeline's {after.name}: {after.remedy}")
         extra = [call.repeated()[0] for call in self.extra]
         for answer in extra:
             self.handle.counter.add({after.name: len(answer)})

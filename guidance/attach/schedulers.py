@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise, flow, noise, vp
 
 
@@ -40,7 +40,7 @@ def locator(scheduler: Any) -> Callable[[Any, Tensor], Where]:
     for kind in type(scheduler).__mro__:
         if kind.__name__ in SCHEDULERS:
             return SCHEDULERS[kind.__name__]
-    raise InputError(f"{type(scheduler).__name__} is not supported; replace it by one of {', '.join(SCHEDULERS)}")
+    raise UserError(f"{type(scheduler).__name__} is not supported; replace it by one of {', '.join(SCHEDULERS)}")
 
 
 def index_of(scheduler: Any, timestep: Tensor) -> int:

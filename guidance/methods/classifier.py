@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from guidance.contract import Branch, Guide, Guided
 from guidance.methods.scales import Neutral, Scale, chosen, strength
 from solvers.denoiser import Cond, Path, along
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 
 Classify = Callable[[Tensor], Tensor]  # x0 (B, ...) -> logits (B, K)
@@ -50,7 +50,7 @@ def given(owner: str, field: str, value: Any, what: str) -> Any:
     """The value of a field that a method cannot do without; a name is not yet the thing."""
     if value is None or isinstance(value, str):
         said = "none" if value is None else f"only the name {value!r}"
-        raise InputError(f"{owner} needs {field}, {what}, and was given {said}: pass it as {field}=")
+        raise UserError(f"{owner} needs {field}, {what}, and was given {said}: pass it as {field}=")
     return value
 
 
@@ -116,7 +116,7 @@ class GFCG:
         if callable(self.rule):
             return self.rule
         if self.rule not in RULES:
-            raise InputError(f"no rule {self.rule!r} of GFCG; known: {', '.join(RULES)}, or a function")
+            raise UserError(f"no rule {self.rule!r} of GFCG; known: {', '.join(RULES)}, or a function")
         return RULES[self.rule]
 
     def _strengths(self, confusion: Tensor, at: Noise, x: Tensor) -> tuple[float | Tensor, Tensor | None]:
@@ -140,7 +140,7 @@ def target_of(owner: str, target: Tensor | None, path: Path, key: str) -> Tensor
     x = path.x
     classes = given(owner, "target", target, "the class (B,) of each sample")
     if classes.shape not in ((), x.shape[:1]):
-        raise InputError(f"{owner} has {len(classes)} targets for {len(x)} samples: pass one each")
+        raise UserError(f"{owner} has {len(classes)} targets for {len(x)} samples: pass one each")
     return classes.to(x.device).expand(len(x))
 
 

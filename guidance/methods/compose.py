@@ -16,7 +16,7 @@ from guidance.methods.negative import NAG, NASA
 from guidance.methods.project import CFGZeroStar
 from guidance.methods.scales import Neutral, Scale, ratio, strength
 from solvers.denoiser import Path
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.families.after import rescaled
 from solvers.noise import Noise
 
@@ -91,7 +91,7 @@ def refuse(outer: Any, reasons: dict[type, str | None]) -> None:
     """Raises ValueError where a method inside `outer`, at any depth, is of a kind that has a reason."""
     for inner in inside(outer):
         if reason := reasons.get(type(inner)):
-            raise InputError(f"{type(outer).__name__} cannot hold {type(inner).__name__}: {reason}")
+            raise UserError(f"{type(outer).__name__} cannot hold {type(inner).__name__}: {reason}")
 
 
 def inside(method: Any) -> Iterator[Any]:

@@ -8,7 +8,7 @@ from guidance.contract import Branch, Guide, Guided
 from guidance.methods.negative import weights_of
 from guidance.methods.scales import Neutral, Scale, rows_for, step_of, strength
 from solvers.denoiser import Cond, Path
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 
 
@@ -60,7 +60,7 @@ class NullTextInversion:
 
     def guide(self, path: Path, at: Noise) -> Guide:
         if self.nulls is None:
-            raise InputError("NullTextInversion has no embeddings: make it by guidance.invert.null_text_inversion")
+            raise UserError("NullTextInversion has no embeddings: make it by guidance.invert.null_text_inversion")
         null = {self.key: self.nulls[step_of(self.times, at, "NullTextInversion")]}
         preds = yield {"cond": Branch("cond"), "null": Branch(rows_for(null, path.x))}
         u = preds["null"]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from guidance.contract import Branch, Guide, Guided
 from guidance.methods.scales import Neutral, Scale, strength
 from solvers.denoiser import Path
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 
 BINOMIAL = (1.0, 4.0, 6.0, 4.0, 1.0)  # Burt and Adelson's filter
@@ -40,7 +40,7 @@ class FDG:
 def low(x: Tensor) -> Tensor:
     """The low frequencies of x (B, ..., h, w): a linear map, the identity on constants."""
     if x.ndim < 4:
-        raise InputError(f"FDG wants latents (B, ..., h, w), not {tuple(x.shape)}: its frequencies are spatial")
+        raise UserError(f"FDG wants latents (B, ..., h, w), not {tuple(x.shape)}: its frequencies are spatial")
     planes = x.reshape(-1, 1, *x.shape[-2:])
     filtered = _blur(planes)[..., ::2, ::2]
     return F.interpolate(filtered, x.shape[-2:], mode="bilinear", align_corners=False).view(x.shape)

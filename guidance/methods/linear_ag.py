@@ -9,7 +9,7 @@ from torch import Tensor
 from guidance.contract import Branch, Guide, Guided
 from guidance.methods.scales import Neutral, Scale, step_of, strength, time
 from solvers.denoiser import Path
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 
 
@@ -38,7 +38,7 @@ class LinearAG:
 
     def guide(self, path: Path, at: Noise) -> Guide:
         if self.fit is None:
-            raise InputError("LinearAG has no fit: make one with guidance.methods.linear_ag.fit_linear_ag")
+            raise UserError("LinearAG has no fit: make one with guidance.methods.linear_ag.fit_linear_ag")
         i = step_of(self.fit.times, at, "LinearAG")
         if 2 * i >= len(self.fit.times):
             preds = yield {"cond": Branch("cond")}
@@ -76,7 +76,7 @@ def _longer(path: Path, key: str, new: Tensor, i: int | None = None) -> Tensor:
     """The history under `key` (B, steps, ...), with `new` at its end; step i must have i before it."""
     before = path.memory.get(key, new[:, None][:, :0])
     if i is not None and before.shape[1] != i:
-        raise InputError(
+        raise UserError(
             f"LinearAG evaluates step {i} with {before.shape[1]} steps before it: run all steps of the fit, one"
             " evaluation each"
         )

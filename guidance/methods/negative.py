@@ -9,7 +9,7 @@ from guidance.contract import Branch, Guide, Guided, Request
 from guidance.methods.classifier import given
 from guidance.methods.scales import Neutral, Scale, along_direction, rows_for, strength
 from solvers.denoiser import Cond, Path
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 
 
@@ -45,7 +45,7 @@ class PerpNeg:
 def weights_of(weights: tuple[Scale, ...], count: int, default: Scale, owner: str) -> tuple[Scale, ...]:
     """`count` weights: as given, or the default for each where none is."""
     if weights and len(weights) != count:
-        raise InputError(f"{owner} has {len(weights)} weights for {count} conditions: give one each")
+        raise UserError(f"{owner} has {len(weights)} weights for {count} conditions: give one each")
     return weights or (default,) * count
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from guidance.contract import Branch, Guide, Guided
 from guidance.methods.scales import Neutral, Scale, chosen, dot, strength
 from solvers.denoiser import Path
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 
 
@@ -42,7 +42,7 @@ class CFGZeroStar:
         if bool(active.all()):
             return None
         if not isclose(float(at.alpha + at.sigma), 1, abs_tol=1e-6):
-            raise InputError("CFGZeroStar's zeroed step is for flow models alone; set zero_steps=0")
+            raise UserError("CFGZeroStar's zeroed step is for flow models alone; set zero_steps=0")
         return active
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Cond, along
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 
 Scale = float | Tensor | Callable[[Noise], float | Tensor]
@@ -31,9 +31,9 @@ def strength(scale: Scale, at: Noise, x: Tensor) -> float | Tensor:
     if isinstance(value, int | float):
         return value
     if not isinstance(value, Tensor):
-        raise InputError(f"a scale is a float, a (B,) tensor or a function of Noise, not {type(value).__name__}")
+        raise UserError(f"a scale is a float, a (B,) tensor or a function of Noise, not {type(value).__name__}")
     if value.shape not in ((), x.shape[:1]):
-        raise InputError(f"a scale of shape {tuple(value.shape)} for {len(x)} samples; pass a float or a (B,) tensor")
+        raise UserError(f"a scale of shape {tuple(value.shape)} for {len(x)} samples; pass a float or a (B,) tensor")
     return along(value, x)
 
 
@@ -63,7 +63,7 @@ def step_of(times: Sequence[float], at: Noise, owner: str) -> int:
     for i, known in enumerate(times):
         if isclose(known, time(at), rel_tol=0, abs_tol=1e-5):
             return i
-    raise InputError(
+    raise UserError(
         f"{owner} was made for {len(times)} noise levels, and k = {ratio(at):.4g} is none of them: sample with the"
         " same scheduler and steps"
     )

@@ -30,7 +30,7 @@ from guidance.search.tree import (
     visit,
 )
 from solvers.denoiser import Path
-from solvers.errors import InputError
+from solvers.errors import UserError
 
 EDGE, SELECT, DESCEND = 1, 2, 3  # what the noise is for: the first number of its key
 
@@ -63,18 +63,18 @@ class DTS:
     def __post_init__(self):
         for kind, name, known in (("policy", self.policy, POLICIES), ("backup", self.backup, BACKUPS)):
             if name not in known:
-                raise InputError(f"no {kind} {name!r}; known: {', '.join(known)}")
+                raise UserError(f"no {kind} {name!r}; known: {', '.join(known)}")
         if not (self.inverse_temperature > 0 and math.isfinite(self.inverse_temperature)):
-            raise InputError(
+            raise UserError(
                 f"inverse_temperature is {self.inverse_temperature}: it must be positive and finite; "
                 "for the largest reward alone there is backup 'max'"
             )
         if not (self.widening > 0 and 0 < self.growth <= 1):
-            raise InputError(
+            raise UserError(
                 f"widening is {self.widening} and growth {self.growth}: they must be above 0, and growth at most 1"
             )
         if min(self.branches, self.parallel) < 1 or (self.exploration or 0) < 0:
-            raise InputError(
+            raise UserError(
                 f"branches is {self.branches}, parallel {self.parallel} and exploration {self.exploration}: "
                 "the first two must be at least 1, the last at least 0"
             )
@@ -105,7 +105,7 @@ def dts(problem: Problem, config: DTS | None = None, saved: Saved | None = None)
     config = config or DTS()
     problem.needs_noise("a tree")
     if config.branches > problem.steps:
-        raise InputError(f"{config.branches} branches and {problem.steps} steps: a tree branches once a step at most")
+        raise UserError(f"{config.branches} branches and {problem.steps} steps: a tree branches once a step at most")
     check_budget(problem, config)
     return _grown(Forest(problem, config), saved)
 
@@ -138,7 +138,7 @@ def _grown(forest: "Forest", saved: Saved | None) -> Iterator[State]:
         yield forest.state()
     if not any(tree.rollouts for tree in forest.trees):
         problem = forest.problem
-        raise InputError(
+        raise UserError(
             f"one rollout costs {problem.cost()} NFEs and a reward call: more than the budget "
             f"({problem.budget} NFEs, {problem.reward_budget} reward calls)"
         )
@@ -288,7 +288,7 @@ class Forest:
     def restore(self, saved: Saved) -> None:
         for name, value in self.settings.items():
             if saved.info["search"].get(name) != value:
-                raise InputError(f"the saved tree has {name} {saved.info['search'].get(name)}, this search {value}")
+                raise UserError(f"the saved tree has {name} {saved.info['search'].get(name)}, this search {value}")
         for group in range(len(self.trees)):
             prefix = f"{group}."
             found = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}

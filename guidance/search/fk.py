@@ -18,7 +18,7 @@ from guidance.search.checks import check_particles, check_temperature
 from guidance.search.population import STEP, Kind, Population, noises, resampled, runs, size_for
 from guidance.search.problem import Problem, Saved, State, estimate
 from guidance.search.smc import Particles, check_resampling, reweight
-from solvers.errors import InputError
+from solvers.errors import UserError
 
 
 class Potential(NamedTuple):
@@ -64,9 +64,9 @@ class FK:
         check_temperature(self.inverse_temperature)
         check_resampling(self.resampling, self.threshold)
         if self.potential not in POTENTIALS:
-            raise InputError(f"no potential {self.potential!r}; known: {', '.join(POTENTIALS)}")
+            raise UserError(f"no potential {self.potential!r}; known: {', '.join(POTENTIALS)}")
         if not (0 <= self.start <= self.stop <= 1 and self.every > 0):
-            raise InputError(
+            raise UserError(
                 f"potentials from {self.start} to {self.stop} of the run, every {self.every}: "
                 "give 0 <= start <= stop <= 1 and every > 0"
             )

@@ -32,7 +32,7 @@ from guidance.search.population import STEP, Kind, Population, resampled, runs, 
 from guidance.search.problem import PredictOf, Problem, RowCounter, Saved, State
 from guidance.search.smc import Particles, check_resampling, reweight
 from solvers.denoiser import Path, Predict, Prediction
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 from solvers.samplers.step import end, renoise, shrinkage, transition
 
@@ -124,13 +124,13 @@ class FKC:
     def __post_init__(self):
         check_resampling(self.resampling, self.threshold)
         if self.particles is not None and self.particles < 1:
-            raise InputError(f"particles is {self.particles}: there must be at least 1")
+            raise UserError(f"particles is {self.particles}: there must be at least 1")
         if self.sampler not in SAMPLERS:
-            raise InputError(f"no sampler {self.sampler!r}; known: {', '.join(SAMPLERS)}")
+            raise UserError(f"no sampler {self.sampler!r}; known: {', '.join(SAMPLERS)}")
         if not 0 <= self.start <= self.stop <= 1:
-            raise InputError(f"weights from {self.start} to {self.stop} of the run: give 0 <= start <= stop <= 1")
+            raise UserError(f"weights from {self.start} to {self.stop} of the run: give 0 <= start <= stop <= 1")
         if self.clamp is not None and self.clamp <= 0:
-            raise InputError(f"clamp is {self.clamp}: it must be above 0, or None for none")
+            raise UserError(f"clamp is {self.clamp}: it must be above 0, or None for none")
         _check_tilt(self)
 
 
@@ -140,15 +140,13 @@ TILTS = {"x0": ("free", "difference"), "x": ("free", "difference", "gradient")}
 
 def _check_tilt(config: FKC) -> None:
     if config.inverse_temperature < 0:
-        raise InputError(f"inverse_temperature is {config.inverse_temperature}: it must be at least 0")
+        raise UserError(f"inverse_temperature is {config.inverse_temperature}: it must be at least 0")
     if config.ramp <= 0:
-        raise InputError(f"ramp is {config.ramp}: the k = sigma / alpha below which the tilt begins must be above 0")
+        raise UserError(f"ramp is {config.ramp}: the k = sigma / alpha below which the tilt begins must be above 0")
     if config.reads not in TILTS:
-        raise InputError(f"the tilt reads {config.reads!r}; known: {', '.join(TILTS)}")
+        raise UserError(f"the tilt reads {config.reads!r}; known: {', '.join(TILTS)}")
     if config.tilt not in TILTS[config.reads]:
-        raise InputError(
-            f"no tilt {config.tilt!r} that reads {config.reads!r}; take {' or '.join(TILTS[config.reads])}"
-        )
+        raise UserError(f"no tilt {config.tilt!r} that reads {config.reads!r}; take {' or '.join(TILTS[config.reads])}")
 
 
 def anneal(beta: float, name: str = "cond") -> dict[str, float]:
@@ -425,10 +423,10 @@ def mixture(problem: Problem, config: FKC) -> tuple[Problem, dict[str, float]]:
     exponents = {name: float(b) for name, b in (config.exponents or own).items() if b}
     for name in exponents:
         if name not in experts:
-            raise InputError(f"no expert {name!r}; known: {', '.join(experts)}")
+            raise UserError(f"no expert {name!r}; known: {', '.join(experts)}")
         _check_unguided(name, experts[name](problem.groups))
     if not 0 < total(exponents) < float("inf"):  # nor NaN
-        raise InputError(
+        raise UserError(
             f"the exponents {exponents} sum to {total(exponents):g}: only a finite sum above 0 has a law to sample"
         )
     spent, problem = problem.spent, replace(problem, experts=experts)
@@ -446,11 +444,11 @@ def _read_off(problem: Problem) -> tuple[dict[str, float], dict[str, PredictOf]]
     if isinstance(guidance, Plain):
         return {"cond": 1.0}, experts
     if not isinstance(guidance, CFG):
-        raise InputError(
+        raise UserError(
             f"fkc weighs experts with exponents, and {type(guidance).__name__} is none: take cfg, or no guidance"
         )
     if not isinstance(guidance.scale, int | float):
-        raise InputError("fkc needs CFG of one number: a scale that changes with the noise level has no exponents")
+        raise UserError("fkc needs CFG of one number: a scale that changes with the noise level has no exponents")
     return geometric(guidance.scale), experts
 
 
@@ -464,7 +462,7 @@ def _condition(predict: PredictOf, name: str, groups: Tensor) -> Predict:
 def _check_unguided(name: str, predict: Predict) -> None:
     if isinstance(predict, GuidedPredict) and not isinstance(predict.guidance, Plain):
         method = type(predict.guidance).__name__
-        raise InputError(f"the expert {name!r} of fkc is guided by {method}: experts are unguided, take Plain()")
+        raise UserError(f"the expert {name!r} of fkc is guided by {method}: experts are unguided, take Plain()")
 
 
 def noise_of(problem: Problem, config: FKC) -> float:
@@ -482,7 +480,7 @@ def check_noise(problem: Problem, config: FKC, exponents: Exponents) -> None:
     if config.zeta is None:
         problem.needs_noise("fkc")
     if not 0 < zeta <= (1 if config.sampler == "ddim" else torch.inf):
-        raise InputError(
+        raise UserError(
             f"zeta is {zeta}: {config.sampler} takes {'0 < zeta <= 1' if config.sampler == 'ddim' else 'zeta > 0'}; "
             "without noise, all copies of a particle stay the same"
         )
@@ -492,5 +490,5 @@ def check_noise(problem: Problem, config: FKC, exponents: Exponents) -> None:
         return
     says = f"zeta = {zeta:g} for annealing with beta = {beta:g}: zeta^2 must be above (beta - 1) / beta = {least:.4g}"
     if zeta**2 < least - BOUNDARY:
-        raise InputError(f"{says}, or the particles' variance grows faster than weights repair; take zeta = 1")
+        raise UserError(f"{says}, or the particles' variance grows faster than weights repair; take zeta = 1")
     warnings.warn(f"{says}; at the boundary, errors of the start do not die out", stacklevel=3)

@@ -16,7 +16,7 @@ from torch import Tensor
 from guidance.search.problem import Best, Graph, Problem, Saved, Spent, State, Weighted
 from guidance.search.smc import Particles, populate, resample
 from solvers.denoiser import Path, Prediction
-from solvers.errors import InputError
+from solvers.errors import UserError
 
 SAID = "said"  # what predictions are cached under
 STEP, RESAMPLING = 1, 2  # what a draw is for, in the keys of randomness
@@ -123,7 +123,7 @@ def next_run(problem: Problem, kind: Kind, record: Record) -> Population | None:
             return Population(populate(Path(torch.cat(starts)), len(groups)), groups, offsets)
     if first:
         least = min(kind.sizes)
-        raise InputError(
+        raise UserError(
             f"{kind.name} with {least} particles costs up to {least * kind.nfe} NFEs and {least * kind.reward_calls} "
             f"reward calls: more than the budget ({problem.budget} NFEs, {problem.reward_budget} reward calls)"
         )
@@ -222,7 +222,7 @@ def owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def restored(problem: Problem, kind: Kind, saved: Saved) -> tuple[Record, Population | None]:
     """What `saved_of` saved; the problem's counters are put back."""
     if (before := saved.info["sizes"]) != list(kind.sizes):
-        raise InputError(
+        raise UserError(
             f"the saved {kind.name} has runs of {max(before)} particles, and this one of {max(kind.sizes)}: a "
             "population cannot grow, begin anew; with particles set, a larger budget means more runs"
         )

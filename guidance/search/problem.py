@@ -22,7 +22,7 @@ from torch import Tensor
 from guidance.branches import Counter
 from guidance.guided import GuidedPredict
 from solvers.denoiser import Path, Predict, Prediction
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 from solvers.samplers.step import end, transition
 
@@ -146,16 +146,16 @@ class Problem:
 
     def __post_init__(self):
         if len(self.levels) < 2:
-            raise InputError(f"a search needs two noise levels or more, got {len(self.levels)}")
+            raise UserError(f"a search needs two noise levels or more, got {len(self.levels)}")
         if not self.seeds:
-            raise InputError("a search needs a seed for each group, got none")
+            raise UserError("a search needs a seed for each group, got none")
         if not 0 <= self.eta <= 1:
-            raise InputError(f"eta is {self.eta}: it must be between 0 (DDIM) and 1 (DDPM)")
+            raise UserError(f"eta is {self.eta}: it must be between 0 (DDIM) and 1 (DDPM)")
         self.costs = tuple(self.costs) or (1,) * self.steps
         if len(self.costs) != self.steps:
-            raise InputError(f"{len(self.costs)} costs for {self.steps} steps: give one for each step")
+            raise UserError(f"{len(self.costs)} costs for {self.steps} steps: give one for each step")
         if self.micro_batch is not None and self.micro_batch < 1:
-            raise InputError(f"micro_batch is {self.micro_batch}: it must be at least 1")
+            raise UserError(f"micro_batch is {self.micro_batch}: it must be at least 1")
         self.spent = Spent.nothing(len(self.seeds))
 
     # ------------------------------------------------------------------------------------------ sizes and budgets
@@ -185,7 +185,7 @@ class Problem:
     def needs_noise(self, method: str) -> None:
         """Raises ValueError where the sampler is deterministic: copies of a sample would never differ again."""
         if self.eta == 0:
-            raise InputError(
+            raise UserError(
                 f"{method} needs a stochastic sampler: with eta = 0 all that descends from one sample stays the same; "
                 "take eta = 1, or best-of-n or importance, which only draw new noise"
             )
@@ -277,7 +277,7 @@ class Problem:
         self._spend("reward_calls", groups, torch.ones((), dtype=torch.int64), self.reward_budget)
         if not rewards.isfinite().all():
             bad = int(rewards.isfinite().int().argmin())
-            raise InputError(f"the reward of a sample of group {int(groups[bad])} is {float(rewards[bad])}")
+            raise UserError(f"the reward of a sample of group {int(groups[bad])} is {float(rewards[bad])}")
         return rewards
 
     def _graded(
@@ -289,7 +289,7 @@ class Problem:
             said = {name: self._call(here, i, groups, name) for name in experts}
             rewards = self._score(read(said, x), groups)
             if not rewards.requires_grad:
-                raise InputError("the reward gives no gradient of the latents, and this method needs one: use fk")
+                raise UserError("the reward gives no gradient of the latents, and this method needs one: use fk")
             (gradient,) = torch.autograd.grad(rewards.sum(), x)
         self._spend("gradients", groups, torch.ones((), dtype=torch.int64))
         return {name: detached(p) for name, p in said.items()}, rewards.detach().double().cpu(), gradient
@@ -298,7 +298,7 @@ class Problem:
         account = self.spent._asdict()[name]
         account.index_add_(0, groups.cpu(), each.expand(len(groups)))
         if limit is not None and int(account.max()) > limit:
-            raise InputError(f"a group has spent {int(account.max())} {name} of {limit}: `costs` is too low")
+            raise UserError(f"a group has spent {int(account.max())} {name} of {limit}: `costs` is too low")
 
 
 def estimate(prediction: Prediction) -> Tensor:

@@ -20,7 +20,7 @@ from numpy.random import SeedSequence
 from torch import Tensor
 
 from solvers.denoiser import Path
-from solvers.errors import InputError
+from solvers.errors import UserError
 
 Generators = Sequence[torch.Generator | None]  # one for each group
 Resampler = Callable[[Tensor, torch.Generator | None], Tensor]  # weights (K,) that sum to one -> indices (K,)
@@ -58,10 +58,10 @@ def populate(path: Path, groups: int = 1, cache: Mapping[str, Tensor] | None = N
     """
     rows, cache = len(path.x), dict(cache or {})
     if groups < 1 or rows % groups:
-        raise InputError(f"{rows} rows do not make {groups} groups of equal size: pass groups * K rows")
+        raise UserError(f"{rows} rows do not make {groups} groups of equal size: pass groups * K rows")
     for name, value in cache.items():
         if not value.ndim or len(value) != rows:
-            raise InputError(f"cache[{name!r}] has the shape {tuple(value.shape)}: its first dimension must be {rows}")
+            raise UserError(f"cache[{name!r}] has the shape {tuple(value.shape)}: its first dimension must be {rows}")
     zeros = torch.zeros(groups, rows // groups, dtype=torch.float64)
     places = torch.arange(rows // groups).expand(groups, -1).clone()
     return Particles(path, zeros, zeros[:, 0].clone(), places, places, cache)
@@ -74,11 +74,11 @@ def reweight(particles: Particles, increments: Tensor) -> Particles:
     """
     increments = increments.detach().to("cpu", torch.float64).view_as(particles.log_weights)
     if bool((increments.isnan() | (increments == torch.inf)).any()):
-        raise InputError("a log-weight is NaN or infinite: lower the reward's scale, or look for NaN in its scores")
+        raise UserError("a log-weight is NaN or infinite: lower the reward's scale, or look for NaN in its scores")
     log_weights = particles.log_weights + increments
     dead = (log_weights == -torch.inf).all(1).nonzero()[:, 0].tolist()
     if dead:
-        raise InputError(f"all {particles.size} particles of group {dead[0]} have weight zero: use more of them")
+        raise UserError(f"all {particles.size} particles of group {dead[0]} have weight zero: use more of them")
     return replace(particles, log_weights=log_weights)
 
 
@@ -187,16 +187,16 @@ RESAMPLERS: dict[str, Resampler] = {f.__name__: f for f in (systematic, stratifi
 def check_resampling(method: str, threshold: float | None) -> None:
     """Raises ValueError for an unknown method, and for a threshold outside of [0, 1]."""
     if method not in RESAMPLERS:
-        raise InputError(f"no resampling {method!r}; known: {', '.join(RESAMPLERS)}")
+        raise UserError(f"no resampling {method!r}; known: {', '.join(RESAMPLERS)}")
     if threshold is not None and not 0 <= threshold <= 1:
-        raise InputError(f"a threshold of {threshold} of K: give one in [0, 1], or None to resample always")
+        raise UserError(f"a threshold of {threshold} of K: give one in [0, 1], or None to resample always")
 
 
 def check_generators(generators: Any, groups: int) -> None:
     """Raises ValueError unless there is one generator (or None, the global one) for each group."""
     if not isinstance(generators, Sequence) or len(generators) != groups:
         given = len(generators) if isinstance(generators, Sequence) else "one"
-        raise InputError(f"{given} generators for {groups} groups of particles: pass a list with one for each group")
+        raise UserError(f"{given} generators for {groups} groups of particles: pass a list with one for each group")
 
 
 def _moved(particles: Particles, parents: Tensor, due: Tensor) -> Particles:

@@ -22,7 +22,7 @@ from guidance.search.population import (
 )
 from guidance.search.problem import Problem, Saved, State
 from guidance.search.smc import Particles, check_resampling, reweight
-from solvers.errors import InputError
+from solvers.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TDS:
         check_temperature(self.inverse_temperature)
         check_resampling(self.resampling, self.threshold)
         if self.tempering is not None and self.tempering <= 0:
-            raise InputError(f"tempering is {self.tempering}: it must be above 0, or None for none")
+            raise UserError(f"tempering is {self.tempering}: it must be above 0, or None for none")
 
 
 def tempered(config: TDS, i: int) -> float:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Path
-from solvers.errors import InputError
+from solvers.errors import UserError
 
 ROOT = 0
 Address = tuple[int, ...]  # the way to a node from the root: which child at each turn
@@ -107,7 +107,7 @@ def back_up(tree: Tree, leaf: int, reward: float, backup: str, lam: float) -> No
     Raises ValueError for a reward that is not finite.
     """
     if not math.isfinite(reward):
-        raise InputError(f"the reward of a leaf is {reward}: a tree needs finite ones")
+        raise UserError(f"the reward of a leaf is {reward}: a tree needs finite ones")
     tree.values[leaf] = reward
     for n in list(tree.lineage(leaf))[1:]:
         tree.values[n] = BACKUPS[backup]([tree.values[c] for c in tree.valued(n)], lam)

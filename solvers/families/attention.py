@@ -19,7 +19,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from solvers.errors import InputError
+from solvers.errors import UserError
 
 FLAG = "--enable_xformers_memory_efficient_attention"
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2}  # of a gradient, relative
@@ -134,12 +134,12 @@ def attention(network: Any, backend: str = "sdpa") -> Iterator[None]:
     Raises ValueError for another name, and where xformers cannot run.
     """
     if backend not in ATTENTION:
-        raise InputError(f"no attention {backend!r}; known: {', '.join(ATTENTION)}")
+        raise UserError(f"no attention {backend!r}; known: {', '.join(ATTENTION)}")
     if backend == "sdpa":
         yield
         return
     if reason := obstacle():
-        raise InputError(reason)
+        raise UserError(reason)
     layers = [m for m in network.modules() if isinstance(m, Attention | AttentionModuleMixin)]
     before = [(layer, layer.processor, vars(layer.processor).get("_attention_backend")) for layer in layers]
     try:

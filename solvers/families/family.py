@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
 from solvers.denoiser import Cond
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.families.after import After
 from solvers.families.patches import Patch
 
@@ -69,7 +69,7 @@ class Family:
     def known_patch(self, kind: str) -> Patch:
         """Raises ValueError, listing the known, for another name."""
         if kind not in self.patches:
-            raise InputError(f"family {self.name} has no patch {kind!r}; known: {', '.join(self.patches) or 'none'}")
+            raise UserError(f"family {self.name} has no patch {kind!r}; known: {', '.join(self.patches) or 'none'}")
         return self.patches[kind]
 
 
@@ -80,7 +80,7 @@ def keywords(batch_first: Sequence[str], cond: Cond) -> dict[str, Any]:
     """
     places = {name.rpartition(".")[2]: name.rpartition(".")[0] for name in batch_first}
     if unknown := sorted(cond.keys() - places.keys()):
-        raise InputError(f"the network takes no {', '.join(unknown)}; known: {', '.join(places)}")
+        raise UserError(f"the network takes no {', '.join(unknown)}; known: {', '.join(places)}")
     arguments: dict[str, Any] = {}
     for key, value in cond.items():
         (arguments.setdefault(places[key], {}) if places[key] else arguments)[key] = value
@@ -111,7 +111,7 @@ def guidance_told(network: Any, setting: str, scale: float | None) -> bool:
     if told != (scale is not None):
         remedy = "pass" if scale is None else "do not pass"
         value = network.config.get(setting)
-        raise InputError(f"{type(network).__name__} has {setting}={value}: {remedy} embedded_guidance")
+        raise UserError(f"{type(network).__name__} has {setting}={value}: {remedy} embedded_guidance")
     return told
 
 

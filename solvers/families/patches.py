@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from solvers.errors import InputError
+from solvers.errors import UserError
 
 Patch = Callable[..., AbstractContextManager[Any]]  # (network, *settings)
 
@@ -37,7 +37,7 @@ def _selected(network: nn.Module, layers: str, found: Mapping[str, nn.Module], k
     for start in starts:
         if not any(_under(name, start) for name in found):
             known = ", ".join(dict.fromkeys(name.partition(".attentions")[0] for name in found)) or "none"
-            raise InputError(f"no {kind} under {start!r} in {type(network).__name__}; there are under: {known}")
+            raise UserError(f"no {kind} under {start!r} in {type(network).__name__}; there are under: {known}")
     return [module for name, module in found.items() if any(_under(name, start) for start in starts)]
 
 
@@ -156,7 +156,7 @@ def away_in_attention(network: nn.Module, combine: Combine) -> Iterator[None]:
     """Every cross-attention also attends to the tokens of the negative prompt, and `combine` makes one of both."""
     found = {name: m for name, m in network.named_modules() if isinstance(m, Attention)}
     if not any(name.endswith("attn2") for name in found):
-        raise InputError(f"{type(network).__name__} has no cross-attention to steer away in")
+        raise UserError(f"{type(network).__name__} has no cross-attention to steer away in")
     with ExitStack() as stack:
         for name, attention in found.items():
             kind = Away(combine) if name.endswith("attn2") else Deaf(attention.processor)
@@ -180,7 +180,7 @@ class Away:
         negative_scale: Tensor | None = None,
     ) -> Tensor:
         if negative_hidden_states is None or negative_scale is None:
-            raise InputError("this patch wants negative_hidden_states (B, L, D) and negative_scale (B,) as conditions")
+            raise UserError("this patch wants negative_hidden_states (B, L, D) and negative_scale (B,) as conditions")
         query = attn.to_q(hidden_states)
         positive = _attended(attn, query, encoder_hidden_states, attention_mask)
         negative = _attended(attn, query, negative_hidden_states.to(query.dtype), None)

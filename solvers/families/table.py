@@ -7,7 +7,7 @@ a family that has none.
 
 from diffusers import DiffusionPipeline
 
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.families.family import Family
 from solvers.families.flux import FLUX
 from solvers.families.pixart import PIXART
@@ -28,4 +28,4 @@ def family_of(pipe: DiffusionPipeline) -> Family:
         if name in family.pipelines:
             return family
     known = ", ".join(name for family in FAMILIES.values() for name in family.pipelines)
-    raise InputError(f"no family for {name}; known pipelines: {known}")
+    raise UserError(f"no family for {name}; known pipelines: {known}")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from solvers.denoiser import Path, Predict
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.memory.checkpointing import apart, block_checkpointing, has_blocks
 from solvers.memory.live import UNBOUNDED, Footprint, Function, measured
 from solvers.noise import Noise
@@ -39,7 +39,7 @@ def parse_size(text: str | int) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
     units = {unit.lower(): size for unit, size in UNITS.items()}
     if found is None or found[2].lower() not in units or not float(found[1]):
-        raise InputError(f"cannot read the size {text!r}: a number and one of {', '.join(list(UNITS)[1:])}, as in 6GiB")
+        raise UserError(f"cannot read the size {text!r}: a number and one of {', '.join(list(UNITS)[1:])}, as in 6GiB")
     return int(float(found[1]) * units[found[2].lower()])
 
 
@@ -180,7 +180,7 @@ def planned(found: Probe, budget: str | int, steps: int, batch: int, gradient: s
     if not fits:
         least = min(plans, key=lambda plan: (plan.peak, cost(plan)))
         enough = size_text(least.peak)
-        raise InputError(f"memory_budget {budget} is too small: the least that does is {enough}, as {least}")
+        raise UserError(f"memory_budget {budget} is too small: the least that does is {enough}, as {least}")
     return replace(fits[0], why=_reason(fits[0], plans[0], budget))
 
 

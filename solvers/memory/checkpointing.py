@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from solvers.errors import InputError
+from solvers.errors import UserError
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def block_checkpointing(*models: Any) -> Iterator[None]:
     for model in models:
         if not has_blocks(model):
             name = type(model).__name__
-            raise InputError(f"{name} has no blocks that can be recomputed: leave block checkpointing off")
+            raise UserError(f"{name} has no blocks that can be recomputed: leave block checkpointing off")
     before = [(module, dict(vars(module))) for model in models for module in _blocks(model)]
     try:
         for model in models:

@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.autograd.graph import save_on_cpu
 
-from solvers.errors import InputError
+from solvers.errors import UserError
 
 
 @contextmanager
@@ -25,9 +25,9 @@ def check_offload(gradient: str) -> None:
     """ValueError for "full", which keeps whole graphs, and for the sweeps that hold their states where autograd does
     not see them."""
     if gradient.partition(":")[0] in ("revolve", "lean") or gradient == "adjoint:exact_endpoint":
-        raise InputError(f"gradient mode {gradient!r} holds its states on the device: offload with 'checkpoint'")
+        raise UserError(f"gradient mode {gradient!r} holds its states on the device: offload with 'checkpoint'")
     if gradient.partition(":")[0] == "full":
-        raise InputError("gradient mode 'full' keeps whole graphs, not latents: offload with 'checkpoint'")
+        raise UserError("gradient mode 'full' keeps whole graphs, not latents: offload with 'checkpoint'")
 
 
 def offload_line(device: torch.device | str) -> str:

@@ -16,7 +16,7 @@ from functools import partial
 from torch import Tensor
 
 from solvers.denoiser import Path
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise, log_snr
 from solvers.rollout.ode import TABLEAUX, Flow, Tableau, checked_flow, clean, increment, scale, tau, weighted
 from solvers.rollout.revolve import replayed
@@ -29,7 +29,7 @@ from solvers.samplers.singlestep import between
 def adjoint(run: Run, option: str) -> Path:
     """The continuous adjoint by one of `ADJOINTS`; only "exact_endpoint" is exact for the sampler that it runs."""
     if option not in ADJOINTS:
-        raise InputError(f"no adjoint method {option!r}; known: {', '.join(ADJOINTS)}, as in 'adjoint:heun'")
+        raise UserError(f"no adjoint method {option!r}; known: {', '.join(ADJOINTS)}, as in 'adjoint:heun'")
     no_step(f"adjoint:{option}", run)
     no_noise(f"adjoint:{option}", run)
     return ADJOINTS[option](run, f"adjoint:{option}")
@@ -55,7 +55,7 @@ def deis_adjoint(order: int) -> Callable[[Run, str], Path]:
 
     def solve(run: Run, mode: str) -> Path:
         if any(now.alpha == 0 for now, *_ in run.legs):
-            raise InputError(f"gradient mode {mode!r} divides by alpha, which is 0 at the start: use 'adjoint:heun'")
+            raise UserError(f"gradient mode {mode!r} divides by alpha, which is 0 at the start: use 'adjoint:heun'")
         return _solved(run, Exponential(run, Flow(run.predict, mode), order))
 
     return solve

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Path, Predict, Prediction, pack, unpack
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 from solvers.rollout.revolve import Replay, replayed
 from solvers.rollout.run import Leg, Run, no_option, no_step, observe
@@ -50,7 +50,7 @@ def lean(run: Run, option: str) -> Path:
     no_option("lean", option)
     no_step("lean", run)
     if any(noise is None for *_, noise in run.legs):
-        raise InputError(f"gradient mode 'lean' samples with eta = 1: pass {len(run.legs)} noise tensors of x's shape")
+        raise UserError(f"gradient mode 'lean' samples with eta = 1: pass {len(run.legs)} noise tensors of x's shape")
     if not isinstance(run.predict, WithBase):
         return replayed(run._replace(step=ancestral), max(len(run.legs), 1))
     ends, note = swept(run, Lean(run._replace(step=_alone), run.predict))
@@ -100,7 +100,7 @@ def _alone(predict: Predict, path: Path, now: Noise, then: Noise, noise: Tensor 
     """`ancestral`. Raises ValueError for guidance with memory, which the two models would not share."""
     path = ancestral(predict, path, now, then, noise)
     if path.memory:
-        raise InputError(
+        raise UserError(
             f"the guidance carries {', '.join(path.memory)} from step to step, which gradient mode 'lean' cannot with a"
             " base: use 'checkpoint' with a step, or guidance without memory"
         )

@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from solvers.denoiser import Path, Predict, widen
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 from solvers.rollout.adjoint import adjoint
 from solvers.rollout.lean import lean
@@ -74,7 +74,7 @@ def parse_gradient(gradient: str) -> tuple["Mode", str]:
     """A mode and what follows its colon: "truncated:10" -> (truncated, "10")."""
     name, _, option = gradient.partition(":")
     if name not in MODES:
-        raise InputError(
+        raise UserError(
             f"no gradient mode {gradient!r}; known: {', '.join(MODES)}, as in 'checkpoint' or 'truncated:10'"
         )
     return MODES[name], option
@@ -99,8 +99,8 @@ MODES: dict[str, Mode] = {f.__name__: f for f in (full, checkpoint, truncated, r
 def _legs(step: Step | None, levels: Sequence[Noise], noise: Sequence[Tensor] | Tensor | None) -> list[Leg]:
     pairs = list(pairwise(levels))
     if noise is None and is_stochastic(step):
-        raise InputError(f"a stochastic step needs noise that is drawn outside: pass {len(pairs)} tensors of x's shape")
+        raise UserError(f"a stochastic step needs noise that is drawn outside: pass {len(pairs)} tensors of x's shape")
     if noise is not None and len(noise) != len(pairs):
-        raise InputError(f"{len(noise)} noise tensors for {len(pairs)} steps: pass one a step")
+        raise UserError(f"{len(noise)} noise tensors for {len(pairs)} steps: pass one a step")
     noises: Iterable[Tensor | None] = [None] * len(pairs) if noise is None else noise
     return [(now, then, n) for (now, then), n in zip(pairs, noises, strict=True)]

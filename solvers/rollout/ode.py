@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from solvers.denoiser import Path, Predict, Prediction
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 from solvers.rollout.recompute import NoGenerator
 from solvers.rollout.run import Run, check_listed
@@ -76,7 +76,7 @@ class Flow:
     def _refused(self, said: Prediction) -> Prediction:
         carried = [*said.memory, *([] if said.shift is None else ["shift (CFG++)"])]
         if carried:
-            raise InputError(
+            raise UserError(
                 f"the guidance carries {', '.join(carried)} from step to step, and gradient mode {self.mode!r} cannot:"
                 " use 'checkpoint' or 'revolve:8' with a step, or guidance without memory"
             )
@@ -100,7 +100,7 @@ class Checked:
                 said = self.run.predict(path, at)
             check_listed(self.run, [said.x0, said.eps])
         if before != RandomState.now(path.x.device):
-            raise InputError(
+            raise UserError(
                 "the prediction draws random numbers (dropout?), and a mode that brings its own solver wants the same"
                 " answer twice: call eval() on the network, or use 'checkpoint' or 'revolve:8' with a step"
             )

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from solvers.denoiser import Path, Predict, Prediction, pack, unpack
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 
 
@@ -107,7 +107,7 @@ def _check_unchanged(before: Stamp, after: Stamp) -> None:
     }
     for what, happened in changed.items():
         if happened:
-            raise InputError(
+            raise UserError(
                 f"{what} between the forward and the backward pass, and the network is called again on the way back:"
                 " call backward() first, or use gradient='full'"
             )
@@ -117,22 +117,22 @@ def check_step(step: Any) -> None:
     """ValueError for a step that is no function of its arguments: a scheduler, a name, a partial with a generator."""
     if isinstance(step, SchedulerMixin) or (inspect.ismethod(step) and isinstance(step.__self__, SchedulerMixin)):
         scheduler = step if isinstance(step, SchedulerMixin) else step.__self__
-        raise InputError(
+        raise UserError(
             f"{type(scheduler).__name__} as a step: a scheduler keeps its place in the run and cannot be recomputed;"
             " pass a step of solvers.samplers.catalogue.SAMPLERS, and levels_of(scheduler) as the levels"
         )
     if not callable(step):
-        raise InputError(f"the step is {step!r}: pass a function, as in solvers.samplers.catalogue.SAMPLERS['euler']")
+        raise UserError(f"the step is {step!r}: pass a function, as in solvers.samplers.catalogue.SAMPLERS['euler']")
     if isinstance(step, partial):
         check_step(step.func)
     if any(True for _ in reachable(step, torch.Generator)):
-        raise InputError(f"the step holds a torch.Generator: {DRAW_OUTSIDE}")
+        raise UserError(f"the step holds a torch.Generator: {DRAW_OUTSIDE}")
 
 
 def check_noise(noise: Any) -> None:
     """ValueError for a generator where noise is wanted."""
     if any(True for _ in reachable(noise, torch.Generator)):
-        raise InputError(f"noise is a torch.Generator: {DRAW_OUTSIDE}")
+        raise UserError(f"noise is a torch.Generator: {DRAW_OUTSIDE}")
 
 
 DRAW_OUTSIDE = "a recomputed region would draw other numbers; draw before the run, and pass noise, a tensor a step"
@@ -145,7 +145,7 @@ class NoGenerator(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
-            raise InputError(f"a torch.Generator is used inside the step: {DRAW_OUTSIDE}")
+            raise UserError(f"a torch.Generator is used inside the step: {DRAW_OUTSIDE}")
         return func(*args, **kwargs)
 
 

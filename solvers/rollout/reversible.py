@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Path, Predict, widen
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 from solvers.rollout.ode import TABLEAUX, Checked, Flow, clean, increment, scale, tau
 from solvers.rollout.run import Run, no_noise, no_step, observe
@@ -122,7 +122,7 @@ def reversible_sampler(
     sampler = method(Flow(predict, f"reversible:{option}"), levels, coefficient)
     error = sampler.growth * torch.finfo(dtype).eps
     if error > LIMIT:
-        raise InputError(
+        raise UserError(
             f"reversible:{option} over {len(levels) - 1} steps in {dtype} would let round-off grow to {error:.0e}, more"
             f" than {LIMIT:.0e}: use 'reversible:bdia' or 'reversible:alf', fewer steps, or x in float64"
         )
@@ -290,7 +290,7 @@ def edict(flow: Flow, levels: Sequence[Noise], p: float) -> Reversible:
     grows by p^-2 a step. A = alpha' / alpha: ValueError where the run starts from alpha = 0.
     """
     if levels[0].alpha == 0:
-        raise InputError("reversible:edict divides by alpha, which is 0 at the start: use 'reversible:bdia'")
+        raise UserError("reversible:edict divides by alpha, which is 0 at the start: use 'reversible:bdia'")
 
     def leg(now: Noise, then: Noise) -> list[Shear]:
         a = then.alpha / now.alpha
@@ -329,9 +329,9 @@ def _parsed(option: str) -> tuple[Method, float]:
     name, _, number = option.rpartition(":")
     if name in REVERSIBLE and REVERSIBLE[name][1] is not None:
         if not (number.replace(".", "", 1).isdecimal() and 0 < float(number) <= 1):
-            raise InputError(f"'reversible:{option}' wants a coefficient above 0 and up to 1, got {number!r}")
+            raise UserError(f"'reversible:{option}' wants a coefficient above 0 and up to 1, got {number!r}")
         return REVERSIBLE[name][0], float(number)
-    raise InputError(
+    raise UserError(
         f"no reversible sampler {option!r}; known: {', '.join(REVERSIBLE)}, where a coefficient may follow bdia,"
         " mccallum-foster:TABLEAU and edict, as in 'reversible:edict:0.95'"
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Path, Shape, pack, unpack
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.rollout.recompute import NoGenerator
 from solvers.rollout.run import Run, check_listed, observe, step_of
 from solvers.rollout.sweep import Down, Gradients, RandomState, Totals, replaying, swept, vjp
@@ -55,7 +55,7 @@ def revolve(run: Run, option: str) -> Path:
     its loss is known; the state that it starts from is the one at work until then.
     """
     if not option.isdecimal() or int(option) < 1:
-        raise InputError(f"'revolve:{option}' wants the number of states to store, 1 or more, as in 'revolve:8'")
+        raise UserError(f"'revolve:{option}' wants the number of states to store, 1 or more, as in 'revolve:8'")
     step_of(run)
     return replayed(run, int(option))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Path, Predict
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 from solvers.rollout.recompute import NoGenerator
 from solvers.samplers.catalogue import Step
@@ -117,7 +117,7 @@ def differentiated(run: Run) -> list[Tensor]:
     for tensor in tensors:
         above = [] if tensor.grad_fn is None else [parent for parent, _ in tensor.grad_fn.next_functions]
         if any((id(n.variable) if _is_leaf(n) else n) in origins for n in _ancestors(above, set())):
-            raise InputError(
+            raise UserError(
                 f"predict.tensors lists a tensor of shape {tuple(tensor.shape)} beside one that it is made from: list"
                 " only one of them, or use gradient='checkpoint'"
             )
@@ -159,12 +159,12 @@ def check_listed(run: Run, outputs: Iterable[Tensor], inputs: Sequence[Tensor] |
     inputs = [run.x] if inputs is None else inputs
     listed = [*(noise for *_, noise in run.legs if noise is not None), *run.predict.tensors]
     for leaf in unlisted(outputs, [run.x, *inputs, *listed]):
-        raise InputError(
+        raise UserError(
             f"a tensor of shape {tuple(leaf.shape)} requires grad and the step depends on it, but it is not in"
             " predict.tensors: list it there, or call requires_grad_(False) on it"
         )
     if torch.is_grad_enabled() and not any(t.requires_grad for t in (*inputs, *listed)):
-        raise InputError(CUT_OFF if run.x.requires_grad else NOTHING)
+        raise UserError(CUT_OFF if run.x.requires_grad else NOTHING)
 
 
 CUT_OFF = (
@@ -201,7 +201,7 @@ def _origin(tensor: Tensor) -> Any:
 def step_of(run: Run) -> Step:
     """The run's step, which a mode without a solver of its own needs."""
     if run.step is None:
-        raise InputError(
+        raise UserError(
             "this gradient mode needs a step, such as solvers.samplers.catalogue.euler: only adjoint, reversible and"
             " lean bring their own solver"
         )
@@ -210,20 +210,20 @@ def step_of(run: Run) -> Step:
 
 def no_option(name: str, option: str) -> None:
     if option:
-        raise InputError(f"gradient mode {name!r} takes no option, got {option!r}")
+        raise UserError(f"gradient mode {name!r} takes no option, got {option!r}")
 
 
 def no_step(name: str, run: Run) -> None:
     """For a mode with a solver of its own."""
     if run.step is not None:
-        raise InputError(f"gradient mode {name!r} brings its own solver: pass step=None, or 'checkpoint' with a step")
+        raise UserError(f"gradient mode {name!r} brings its own solver: pass step=None, or 'checkpoint' with a step")
     if not run.legs:
-        raise InputError(f"gradient mode {name!r} needs two levels or more, got one")
+        raise UserError(f"gradient mode {name!r} needs two levels or more, got one")
 
 
 def no_noise(name: str, run: Run) -> None:
     if any(noise is not None for *_, noise in run.legs):
-        raise InputError(
+        raise UserError(
             f"gradient mode {name!r} is deterministic and takes no noise: leave the noise out, or use 'checkpoint' or"
             " 'revolve:8' with a stochastic step"
         )

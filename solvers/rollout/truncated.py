@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Path, Predict, Prediction, widen
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 from solvers.rollout.recompute import Recomputed
 from solvers.rollout.run import Run, descend, step_of
@@ -103,12 +103,12 @@ def parse_truncation(option: str, steps: int) -> tuple[int, str]:
     number, _, style = option.partition(":")
     style = style or "draft"
     if style not in STYLES:
-        raise InputError(f"no truncation style {style!r} in 'truncated:{option}'; known: {', '.join(STYLES)}")
+        raise UserError(f"no truncation style {style!r} in 'truncated:{option}'; known: {', '.join(STYLES)}")
     if style == "draft_lv" and number.isdecimal() and int(number) > 0:
         return int(number), style
     least = 1 if style in AT_LEAST_ONE else 0
     if not number.isdecimal() or not least <= int(number) <= steps:
-        raise InputError(
+        raise UserError(
             f"'truncated:{option}' wants the number of last steps that carry gradient, {least} to {steps}, and may name"
             f" a style: {', '.join(STYLES)}"
         )
@@ -119,7 +119,7 @@ def parse_mask(option: str, steps: int) -> list[bool]:
     """Which steps carry gradient: "0011:mask" -> [False, False, True, True]; ValueError unless each has a digit."""
     digits = option.removesuffix(":mask")
     if set(digits) - {"0", "1"} or len(digits) != steps:
-        raise InputError(
+        raise UserError(
             f"'truncated:{option}' wants {steps} digits, 1 for a step that carries gradient and 0 for others"
         )
     return [digit == "1" for digit in digits]

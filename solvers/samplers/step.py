@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Memory, Path, Prediction
-from solvers.errors import InputError
+from solvers.errors import UserError
 from solvers.noise import Noise
 
 Step = Callable[..., Path]  # step(predict, path, now, then, noise=None)
@@ -43,7 +43,7 @@ def transition(prediction: Prediction, now: Noise, then: Noise, eta: float = 1.0
 def drawn(noise: Tensor | None) -> Tensor:
     """The noise of a stochastic step. Raises ValueError where the caller passed none."""
     if noise is None:
-        raise InputError("this step is stochastic: pass noise of the shape of path.x, or use sample()")
+        raise UserError("this step is stochastic: pass noise of the shape of path.x, or use sample()")
     return noise
 
 

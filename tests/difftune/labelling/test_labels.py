@@ -54,7 +54,7 @@ def test_an_undone_choice_is_gone_and_can_be_made_again(write):
     ],
 )
 def test_what_is_wrong_is_one_sentence_with_its_line(write, wrong, what):
-    with pytest.raises(UserError, match=what) as error:
+    with pytest.raises(ValueError, match=what) as error:
         read_labels(write(line(), wrong, line()))
     assert "\n" not in str(error.value)
 

@@ -173,7 +173,7 @@ def test_the_engines_strings_are_accepted(gradient):
     ],
 )
 def test_a_string_that_cannot_be_is_one_sentence(gradient, what):
-    with pytest.raises(UserError, match=what) as error:
+    with pytest.raises(ValueError, match=what) as error:
         gradient_named(gradient, 10)
     assert "\n" not in str(error.value)
 
@@ -272,11 +272,11 @@ def test_optimize_says_that_it_offloads(tmp_path):
 @pytest.mark.parametrize("gradient", ["full", "revolve:2", "lean", "adjoint:exact_endpoint"])
 def test_what_cannot_be_offloaded_is_refused_at_once(toy, gradient):
     what = f"gradient mode '{gradient}' (keeps whole graphs|holds its states).*offload with 'checkpoint'"
-    with pytest.raises(UserError, match=what):
+    with pytest.raises(ValueError, match=what):
         next(train(replace(toy, gradient=gradient, offload=True)))
-    with pytest.raises(UserError, match=what):
+    with pytest.raises(ValueError, match=what):
         reno_folder.check(RenoConfig(prompt=PROMPTS[:1], gradient=gradient, offload=True))
-    with pytest.raises(UserError, match=what):
+    with pytest.raises(ValueError, match=what):
         ReNO(pipelines.sd(), SUM, gradient=gradient, offload=True, num_inference_steps=2)
 
 

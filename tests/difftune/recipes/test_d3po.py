@@ -227,7 +227,7 @@ def test_a_picture_that_its_seed_does_not_make_is_refused(toy, labels):
     ],
 )
 def test_other_settings_than_the_pictures_are_refused(toy, labels, more, what):
-    with pytest.raises(UserError, match=what):
+    with pytest.raises(ValueError, match=what):
         next(train(replace(toy, labels=str(labels), **more), None, pipelines.sd()))
 
 
@@ -265,7 +265,7 @@ def test_run_writes_a_lora_that_loads(toy, tmp_path):
 )
 def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, more, what):
     config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
-    with pytest.raises(UserError, match=what) as error:
+    with pytest.raises(ValueError, match=what) as error:
         d3po.run(config, pipe=pipelines.sd())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from difftune.configs.recipes import DDPOConfig
-from difftune.errors import UserError
 from difftune.files import checkpoint
 from difftune.files.checkpoint import State
 from difftune.files.prompts import prompts_named
@@ -294,7 +293,7 @@ def test_run_writes_a_lora_that_loads(toy, tmp_path):
 )
 def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, more, what):
     config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
-    with pytest.raises(UserError, match=what) as error:
+    with pytest.raises(ValueError, match=what) as error:
         ddpo.run(config, pipe=pipelines.sd())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -335,7 +335,7 @@ def test_run_from_labels_writes_a_lora_that_loads(toy, labels, tmp_path):
 def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, more, what):
     module, config = toy
     config = replace(config, **{"output_dir": str(tmp_path / "out"), **more})
-    with pytest.raises(UserError, match=what) as error:
+    with pytest.raises(ValueError, match=what) as error:
         module.run(config, pipe=pipelines.sd())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

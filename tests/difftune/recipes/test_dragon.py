@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from difftune.configs.recipes import DragonConfig
-from difftune.errors import UserError
 from difftune.evaluation.win_rate import win_rate
 from difftune.files import checkpoint
 from difftune.files.checkpoint import State
@@ -331,6 +330,6 @@ def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, mor
     files = {"PROMPTS": toy.prompts, "ONE": str(tmp_path / "one.txt")}
     more = {key: files.get(str(value), value) for key, value in more.items()}
     config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
-    with pytest.raises(UserError, match=what) as error:
+    with pytest.raises(ValueError, match=what) as error:
         dragon.run(config, pipe=pipelines.sd())
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

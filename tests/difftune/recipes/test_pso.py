@@ -11,7 +11,6 @@ from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler
 from PIL import Image
 
 from difftune.configs.recipes import PSOConfig
-from difftune.errors import UserError
 from difftune.evaluation.win_rate import win_rate
 from difftune.files import checkpoint
 from difftune.files.checkpoint import State
@@ -376,6 +375,6 @@ def test_run_writes_an_adapter_that_loads(toy, folder, tmp_path):
 def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, folder, tmp_path, more, what):
     more = {key: folder if value == "FOLDER" else value for key, value in more.items()}
     config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
-    with pytest.raises(UserError, match=what) as error:
+    with pytest.raises(ValueError, match=what) as error:
         pso.run(config, pipe=turbo())
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

@@ -8,7 +8,6 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from difftune.configs.recipes import AlignPropConfig, DraftConfig, DrtuneConfig, ReflConfig
-from difftune.errors import UserError
 from difftune.pipelines import lora
 from difftune.recipes import alignprop, draft, drtune, refl, reward_gradient
 from difftune.recipes.alignprop import kept_mask, modes
@@ -111,7 +110,7 @@ def test_steps_that_carry_gradient(gradient, kept):
     ],
 )
 def test_bad_settings_are_one_sentence(module, config, what):
-    with pytest.raises(UserError, match=what) as error:
+    with pytest.raises(ValueError, match=what) as error:
         module.check(config, pipe=object())
     assert "\n" not in str(error.value)
 

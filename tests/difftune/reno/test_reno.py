@@ -679,7 +679,7 @@ def test_a_gradient_that_is_not_finite_names_its_prompt_and_its_step(pipe, gradi
     ],
 )
 def test_what_cannot_be_is_refused_by_name(pipe, options, what):
-    with pytest.raises(UserError, match=what) as error:
+    with pytest.raises(ValueError, match=what) as error:
         ReNO(pipe, **{"rewards": {"brightness": 1.0}, **options})
     assert "\n" not in str(error.value)
 
@@ -690,7 +690,7 @@ def test_a_call_that_cannot_be_is_refused_by_name(pipe):
         (PROMPTS, {"iterations": 0}, "iterations is 0"),
         (PROMPTS, {"seeds_per_prompt": 0}, "seeds_per_prompt is 0"),
     ):
-        with pytest.raises(UserError, match=what):
+        with pytest.raises(ValueError, match=what):
             quiet(pipe).optimize(prompts, **{"iterations": 1, **call})
     with pytest.raises(UserError, match="max_distance is -1"):
         quiet(pipe, max_distance=-1.0).optimize(PROMPTS, 1)

@@ -119,7 +119,7 @@ class Watched:
 def test_a_held_out_reward_that_falls_is_said_with_its_iteration(pipe, tmp_path, monkeypatch):
     """In optimize.json, of each sample and of the mean, and in the last line; silent where it does not fall."""
     config, said = settings(tmp_path / "a", reward=["brightness"], iterations=12, held_out="contrast"), []
-    monkeypatch.setattr(run_folder, "summed", lambda rewards: Watched())
+    monkeypatch.setattr(run_folder, "reward_named", lambda rewards, gradient: Watched())
     summary = run_folder.run(config, said.append, pipe)
     parting = summary["parting"]
     assert parting["best"] == 2 and parting["rise"] > 0 and parting["drop"] == pytest.approx(parting["rise"], rel=1e-3)
@@ -305,7 +305,7 @@ def test_a_run_begins_with_a_picture_or_with_a_noise(pipe, tmp_path):
 )
 def test_bad_settings_are_one_sentence_and_nothing_is_written(pipe, tmp_path, more, what):
     config = settings(tmp_path / "out", **{"reward": ["brightness"], **more})
-    with pytest.raises(UserError, match=what) as error:
+    with pytest.raises(ValueError, match=what) as error:
         run_folder.run(config, pipe=None if "model" in more else pipe)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

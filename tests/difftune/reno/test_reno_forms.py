@@ -358,7 +358,7 @@ def test_an_optimizer_is_named_with_its_options():
         ("neighbours", {"learning_rate": 1.0}, "no option of optimizer 'neighbours' 'learning_rate'"),
         ("spsa[candidates=3]", {}, "candidates is 3: .*pairs"),
     ):
-        with pytest.raises(UserError, match=what):
+        with pytest.raises(ValueError, match=what):
             optimizer_named(spec, **more)
 
 

@@ -24,6 +24,7 @@ from difftune import SEARCHES, search
 from difftune.cli.program import cli
 from difftune.configs.search import SearchConfig
 from difftune.errors import RunError, UserError
+from difftune.lookup import reward_named
 from difftune.search_runs import run_folder as command
 from difftune.search_runs import search as searching
 from difftune.search_runs.experts import Expert
@@ -308,7 +309,7 @@ def test_experts_that_do_not_fit_are_refused_before_anything_runs(pipe, options,
         del given["exponents"]
     hook = pipe.unet.register_forward_hook(lambda *args: pytest.fail("the network ran"))
     try:
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(ValueError, match=sentence):
             searched(pipe, **given)
     finally:
         hook.remove()
@@ -372,7 +373,7 @@ def test_a_memory_budget_sets_the_rows_at_a_time(pipe):
     free = searched(pipe).result()
     with pytest.raises(UserError, match="memory_budget 1kB is too small: one row at a time takes .*iB"):
         searched(pipe, memory_budget="1kB")
-    adapter = Adapter(LatentModel(pipe), PROMPTS, command.reward_for("fk", Left()))
+    adapter = Adapter(LatentModel(pipe), PROMPTS, reward_named(Left(), gradient=False))
     problem = adapter.problem(LatentModel(pipe).levels(3), CFG(5.0))
     problem.budget = 48
     small, large = (adapter.micro_batch(problem, FK(), budget, False) for budget in ("3MiB", "300MiB"))
@@ -430,7 +431,7 @@ def test_kept_samples_are_no_more_than_what_the_memory_budget_counts(method):
 def test_what_cannot_be_is_refused_before_anything_runs(pipe, options, sentence):
     hook = pipe.unet.register_forward_hook(lambda *args: pytest.fail("the network ran"))
     try:
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(ValueError, match=sentence):
             searched(pipe, **options)
     finally:
         hook.remove()

@@ -109,7 +109,7 @@ def test_methods_that_no_flag_can_set_up_are_refused_before_anything_is_loaded(
 ):
     monkeypatch.setattr(training, "load_model", None)
     config = toy(recipe, tmp_path, guidance=name, guidance_options=options, output_dir=str(tmp_path / "out"))
-    with pytest.raises(UserError, match=what) as error:
+    with pytest.raises(ValueError, match=what) as error:
         module_of(recipe).run(config)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -199,7 +199,7 @@ def test_8_bit_adam_without_its_library_is_one_sentence(monkeypatch):
     ],
 )
 def test_bad_settings_are_one_sentence(more, what):
-    with pytest.raises(UserError, match=what) as error:
+    with pytest.raises(ValueError, match=what) as error:
         training.check(AlignPropConfig(**more), pipe=object())
     assert "\n" not in str(error.value)
 
