@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from tests.support.blocks import blocks_of, check_commands, comment_before, run_commands, save_checkpoints
 
 ROOT = Path(__file__).parents[2]
