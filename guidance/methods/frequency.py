@@ -1,5 +1,6 @@
 """Frequency-decoupled guidance (https://arxiv.org/abs/2506.19713)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,9 @@ class FDG:
 
     out = u + scale low(d) + high (d - low(d)),    d = c - u,
 
-    low(d) being one level of a Laplacian pyramid: blurred, halved, and enlarged again. Equal scales are CFG. The
-    defaults are the paper's for SDXL. For latents with rows and columns (..., h, w); a flat token sequence is refused.
+    low(d) being the coarse level of a Laplacian pyramid of two: blurred and halved, then enlarged and blurred again, as
+    diffusers' guider has it (kornia's `pyrdown` and `pyrup`). Equal scales are CFG. The defaults are the paper's for
+    SDXL. For latents with rows and columns (..., h, w), three of each or more; a flat token sequence is refused.
     """
 
     scale: Scale = 5.0
@@ -38,16 +40,22 @@ class FDG:
 
 
 def low(x: Tensor) -> Tensor:
-    """The low frequencies of x (B, ..., h, w): a linear map, the identity on constants."""
-    if x.ndim < 4:
-        raise UserError(f"FDG wants latents (B, ..., h, w), not {tuple(x.shape)}: its frequencies are spatial")
+    """The low frequencies of x (B, ..., h, w), a linear map: the identity on constants and, away from the border, on
+    ramps, and the same for a mirrored x, mirrored. Sides may be odd."""
+    if x.ndim < 4 or min(x.shape[-2:]) < 3:
+        raise UserError(f"FDG wants latents (B, ..., h, w) of 3 x 3 or more, not {tuple(x.shape)}: use another method")
     planes = x.reshape(-1, 1, *x.shape[-2:])
-    filtered = _blur(planes)[..., ::2, ::2]
-    return F.interpolate(filtered, x.shape[-2:], mode="bilinear", align_corners=False).view(x.shape)
+    halved = _resized(_blur(planes), (x.shape[-2] // 2, x.shape[-1] // 2))
+    return _blur(_resized(halved, x.shape[-2:])).view(x.shape)
+
+
+def _resized(planes: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, with the outer edges of the pixels kept in place: half of a size is the mean of each pair."""
+    return F.interpolate(planes, tuple(size), mode="bilinear", align_corners=False)
 
 
 def _blur(planes: Tensor) -> Tensor:
-    """(N, 1, h, w), blurred along rows and columns, the border repeated."""
+    """(N, 1, h, w), blurred along rows and columns, the border mirrored."""
     row = torch.tensor(BINOMIAL, dtype=planes.dtype, device=planes.device) / 16
-    padded = F.pad(planes, (2, 2, 2, 2), mode="replicate")
+    padded = F.pad(planes, (2, 2, 2, 2), mode="reflect")
     return F.conv2d(F.conv2d(padded, row.view(1, 1, 1, 5)), row.view(1, 1, 5, 1))

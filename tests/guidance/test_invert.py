@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from guidance.guided import guided
 from guidance.invert import NullText, ddim_inversion, edit, invert, null_text_inversion
@@ -133,3 +134,41 @@ def test_null_text_is_for_its_own_levels():
         guided(Affine(), method, texts())(noisy, cosine(0.5))
     with pytest.raises(ValueError, match="has no embeddings: make it by guidance.invert"):
         guided(Affine(), replace(method, nulls=None), texts())(noisy, LEVELS[0])
+
+
+def seen_by_adam(monkeypatch, steps: int, tolerance: float = 0.0, losses=None) -> list[tuple[float, int]]:
+    """(learning rate, iterations) of each step's fit."""
+    fits: list[tuple[float, int]] = []
+    stock = torch.optim.Adam
+
+    class Watched(stock):
+        def __init__(self, params, lr):
+            fits.append((lr, 0))
+            super().__init__(params, lr=lr)
+
+        def step(self, *args):
+            fits[-1] = (fits[-1][0], fits[-1][1] + 1)
+            return super().step(*args)
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    if losses is not None:
+        monkeypatch.setattr(F, "mse_loss", lambda a, b: (a - b).square().mean() * 0 + losses(len(fits) - 1))
+    levels = grid(cosine, steps, start=0.9, stop=0.02)
+    null_text_inversion(Affine(), LATENTS, texts(), levels, NullText(iterations=2, tolerance=tolerance))
+    return fits
+
+
+@pytest.mark.parametrize("steps", (1, 2, 3, 100, 250))
+def test_null_text_learns_at_any_number_of_steps(monkeypatch, steps):
+    """The rate falls from `lr` to about half of it, and is the paper's lr (1 - i / 100) at its 50 steps."""
+    rates = [rate for rate, _ in seen_by_adam(monkeypatch, steps)]
+    assert rates[0] == 1e-2 and len(rates) == steps
+    assert rates == sorted(rates, reverse=True) and rates[-1] >= 5e-3
+
+
+def test_null_text_is_the_papers_at_its_50_steps(monkeypatch):
+    """lr (1 - i / 100), and done at a loss below 1e-5 + 2e-5 i."""
+    below = [iterations for _, iterations in seen_by_adam(monkeypatch, 50, 1e-5, lambda i: 1e-5 + 2e-5 * i - 1e-9)]
+    above = seen_by_adam(monkeypatch, 50, 1e-5, lambda i: 1e-5 + 2e-5 * i + 1e-9)
+    assert below == [1] * 50 and [iterations for _, iterations in above] == [2] * 50
+    torch.testing.assert_close([rate for rate, _ in above], [1e-2 * (1 - i / 100) for i in range(50)])

@@ -1,6 +1,7 @@
 """The identities of each method, in float64, on raw predictions or on closed forms."""
 
 from dataclasses import replace
+from math import cos
 
 import pytest
 import torch
@@ -193,8 +194,52 @@ def test_fdg():
     d = C - U
     close(made(FDG(2.0, high=9.0)).out, U + 2 * low(d) + 9 * (d - low(d)))
     close(low(torch.full((1, 2, 5, 7), 3.0)), torch.full((1, 2, 5, 7), 3.0), 1e-6)
-    with pytest.raises(ValueError, match=r"FDG wants latents \(B, ..., h, w\), not \(3, 9\)"):
-        low(torch.zeros(3, 9))
+    for shape in ((3, 9), (1, 4, 2, 8)):
+        with pytest.raises(ValueError, match=r"FDG wants latents \(B, ..., h, w\) of 3 x 3 or more, not"):
+            low(torch.zeros(shape))
+
+
+def level(side: int) -> torch.Tensor:
+    """The coarse level of a Laplacian pyramid of two along one axis, a matrix (side, side) for even sides, as kornia
+    has it: binomial blur with mirrored borders, the mean of each pair, 3/4 and 1/4 of the two nearest, blur."""
+    blur, halved, doubled = torch.zeros(side, side), torch.zeros(side // 2, side), torch.zeros(side, side // 2)
+    for row in range(side):
+        for offset, weight in zip(range(-2, 3), (1, 4, 6, 4, 1), strict=True):
+            place = abs(row + offset)
+            blur[row, min(place, 2 * (side - 1) - place)] += weight / 16
+        halved[row // 2, row] = 1 / 2
+        for half, weight in ((row // 2, 3 / 4), ((row // 2) + (1 if row % 2 else -1), 1 / 4)):
+            doubled[row, min(max(half, 0), side // 2 - 1)] += weight
+    return blur @ doubled @ halved @ blur
+
+
+@pytest.mark.parametrize(("rows", "columns"), ((8, 8), (64, 64), (16, 24)))
+def test_fdg_low_is_a_level_of_a_laplacian_pyramid(rows, columns):
+    x = torch.randn(2, 4, rows, columns, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(low(x), level(rows) @ x @ level(columns).T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", (32, 31))
+def test_fdg_low_moves_nothing(side):
+    """Ramps stay inside, and what is mirrored stays so; odd sides too."""
+    ramp = torch.arange(float(side)).expand(1, 1, side, side)
+    torch.testing.assert_close(low(ramp)[..., 6:-6], ramp[..., 6:-6], rtol=0, atol=1e-5)
+    torch.testing.assert_close(low(ramp.mT)[..., 6:-6, :], ramp.mT[..., 6:-6, :], rtol=0, atol=1e-5)
+    x = torch.randn(1, 3, side, side + 1, generator=torch.Generator().manual_seed(0))
+    for axis in (-1, -2):
+        torch.testing.assert_close(low(x.flip(axis)), low(x).flip(axis), rtol=0, atol=1e-6)
+
+
+def test_fdg_low_keeps_low_frequencies_alone():
+    """Its gain, of a wave of angle w a pixel: blur, the mean of a pair, interpolation and blur again."""
+    place = torch.arange(64, dtype=torch.float64)
+    for waves in (1, 4, 8):
+        w = 2 * torch.pi * waves / 64
+        blur = (6 + 8 * cos(w) + 2 * cos(2 * w)) / 16
+        gain = blur**2 * cos(w / 2) * (3 / 4 * cos(w / 2) + 1 / 4 * cos(3 * w / 2))
+        wave = torch.cos(w * (place + 0.5)).expand(1, 1, 64, 64)
+        kept = (low(wave) * wave)[..., 8:-8].sum() / (wave * wave)[..., 8:-8].sum()
+        assert abs(float(kept) - gain) < 5e-3, (waves, float(kept), gain)
 
 
 def test_perp_neg():
