@@ -17,7 +17,7 @@ from difftune.files import output
 from difftune.files.claim import fresh
 from difftune.files.noises import noises_of
 from difftune.lookup import guidance_named
-from difftune.pipelines.method_parts import equipped, prepared
+from difftune.pipelines.method_parts import Equipped, equip, prepared
 from difftune.pipelines.opened import opened
 from guidance.attach.handle import attach
 from guidance.contract import Guidance
@@ -58,22 +58,21 @@ def generate(
     if eta:
         takes_eta(pipe)
     pipe.set_progress_bar_config(disable=True)
-    guidance = prepared(pipe, guidance, prompts, steps)
+    equipped = equip(pipe, prepared(pipe, guidance, prompts, steps))
     for start in range(0, len(prompts), batch_size):
         chosen = slice(start, start + batch_size)
         given: dict[str, Any] = {"eta": eta} if eta else {}
         if noises is not None:
             given |= for_pipeline(pipe, noises[chosen])
-        yield _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), guidance, steps, given)
+        yield _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), equipped, steps, given)
 
 
 def _batch(
-    pipe: Any, prompts: list[str], seeds: list[int], guidance: Guidance, steps: int, given: Mapping[str, Any]
+    pipe: Any, prompts: list[str], seeds: list[int], equipped: Equipped, steps: int, given: Mapping[str, Any]
 ) -> Batch:
     """A batch by the pipeline, which is told what is `given` besides."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    method, networks = equipped(pipe, guidance, prompts)
-    with attach(pipe, method, networks) as handle:
+    with attach(pipe, equipped.method(prompts), equipped.networks) as handle:
         images = pipe(prompts, generator=generators, num_inference_steps=steps, output_type="pt", **given).images
     images = finite(images.float().cpu(), "a generated picture")
     branches = {name: rows / len(prompts) for name, rows in handle.branches.items()}

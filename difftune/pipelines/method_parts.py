@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,22 +43,38 @@ from solvers.latent import LatentModel
 from solvers.levels import prediction_type
 from solvers.samplers.catalogue import euler, sample
 
-Found = tuple[Any, dict[str, Any]]  # the method with its parts, and the networks beside the pipeline's own
+Prompts = Sequence[str]
+
+
+class Equipped(NamedTuple):
+    """A guidance method with all that it needs of a pipeline, which is looked up and encoded once for a whole run."""
+
+    method: Callable[[Prompts], Any]  # prompts -> the method for a batch of them; it loads and encodes nothing
+    networks: Mapping[str, Any]  # those beside the pipeline's own, by the names that the method uses
+
+
+def fixed(method: Any, networks: Mapping[str, Any] | None = None) -> Equipped:
+    """A method that is the same whatever the prompts."""
+    return Equipped(lambda prompts: method, networks or {})
+
+
 RUNS = 16  # that LinearAG is fitted to, at least
 FIT_SEED = 20_231_219  # of their noise: none that images are drawn with by default
 
 
-def equipped(pipe: Any, guidance: Guidance, prompts: Sequence[str]) -> tuple[Guidance, Mapping[str, Any]]:
-    """The method with all that it needs for these prompts, and the networks that it names.
+@torch.no_grad()
+def equip(pipe: Any, guidance: Guidance) -> Equipped:
+    """Find all that a method needs of a pipeline, and the networks that it names.
 
-    Raises UserError where something must be given, or is not known.
+    Raises UserError for what must be given, or is not known; so does `Equipped.method`, for a prompt that the method
+    cannot serve.
     """
     method: Any = guidance
     if "method" in vars(method):
-        inner, networks = equipped(pipe, method.method, prompts)
-        return replace(method, method=inner), networks
+        inner = equip(pipe, method.method)
+        return Equipped(lambda prompts: replace(method, method=inner.method(prompts)), inner.networks)
     find = PARTS.get(type(method))
-    return (method, {}) if find is None else find(pipe, method, prompts)
+    return fixed(method) if find is None else find(pipe, method)
 
 
 @torch.no_grad()
@@ -115,7 +131,8 @@ def check_trainable(guidance: Guidance, scheduler: Callable[[], Any]) -> None:
 def trainable(pipe: Any, guidance: Guidance) -> tuple[Guidance, Mapping[str, Any]]:
     """The method with all that it needs, whatever the prompts, and the networks that it names."""
     check_trainable(guidance, lambda: pipe.scheduler)
-    return equipped(pipe, guidance, ())
+    found = equip(pipe, guidance)
+    return found.method(()), found.networks
 
 
 def _check_flow(scheduler: Any) -> None:
@@ -129,8 +146,8 @@ def _check_flow(scheduler: Any) -> None:
 # ------------------------------------------------------------------------------------------------ each method's parts
 
 
-def _weak(pipe: Any, method: AutoGuidance, prompts: Sequence[str]) -> Found:
-    return method, _networks(pipe, method.network)
+def _weak(pipe: Any, method: AutoGuidance) -> Equipped:
+    return fixed(method, _networks(pipe, method.network))
 
 
 def _networks(pipe: Any, name: str) -> dict[str, Any]:
@@ -163,18 +180,20 @@ def _network(model: str) -> Any:
     return pipe.components[family_of(pipe).denoisers[0]].requires_grad_(False)
 
 
-def _gfcg(pipe: Any, method: GFCG, prompts: Sequence[str]) -> Found:
+def _gfcg(pipe: Any, method: GFCG) -> Equipped:
     networks = {} if method.network == "main" else _networks(pipe, method.network)
     if not isinstance(method.classify, str):
-        return method, networks
+        return fixed(method, networks)
     classify, classes = _classifier(pipe, method.classify), LatentModel(pipe).encode(TEXTS)["cond"]
-    return replace(method, classify=classify, classes=classes, target=targets(prompts)), networks
+    found = replace(method, classify=classify, classes=classes)
+    return Equipped(lambda prompts: replace(found, target=targets(prompts)), networks)
 
 
-def _classifier_guidance(pipe: Any, method: ClassifierGuidance, prompts: Sequence[str]) -> Found:
+def _classifier_guidance(pipe: Any, method: ClassifierGuidance) -> Equipped:
     if not isinstance(method.classify, str):
-        return method, {}
-    return replace(method, classify=_classifier(pipe, method.classify), target=targets(prompts)), {}
+        return fixed(method)
+    found = replace(method, classify=_classifier(pipe, method.classify))
+    return Equipped(lambda prompts: replace(found, target=targets(prompts)), {})
 
 
 TEXTS = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in CLASSES]  # a prompt for each class
@@ -205,24 +224,26 @@ def _loaded_classifier() -> Any:
     return load_classifier()
 
 
-def _dynamic(pipe: Any, method: DynamicCFG, prompts: Sequence[str]) -> Found:
-    return replace(method, scorers=tuple(_scorer(pipe, scorer, prompts) for scorer in method.scorers)), {}
+def _dynamic(pipe: Any, method: DynamicCFG) -> Equipped:
+    scorers = [_scorer(pipe, scorer) for scorer in method.scorers]
+    return Equipped(lambda prompts: replace(method, scorers=tuple(scorer(prompts) for scorer in scorers)), {})
 
 
-def _scorer(pipe: Any, scorer: Any, prompts: Sequence[str]) -> Callable[[Tensor], Tensor]:
+def _scorer(pipe: Any, scorer: Any) -> Callable[[Prompts], Callable[[Tensor], Tensor]]:
+    """Prompts -> a function of their x0."""
     if not isinstance(scorer, str):
-        return scorer
+        return lambda prompts: scorer
     try:
         reward = load(scorer)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
     latent = LatentModel(pipe)
-    return lambda x0: reward(latent.decode(x0), prompts)
+    return lambda prompts: lambda x0: reward(latent.decode(x0), prompts)
 
 
-def _perp_neg(pipe: Any, method: PerpNeg, prompts: Sequence[str]) -> Found:
+def _perp_neg(pipe: Any, method: PerpNeg) -> Equipped:
     _check_negatives(method)
-    return replace(method, negatives=tuple(_encoded(pipe, n) for n in method.negatives)), {}
+    return fixed(replace(method, negatives=tuple(_encoded(pipe, n) for n in method.negatives)))
 
 
 def _check_negatives(method: PerpNeg) -> None:
@@ -230,15 +251,15 @@ def _check_negatives(method: PerpNeg) -> None:
         raise UserError("perpneg has no negative prompt: give --guidance.negatives, separated by semicolons")
 
 
-def _multi(pipe: Any, method: MultiCondition, prompts: Sequence[str]) -> Found:
-    return replace(method, conds=tuple(c if c == "cond" else _encoded(pipe, c) for c in method.conds)), {}
+def _multi(pipe: Any, method: MultiCondition) -> Equipped:
+    return fixed(replace(method, conds=tuple(c if c == "cond" else _encoded(pipe, c) for c in method.conds)))
 
 
-def _in_attention(pipe: Any, method: NASA | NAG, prompts: Sequence[str]) -> Found:
+def _in_attention(pipe: Any, method: NASA | NAG) -> Equipped:
     _check_negative(method)
     if not isinstance(method.negative, str):
-        return method, {}
-    return replace(method, negative=_encoded(pipe, method.negative)["encoder_hidden_states"]), {}
+        return fixed(method)
+    return fixed(replace(method, negative=_encoded(pipe, method.negative)["encoder_hidden_states"]))
 
 
 def _check_negative(method: NASA | NAG) -> None:
@@ -251,7 +272,7 @@ def _encoded(pipe: Any, text: str | Cond) -> Cond:
     return LatentModel(pipe).encode(text)["cond"] if isinstance(text, str) else text
 
 
-PARTS: dict[type, Callable[[Any, Any, Sequence[str]], Found]] = {
+PARTS: dict[type, Callable[[Any, Any], Equipped]] = {
     AutoGuidance: _weak,
     GFCG: _gfcg,
     ClassifierGuidance: _classifier_guidance,

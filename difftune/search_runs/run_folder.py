@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,14 +22,13 @@ from difftune.environment import versions
 from difftune.errors import RunError, UserError
 from difftune.files.checkpoint import Say
 from difftune.files.output import grid, png, unused, write, write_json
-from difftune.lookup import at_least, guidance_named, known, model_named, reward_named
+from difftune.lookup import at_least, guidance_named, model_named, reward_named
 from difftune.pipelines.generate import pixels
 from difftune.pipelines.opened import opened
 from difftune.search_runs.experts import experts_for
+from difftune.search_runs.flags import experts_of, settings_of
 from difftune.search_runs.lineage_plot import picture
 from difftune.search_runs.search import GRADIENTS, Found, Point, Search, configured, search
-from guidance.search.catalogue import SEARCHES
-from guidance.search.fkc import Exponents
 from guidance.search.problem import Saved
 from rewards.registry import Reward
 
@@ -71,64 +70,6 @@ def check(config: SearchConfig) -> None:
     model_named(config.model)
 
 
-def settings_of(config: SearchConfig) -> dict[str, Any]:
-    """The method's own settings, each in its field's type."""
-    make = SEARCHES[known("search method", config.method, SEARCHES)].config
-    hints, found = get_type_hints(make), {}
-    for pair in config.setting or []:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"--setting {pair} has no value: write it KEY=VALUE")
-        if name in found:
-            raise UserError(f"--setting {name} is given twice: give it once")
-        found[name] = typed(name, value, hints[known(f"setting of {config.method}", name, make.__dataclass_fields__)])
-    return found
-
-
-def experts_of(config: SearchConfig) -> dict[str, str]:
-    """The prompts of further experts, by name."""
-    found = {}
-    for pair in config.expert or []:
-        name, equals, prompt = pair.partition("=")
-        if not name or not equals:
-            raise UserError(f"--expert {pair} has no name: write it NAME=PROMPT")
-        if name in found:
-            raise UserError(f"--expert {name} is given twice: give each its own name")
-        found[name] = prompt
-    return found
-
-
-def typed(name: str, value: str, hint: Any) -> Any:
-    """A setting in its field's type: none is None, and a field of several types takes the first that fits."""
-    kinds = get_args(hint) or (hint,)
-    if value.lower() == "none" and type(None) in kinds:
-        return None
-    if Exponents in kinds:
-        return exponents(name, value)
-    for kind in [kind for kind in (int, float) if kind in kinds]:
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    if bool in kinds and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if not {int, float, bool} & set(kinds):
-        return value  # a name, which the method checks
-    raise UserError(f"--setting {name}={value} is no {' or '.join(k.__name__ for k in kinds)}")
-
-
-def exponents(name: str, value: str) -> dict[str, float]:
-    """Experts' exponents, written cond:2,uncond:-1."""
-    pairs = [pair.rpartition(":") for pair in value.split(",")]
-    try:
-        found = {expert.strip(): float(number) for expert, _, number in pairs}
-    except ValueError:
-        raise UserError(f"--setting {name}={value} is no list of exponents: write it cond:2,uncond:-1") from None
-    if len(found) < len(pairs):
-        raise UserError(f"--setting {name}={value} names an expert twice: give each one exponent")
-    return found
-
-
 def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: Reward | None) -> Search:
     """The search, from its beginning or from where it was saved."""
     reward = reward_named(config.reward if reward is None else reward, gradient=config.method in GRADIENTS)
@@ -163,7 +104,7 @@ def follow(going: Search, config: SearchConfig, folder: Path, say: Say) -> Found
                 last = time.perf_counter()
             if stop.number:
                 stop.leave(number + 1)
-    found = going.result() if found is None else found
+    found = going.run() if found is None else found
     write(folder / STATE, state_bytes(config, found))
     say(f"{config.method}: mean reward {float(found.rewards.mean()):.4f}, {int(found.nfe.max())} NFEs a prompt")
     return found

@@ -2,7 +2,7 @@
 
     from difftune import search
 
-    best = search(pipe, prompts, method="dts-star", rewards={"tiny-clip": 1.0}, budget=800, seed=0)
+    best = search(pipe, prompts, method="dts-star", rewards={"tiny-clip": 1.0}, budget=800, seed=0).run()
     best.images, best.rewards, best.nfe, best.reward_calls, best.history
 
     for live in search(pipe, prompts, method="fk", rewards={"tiny-clip": 1.0}, budget=800):
@@ -13,8 +13,7 @@ any guidance inside. `guidance.search.catalogue.SEARCHES` has the methods, and e
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -24,29 +23,19 @@ from tqdm import tqdm
 
 from difftune.errors import RunError, UserError
 from difftune.lookup import at_least, known, reward_named
-from difftune.pipelines.engine import frozen, held
-from difftune.pipelines.method_parts import equipped, prepared
-from difftune.search_runs.experts import Expert, Experts, experts_for, fitting
-from guidance.branches import Counter
+from difftune.pipelines.engine import frozen
+from difftune.pipelines.method_parts import prepared
+from difftune.search_runs.experts import Experts, experts_for
+from difftune.search_runs.held import rows_within
+from difftune.search_runs.problem import Adapter
 from guidance.contract import Guidance
-from guidance.guided import GuidedPredict, guided
-from guidance.methods.cfg import CFG, Plain
+from guidance.methods.cfg import CFG
 from guidance.search.catalogue import SEARCHES
-from guidance.search.dts import DTS
-from guidance.search.fkc import FKC
-from guidance.search.population import size_for
-from guidance.search.problem import Problem, RowCounter, Saved, State, estimate
-from guidance.search.selection import SVDD, Beam
-from rewards.compose import WeightedSum
+from guidance.search.problem import Problem, Saved, State
 from rewards.registry import Reward
-from solvers.denoiser import Cond, Path, Prediction
 from solvers.latent import LatentModel
-from solvers.memory.budget import parse_size, size_text
-from solvers.memory.live import LiveBytes, measured
-from solvers.noise import Noise
 
 GRADIENTS = {"tds"}  # methods that differentiate the reward
-SEED = 31  # of the numbers that costs are measured with
 
 
 class Point(NamedTuple):
@@ -99,8 +88,7 @@ def decoded(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
 
 @dataclass
 class Search:
-    """A search that runs as it is iterated; asked for `images`, `rewards`, `nfe`, `reward_calls` or `history`, it runs
-    to its end first. `problem` counts what was spent."""
+    """A search that is run to its end by `run`, or step by step as it is iterated; `problem` counts what was spent."""
 
     problem: Problem
     method: str
@@ -115,35 +103,19 @@ class Search:
         """The best so far after each step of the method."""
         yield from self._steps
 
-    def result(self) -> Found:
-        """The end of the search."""
+    def run(self) -> Found:
+        """Run to the end of the search, from wherever it stands. Raises RunError where nothing was found."""
         for _ in self:
             pass
         if self._last is None:
             raise RunError(f"{self.method} found nothing within its budget: raise the budget")
         return self._last
 
-    @property
-    def images(self) -> Tensor:
-        return self.result().images
-
-    @property
-    def rewards(self) -> Tensor:
-        return self.result().rewards
-
-    @property
-    def nfe(self) -> Tensor:
-        return self.result().nfe
-
-    @property
-    def reward_calls(self) -> Tensor:
-        return self.result().reward_calls
-
     @cached_property
     def _steps(self) -> Iterator[Found]:
-        return self._run()
+        return self._followed()
 
-    def _run(self) -> Iterator[Found]:
+    def _followed(self) -> Iterator[Found]:
         decode = LatentModel(self.pipe).decode
         with tqdm(total=self._total(), desc=self.method, unit="NFE", disable=None if self.progress else True) as bar:
             for state in self._unwatched():
@@ -174,20 +146,12 @@ def standing(state: State) -> dict[str, str]:
 
 
 def appended(history: tuple[Point, ...], state: State) -> tuple[Point, ...]:
-    """The curve with another point; of a flat stretch, the ends alone."""
+    """The curve with another point; of a flat stretch, the ends alone, and a point that is there already once."""
     point = Point(state.nfe.tolist(), state.reward_calls.tolist(), state.reward.tolist())
+    if history and history[-1] == point:  # a search that is resumed at its end says it again
+        return history
     flat = len(history) > 1 and history[-1].reward == history[-2].reward == point.reward
     return (*(history[:-1] if flat else history), point)
-
-
-@contextmanager
-def worded() -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def search(
@@ -212,7 +176,7 @@ def search(
     saved: Saved | None = None,
     **settings: Any,
 ) -> Search:
-    """A search for images of high reward, one for each prompt: to be iterated, or asked for its `images`.
+    """A search for images of high reward, one for each prompt: to be `run`, or to be iterated.
 
     method: of `SEARCHES`; `settings` are its config's. rewards: weights by name ({"tiny-clip": 1.0}, the default), or a
     reward. budget, reward_budget: network evaluations and reward calls of each prompt, never exceeded; None is no
@@ -234,16 +198,16 @@ def search(
     adapter = Adapter(LatentModel(pipe), prompts, reward, height, width)
     levels = adapter.model.levels(num_inference_steps, height, width)
     guidance = prepared(pipe, guidance or CFG(5.0), prompts, num_inference_steps)
-    with worded():
-        adapter = adapter.with_experts(named, levels)
-        problem = adapter.problem(levels, guidance, negative_prompts, seed, eta)
-        if eta == 0 and method not in ("best-of-n", "importance"):
-            problem.needs_noise(method)
+    adapter = adapter.with_experts(named, levels)
+    problem = adapter.problem(levels, guidance, negative_prompts, seed, eta)
+    if eta == 0 and method not in ("best-of-n", "importance"):
+        problem.needs_noise(method)
     problem.budget, problem.reward_budget = budget, reward_budget
-    problem.micro_batch = micro_batch or adapter.micro_batch(problem, config, memory_budget, method in GRADIENTS)
-    with worded():
-        states = SEARCHES[method].search(problem, config, saved)
-    others = tuple(other.model.pipe for other in adapter.others.values())
+    problem.micro_batch = micro_batch
+    if micro_batch is None and memory_budget is not None:
+        problem.micro_batch = rows_within(memory_budget, adapter, problem, config, method in GRADIENTS)
+    states = SEARCHES[method].search(problem, config, saved)
+    others = tuple(model.pipe for model in adapter.other_models)
     return Search(problem, method, states, pipe, progress, others=others)
 
 
@@ -252,174 +216,4 @@ def configured(method: str, settings: Mapping[str, Any]) -> Any:
     make = SEARCHES[known("search method", method, SEARCHES)].config
     for name in settings:
         known(f"setting of {method}", name, make.__dataclass_fields__)
-    with worded():
-        return make(**settings)
-
-
-# ------------------------------------------------------------------------------------------------ the adapter
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A pipeline, prompts and a reward as what `Problem` asks for; `others` are those of experts."""
-
-    model: LatentModel
-    prompts: list[str]
-    reward: WeightedSum
-    height: int | None = None
-    width: int | None = None
-    others: Mapping[str, "Adapter"] = field(default_factory=dict)
-
-    def with_experts(self, experts: Mapping[str, Expert], levels: Sequence[Noise]) -> "Adapter":
-        """The same with these experts, each of which must fit."""
-        height, width = size = self.model.size(self.height, self.width)
-        others = {}
-        for name, expert in experts.items():
-            own = expert.pipe is None or expert.pipe is self.model.pipe
-            model = self.model if own else fitting(name, expert.pipe, self.model, size, levels)
-            others[name] = Adapter(model, expert.prompts(name, self.prompts), self.reward, height, width)
-        return replace(self, others=others)
-
-    def problem(
-        self,
-        levels: Sequence[Noise],
-        guidance: Guidance,
-        negative_prompts: str | Sequence[str] | None = None,
-        seed: int = 0,
-        eta: float = 1.0,
-    ) -> Problem:
-        """A group for each prompt, of seed, seed + 1, ...; budgets are the caller's."""
-        conds = self.conds(negative_prompts)
-
-        def predict(groups: Tensor) -> GuidedPredict:
-            return self.guided(guidance, conds, groups)
-
-        shape = self.model.shape(self.height, self.width)
-        seeds = [seed + i for i in range(len(self.prompts))]
-        experts = {name: self.expert(cond) for name, cond in conds.items()}
-        experts |= {name: other.expert(other.conds()["cond"]) for name, other in self.others.items()}
-        costs = [self.cost(predict, at, shape) for at in levels[:-1]]
-        return Problem(levels, predict, self.scores, shape, seeds, eta, costs, experts, device=self.model.device)
-
-    @torch.no_grad()
-    def conds(self, negative_prompts: str | Sequence[str] | None = None) -> dict[str, Cond]:
-        return self.model.encode(self.prompts, negative_prompts, self.height, self.width)
-
-    def expert(self, cond: Cond) -> Callable[[Tensor], GuidedPredict]:
-        """The unguided prediction under a condition of all prompts."""
-        return lambda groups: self.guided(Plain(), {"cond": cond}, groups)
-
-    def guided(self, guidance: Guidance, conds: Mapping[str, Cond], groups: Tensor) -> GuidedPredict:
-        """The guided prediction for rows of these groups, with what the method needs for their prompts."""
-        method, networks = equipped(self.model.pipe, guidance, self.texts(groups))
-        denoise = self.model.denoiser
-        others = {name: replace(denoise, network=network) for name, network in networks.items()}
-        rows = {name: rows_of(cond, groups) for name, cond in conds.items()}
-        predict = guided(denoise, method, rows, counter=RowCounter())
-        return replace(predict, networks={**predict.networks, **others})
-
-    def texts(self, groups: Tensor) -> list[str]:
-        return [self.prompts[group] for group in groups.tolist()]
-
-    def scores(self, x0: Tensor, groups: Tensor) -> Tensor:
-        """The total reward (B,) of latents."""
-        return self.reward(self.model.decode(x0, checkpointed=x0.requires_grad), self.texts(groups))
-
-    def cost(self, predict: Callable[[Tensor], GuidedPredict], at: Noise, shape: tuple[int, ...]) -> int:
-        """The rows that guidance may ask for at a level, for one sample: tried on random answers in place of networks,
-        so that nothing is settled early."""
-        real, counter = predict(torch.zeros(1, dtype=torch.int64)), Counter()
-        blind = {name: Blind(denoise.prediction_type) for name, denoise in real.networks.items()}
-        x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(SEED)).to(self.model.device)
-        replace(real, networks=blind, counter=counter)(Path(x), at)
-        return counter.rows
-
-    def micro_batch(self, problem: Problem, config: Any, memory_budget: str | None, gradient: bool) -> int | None:
-        """The rows at a time that keep the predicted peak within the budget; all of them without one."""
-        if memory_budget is None:
-            return None
-        with worded():
-            limit = parse_size(memory_budget)
-        group, i = torch.zeros(1, dtype=torch.int64), problem.steps - 1
-        x, said = problem.start(0, -1).x, list[Prediction]()
-
-        def scored(x: Tensor) -> list[Tensor]:
-            for name in self.others:
-                problem.experts[name](group)(Path(x), problem.levels[i])
-            said[:] = [problem.predict(group)(Path(x), problem.levels[i])]
-            return [self.scores(estimate(said[0]), group)]
-
-        models = [other.model for other in self.others.values()]
-        with frozen(self.model.pipe, *(model.pipe for model in models)):
-            peak = measured(scored, x).peak if gradient else forward_peak(lambda: scored(x))
-        base = held(self.model, 0, *models) + kept(problem, config, said[0], gradient)
-        if base + peak > limit:
-            enough = size_text(base + peak)
-            raise UserError(
-                f"memory_budget {memory_budget} is too small: one row at a time takes {enough}, with the model and the "
-                f"{paid(problem, config)} samples that the budgets pay for"
-            )
-        return (limit - base) // max(peak, 1)
-
-
-def alive(problem: Problem, config: Any) -> int:
-    """The samples, of all prompts, that are on their way at once, at most."""
-    if isinstance(config, DTS):
-        return len(problem.seeds) * config.parallel
-    each = config.candidates if isinstance(config, SVDD | Beam) else 1
-    return len(problem.seeds) * each * size_for(problem, config.particles, each * problem.cost(), each)
-
-
-def paid(problem: Problem, config: Any) -> int:
-    """The samples, of all prompts, that the budgets pay for; without a budget, those of one run."""
-    if problem.budget is problem.reward_budget is None:
-        return alive(problem, config)
-    return len(problem.seeds) * size_for(problem, None, problem.cost(), 1)
-
-
-def kept(problem: Problem, config: Any, said: Prediction, gradient: bool) -> int:
-    """The most bytes that samples take on the device beside the rows that a network is run on. said: of one row.
-
-    Those on their way have each their state and what was last said of it, twice, since a step makes them anew, and what
-    a step computes between. Finished ones are gathered; a tree has, on the CPU, a state for each node instead: a
-    rollout's levels, and pure noise.
-    """
-    latent, memory = said.x0.nbytes, sum(value.nbytes for value in said.memory.values())
-    predictions = len(problem.experts) + 1 if isinstance(config, FKC) else 1  # the experts', and their mixture
-    latents = 2 * (2 + 2 * predictions + (said.shift is not None) + gradient) + (8 if gradient else 2)
-    going = alive(problem, config) * (latents * latent + 4 * memory)
-    if not isinstance(config, DTS):
-        return going + 2 * paid(problem, config) * latent
-    nodes = paid(problem, config) * (config.branches + 1) if torch.device(problem.device).type == "cpu" else 0
-    return going + nodes * (latent + memory)
-
-
-class Blind:
-    """Random answers in place of a network's, to see what a guidance method asks for."""
-
-    def __init__(self, prediction_type: str):
-        self.prediction_type = prediction_type
-        self.generator = torch.Generator().manual_seed(SEED)
-
-    def __call__(self, x: Tensor, at: Noise, cond: Cond) -> Prediction:
-        x0, eps = (torch.randn(x.shape, generator=self.generator).to(x) for _ in range(2))
-        return Prediction(x0, eps)
-
-    @contextmanager
-    def patched(self, name: str) -> Iterator[None]:
-        yield
-
-
-def forward_peak(function: Callable[[], Any]) -> int:
-    """Bytes of a computation without a graph, the most at once."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    with torch.no_grad(), LiveBytes() as live:
-        function()
-    return max(live.peak, torch.cuda.max_memory_allocated() - before if torch.cuda.is_available() else 0)
-
-
-def rows_of(cond: Cond, groups: Tensor) -> Cond:
-    """A condition's rows of these groups."""
-    return {name: value[groups.to(value.device)] for name, value in cond.items()}
+    return make(**settings)

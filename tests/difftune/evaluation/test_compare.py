@@ -14,7 +14,7 @@ from difftune.errors import UserError
 from difftune.evaluation.compare import Cell, labelled
 from difftune.lookup import guidance_named, takes_scale
 from difftune.pipelines import method_parts
-from difftune.pipelines.method_parts import TEXTS, equipped, targets
+from difftune.pipelines.method_parts import TEXTS, equip, targets
 from guidance.methods.catalogue import APG, CFG, GUIDANCE, AdaptiveGuidance, CFGpp, Interval, Rescale
 from tests.support.pipelines import ddim, sd
 
@@ -103,7 +103,7 @@ def test_a_weak_network_keeps_its_weights_where_a_pipeline_is_in_half_precision(
     weak, half = sd(seed=1).unet, sd().to(torch.bfloat16)
     before = {name: weight.clone() for name, weight in weak.state_dict().items()}
     monkeypatch.setattr(method_parts, "_network", lambda model: weak)
-    _, networks = equipped(half, guidance_named("autoguidance", 2.0), ["a red circle"])
+    networks = equip(half, guidance_named("autoguidance", 2.0)).networks
     assert networks["weak"].dtype == torch.bfloat16
     assert all(torch.equal(weight, before[name]) for name, weight in weak.state_dict().items())
 
@@ -151,9 +151,10 @@ def test_targets():
         targets(["a cat"])
 
 
-def test_equipped_leaves_what_is_there():
+def test_equipping_leaves_what_is_there():
     method = Interval(AdaptiveGuidance())
-    assert equipped(None, method, ["x"]) == (method, {})
+    found = equip(None, method)
+    assert (found.method(["x"]), found.networks) == (method, {})
 
 
 # ------------------------------------------------------------------------------------------------ compare

@@ -25,12 +25,26 @@ from difftune.cli.program import cli
 from difftune.configs.search import SearchConfig
 from difftune.errors import RunError, UserError
 from difftune.lookup import reward_named
+from difftune.pipelines import method_parts
 from difftune.search_runs import run_folder as command
 from difftune.search_runs import search as searching
 from difftune.search_runs.experts import Expert
-from difftune.search_runs.search import GRADIENTS, Adapter, Search, kept
+from difftune.search_runs.flags import settings_of
+from difftune.search_runs.held import kept, rows_within
+from difftune.search_runs.problem import Adapter
+from difftune.search_runs.search import GRADIENTS, Search
 from guidance.guided import guided
-from guidance.methods.catalogue import CFG, AdaptiveGuidance, Between, CFGpp, Plain
+from guidance.methods.catalogue import (
+    CFG,
+    NAG,
+    AdaptiveGuidance,
+    Between,
+    CFGpp,
+    ClassifierGuidance,
+    DynamicCFG,
+    PerpNeg,
+    Plain,
+)
 from guidance.search.fk import FK
 from guidance.search.problem import Problem
 from solvers.denoiser import Path, Prediction
@@ -78,7 +92,7 @@ def searched(pipe, prompts=PROMPTS, method="fk", budget=48, **options) -> Search
 def test_the_network_is_called_as_often_as_is_said(pipe):
     rows = []
     hook = pipe.unet.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
-    found = searched(pipe).result()
+    found = searched(pipe).run()
     hook.remove()
     assert found.nfe.tolist() == [48, 48]
     assert sum(rows) == 96
@@ -86,7 +100,7 @@ def test_the_network_is_called_as_often_as_is_said(pipe):
 
 
 def test_the_image_has_the_reward_that_is_said(pipe):
-    best = searched(pipe)
+    best = searched(pipe).run()
     assert best.images.shape == (2, 3, 16, 16)
     torch.testing.assert_close(Left()(best.images, PROMPTS).double(), best.rewards, rtol=1e-4, atol=1e-4)
     assert best.history[-1].reward == best.rewards.tolist()
@@ -120,14 +134,14 @@ def test_the_progress_bar_says_the_best_so_far_and_counts(pipe, monkeypatch):
     want = [(int(live.nfe.sum()), mean, int(live.reward_calls.sum())) for live, mean in zip(seen, best, strict=True)]
     assert shown[: len(want)] == want
     assert best[:2] == ["", ""] and len({*best}) > 2 and want[-1] == (36, best[-1], 6)
-    searched(pipe, method="best-of-n", budget=6).result()
+    searched(pipe, method="best-of-n", budget=6).run()
     assert made == [None, True]
 
 
 @pytest.mark.parametrize("method", [name for name in SEARCHES if name in {*PARTICLES, "beam", "best-of-n"}])
 def test_a_prompt_is_searched_the_same_alone_and_beside_another(pipe, method):
-    both = searched(pipe, method=method, seed=4).result()
-    alone = searched(pipe, PROMPTS[1:], method=method, seed=5, micro_batch=3).result()
+    both = searched(pipe, method=method, seed=4).run()
+    alone = searched(pipe, PROMPTS[1:], method=method, seed=5, micro_batch=3).run()
     torch.testing.assert_close(both.rewards[1:], alone.rewards, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(both.latents[1:], alone.latents, rtol=1e-3, atol=1e-4)
 
@@ -146,7 +160,7 @@ def test_best_of_one_is_the_pipelines_sampler(pipe):
                     path = step(predict, path, now, then, problem.noise(0, 0, 1, i))
             else:
                 *_, path = sample(step, predict, path, problem.levels)
-            torch.testing.assert_close(found.result().latents, path.x, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.run().latents, path.x, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [pipelines.sdxl, dits.sd3])
@@ -154,7 +168,7 @@ def test_particles_run_over_sdxl_and_over_flows(make):
     """A flow model's sampler is made stochastic: one particle's descendants differ."""
     pipe = make()
     early = {"start": 0.0, "stop": 0.0, "threshold": None, "inverse_temperature": 5.0}
-    found = searched(pipe, budget=24, particles=4, **early).result()
+    found = searched(pipe, budget=24, particles=4, **early).run()
     weighted = found.state.weighted()
     assert found.rewards.isfinite().all()
     assert found.nfe.tolist() == [24, 24]
@@ -165,7 +179,7 @@ def test_particles_run_over_sdxl_and_over_flows(make):
 def test_every_method_runs_over_sdxl_and_over_flows(make):
     pipe = make()
     for method in SEARCHES:
-        found = searched(pipe, method=method, budget=24).result()
+        found = searched(pipe, method=method, budget=24).run()
         torch.testing.assert_close(Left()(found.images, PROMPTS).double(), found.rewards, rtol=1e-3, atol=1e-3)
         assert all(12 < nfe <= 24 for nfe in found.nfe.tolist())
 
@@ -173,19 +187,19 @@ def test_every_method_runs_over_sdxl_and_over_flows(make):
 def test_fkc_over_a_pipeline_weighs_what_its_guidance_stands_for(pipe):
     """CFG(3) is the exponents 3 and -2; in an empty interval nobody is weighed."""
     everywhere = {"method": "fkc", "guidance": CFG(3.0), "start": 0.0, "stop": 1.0, "budget": 24}
-    read, named = (searched(pipe, **everywhere, **o).result() for o in ({}, {"exponents": {"cond": 3, "uncond": -2}}))
+    read, named = (searched(pipe, **everywhere, **o).run() for o in ({}, {"exponents": {"cond": 3, "uncond": -2}}))
     assert read.latents.equal(named.latents) and read.nfe.tolist() == [24, 24] and read.reward_calls.tolist() == [4, 4]
     assert len(read.state.weighted().log_weight.unique()) > 2
-    assert not searched(pipe, **{**everywhere, "stop": 0.0}).result().state.weighted().log_weight.any()
+    assert not searched(pipe, **{**everywhere, "stop": 0.0}).run().state.weighted().log_weight.any()
 
 
 def test_fkc_multiplies_two_prompts(pipe):
     """The second one stands where the negative prompt does; their order does not matter."""
     product = {"method": "fkc", "exponents": {"cond": 1.0, "uncond": 1.0}, "budget": 24, "start": 0.0, "stop": 1.0}
-    one = searched(pipe, PROMPTS[:1], **product, negative_prompts=PROMPTS[1]).result()
-    other = searched(pipe, PROMPTS[1:], **product, negative_prompts=PROMPTS[0]).result()
+    one = searched(pipe, PROMPTS[:1], **product, negative_prompts=PROMPTS[1]).run()
+    other = searched(pipe, PROMPTS[1:], **product, negative_prompts=PROMPTS[0]).run()
     torch.testing.assert_close(one.latents, other.latents, rtol=1e-4, atol=1e-4)
-    alone = searched(pipe, PROMPTS[:1], **product, negative_prompts=PROMPTS[0]).result()
+    alone = searched(pipe, PROMPTS[:1], **product, negative_prompts=PROMPTS[0]).run()
     assert (alone.latents - one.latents).abs().max() > 1e-3
 
 
@@ -222,7 +236,7 @@ def saying_v(pipe):
 
 def same_law(one, other) -> bool:
     """The same particles with the same weights, to the rounding of sums."""
-    a, b = one.result().state.weighted(), other.result().state.weighted()
+    a, b = one.run().state.weighted(), other.run().state.weighted()
     return all(
         torch.allclose(getattr(a, name).double(), getattr(b, name).double(), 1e-3, 1e-3)
         for name in ("x0", "log_weight")
@@ -236,7 +250,7 @@ def test_a_second_prompt_is_an_expert(pipe):
     assert same_law(multiplied(pipe, {"first": PROMPTS[0], "second": PROMPTS[1]}, {"first": 0.7, "second": 0.7}),
                     multiplied(pipe, None, {"cond": 0.7, "uncond": 0.7}, negative_prompts=PROMPTS[::-1]))  # fmt: skip
     other = multiplied(pipe, {"other": PROMPTS[::-1]}, {"cond": 0.9, "other": 0.6})
-    assert not same_law(other, whole) and other.nfe.tolist() == [24, 24]
+    assert not same_law(other, whole) and other.problem.spent.nfe.tolist() == [24, 24]
 
 
 @pytest.mark.parametrize("prompt", [None, "a square"])
@@ -320,7 +334,7 @@ def test_a_flow_may_take_part_in_a_search_of_a_diffusion_but_not_the_other_way_r
     flows, diffusion = dits.sd3(), pipelines.sd(vae_config={"shift_factor": 0.1, "scaling_factor": 1.5})
     exponents = {"cond": 1.0, "other": 0.5}
     mixed = multiplied(diffusion, {"other": Expert(pipe=flows)}, exponents)
-    assert mixed.result().latents.isfinite().all() and not same_law(mixed, multiplied(diffusion, None, {"cond": 1.5}))
+    assert mixed.run().latents.isfinite().all() and not same_law(mixed, multiplied(diffusion, None, {"cond": 1.5}))
     with pytest.raises(UserError, match="it knows sigma / alpha .*, and the search asks inf to"):
         multiplied(flows, {"other": Expert(pipe=diffusion)}, exponents)
 
@@ -330,20 +344,20 @@ def test_a_second_prompt_on_the_command_line(pipe, tmp_path):
     given = {"budget": 24, "setting": [*settings, "exponents=cond:.9,other:.6"], "expert": ["other=a = b"]}
     found = run(pipe, config(tmp_path / "out", "fkc", **given))
     want = multiplied(pipe, {"other": "a = b"}, {"cond": 0.9, "other": 0.6})
-    assert found["reward"] == pytest.approx(float(want.rewards.mean()), rel=1e-4) and found["nfe"] == 24
+    assert found["reward"] == pytest.approx(float(want.run().rewards.mean()), rel=1e-4) and found["nfe"] == 24
 
 
 def test_exponents_are_given_on_the_command_line():
     for value, want in (("cond:1.5, uncond:-.5", {"cond": 1.5, "uncond": -0.5}), ("none", None)):
         given = SearchConfig("fkc", PROMPTS, "tiny", output_dir="out", setting=[f"exponents={value}"])
-        assert command.settings_of(given) == {"exponents": want}
+        assert settings_of(given) == {"exponents": want}
 
 
 def test_the_gradient_raises_the_reward_and_leaves_the_pipeline_alone(pipe):
     before = [p.requires_grad for p in pipe.unet.parameters()]
     plain = searched(pipe, method="importance", budget=24)
     tilted = searched(pipe, method="tds", budget=24, inverse_temperature=0.3)
-    assert tilted.result().state.weighted().reward.mean() > plain.result().state.weighted().reward.mean()
+    assert tilted.run().state.weighted().reward.mean() > plain.run().state.weighted().reward.mean()
     assert [p.requires_grad for p in pipe.unet.parameters()] == before
     assert all(p.grad is None for p in pipe.unet.parameters())
 
@@ -360,31 +374,66 @@ def test_the_gradient_raises_the_reward_and_leaves_the_pipeline_alone(pipe):
 def test_the_most_that_guidance_may_cost_is_known_beforehand(pipe, guidance, want):
     found = searched(pipe, method="best-of-n", guidance=guidance, budget=sum(want))
     assert list(found.problem.costs) == want
-    assert found.result().nfe.max() <= sum(want)
+    assert found.run().nfe.max() <= sum(want)
+
+
+NEGATIVE = {"perpneg": PerpNeg(negatives=("green",)), "nag": NAG(negative="green"), "cfg": CFG(3.0)}
+
+
+@pytest.mark.parametrize("name", NEGATIVE)
+def test_a_search_encodes_its_prompts_and_its_negatives_once(pipe, name):
+    """Before it begins, however many steps and micro-batches there are: prompts, negatives, and those of the method."""
+    texts = []
+    hook = pipe.text_encoder.register_forward_hook(lambda module, args, out: texts.append(len(args[0])))
+    found = searched(pipe, method="best-of-n", guidance=NEGATIVE[name], budget=48, micro_batch=1, negative_prompts="x")
+    begun = list(texts)
+    nfe = found.run().nfe
+    hook.remove()
+    assert texts == begun and len(begun) <= 4 and sum(begun) <= 6 and nfe.min() > 24
+
+
+def test_a_method_s_scorer_is_loaded_once_and_told_the_prompts_of_its_rows(pipe, monkeypatch):
+    loaded, asked = [], []
+
+    def load(name):
+        loaded.append(name)
+        return lambda images, prompts: asked.append(list(prompts)) or Left()(images, prompts)
+
+    monkeypatch.setattr(method_parts, "load", load)
+    guidance = DynamicCFG(scorers=("any",), candidates=(1.0, 3.0))
+    found = searched(pipe, method="best-of-n", guidance=guidance, budget=24, micro_batch=1).run()
+    assert loaded == ["any"] and found.rewards.isfinite().all()
+    assert {tuple(prompts) for prompts in asked} == {("red circle",), ("blue square",)}
+
+
+def test_a_prompt_that_the_guidance_cannot_serve_is_refused_before_anything_runs(pipe, monkeypatch):
+    monkeypatch.setattr(method_parts, "_loaded_classifier", lambda: torch.nn.Identity())
+    with pytest.raises(UserError, match="prompt 'a cat' is no class of tiny-classifier"):
+        searched(pipe, ["a red circle", "a cat"], guidance=ClassifierGuidance(classify="tiny-classifier"))
 
 
 def test_guidance_by_noise_level_reaches_the_search(pipe):
     inside = searched(pipe, method="best-of-n", budget=6, guidance=CFG(Between(3.0, 0.0, 1e-9, 1.0)))
     plain = searched(pipe, method="best-of-n", budget=3, guidance=Plain())
-    torch.testing.assert_close(inside.result().latents, plain.result().latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inside.run().latents, plain.run().latents, rtol=1e-4, atol=1e-4)
 
 
 def test_a_memory_budget_sets_the_rows_at_a_time(pipe):
-    free = searched(pipe).result()
+    free = searched(pipe).run()
     with pytest.raises(UserError, match="memory_budget 1kB is too small: one row at a time takes .*iB"):
         searched(pipe, memory_budget="1kB")
     adapter = Adapter(LatentModel(pipe), PROMPTS, reward_named(Left(), gradient=False))
     problem = adapter.problem(LatentModel(pipe).levels(3), CFG(5.0))
     problem.budget = 48
-    small, large = (adapter.micro_batch(problem, FK(), budget, False) for budget in ("3MiB", "300MiB"))
+    small, large = (rows_within(budget, adapter, problem, FK(), False) for budget in ("3MiB", "300MiB"))
     assert 1 <= small < large
     problem.budget = 6 * 10_000
-    assert adapter.micro_batch(problem, FK(), "300MiB", False) < large
+    assert rows_within("300MiB", adapter, problem, FK(), False) < large
     with pytest.raises(UserError, match=r"one row at a time takes .*, with the model and the 20000 samples"):
-        adapter.micro_batch(problem, FK(), "3MiB", False)
+        rows_within("3MiB", adapter, problem, FK(), False)
     tight = searched(pipe, memory_budget="3MiB")
     assert tight.problem.micro_batch == small
-    torch.testing.assert_close(tight.result().rewards, free.rewards, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(tight.run().rewards, free.rewards, rtol=1e-3, atol=1e-3)
 
 
 def echoing(groups):
@@ -542,7 +591,8 @@ def test_killed_while_results_are_written_it_resumes_at_the_end(pipe, tmp_path, 
     hook = pipe.unet.register_forward_hook(lambda *args: pytest.fail("the network ran"))
     found = run(pipe, replace(config(tmp_path / "a"), resume=True))
     hook.remove()
-    assert found["prompts"] == run(pipe, config(tmp_path / "b"))["prompts"]
+    whole = run(pipe, config(tmp_path / "b"))
+    assert (found["prompts"], found["history"]) == (whole["prompts"], whole["history"])  # the last point is there once
 
 
 def test_what_is_written(pipe, tmp_path):

@@ -1,0 +1,93 @@
+"""What a search holds on the device: the rows that fit into a memory budget, beside the samples that it keeps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from difftune.errors import UserError
+from difftune.pipelines.engine import frozen, held
+from difftune.search_runs.problem import Adapter
+from guidance.search.dts import DTS
+from guidance.search.fkc import FKC
+from guidance.search.population import size_for
+from guidance.search.problem import Problem, estimate
+from guidance.search.selection import SVDD, Beam
+from solvers.denoiser import Path, Prediction
+from solvers.memory.budget import parse_size, size_text
+from solvers.memory.live import LiveBytes, measured
+
+
+def rows_within(memory_budget: str, adapter: Adapter, problem: Problem, config: Any, gradient: bool) -> int:
+    """The rows at a time whose predicted peak stays within the budget ("6GiB", the weights included).
+
+    One row is measured; gradient: with its backward pass. Raises UserError where not even one row fits.
+    """
+    limit = parse_size(memory_budget)
+    said, peak = row_peak(adapter, problem, gradient)
+    base = held(adapter.model, 0, *adapter.other_models) + kept(problem, config, said, gradient)
+    if base + peak > limit:
+        enough = size_text(base + peak)
+        raise UserError(
+            f"memory_budget {memory_budget} is too small: one row at a time takes {enough}, with the model and the "
+            f"{paid(problem, config)} samples that the budgets pay for"
+        )
+    return (limit - base) // max(peak, 1)
+
+
+def row_peak(adapter: Adapter, problem: Problem, gradient: bool) -> tuple[Prediction, int]:
+    """What the last step says of one row, and the most bytes that evaluating it takes at once."""
+    group, i = torch.zeros(1, dtype=torch.int64), problem.steps - 1
+    x, said = problem.start(0, -1).x, list[Prediction]()
+
+    def scored(x: torch.Tensor) -> list[torch.Tensor]:
+        for name in adapter.others:
+            problem.experts[name](group)(Path(x), problem.levels[i])
+        said[:] = [problem.predict(group)(Path(x), problem.levels[i])]
+        return [adapter.scores(estimate(said[0]), group)]
+
+    with frozen(adapter.model.pipe, *(model.pipe for model in adapter.other_models)):
+        peak = measured(scored, x).peak if gradient else forward_peak(lambda: scored(x))
+    return said[0], peak
+
+
+def alive(problem: Problem, config: Any) -> int:
+    """The samples, of all prompts, that are on their way at once, at most."""
+    if isinstance(config, DTS):
+        return len(problem.seeds) * config.parallel
+    each = config.candidates if isinstance(config, SVDD | Beam) else 1
+    return len(problem.seeds) * each * size_for(problem, config.particles, each * problem.cost(), each)
+
+
+def paid(problem: Problem, config: Any) -> int:
+    """The samples, of all prompts, that the budgets pay for; without a budget, those of one run."""
+    if problem.budget is problem.reward_budget is None:
+        return alive(problem, config)
+    return len(problem.seeds) * size_for(problem, None, problem.cost(), 1)
+
+
+def kept(problem: Problem, config: Any, said: Prediction, gradient: bool) -> int:
+    """The most bytes that samples take on the device beside the rows that a network is run on. said: of one row.
+
+    Those on their way have each their state and what was last said of it, twice, since a step makes them anew, and what
+    a step computes between. Finished ones are gathered; a tree has, on the CPU, a state for each node instead: a
+    rollout's levels, and pure noise.
+    """
+    latent, memory = said.x0.nbytes, sum(value.nbytes for value in said.memory.values())
+    predictions = len(problem.experts) + 1 if isinstance(config, FKC) else 1  # the experts', and their mixture
+    latents = 2 * (2 + 2 * predictions + (said.shift is not None) + gradient) + (8 if gradient else 2)
+    going = alive(problem, config) * (latents * latent + 4 * memory)
+    if not isinstance(config, DTS):
+        return going + 2 * paid(problem, config) * latent
+    nodes = paid(problem, config) * (config.branches + 1) if torch.device(problem.device).type == "cpu" else 0
+    return going + nodes * (latent + memory)
+
+
+def forward_peak(function: Callable[[], Any]) -> int:
+    """Bytes of a computation without a graph, the most at once."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with torch.no_grad(), LiveBytes() as live:
+        function()
+    return max(live.peak, torch.cuda.max_memory_allocated() - before if torch.cuda.is_available() else 0)
