@@ -137,6 +137,15 @@ REWARDS: dict[str, Entry] = {
         resolution=64,
         preprocessing=ORACLE,
     ),
+    "coverage": Entry(
+        "rewards.world.oracle:Coverage",
+        "share of pixels that background and readable shapes explain; noise and running colours have less",
+        needs_prompt=False,
+        differentiable=False,
+        range=(0, 1),
+        resolution=64,
+        preprocessing=ORACLE,
+    ),
     "ocr": Entry(
         "rewards.learned.ocr:OCR",
         "how much of the text that the prompt quotes can be read in the picture",

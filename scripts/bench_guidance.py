@@ -42,7 +42,7 @@ from guidance.methods.catalogue import CFG, AdaptiveGuidance, CFGpp
 from rewards.registry import load
 from rewards.sets.frechet import frechet
 from rewards.sets.vendi import vendi
-from rewards.world import shapes
+from rewards.world import draw, grammar
 from rewards.world.classifier import load_classifier
 from rewards.world.render import render
 from solvers.denoiser import Path
@@ -138,8 +138,8 @@ def prompts_of(name: str, size: Size) -> Set:
     classes = [{"prompt": text, "category": "one_object"} for text in TEXTS[: size.prompts and 2 * size.prompts]]
     entries = classes if name == "classes" else shapeeval.entries_of(size.prompts)
     rng = np.random.default_rng([0, len(entries)])
-    captions = [shapes.parse(e["prompt"]) for e in entries for _ in range(size.images)]
-    pictures = [torch.from_numpy(render(shapes.draw_scene(rng, caption))).permute(2, 0, 1) for caption in captions]
+    captions = [grammar.parse(e["prompt"]) for e in entries for _ in range(size.images)]
+    pictures = [torch.from_numpy(render(draw.draw_scene(rng, caption))).permute(2, 0, 1) for caption in captions]
     return Set(entries, features(torch.stack(pictures)).view(len(entries), size.images, -1))
 
 
@@ -244,7 +244,7 @@ def _loop(pipe: Any, method: Guidance, steps: int) -> None:
 def inversion(size: Size, method: Guidance) -> dict[str, Any]:
     """PSNR against what the VAE alone makes of the pictures."""
     latent, rng = LatentModel(_pipe()), np.random.default_rng(1)
-    captions, scenes = zip(*(shapes.draw(rng) for _ in range(size.pictures)), strict=True)
+    captions, scenes = zip(*(draw.draw(rng) for _ in range(size.pictures)), strict=True)
     pictures = torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2).float()
     levels = latent.levels(size.inversion_steps)
     found: list[float] = []

@@ -41,7 +41,7 @@ from guidance.methods.catalogue import CFG
 from guidance.search.catalogue import SEARCHES
 from guidance.search.problem import Problem, RowCounter
 from rewards.registry import load
-from rewards.world import shapes
+from rewards.world import grammar
 from solvers.latent import LatentModel
 
 BATCH = 8
@@ -220,7 +220,7 @@ def told(part: str, folder: Path, methods: Sequence[str]) -> str:
     return "\n".join([f"## {part}", "", *lines, "", *differences(results)])
 
 
-CATEGORIES = ("overall", *shapes.CATEGORIES)
+CATEGORIES = ("overall", *grammar.CATEGORIES)
 
 
 def differences(results: dict[str, list[tuple[intervals.Result, float, float, float]]]) -> Iterator[str]:

@@ -48,7 +48,7 @@ from guidance.search.problem import Problem, RowCounter, State
 from guidance.search.selection import SVDD
 from guidance.search.tds import TDS
 from rewards.registry import REWARDS, load
-from rewards.world.shapes import COMPOSITIONAL
+from rewards.world.grammar import COMPOSITIONAL
 from solvers.exact import Mixture, bind
 from solvers.latent import LatentModel
 from solvers.noise import noise

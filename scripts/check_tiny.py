@@ -21,7 +21,7 @@ from difftune.files import output
 from difftune.pipelines.generate import generate, pixels
 from guidance.methods.catalogue import GUIDANCE
 from rewards.registry import load
-from rewards.world import shapes
+from rewards.world import draw, grammar, reader
 from rewards.world.classifier import CLASSES, load_classifier
 from rewards.world.render import render
 
@@ -31,7 +31,7 @@ STREAM = 99  # of random scenes; training uses others
 def scenes(count: int, stream: int = STREAM) -> tuple[Tensor, list, list]:
     """Freshly rendered (images (N, 3, 64, 64), captions, scenes)."""
     rng = np.random.default_rng([1, stream])
-    pairs = [shapes.draw(rng) for _ in range(count)]
+    pairs = [draw.draw(rng) for _ in range(count)]
     images = torch.from_numpy(np.stack([render(scene) for _, scene in pairs])).permute(0, 3, 1, 2)
     return images, [caption for caption, _ in pairs], [scene for _, scene in pairs]
 
@@ -47,9 +47,9 @@ def accepts(images: Tensor, captions: list, scenes: list) -> dict[str, float]:
     """How often the oracle accepts the true caption, and one that is one word away."""
     rng, right, wrong = np.random.default_rng(2), [], []
     for image, caption, scene in zip(images.permute(0, 2, 3, 1).numpy(), captions, scenes, strict=True):
-        seen, false = shapes.read(image), shapes.edits(caption, scene)
-        right.append(shapes.holds(caption, seen))
-        wrong.append(shapes.holds(false[rng.integers(len(false))], seen))
+        seen, false = reader.read(image), grammar.edits(caption, scene)
+        right.append(grammar.holds(caption, seen))
+        wrong.append(grammar.holds(false[rng.integers(len(false))], seen))
     return {"true": float(np.mean(right)), "one_word_wrong": float(np.mean(wrong))}
 
 
@@ -63,7 +63,7 @@ def oracle(count: int = 2000) -> dict[str, dict[str, float]]:
 def shapeeval(model: str, guidance: str, options: dict, steps: int, images_per_prompt: int) -> dict[str, float]:
     method = GUIDANCE[guidance](**options)
     pipe = models.load(model)
-    found = evaluate.evaluate(pipe, method, shapes.shapeeval(), images_per_prompt, steps, 0, 30)
+    found = evaluate.evaluate(pipe, method, draw.shapeeval(), images_per_prompt, steps, 0, 30)
     return {name: round(e.score, 4) for name, e in evaluate.scores(found.results).items()} | {"nfe": found.nfe}
 
 
@@ -72,8 +72,8 @@ def ranked_first(count: int = 1000, edits: int = 7) -> float:
     """How often `tiny-clip` puts the true caption before 7 minimal edits, swaps first."""
     reward, rng, first = load("tiny-clip"), np.random.default_rng(3), []
     for image, caption, scene in zip(*scenes(count, STREAM + 1), strict=True):
-        changed = shapes.edits(caption, scene)
-        wrong = (shapes.swaps(caption, scene) + [changed[i] for i in rng.permutation(len(changed))])[:edits]
+        changed = grammar.edits(caption, scene)
+        wrong = (grammar.swaps(caption, scene) + [changed[i] for i in rng.permutation(len(changed))])[:edits]
         scores = reward(image.expand(len(wrong) + 1, -1, -1, -1), [str(caption), *wrong])
         first.append(bool(scores[0] > scores[1:].max()))
     return float(np.mean(first))
@@ -89,7 +89,7 @@ def classified(count: int = 1000) -> float:
 
 def grid(file: Path, scale: float) -> None:
     """64 samples, uncurated: the first prompts of every category in turn, seed 0."""
-    kinds = [[e["prompt"] for e in shapes.shapeeval() if e["category"] == kind] for kind in shapes.CATEGORIES]
+    kinds = [[e["prompt"] for e in draw.shapeeval() if e["category"] == kind] for kind in grammar.CATEGORIES]
     prompts = [prompt for row in zip(*kinds, strict=True) for prompt in row][:64]
     seeds = [evaluate.image_seed(0, prompt, 0) for prompt in prompts]
     made = generate(models.load("tiny"), prompts, seeds, GUIDANCE["cfg"](scale), 25, 32)

@@ -1,9 +1,10 @@
-"""Draws ShapeEval: 30 prompts in each of GenEval's six categories (https://arxiv.org/abs/2310.11513), seed 0.
+"""Draws ShapeEval and ShapeEval-hard: 30 prompts in each of their categories, seed 0.
 
-    python scripts/make_shapeeval.py rewards/world/shapeeval.json
+    python scripts/make_shapeeval.py rewards/world
 
-In the four compositional categories a third of the contents come with two or three backgrounds, so that enough
-contents are left for training: every content named here is held out from it (`rewards.world.shapes.held_out`).
+ShapeEval has GenEval's six categories (https://arxiv.org/abs/2310.11513), ShapeEval-hard the four beyond them. In the
+compositional categories with few contents a third of them come with two or three backgrounds, so that enough are left
+for training: every content named here is held out from it (`rewards.world.draw.held_out`).
 """
 
 import json
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from rewards.world.draw import draw_caption
+from rewards.world.grammar import CATEGORIES, HARD_CATEGORIES, Caption, content
 from rewards.world.render import BACKGROUNDS
-from rewards.world.shapes import CATEGORIES, Caption, content, draw_caption
 
 CONTENTS = {"two_objects": 10, "counting": 12, "position": 30, "attribute_binding": 30}  # of 39, 42, 612, 153
+HARD_CONTENTS = {"three_objects": 30, "larger_counts": 12, "bound_sizes": 30, "mixed_counts": 30}  # of 816, 42, ...
 
 
 def variants(rng: np.random.Generator, caption: Caption, count: int) -> Iterator[Caption]:
@@ -24,17 +27,17 @@ def variants(rng: np.random.Generator, caption: Caption, count: int) -> Iterator
         yield Caption(caption.phrases, caption.relation, str(background) or None)
 
 
-def prompts(rng: np.random.Generator, kind: str, count: int = 30) -> list[str]:
-    limit, chosen, texts = CONTENTS.get(kind, count), {}, []
+def prompts(rng: np.random.Generator, kind: str, limits: dict[str, int], count: int = 30) -> list[str]:
+    limit, chosen, texts = limits.get(kind, count), {}, []
     while len(chosen) < limit:
         caption = draw_caption(rng, kind)
-        if kind in ("position", "attribute_binding") and caption.phrases[0].color == caption.phrases[1].color:
+        if not worth_asking(kind, caption):
             continue
-        if kind in CONTENTS:
+        if kind in limits:
             chosen.setdefault(content(caption), caption)
         else:
             chosen.setdefault(str(caption), caption)
-    if kind not in CONTENTS:
+    if kind not in limits:
         return list(chosen)
     each = {key: list(variants(rng, caption, 3)) for key, caption in chosen.items()}
     for turn in range(3):
@@ -42,7 +45,20 @@ def prompts(rng: np.random.Generator, kind: str, count: int = 30) -> list[str]:
     return texts[:count]
 
 
-if __name__ == "__main__":
+def worth_asking(kind: str, caption: Caption) -> bool:
+    """Whether the objects of a binding category differ in what is bound: two colours, two sizes."""
+    if kind in ("position", "attribute_binding"):
+        return caption.phrases[0].color != caption.phrases[1].color
+    return kind != "bound_sizes" or None not in {phrase.size for phrase in caption.phrases}
+
+
+def write(file: Path, categories: tuple[str, ...], limits: dict[str, int]) -> None:
     rng = np.random.default_rng(0)
-    rows = [{"category": kind, "prompt": text} for kind in CATEGORIES for text in prompts(rng, kind)]
-    Path(sys.argv[1]).write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    rows = [{"category": kind, "prompt": text} for kind in categories for text in prompts(rng, kind, limits)]
+    file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    write(folder / "shapeeval.json", CATEGORIES, CONTENTS)
+    write(folder / "shapeeval_hard.json", HARD_CATEGORIES, HARD_CONTENTS)

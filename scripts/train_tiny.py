@@ -37,14 +37,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from difftune import models
 from rewards.learned.clip import CLIPScore
-from rewards.world import shapes
+from rewards.world import draw, grammar
 from rewards.world.classifier import CLASSES, ShapeClassifier, load_classifier
-from rewards.world.render import RESOLUTION, render
+from rewards.world.render import BACKGROUNDS, COLORS, RESOLUTION, SHAPES, Scene, render
 
 SEED = 0
 TRAIN = Path("train")
 SCENES = 50_000
-KINDS = dict(zip(shapes.CATEGORIES, (0.12, 0.16, 0.20, 0.12, 0.22, 0.18), strict=True))
+KINDS = dict(zip(grammar.CATEGORIES, (0.12, 0.16, 0.20, 0.12, 0.22, 0.18), strict=True))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMPILE = False
 
@@ -133,7 +133,7 @@ def one_cycle(t: float, warm: float = 0.05) -> float:
 def scenes(count: int = SCENES, stream: int = 0) -> tuple[Tensor, list, list]:
     """(images (N, 3, 64, 64) uint8, captions, scenes) of one random stream."""
     rng = np.random.default_rng([SEED, stream])
-    pairs = [shapes.draw(rng, list(KINDS), list(KINDS.values())) for _ in range(count)]
+    pairs = [draw.draw(rng, list(KINDS), list(KINDS.values())) for _ in range(count)]
     images = np.stack([(255 * render(scene)).round().astype(np.uint8) for _, scene in pairs])
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), [c for c, _ in pairs], [s for _, s in pairs]
 
@@ -201,8 +201,8 @@ def learnt_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """CLIP's layout: every byte, every byte that ends a word, the merges that make a token of each word, two marks."""
     letters = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     names = [chr(i) for i in (*letters, *range(256, 512 - len(letters)))]
-    words = [*shapes.SIZES, *shapes.COLORS, *shapes.SHAPES, *(s + "s" for s in shapes.SHAPES), *shapes.COUNTS]
-    words += [*" ".join(shapes.RELATIONS).split(), *shapes.BACKGROUNDS, "and", "an", "on", "background"]
+    words = [*grammar.SIZES, *COLORS, *SHAPES, *(s + "s" for s in SHAPES), *grammar.COUNTS]
+    words += [*" ".join(grammar.RELATIONS).split(), *BACKGROUNDS, "and", "an", "on", "background"]
     model = Tokenizer(BPE(end_of_word_suffix="</w>"))
     trainer = BpeTrainer(vocab_size=4096, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
     model.train_from_iterator(words, trainer)
@@ -303,7 +303,7 @@ def alpha_bar() -> Tensor:
 @cache
 def shares(**kinds: float) -> Tensor:
     """The probability (N,) of each training scene that gives every category its share."""
-    of = [shapes.category(caption) for caption in scenes()[1]]
+    of = [grammar.category(caption) for caption in scenes()[1]]
     return torch.tensor([kinds[kind] / of.count(kind) for kind in kinds])[[list(kinds).index(kind) for kind in of]]
 
 
@@ -324,7 +324,7 @@ def denoising_loss(unet: nn.Module, text: nn.Module, batch: int = 64, share: dic
     return (weight * (out - eps).square()).mean()
 
 
-LAYOUT = dict(zip(shapes.CATEGORIES, (0.18, 0.14, 0.13, 0.05, 0.42, 0.08), strict=True))
+LAYOUT = dict(zip(grammar.CATEGORIES, (0.18, 0.14, 0.13, 0.05, 0.42, 0.08), strict=True))
 
 
 def train_unet(steps: int = 5500, more: int = 1200) -> tuple[UNet2DConditionModel, CLIPTextModel]:
@@ -339,13 +339,13 @@ def train_unet(steps: int = 5500, more: int = 1200) -> tuple[UNet2DConditionMode
     return unet.eval(), text.eval()
 
 
-RELATED = (None, *shapes.RELATIONS)
+RELATED = (None, *grammar.RELATIONS)
 PARTS = {  # what a caption says, as classes; None: nothing
     "relation": RELATED,
-    "first color": (None, *shapes.COLORS),
-    "first shape": tuple(shapes.SHAPES),
-    "second color": (None, *shapes.COLORS),
-    "second shape": (None, *shapes.SHAPES),
+    "first color": (None, *COLORS),
+    "first shape": tuple(SHAPES),
+    "second color": (None, *COLORS),
+    "second shape": (None, *SHAPES),
     "count": (1, 2, 3),
 }
 
@@ -361,7 +361,7 @@ class Reader(nn.Module):
     def __init__(self):
         super().__init__()
         self.head = nn.Linear(128, sum(map(len, PARTS.values())))
-        nouns = [*shapes.SHAPES, *(f"{shape}s" for shape in shapes.SHAPES)]
+        nouns = [*SHAPES, *(f"{shape}s" for shape in SHAPES)]
         self.nouns = tokens(nouns)[:, 1]
 
     def forward(self, states: Tensor, ids: Tensor, said: Tensor) -> Tensor:
@@ -375,10 +375,10 @@ class Reader(nn.Module):
         return torch.stack(losses).mean()
 
 
-def said(caption: shapes.Caption, relation: str | None = None) -> list[int]:
+def said(caption: grammar.Caption, relation: str | None = None) -> list[int]:
     """The classes of a caption, in the order of `PARTS`."""
     first, *rest = caption.phrases
-    second = rest[0] if rest else shapes.Phrase("")
+    second = rest[0] if rest else grammar.Phrase("")
     values = (relation or caption.relation, first.color, first.shape, second.color, second.shape or None, len(rest) + 1)
     return [classes.index(value) for classes, value in zip(PARTS.values(), values, strict=True)]
 
@@ -411,16 +411,16 @@ def lessons() -> tuple[Lessons, Lessons, Lessons]:
     return whole, whole.of(related), halves
 
 
-def side(scene: shapes.Scene) -> str | None:
+def side(scene: Scene) -> str | None:
     """Where the only object is from the middle, if that is plain to see."""
     thing, middle = scene.things[0], RESOLUTION / 2
     dx, dy = abs(thing.x - middle), abs(thing.y - middle)
     if max(dx, dy) < max(4, 1.33 * min(dx, dy)):
         return None
-    return shapes.relation(thing, replace(thing, x=middle, y=middle))
+    return grammar.relation(thing, replace(thing, x=middle, y=middle))
 
 
-OPEN = dict(zip(shapes.CATEGORIES, (0.34, 0.24, 0.10, 0.06, 0.16, 0.10), strict=True))
+OPEN = dict(zip(grammar.CATEGORIES, (0.34, 0.24, 0.10, 0.06, 0.16, 0.10), strict=True))
 
 
 def train_relations(
@@ -552,10 +552,10 @@ def teach(pipe: StableDiffusionPipeline, part: int, batch: int) -> dict[str, Ten
     return {"x": torch.stack(xs, 1).cpu().contiguous(), "t": scheduler.timesteps.clone(), "ids": ids.cpu()}
 
 
-def draw_caption(rng: np.random.Generator) -> shapes.Caption:
+def draw_caption(rng: np.random.Generator) -> grammar.Caption:
     while True:
-        caption = shapes.draw_caption(rng, str(rng.choice(list(KINDS), p=list(KINDS.values()))))
-        if shapes.content(caption) not in shapes.held_out():
+        caption = draw.draw_caption(rng, str(rng.choice(list(KINDS), p=list(KINDS.values()))))
+        if grammar.content(caption) not in draw.held_out():
             return caption
 
 
@@ -643,7 +643,7 @@ def train_clip(
         texts = [str(caption) for caption in mine] + [text for several in wrong for text in several]
         image, text = model.encode_image(x, normalize=True), model.encode_text(tokens(texts), normalize=True)
         scale, true = model.logit_scale.exp(), torch.arange(batch, device=DEVICE)
-        also = torch.tensor([[shapes.holds(c, s) for c in mine] for s in there], device=DEVICE)
+        also = torch.tensor([[grammar.holds(c, s) for c in mine] for s in there], device=DEVICE)
         also.fill_diagonal_(False)
         others = (scale * image @ text[:batch].T).masked_fill(also, -torch.inf)
         own = scale * torch.einsum("bd,bkd->bk", image, text[batch:].view(batch, EDITS, -1))
@@ -674,7 +674,7 @@ def placing_loss(model: CLIP, step: int, stream: int, related: int, single: int)
     texts = [[str(captions[i]), *negatives(rng, captions[i], worlds[i], late=True)] for i in pairs]
     for i in ones:
         what, where = replace(captions[i], background=None), side(worlds[i])
-        texts.append([f"{what} {word}" for word in sorted(shapes.RELATIONS, key=lambda word: word != where)])
+        texts.append([f"{what} {word}" for word in sorted(grammar.RELATIONS, key=lambda word: word != where)])
     chosen = np.concatenate([pairs, ones])
     x = pixels(images[chosen])
     x = x + 0.2 * (torch.rand(len(x), 1, 1, 1, device=DEVICE) - 0.5).clamp(min=0) * torch.randn_like(x)
@@ -687,16 +687,16 @@ def placing_loss(model: CLIP, step: int, stream: int, related: int, single: int)
     return sum(losses)
 
 
-def negatives(rng: np.random.Generator, caption: shapes.Caption, scene: shapes.Scene, late: bool) -> list[str]:
+def negatives(rng: np.random.Generator, caption: grammar.Caption, scene: Scene, late: bool) -> list[str]:
     """EDITS false captions: the swaps, then one-word changes, repeated where there are too few.
 
     `late`: changes of relation, count and size come first.
     """
-    swapped, changed = shapes.swaps(caption, scene), shapes.edits(caption, scene)
+    swapped, changed = grammar.swaps(caption, scene), grammar.edits(caption, scene)
     order = [changed[i] for i in rng.permutation(len(changed))]
     if late:
         names = {(phrase.shape, phrase.color) for phrase in caption.phrases}
-        order.sort(key=lambda text: {(phrase.shape, phrase.color) for phrase in shapes.parse(text).phrases} != names)
+        order.sort(key=lambda text: {(phrase.shape, phrase.color) for phrase in grammar.parse(text).phrases} != names)
     texts = (swapped + order)[:EDITS]
     return (texts * EDITS)[:EDITS]
 

@@ -22,7 +22,7 @@ from guidance.contract import Guidance
 from guidance.methods.cfgpp import CFGpp
 from guidance.methods.classifier import GFCG
 from rewards.registry import load
-from rewards.world import shapes
+from rewards.world import grammar
 from solvers.levels import levels_of
 
 MEASURES = ("saturation", "contrast")
@@ -84,7 +84,7 @@ def default_rewards(prompts: Sequence[str]) -> list[str]:
     """The oracle, if it can judge all prompts."""
     try:
         for prompt in prompts:
-            shapes.parse(prompt)
+            grammar.parse(prompt)
     except ValueError:
         return []
     return ["oracle"]

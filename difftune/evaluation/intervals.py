@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from difftune.errors import UserError
-from rewards.world import shapes
+from rewards.world import grammar
 
 Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 
@@ -89,7 +89,7 @@ def differences(results: Sequence[Result], baseline: Sequence[Result]) -> dict[s
 
 def _groups(results: Sequence[Result]) -> Iterable[tuple[str, list[Result]]]:
     yield "overall", list(results)
-    for name in shapes.CATEGORIES:
+    for name in grammar.ALL_CATEGORIES:
         if group := [r for r in results if r.category == name]:
             yield name, group
 

@@ -21,11 +21,12 @@ from difftune.errors import UserError
 from difftune.evaluation.intervals import Estimate, Result, _by_prompt, _groups, differences, estimate
 from difftune.files import output
 from difftune.files.claim import fresh
+from difftune.files.prompts import read as read_prompts
 from difftune.lookup import guidance_named
 from difftune.pipelines.generate import generate, mean_branches, mean_nfe, pixels, settings_of, watched
 from difftune.pipelines.opened import opened
 from guidance.contract import Guidance
-from rewards.world import shapes
+from rewards.world import draw, grammar
 from rewards.world.oracle import Oracle
 
 
@@ -37,12 +38,29 @@ def scores(results: Sequence[Result]) -> dict[str, Estimate]:
 # ------------------------------------------------------------------------------------------------ prompts and pictures
 
 
-def entries_of(per_category: int | None = None) -> list[dict[str, str]]:
-    """ShapeEval's prompts, or the first `per_category` of each category."""
+PROMPTS = {"shapeeval": draw.shapeeval, "shapeeval-hard": draw.shapeeval_hard}
+
+
+def entries_of(per_category: int | None = None, prompts: str = "shapeeval") -> list[dict[str, str]]:
+    """{"prompt", "category"} of a list in `PROMPTS` or of a text file's captions, or only the first `per_category` of
+    each category.
+
+    Raises UserError, in one sentence, for a file that cannot be read and for a caption outside the grammar.
+    """
+    listed = PROMPTS[prompts]() if prompts in PROMPTS else _from_file(prompts)
     chosen: list[dict[str, str]] = []
-    for name in shapes.CATEGORIES:
-        chosen += [entry for entry in shapes.shapeeval() if entry["category"] == name][:per_category]
+    for name in grammar.ALL_CATEGORIES:
+        chosen += [entry for entry in listed if entry["category"] == name][:per_category]
     return chosen
+
+
+def _from_file(path: str) -> list[dict[str, str]]:
+    """The file's captions, each once: an image's seed is its prompt's, so a repeated line would be the same images."""
+    lines = dict.fromkeys(read_prompts(path, "shapeeval"))
+    try:
+        return [{"prompt": line, "category": grammar.category(grammar.parse(line))} for line in lines]
+    except ValueError as error:
+        raise UserError(f"the oracle cannot judge {path}: {error}") from error
 
 
 def image_seed(seed: int, prompt: str, index: int) -> int:
@@ -59,7 +77,7 @@ def plan(entries: Sequence[Mapping[str, str]], images_per_prompt: int, seed: int
 
 def judged(images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> list[Result]:
     """The oracle's word on images (B, 3, H, W) in [0, 1]."""
-    kinds = [shapes.category(shapes.parse(prompt)) for prompt in prompts]
+    kinds = [grammar.category(grammar.parse(prompt)) for prompt in prompts]
     holds = Oracle()(images, prompts).bool().tolist()
     return [Result(*found) for found in zip(prompts, kinds, seeds, holds, strict=True)]
 
@@ -123,6 +141,7 @@ def run(
     num_inference_steps: int = 25,
     images_per_prompt: int = 4,
     prompts_per_category: int | None = None,
+    prompts: str = "shapeeval",
     seed: int = 0,
     batch_size: int = 16,
     lora: str | Sequence[str] | None = None,
@@ -132,7 +151,7 @@ def run(
     """`difftune eval`: ShapeEval of a model as one JSON object; written to output_dir/eval.json too, beside a grid."""
     before = None if baseline is None else load_results(baseline)
     method = guidance_named(guidance, None, guidance_options)
-    chosen = entries_of(prompts_per_category)
+    chosen = entries_of(prompts_per_category, prompts)
     settings = {
         "model": model,
         "lora": lora or None,
@@ -141,6 +160,7 @@ def run(
         "num_inference_steps": num_inference_steps,
         "images_per_prompt": images_per_prompt,
         "prompts_per_category": prompts_per_category,
+        "prompts": prompts,
         "seed": seed,
         "batch_size": batch_size,
         "baseline": baseline,

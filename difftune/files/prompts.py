@@ -39,12 +39,13 @@ def prompts_named(name: str, seed: int = 0) -> Prompts:
 
 
 def shapes(seed: int = 0, category: str = "") -> Prompts:
-    """Random captions of the world of shapes, of one category or of all alike, without the contents that ShapeEval
-    holds out."""
-    from rewards.world.shapes import CATEGORIES, content, draw_caption, held_out
+    """Random captions of the world of shapes, of one category or of ShapeEval's six alike, without the contents that
+    the evaluations hold out."""
+    from rewards.world.draw import draw_caption, held_out
+    from rewards.world.grammar import ALL_CATEGORIES, CATEGORIES, content
 
-    if category and category not in CATEGORIES:
-        raise UserError(unknown("category of shapes", category, CATEGORIES))
+    if category and category not in ALL_CATEGORIES:
+        raise UserError(unknown("category of shapes", category, ALL_CATEGORIES))
 
     def draws(index: int) -> Iterator[str]:
         rng = np.random.default_rng([seed, index])

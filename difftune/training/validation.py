@@ -71,7 +71,8 @@ def prompts(config: TrainingConfig) -> list[str]:
     """The validation's prompts: the lines of a file, or ShapeEval's, category after category."""
     if config.validation_prompts != "shapeeval":
         return read(config.validation_prompts, "shapeeval")
-    from rewards.world.shapes import CATEGORIES, shapeeval
+    from rewards.world.draw import shapeeval
+    from rewards.world.grammar import CATEGORIES
 
     by_category = [[e["prompt"] for e in shapeeval() if e["category"] == name] for name in CATEGORIES]
     return [prompt for several in zip(*by_category, strict=True) for prompt in several]

@@ -16,7 +16,7 @@ from rewards.checks import dtype_of, paired
 from rewards.errors import RewardError
 from rewards.learned.preprocess import RESAMPLE, Preprocess, transformers_preprocess
 from rewards.registry import unknown
-from rewards.world import shapes
+from rewards.world import grammar
 from rewards.world.classifier import CLASSES, ShapeClassifier, load_classifier
 
 IMAGENET = 1000  # classes
@@ -153,7 +153,7 @@ class TinyClassifier:
 
     @staticmethod
     def _classes(prompt: str) -> list[bool]:
-        phrases = shapes.parse(prompt).phrases
+        phrases = grammar.parse(prompt).phrases
         if len(phrases) != 1:
             raise RewardError(f"the classifier knows pictures of one object, not {prompt!r}")
         (phrase,) = phrases

@@ -16,7 +16,7 @@ from scipy.fft import dctn
 from rewards import jpeg
 from rewards.learned import clip, ocr
 from rewards.registry import REWARDS, load, register
-from rewards.world import shapes
+from rewards.world import draw, grammar
 from rewards.world.oracle import Oracle
 from rewards.world.render import Scene, Thing, render
 
@@ -74,6 +74,7 @@ NOISE = noise_images(1, 64)[0]
 BETTER = {  # a better picture, a worse one, and the prompt
     "oracle": lambda: (picture(SCENE), scene(CIRCLE), TRUE),
     "object-count": lambda: (picture(SCENE), scene(CIRCLE), TRUE),
+    "coverage": lambda: (picture(SCENE), NOISE, ""),
     "position": lambda: (picture(SCENE), picture(SCENE).flip(2), TRUE),
     "tiny-clip": lambda: (scene(CIRCLE), scene(BLUE), "a red circle on a white background"),
     "tiny-classifier": lambda: (scene(CIRCLE), scene(BLUE), "a red circle"),
@@ -437,7 +438,7 @@ def test_missing_extra_is_named(monkeypatch):
 
 
 def test_oracle_accepts_the_caption_and_rejects_each_edit():
-    texts = [TRUE, *shapes.edits(shapes.parse(TRUE), SCENE), *shapes.swaps(shapes.parse(TRUE), SCENE)]
+    texts = [TRUE, *grammar.edits(grammar.parse(TRUE), SCENE), *grammar.swaps(grammar.parse(TRUE), SCENE)]
     assert len(texts) > 20
     scores = Oracle()(picture(SCENE).expand(len(texts), -1, -1, -1), texts)
     assert scores.tolist() == [1.0] + [0.0] * (len(texts) - 1)
@@ -446,9 +447,9 @@ def test_oracle_accepts_the_caption_and_rejects_each_edit():
 @pytest.mark.parametrize("size", [48, 128, 512])
 def test_oracle_reads_pictures_of_other_sizes(size):
     rng = np.random.default_rng(0)
-    pairs = [shapes.draw(rng) for _ in range(12)]
+    pairs = [draw.draw(rng) for _ in range(12)]
     images = torch.stack([picture(scene, size) for _, scene in pairs])
-    edits = [shapes.edits(*pair)[0] for pair in pairs]
+    edits = [grammar.edits(*pair)[0] for pair in pairs]
     assert Oracle()(images, [str(caption) for caption, _ in pairs]).sum() >= 11
     assert Oracle()(images, edits).sum() == 0
 
@@ -462,7 +463,7 @@ def test_oracle_explains():
 
 def test_oracle_refuses_what_it_cannot_judge():
     images = picture(SCENE)[None]
-    with pytest.raises(ValueError, match="cannot parse 'a photo of a dog': 'photo' is none of"):
+    with pytest.raises(ValueError, match="cannot parse 'a photo of a dog': 'dog' is none of"):
         Oracle()(images, ["a photo of a dog"])
     with pytest.raises(ValueError, match="square pictures, not 64 x 32 pixels"):
         Oracle()(images[..., :32], [TRUE])

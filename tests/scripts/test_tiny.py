@@ -13,7 +13,7 @@ from difftune.evaluation import shapeeval
 from difftune.pipelines.generate import generate
 from guidance.methods.catalogue import CFG, GUIDANCE
 from rewards.registry import load
-from rewards.world import shapes
+from rewards.world import draw
 
 ROOT = Path(__file__).parents[2]
 SCALE = 3.0
@@ -43,7 +43,7 @@ def test_plain_from_pretrained_works():
 
 def test_every_word_of_the_grammar_is_one_token():
     tokenizer = models.load("tiny").tokenizer
-    for entry in shapes.shapeeval():
+    for entry in draw.shapeeval():
         assert len(tokenizer(entry["prompt"]).input_ids) == len(entry["prompt"].split()) + 2
 
 

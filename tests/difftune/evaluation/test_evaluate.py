@@ -10,7 +10,7 @@ from difftune.errors import UserError
 from difftune.evaluation import intervals, shapeeval
 from difftune.evaluation.intervals import Result, differences, estimate, wilson
 from difftune.evaluation.shapeeval import scores
-from rewards.world import shapes
+from rewards.world import draw, grammar
 from rewards.world.render import render
 
 
@@ -97,7 +97,7 @@ def test_nothing_in_common_is_an_error():
 
 
 def test_seeds_depend_on_the_prompt_alone():
-    all_of_them = dict(zip(*shapeeval.plan(shapes.shapeeval(), 1, seed=0), strict=True))
+    all_of_them = dict(zip(*shapeeval.plan(draw.shapeeval(), 1, seed=0), strict=True))
     few = dict(zip(*shapeeval.plan(shapeeval.entries_of(2), 1, seed=0), strict=True))
     assert few.items() <= all_of_them.items() and len(few) == 12
     assert len(set(all_of_them.values())) == len(all_of_them)
@@ -106,9 +106,30 @@ def test_seeds_depend_on_the_prompt_alone():
     assert shapeeval.plan(shapeeval.entries_of(1), 1, 1)[1][0] != first
 
 
+def test_lists_of_prompts_by_name_and_of_a_file(tmp_path):
+    hard = shapeeval.entries_of(2, "shapeeval-hard")
+    assert [entry["category"] for entry in hard] == [name for name in grammar.HARD_CATEGORIES for _ in range(2)]
+    file = tmp_path / "prompts.txt"
+    file.write_text("four red circles\na red circle\n\nfour red circles\n")
+    assert shapeeval.entries_of(prompts=str(file)) == [
+        {"prompt": "a red circle", "category": "colors"},
+        {"prompt": "four red circles", "category": "larger_counts"},
+    ]
+    file.write_text("a red circle\na cat\n")
+    with pytest.raises(UserError, match=f"the oracle cannot judge {file}: cannot parse 'a cat'"):
+        shapeeval.entries_of(prompts=str(file))
+    with pytest.raises(UserError, match="cannot read the prompts of 'shapeval'"):
+        shapeeval.entries_of(prompts="shapeval")
+
+
+def test_scores_name_the_harder_categories():
+    rows = [Result(e["prompt"], e["category"], 0, True) for e in shapeeval.entries_of(1, "shapeeval-hard")]
+    assert list(shapeeval.scores(rows)) == ["overall", *grammar.HARD_CATEGORIES]
+
+
 def test_the_oracle_judges():
-    caption = shapes.parse("a red circle")
-    picture = render(shapes.draw_scene(np.random.default_rng(0), caption))
+    caption = grammar.parse("a red circle")
+    picture = render(draw.draw_scene(np.random.default_rng(0), caption))
     images = torch.from_numpy(np.stack([picture, picture])).permute(0, 3, 1, 2)
     judged = shapeeval.judged(images, ["a red circle", "a blue circle"], [3, 4])
     assert judged == [Result("a red circle", "colors", 3, True), Result("a blue circle", "colors", 4, False)]

@@ -8,7 +8,8 @@ import pytest
 
 from difftune.errors import UserError
 from difftune.files.prompts import listed, prompts_named
-from rewards.world.shapes import CATEGORIES, category, content, held_out, parse
+from rewards.world.draw import held_out
+from rewards.world.grammar import CATEGORIES, category, content, parse
 
 
 def test_shapes_are_parsed_of_every_category_and_not_held_out():

@@ -37,7 +37,7 @@ def test_prompts_that_are_no_file_name_what_the_validation_knows(config):
 
 
 def test_shapeeval_prompts_come_category_after_category():
-    from rewards.world.shapes import CATEGORIES, category, parse
+    from rewards.world.grammar import CATEGORIES, category, parse
 
     prompts = validation.prompts(AlignPropConfig())
     kinds = [category(parse(prompt)) for prompt in prompts[:12]]
