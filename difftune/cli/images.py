@@ -44,6 +44,13 @@ def sample(ctx: click.Context, **flags: Any) -> None:
     params=[CONFIG, o.MODEL, o.LORA, *o.GUIDANCE, o.STEPS, o.SEED, o.BATCH_SIZE, o.JSON],
 )
 @click.option("--images_per_prompt", type=o.AT_LEAST_ONE, default=4, show_default=True, help="Images of each prompt.")
+@click.option(
+    "--prompts",
+    metavar="LIST",
+    default="shapeeval",
+    show_default=True,
+    help="shapeeval, shapeeval-hard, or a text file with a caption on each line.",
+)
 @click.option("--prompts_per_category", type=o.AT_LEAST_ONE, help="Only the first prompts of each category.")
 @click.option("--baseline", metavar="FILE", help="An earlier evaluation: adds the paired difference to it.")
 @click.option("--output_dir", metavar="FOLDER", help="Also write eval.json and grid.png to this new or empty folder.")

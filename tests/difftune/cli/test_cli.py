@@ -126,6 +126,11 @@ def test_eval_prints_scores_with_intervals_and_pairs_with_a_baseline(model, tmp_
     unguided = [*base, "--guidance", "none", "--baseline", tmp_path / "base.json"]
     second = json.loads(succeed(*unguided, "--json").stdout)
     assert second["nfe"] == 2 and list(second["difference"]) == names
+    (tmp_path / "hard.txt").write_text("four red circles\n")
+    third = json.loads(succeed(*base, "--prompts", tmp_path / "hard.txt", "--json").stdout)
+    assert list(third)[:2] == ["overall", "larger_counts"] and len(third["images"]) == 2
+    (tmp_path / "hard.txt").write_text("a red blue circle\n")
+    refuse(2, *base, "--prompts", tmp_path / "hard.txt", saying=["one object has one colour, not red and blue"])
     refuse(2, *base, "--baseline", model, saying=["no evaluation"])
     refuse(2, *base, "--lora", tmp_path, saying=["--lora", "pytorch_lora_weights.safetensors"])
 
