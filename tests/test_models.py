@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from difftune import models
 from tests.support import pipelines
@@ -117,3 +118,14 @@ def test_unknown_embedded_name_and_missing_weights(root):
         models.path("small")
     with pytest.raises(OSError, match=r"'tiny-clip' is not in this installation \(.*\): reinstall difftune"):
         models.path("tiny-clip")
+
+
+def test_text_encoder_loads_under_transformers_4_too():
+    """It reads vocab.json and merges.txt, and gives weights random values, in silence, whose names it does not know."""
+    tiny = Path(models.path("tiny"))
+    names = load_file(tiny / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)
+    known = json.loads((tiny / "tokenizer" / "tokenizer.json").read_text())["model"]
+    assert json.loads((tiny / "tokenizer" / "vocab.json").read_text()) == known["vocab"]
+    _, *merges = (tiny / "tokenizer" / "merges.txt").read_text().splitlines()
+    assert [tuple(merge.split()) for merge in merges] == [tuple(merge) for merge in known["merges"]]
