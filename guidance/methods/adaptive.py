@@ -1,7 +1,7 @@
 """Adaptive guidance: fewer unconditional evaluations (https://arxiv.org/abs/2312.12487)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -10,10 +10,11 @@ from guidance.contract import Branch, Guide, Guided, Preds
 from guidance.methods.scales import Neutral, Scale, chosen, dot, strength
 from solvers.denoiser import Path
 from solvers.noise import Noise
+from solvers.ranges import Range, Ranged, Whole
 
 
 @dataclass(frozen=True)
-class AdaptiveGuidance:
+class AdaptiveGuidance(Ranged):
     """CFG until cos(eps_c, eps_u) of a sample reaches `threshold`; from then on that sample is conditional only.
 
     The step that crosses has evaluated both; it uses `crossing`: the conditional prediction (the paper) or CFG. So a
@@ -24,9 +25,9 @@ class AdaptiveGuidance:
     """
 
     scale: Scale = 7.5
-    threshold: float = 0.991
+    threshold: Annotated[float, Range(infinite=True)] = 0.991
     crossing: Literal["cond", "cfg"] = "cond"
-    min_cfg_steps: int = 1
+    min_cfg_steps: Whole = 1
     space = "any"
     neutral = Neutral({"threshold": 1.0}, "cfg")
 

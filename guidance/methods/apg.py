@@ -1,6 +1,7 @@
 """Adaptive projected guidance (https://arxiv.org/abs/2410.02416)."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -9,12 +10,13 @@ from guidance.contract import Branch, Guide, Guided
 from guidance.methods.scales import Neutral, Scale, along_direction, dot, strength
 from solvers.denoiser import Path
 from solvers.noise import Noise
+from solvers.ranges import Positive, Range, Ranged, Share
 
 SDXL_LATENT = 4 * 128 * 128  # elements of the latent that the default radius is for
 
 
 @dataclass(frozen=True)
-class APG:
+class APG(Ranged):
     """CFG of the clean estimates, whose difference g = x0_c - x0_u has momentum, a bounded norm, and loses the part
     that is parallel to x0_c and saturates:
 
@@ -25,9 +27,9 @@ class APG:
     """
 
     scale: Scale = 15.0
-    eta: float = 0.0
-    momentum: float = -0.5
-    radius: float | None = 15.0
+    eta: Share = 0.0
+    momentum: Annotated[float, Range(-1, 1)] = -0.5
+    radius: Positive | None = 15.0
     space = "x0"
     neutral = Neutral({"scale": 1.0}, "none")
 

@@ -9,10 +9,11 @@ from guidance.contract import Branch, Guide, Guided
 from guidance.methods.scales import Neutral, Scale, strength
 from solvers.denoiser import Path
 from solvers.noise import Noise
+from solvers.ranges import Ranged
 
 
 @dataclass(frozen=True)
-class Plain:
+class Plain(Ranged):
     """No guidance: the conditional prediction alone. `scale` is ignored."""
 
     scale: Scale = 1.0
@@ -25,7 +26,7 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class CFG:
+class CFG(Ranged):
     """Classifier-free guidance, out = u + scale * (c - u) (https://arxiv.org/abs/2207.12598).
 
     The scale is diffusers' `guidance_scale`: 1 is plain conditional, 0 unconditional. Both are always evaluated.

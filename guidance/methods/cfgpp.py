@@ -10,12 +10,13 @@ from guidance.methods.cfg import CFG
 from guidance.methods.scales import Neutral, Scale, step_of, strength, time
 from solvers.denoiser import Path
 from solvers.noise import Noise
+from solvers.ranges import Ranged
 
 README_RATIO = 12.5  # the authors' README: lambda in [0, 1] is about CFG in [1, 12.5], at 50 DDIM steps
 
 
 @dataclass(frozen=True)
-class CFGpp:
+class CFGpp(Ranged):
     """CFG++: the clean estimate is guided, the noise that is put back is not (https://arxiv.org/abs/2406.08070):
 
     x' = alpha' (x0_u + scale (x0_c - x0_u)) + sigma' eps_u, whatever the solver.

@@ -14,6 +14,7 @@ from guidance.methods.scales import Neutral, Scale, chosen, strength
 from solvers.denoiser import Cond, Path, along
 from solvers.errors import UserError
 from solvers.noise import Noise
+from solvers.ranges import NotNegative, Ranged
 
 Classify = Callable[[Tensor], Tensor]  # x0 (B, ...) -> logits (B, K)
 Confusion = Callable[[Tensor, Tensor, Tensor], Tensor]  # p (B, K), target (B,), rival (B,) -> confusion (B,) in [0, 1]
@@ -55,7 +56,7 @@ def given(owner: str, field: str, value: Any, what: str) -> Any:
 
 
 @dataclass(frozen=True)
-class GFCG:
+class GFCG(Ranged):
     """Gradient-free classifier guidance: away from the class that the classifier confuses the sample with
     (https://arxiv.org/abs/2411.15393).
 
@@ -79,7 +80,7 @@ class GFCG:
     target: Tensor | None = None
     cfg_scale: Scale | None = None
     rule: str | Confusion = "miss"
-    tolerance: float = 0.01
+    tolerance: NotNegative = 0.01
     network: str = "main"
     space = "any"
     neutral = Neutral({"scale": 0.0}, "none")
@@ -146,7 +147,7 @@ def target_of(owner: str, target: Tensor | None, path: Path, key: str) -> Tensor
 
 # ------------------------------------------------------------------------------------------------ by the gradient
 @dataclass(frozen=True)
-class ClassifierGuidance:
+class ClassifierGuidance(Ranged):
     """Guidance by the gradient of an off-the-shelf classifier of clean images (EluCD,
     https://arxiv.org/abs/2310.11311).
 

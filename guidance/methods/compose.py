@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ from solvers.denoiser import Path
 from solvers.errors import UserError
 from solvers.families.after import rescaled
 from solvers.noise import Noise
+from solvers.ranges import NotNegative, Range, Ranged
 
 
 @dataclass(frozen=True)
-class Interval:
+class Interval(Ranged):
     """The method where low < sigma / alpha <= high, the conditional prediction alone elsewhere
     (https://arxiv.org/abs/2404.07724).
 
@@ -31,11 +32,14 @@ class Interval:
     """
 
     method: Guidance = field(default_factory=CFG)
-    low: float = 0.28
-    high: float = 5.42
-    neutral = Neutral({"high": 0.0}, "none")
+    low: NotNegative = 0.28
+    high: Annotated[float, Range(0, infinite=True)] = 5.42
+    neutral = Neutral({"low": 0.0, "high": 0.0}, "none")
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.low > self.high:
+            raise UserError(f"the interval from low={self.low} to high={self.high} is empty: low must be at most high")
         reasons: dict[type, str | None] = {
             CFGpp: "it needs the unconditional prediction at every step; give it a scale of Between(..., outside=0)",
             LinearAG: "its fit is of all the steps of a run",
@@ -56,7 +60,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Rescale:
+class Rescale(Ranged):
     """The method's prediction with the conditional one's standard deviation (https://arxiv.org/abs/2305.08891):
 
     out = phi out std(c) / std(out) + (1 - phi) out,    per sample, of what the network emits (v in the paper).
@@ -65,11 +69,12 @@ class Rescale:
     """
 
     method: Guidance = field(default_factory=CFG)
-    phi: Scale = 0.7
+    phi: Annotated[Scale, Range(0, 1)] = 0.7
     space = "output"
     neutral = Neutral({"phi": 0.0}, "cfg")
 
     def __post_init__(self):
+        super().__post_init__()
         nothing = "it has no conditional prediction of its own to compare with"
         refuse(self, {Rescale: "once is enough", NASA: nothing, NAG: nothing})
 

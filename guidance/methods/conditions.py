@@ -10,10 +10,11 @@ from guidance.methods.scales import Neutral, Scale, rows_for, step_of, strength
 from solvers.denoiser import Cond, Path
 from solvers.errors import UserError
 from solvers.noise import Noise
+from solvers.ranges import Ranged, Share
 
 
 @dataclass(frozen=True)
-class MultiCondition:
+class MultiCondition(Ranged):
     """Multi-conditional guidance (SpaText, https://arxiv.org/abs/2211.14305), over N conditions:
 
     slow: out = u + sum_i scale_i (model(x | condition_i) - u), N + 1 evaluations, a scale for each;
@@ -43,7 +44,7 @@ class MultiCondition:
 
 
 @dataclass(frozen=True)
-class NullTextInversion:
+class NullTextInversion(Ranged):
     """CFG with an unconditional embedding of each step's own, optimised so that the run from an inverted image gives
     that image (https://arxiv.org/abs/2211.09794).
 
@@ -52,7 +53,7 @@ class NullTextInversion:
     """
 
     scale: Scale = 7.5
-    times: tuple[float, ...] = ()
+    times: tuple[Share, ...] = ()
     nulls: Tensor | None = None
     key: str = "encoder_hidden_states"
     space = "any"

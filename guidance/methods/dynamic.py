@@ -11,12 +11,13 @@ from guidance.methods.classifier import given
 from guidance.methods.scales import Neutral
 from solvers.denoiser import Path, along
 from solvers.noise import Noise
+from solvers.ranges import Ranged
 
 Score = Callable[[Tensor], Tensor]  # x0 (B, ...) -> (B,), higher is better
 
 
 @dataclass(frozen=True)
-class DynamicCFG:
+class DynamicCFG(Ranged):
     """CFG whose scale is, at each step and for each sample, the candidate that the scorers like best:
 
     s = argmax_{s in candidates} sum_e a_e e(x0_s),    x0_s = x0_u + s (x0_c - x0_u),

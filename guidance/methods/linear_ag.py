@@ -11,6 +11,7 @@ from guidance.methods.scales import Neutral, Scale, step_of, strength, time
 from solvers.denoiser import Path
 from solvers.errors import UserError
 from solvers.noise import Noise
+from solvers.ranges import Ranged
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class LinearFit:
 
 
 @dataclass(frozen=True)
-class LinearAG:
+class LinearAG(Ranged):
     """CFG whose unconditional eps is predicted, in every other step, from the earlier ones by a linear `fit`.
 
     In the first half of the steps, CFG and CFG with eps_u = sum_i a_i eps_c(x_i) + sum_i b_i eps_u(x_i) take turns; the

@@ -11,10 +11,11 @@ from guidance.methods.scales import Neutral, Scale, along_direction, rows_for, s
 from solvers.denoiser import Cond, Path
 from solvers.errors import UserError
 from solvers.noise import Noise
+from solvers.ranges import Positive, Ranged, Share
 
 
 @dataclass(frozen=True)
-class PerpNeg:
+class PerpNeg(Ranged):
     """CFG with negatives that lose what they share with the prompt (https://arxiv.org/abs/2304.04968):
 
     out = u + scale (d - sum_j weight_j perp(n_j - u, d)),    d = c - u,    perp(a, d) = a - <a, d> / ||d||^2 d.
@@ -50,7 +51,7 @@ def weights_of(weights: tuple[Scale, ...], count: int, default: Scale, owner: st
 
 
 @dataclass(frozen=True)
-class _InAttention:
+class _InAttention(Ranged):
     """What NASA and NAG share: the conditional evaluation alone, with the negative's tokens at hand in cross-attention.
 
     negative: hidden states of the negative prompt, (1, L, D) or (B, L, D).
@@ -97,8 +98,8 @@ class NAG(_InAttention):
 
     scale: Scale = 5.0
     negative: Tensor | str | None = None
-    tau: float = 2.5
-    mix: float = 0.25
+    tau: Positive = 2.5
+    mix: Share = 0.25
     space = "any"
     neutral = Neutral({"scale": 0.0}, "none")
 

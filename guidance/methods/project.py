@@ -11,10 +11,11 @@ from guidance.methods.scales import Neutral, Scale, chosen, dot, strength
 from solvers.denoiser import Path
 from solvers.errors import UserError
 from solvers.noise import Noise
+from solvers.ranges import Ranged, Whole
 
 
 @dataclass(frozen=True)
-class CFGZeroStar:
+class CFGZeroStar(Ranged):
     """CFG-Zero*, for flow models (https://arxiv.org/abs/2503.18886): of the velocities,
 
     out = s u + scale (c - s u),    s = <c, u> / ||u||^2 per sample; the first `zero_steps` steps stay where they are.
@@ -23,7 +24,7 @@ class CFGZeroStar:
     """
 
     scale: Scale = 7.5
-    zero_steps: int = 1
+    zero_steps: Whole = 1
     space = "flow"
     neutral = Neutral({"scale": 1.0, "zero_steps": 0}, "none")
 
@@ -52,7 +53,7 @@ def projection_weight(c: Tensor, u: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TCFG:
+class TCFG(Ranged):
     """Tangential damping CFG (https://arxiv.org/abs/2503.18137): out = u' + scale (c - u'), u' = <u, v> v,
 
     where v is the first right singular vector of the two rows [c; u] of a sample, in eps: what of u is not common to

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isclose
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from solvers.denoiser import Cond, along
 from solvers.errors import UserError
 from solvers.noise import Noise
+from solvers.ranges import NotNegative, Range, Ranged
 
 Scale = float | Tensor | Callable[[Noise], float | Tensor]
 
@@ -88,12 +89,12 @@ def rows_for(cond: str | Cond, x: Tensor) -> str | Cond:
 
 
 @dataclass(frozen=True)
-class Between:
+class Between(Ranged):
     """A schedule: `scale` where low < sigma / alpha <= high, `outside` elsewhere."""
 
     scale: float | Tensor
-    low: float = 0.0
-    high: float = float("inf")
+    low: NotNegative = 0.0
+    high: Annotated[float, Range(0, infinite=True)] = float("inf")
     outside: float = 1.0
 
     def __call__(self, at: Noise) -> float | Tensor:

@@ -1,15 +1,17 @@
 """Away from a weaker model: another network, or the same one with parts of its attention taken out."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from guidance.contract import Branch, Guide, Guided
 from guidance.methods.scales import Neutral, Scale, chosen, nonzero, strength
 from solvers.denoiser import Path
 from solvers.noise import Noise
+from solvers.ranges import Range, Ranged
 
 
 @dataclass(frozen=True)
-class AutoGuidance:
+class AutoGuidance(Ranged):
     """Autoguidance, out = weak + scale (main - weak), both with the sample's own condition
     (https://arxiv.org/abs/2406.02507).
 
@@ -29,7 +31,7 @@ class AutoGuidance:
 
 
 @dataclass(frozen=True)
-class _Perturbed:
+class _Perturbed(Ranged):
     """out = c + scale (c - weak) [+ (cfg_scale - 1) (c - u)]; the samples of scale 0 are spared the weak evaluation."""
 
     def _guided(self, scale: Scale, cfg_scale: Scale | None, patch: str, path: Path, at: Noise) -> Guide:
@@ -96,7 +98,7 @@ class SEG(_Perturbed):
     """
 
     scale: Scale = 3.0
-    sigma: float = float("inf")
+    sigma: Annotated[float, Range(0, above=True, infinite=True)] = float("inf")
     cfg_scale: Scale | None = None
     layers: str = ""
     space = "any"

@@ -4,39 +4,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import log
+from typing import Annotated
 
-from guidance.search.checks import check_particles, check_temperature
 from guidance.search.population import STEP, Kind, Population, noises, runs
 from guidance.search.problem import Problem, Saved, State
 from guidance.search.smc import Particles, reweight
+from solvers.ranges import Count, Range, Ranged
 
 
 @dataclass(frozen=True)
-class BestOfN:
+class BestOfN(Ranged):
     """Independent samples, of which the best is taken: the baseline of every search.
 
     particles: samples drawn at a time; runs follow one another while the budget lasts.
     """
 
-    particles: int = 8
-
-    def __post_init__(self):
-        check_particles(self.particles)
+    particles: Count = 8
 
 
 @dataclass(frozen=True)
-class Importance:
+class Importance(Ranged):
     """Independent samples with weights exp(lambda r(x0)), self-normalised.
 
     particles: samples drawn at a time; runs follow one another while the budget lasts.
     """
 
-    particles: int = 8
-    inverse_temperature: float = 10.0
-
-    def __post_init__(self):
-        check_particles(self.particles)
-        check_temperature(self.inverse_temperature)
+    particles: Count = 8
+    inverse_temperature: Annotated[float, Range(0, 1e6)] = 10.0
 
 
 def best_of_n(problem: Problem, config: BestOfN, saved: Saved | None = None) -> Iterator[State]:

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -31,12 +31,13 @@ from guidance.search.tree import (
 )
 from solvers.denoiser import Path
 from solvers.errors import UserError
+from solvers.ranges import Count, NotNegative, Positive, Range, Ranged
 
 EDGE, SELECT, DESCEND = 1, 2, 3  # what the noise is for: the first number of its key
 
 
 @dataclass(frozen=True)
-class DTS:
+class DTS(Ranged):
     """Diffusion tree sampling.
 
     inverse_temperature: lambda in the target p(x0) e^(lambda r(x0)). policy: the child a rollout follows, "boltzmann"
@@ -50,34 +51,21 @@ class DTS:
     Raises ValueError for a value that cannot be.
     """
 
-    inverse_temperature: float = 10.0
+    inverse_temperature: Positive = 10.0
     policy: str = "boltzmann"
     backup: str = "soft"
-    widening: float = 2.0
-    growth: float = 0.8
-    exploration: float | None = None
-    branches: int = 5
-    parallel: int = 1
+    widening: Positive = 2.0
+    growth: Annotated[float, Range(0, 1, above=True)] = 0.8
+    exploration: NotNegative | None = None
+    branches: Count = 5
+    parallel: Count = 1
     return_best_seen: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         for kind, name, known in (("policy", self.policy, POLICIES), ("backup", self.backup, BACKUPS)):
             if name not in known:
                 raise UserError(f"no {kind} {name!r}; known: {', '.join(known)}")
-        if not (self.inverse_temperature > 0 and math.isfinite(self.inverse_temperature)):
-            raise UserError(
-                f"inverse_temperature is {self.inverse_temperature}: it must be positive and finite; "
-                "for the largest reward alone there is backup 'max'"
-            )
-        if not (self.widening > 0 and 0 < self.growth <= 1):
-            raise UserError(
-                f"widening is {self.widening} and growth {self.growth}: they must be above 0, and growth at most 1"
-            )
-        if min(self.branches, self.parallel) < 1 or (self.exploration or 0) < 0:
-            raise UserError(
-                f"branches is {self.branches}, parallel {self.parallel} and exploration {self.exploration}: "
-                "the first two must be at least 1, the last at least 0"
-            )
 
     @property
     def rule(self) -> Rule:

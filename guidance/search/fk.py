@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import floor
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from guidance.search.checks import check_particles, check_temperature
 from guidance.search.population import STEP, Kind, Population, noises, resampled, runs, size_for
 from guidance.search.problem import Problem, Saved, State, estimate
 from guidance.search.smc import Particles, check_resampling, reweight
 from solvers.errors import UserError
+from solvers.ranges import Count, Positive, Range, Ranged, Share
 
 
 class Potential(NamedTuple):
@@ -41,7 +41,7 @@ POTENTIALS: dict[str, Potential] = {
 
 
 @dataclass(frozen=True)
-class FK:
+class FK(Ranged):
     """Feynman-Kac steering: particles follow the sampler, and are resampled by the rewards of their estimates.
 
     particles: K of a run; None takes what the budget pays for. potential: "difference", exp(lambda (R_t - R_s)) from
@@ -50,26 +50,22 @@ class FK:
     effective sample size; None at every potential. https://arxiv.org/abs/2501.06848
     """
 
-    particles: int | None = None
-    inverse_temperature: float = 10.0
+    particles: Count | None = None
+    inverse_temperature: Annotated[float, Range(0, 1e6)] = 10.0
     potential: Literal["difference", "max", "sum"] = "difference"
-    start: float = 0.2
-    stop: float = 0.8
-    every: float = 0.2
-    threshold: float | None = 0.5
+    start: Share = 0.2
+    stop: Share = 0.8
+    every: Positive = 0.2
+    threshold: Share | None = 0.5
     resampling: str = "systematic"
 
     def __post_init__(self):
-        check_particles(self.particles)
-        check_temperature(self.inverse_temperature)
+        super().__post_init__()
         check_resampling(self.resampling, self.threshold)
         if self.potential not in POTENTIALS:
             raise UserError(f"no potential {self.potential!r}; known: {', '.join(POTENTIALS)}")
-        if not (0 <= self.start <= self.stop <= 1 and self.every > 0):
-            raise UserError(
-                f"potentials from {self.start} to {self.stop} of the run, every {self.every}: "
-                "give 0 <= start <= stop <= 1 and every > 0"
-            )
+        if self.start > self.stop:
+            raise UserError(f"potentials from {self.start} to {self.stop} of the run: start must be at most stop")
 
 
 def scheduled(config: FK, steps: int) -> list[int]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from guidance.search.smc import Particles, check_resampling, reweight
 from solvers.denoiser import Path, Predict, Prediction
 from solvers.errors import UserError
 from solvers.noise import Noise
+from solvers.ranges import Count, NotNegative, Positive, Range, Ranged, Share
 from solvers.samplers.step import end, renoise, shrinkage, transition
 
 BOUNDARY = 1e-3  # of zeta^2 around the least that an annealing can have
@@ -88,7 +89,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 @dataclass(frozen=True)
-class FKC:
+class FKC(Ranged):
     """Feynman-Kac correctors: samples of a product of powers of experts, tilted by a reward.
 
     exponents: b_i by the experts' names (the problem's experts, or its conditions); None reads them off the problem's
@@ -107,30 +108,27 @@ class FKC:
     """
 
     exponents: Exponents | None = None
-    particles: int | None = None
+    particles: Count | None = None
     sampler: Literal["ddim", "euler-maruyama"] = "ddim"
-    zeta: float | None = None
-    start: float = 0.2
-    stop: float = 0.8
-    clamp: float | None = 2.0
+    zeta: NotNegative | None = None
+    start: Share = 0.2
+    stop: Share = 0.8
+    clamp: Positive | None = 2.0
     centred: bool = True
-    threshold: float | None = 0.5
+    threshold: Share | None = 0.5
     resampling: str = "systematic"
-    inverse_temperature: float = 0.0
+    inverse_temperature: Annotated[float, Range(0, 1e6)] = 0.0
     ramp: float = 10.0
     reads: Literal["x0", "x"] = "x0"
     tilt: Literal["free", "difference", "gradient"] = "free"
 
     def __post_init__(self):
+        super().__post_init__()
         check_resampling(self.resampling, self.threshold)
-        if self.particles is not None and self.particles < 1:
-            raise UserError(f"particles is {self.particles}: there must be at least 1")
         if self.sampler not in SAMPLERS:
             raise UserError(f"no sampler {self.sampler!r}; known: {', '.join(SAMPLERS)}")
-        if not 0 <= self.start <= self.stop <= 1:
-            raise UserError(f"weights from {self.start} to {self.stop} of the run: give 0 <= start <= stop <= 1")
-        if self.clamp is not None and self.clamp <= 0:
-            raise UserError(f"clamp is {self.clamp}: it must be above 0, or None for none")
+        if self.start > self.stop:
+            raise UserError(f"weights from {self.start} to {self.stop} of the run: start must be at most stop")
         _check_tilt(self)
 
 

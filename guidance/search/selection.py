@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from guidance.search.checks import check_candidates, check_particles, check_temperature
 from guidance.search.population import (
     STEP,
     Kind,
@@ -22,39 +22,31 @@ from guidance.search.population import (
 )
 from guidance.search.problem import Problem, Saved, State, estimate
 from guidance.search.smc import Particles
+from solvers.ranges import Count, Range, Ranged
 
 
 @dataclass(frozen=True)
-class SVDD:
+class SVDD(Ranged):
     """Each of K particles is replaced, at each level, by one of its own candidates drawn by exp(lambda r(x0)).
 
     candidates: M of each particle, x_T among the levels. inverse_temperature: infinite takes the best candidate, as the
     published code does. https://arxiv.org/abs/2408.08252
     """
 
-    particles: int | None = None
-    candidates: int = 4
-    inverse_temperature: float = 10.0
-
-    def __post_init__(self):
-        check_particles(self.particles)
-        check_temperature(self.inverse_temperature, torch.inf)
-        check_candidates(self.candidates)
+    particles: Count | None = None
+    candidates: Count = 4
+    inverse_temperature: Annotated[float, Range(0, infinite=True)] = 10.0
 
 
 @dataclass(frozen=True)
-class Beam:
+class Beam(Ranged):
     """Beam search: of the K M candidates of a group, the K of the highest r(x0) go on.
 
     particles: K, the beams; None takes what the budget pays for. candidates: M of each beam.
     """
 
-    particles: int | None = None
-    candidates: int = 4
-
-    def __post_init__(self):
-        check_particles(self.particles)
-        check_candidates(self.candidates)
+    particles: Count | None = None
+    candidates: Count = 4
 
 
 Choose = Callable[[Tensor, Population, int], Tensor]  # rewards (A, K, M), level -> places (A, K) in K * M

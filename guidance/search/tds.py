@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from guidance.search.checks import check_particles, check_temperature
 from guidance.search.population import (
     STEP,
     Kind,
@@ -22,11 +22,11 @@ from guidance.search.population import (
 )
 from guidance.search.problem import Problem, Saved, State
 from guidance.search.smc import Particles, check_resampling, reweight
-from solvers.errors import UserError
+from solvers.ranges import Count, Positive, Range, Ranged, Share
 
 
 @dataclass(frozen=True)
-class TDS:
+class TDS(Ranged):
     """Twisted diffusion sampling: the reward's gradient moves the proposals, and the weights correct for it exactly.
 
     With the twist phi_i(x) = exp(lambda_i r(x0(x))), proposals are N(mean + std^2 grad log phi_i, std^2), and weights
@@ -35,18 +35,15 @@ class TDS:
     steps (https://arxiv.org/abs/2501.05803); None does not temper. At 100 steps DAS takes 0.008.
     """
 
-    particles: int | None = None
-    inverse_temperature: float = 10.0
-    tempering: float | None = None
-    threshold: float | None = 0.5
+    particles: Count | None = None
+    inverse_temperature: Annotated[float, Range(0, 1e6)] = 10.0
+    tempering: Positive | None = None
+    threshold: Share | None = 0.5
     resampling: str = "systematic"
 
     def __post_init__(self):
-        check_particles(self.particles)
-        check_temperature(self.inverse_temperature)
+        super().__post_init__()
         check_resampling(self.resampling, self.threshold)
-        if self.tempering is not None and self.tempering <= 0:
-            raise UserError(f"tempering is {self.tempering}: it must be above 0, or None for none")
 
 
 def tempered(config: TDS, i: int) -> float:

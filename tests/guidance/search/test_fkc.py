@@ -791,7 +791,7 @@ def test_resumes(stop):
         ({"reads": "z"}, "the tilt reads 'z'; known: x0, x"),
         ({"tilt": "gradient"}, "no tilt 'gradient' that reads 'x0'; take free or difference"),
         ({"resampling": "best"}, "no resampling 'best'"),
-        ({"threshold": 2.0}, "threshold of 2.0"),
+        ({"threshold": 2.0}, "threshold is 2.0"),
     ],
 )
 def test_settings_are_checked(settings, says):

@@ -641,13 +641,13 @@ def test_a_deterministic_sampler_is_refused(search):
         ({"policy": "greedy"}, "no policy 'greedy'"),
         ({"backup": "mean"}, "no backup 'mean'"),
         ({"inverse_temperature": 0.0}, "inverse_temperature is 0.0"),
-        ({"inverse_temperature": math.inf}, "backup 'max'"),
-        ({"growth": 1.5}, "growth 1.5"),
-        ({"growth": 0.0}, "growth 0.0"),
+        ({"inverse_temperature": math.inf}, "inverse_temperature is inf: it must be above 0, and finite"),
+        ({"growth": 1.5}, "growth is 1.5"),
+        ({"growth": 0.0}, "growth is 0.0"),
         ({"widening": 0.0}, "widening is 0.0"),
         ({"branches": 0}, "branches is 0"),
-        ({"parallel": 0}, "parallel 0"),
-        ({"exploration": -1.0}, "exploration -1.0"),
+        ({"parallel": 0}, "parallel is 0"),
+        ({"exploration": -1.0}, "exploration is -1.0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(options, named):
