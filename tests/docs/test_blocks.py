@@ -7,7 +7,8 @@ import pytest
 from tests.support.blocks import blocks_of, check_commands, comment_before, run_commands, save_checkpoints
 
 ROOT = Path(__file__).parents[2]
-PAGES = [page for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))] if "```" in page.read_text()]
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [page for page in FILES if "```" in page.read_text()]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 PAGES_WITH_SLOW_BLOCKS = [page for page in PAGES if "<!-- slow -->" in page.read_text()]
 
