@@ -1,8 +1,7 @@
-"""Who speaks and who stops: the processes that were launched together, and the signals that end them."""
+"""The processes that were launched together: who speaks, and how a signal ends all of them after a whole step."""
 
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
+
+from difftune.signals import ENDING, handling, leave
 
 
 def process() -> PartialState:
@@ -28,9 +29,7 @@ class Stop:
 
     def leave(self, step: int) -> None:
         shown(f"stopped by {signal.Signals(self.number).name} after step {step}, which is saved")
-        if self.number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + self.number)
+        leave(self.number)
 
 
 def agreed(stop: Stop) -> int:
@@ -47,7 +46,8 @@ def agreed(stop: Stop) -> int:
 
 @contextmanager
 def stopping() -> Iterator[Stop]:
-    """SIGTERM and the first Ctrl-C raise a flag, so that the step under way is finished; a second Ctrl-C ends it."""
+    """SIGTERM, SIGHUP and the first Ctrl-C raise a flag, so that the step under way is finished; a second Ctrl-C ends
+    it."""
     stop = Stop()
 
     def ask(number: int, frame: Any) -> None:
@@ -55,15 +55,8 @@ def stopping() -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.number = number
 
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals are the main thread's
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with handling(ask, signal.SIGINT, *ENDING):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def shown(text: str) -> None:

@@ -1,7 +1,10 @@
 """The command line. Nothing heavy is imported before a command runs, so that `--help` answers at once."""
 
+import io
+import os
 import sys
-from typing import Any
+from contextlib import redirect_stdout
+from typing import Any, TextIO
 
 import click
 
@@ -11,7 +14,8 @@ from difftune.cli.images import compare, evaluate, sample, score
 from difftune.cli.label import label
 from difftune.cli.rewards import rewards
 from difftune.cli.train import optimize, search, train
-from difftune.errors import ERRORS
+from difftune.errors import ERRORS, DiskError
+from difftune.signals import ending
 
 
 class Program(click.Group):
@@ -32,6 +36,24 @@ class Program(click.Group):
             _stop(str(error), error.exit_code)
 
 
+class Output(io.FileIO):
+    """The standard output, which tells in one sentence that it takes no more, and then takes all that is left."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # the interpreter flushes once more at its end
+            if isinstance(error, BrokenPipeError):  # as in `difftune methods | head`
+                sys.exit(1)
+            raise DiskError(f"cannot write to the standard output: {error.strerror}") from error
+
+
+def _output() -> TextIO:
+    stream = io.BufferedWriter(Output(sys.stdout.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(stream, sys.stdout.encoding, sys.stdout.errors, line_buffering=sys.stdout.isatty())
+
+
 def _stop(message: str, code: int) -> None:
     click.echo(f"difftune: {message}", err=True)
     sys.exit(code)
@@ -44,7 +66,8 @@ def cli() -> None:
 
 
 def main() -> None:
-    cli(prog_name="difftune")
+    with ending(), redirect_stdout(_output()):
+        cli(prog_name="difftune")
 
 
 for _command in (sample, evaluate, compare, score, train, optimize, search, label, rewards, methods, doctor, demo):

@@ -9,7 +9,7 @@ import json
 import random
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,13 +69,13 @@ def load(path: str | Path) -> State:
 
 
 def latest(folder: str | Path, say: Say = warnings.warn) -> Path | None:
-    """The newest checkpoint that is whole; see `sort_out`."""
+    """The newest checkpoint, when the damaged ones are set aside."""
     sort_out(folder, say)
     return next(reversed(checkpoints(folder)), None)
 
 
 def sort_out(folder: str | Path, say: Say = warnings.warn) -> None:
-    """Set damaged checkpoints aside, so that none is counted; `say` hears of each."""
+    """Set damaged checkpoints aside, so that none counts; `say` hears of each."""
     for path in checkpoints(folder):
         if fault := defect(path):
             say(f"{path} was set aside as {set_aside(path).name}: {fault}")
@@ -89,18 +89,29 @@ def set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-def resumed(folder: str | Path, wanted: str | None, say: Say = warnings.warn) -> State | None:
-    """The state that `--resume_from_checkpoint` names: "latest" in `folder`, or a checkpoint's path."""
+def resumed(folder: str | Path, wanted: str | None) -> State | None:
+    """The state that `--resume_from_checkpoint` names: "latest" in `folder`, or a checkpoint's path.
+
+    `sort_out` the folder first. Raises UserError for a path that is no folder, RunError for a damaged checkpoint.
+    """
     if wanted is None:
         return None
     if wanted != "latest":
         if not Path(wanted).is_dir():
             raise UserError(f"no checkpoint {wanted!r}: give its folder, or 'latest'")
-        state = load(wanted)
-        sort_out(folder, say)
-        return state
-    found = latest(folder, say)
+        return load(wanted)
+    found = next(reversed(checkpoints(folder)), None)
     return None if found is None else load(found)
+
+
+def same_settings(now: Mapping[str, Any], then: Mapping[str, Any], free: Container[str]) -> None:
+    """UserError, naming the first, where settings are not those that a checkpoint was made with.
+
+    They are compared as JSON holds them, to which a tuple is a list. free: the names of those that may differ.
+    """
+    for name, value in json.loads(json.dumps(now)).items():
+        if name not in free and then.get(name) != value:
+            raise UserError(f"the checkpoint was made with {name}={then.get(name)!r}, not {value!r}: resume with that")
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

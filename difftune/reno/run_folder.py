@@ -185,7 +185,8 @@ def prepared(config: RenoConfig) -> Path:
 def optimised(config: RenoConfig, reno: ReNO, batch: Batch, start: Tensor | None, say: Say) -> Made:
     """One batch, from its newest checkpoint if the run is resumed."""
     folder = Path(config.output_dir) / CHECKPOINTS / f"{batch.number:03d}"
-    state = None if config.resume_from_checkpoint is None else checkpoint.resumed(folder, "latest", say)
+    checkpoint.sort_out(folder, say)
+    state = None if config.resume_from_checkpoint is None else checkpoint.resumed(folder, "latest")
     if state is not None:
         same_run(config, state)
         say(f"batch {batch.number}: resuming from iteration {state.step}")

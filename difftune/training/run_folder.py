@@ -3,19 +3,23 @@
 A recipe yields (metrics, state) after each optimiser step and knows nothing of this.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from difftune.errors import UserError
+from difftune.errors import DiskError, UserError
 from difftune.files import checkpoint, records
 from difftune.files.checkpoint import Say, State
+from difftune.files.claim import LOCK, Claim, claimed
 from difftune.files.output import sweep, write
 from difftune.pipelines import full_weights, lora
 from difftune.processes import agreed, process, shown, stopping
@@ -32,6 +36,49 @@ Steps = Iterator[tuple[dict[str, float], State]]
 FREE = {"max_train_steps", "checkpointing_steps", "checkpoints_total_limit"}
 FREE |= {"output_dir", "report_to", "resume_from_checkpoint"}
 
+# What a run without a checkpoint leaves behind: nothing to go on from.
+OWN = (CONFIG, METRICS, CARD, validation.RECORDS, validation.GRIDS, validation.BEST, log.FOLDER, lora.WEIGHTS)
+
+
+@contextmanager
+def begun(config: Config, say: Say | None = None) -> Iterator[State | None]:
+    """Around a run: its folder, which no other process may write meanwhile, and the state from which it goes on.
+
+    A folder of a run that had come to no checkpoint is begun anew. What a run leaves that fails before its first one is
+    removed. Raises UserError as `starting_state` does, and where the folder cannot be written.
+    """
+    folder = Path(config.output_dir)
+    with claimed_by_main(folder) as claim:
+        if claim is not None and checkpoint.checkpoints(folder):
+            claim.keep()
+        elif claim is not None:
+            claim.clear()
+        state = starting_state(config, say)
+        if claim is not None and state is None:
+            claim.note(*(name for name in OWN if not (folder / name).exists()))
+        try:
+            yield state
+        except BaseException:
+            if claim is not None and checkpoint.checkpoints(folder):
+                claim.keep()
+            raise
+
+
+@contextmanager
+def claimed_by_main(folder: Path) -> Iterator[Claim | None]:
+    """The folder for all processes, claimed by the main one; where that cannot, all of them are told."""
+    with ExitStack() as stack:
+        claim, fault = None, None
+        if process().is_main_process:
+            try:
+                claim = stack.enter_context(claimed(folder))
+            except UserError as error:
+                fault = error
+        for found in gather_object([fault]) if process().num_processes > 1 else [fault]:
+            if found is not None:
+                raise found
+        yield claim
+
 
 def run(
     config: Config,
@@ -44,9 +91,9 @@ def run(
     """Follow a recipe's `steps`, which go on from `state` and train the adapter of `pipe`; returns a summary.
 
     `config.output_dir` gets metrics.jsonl, config.yaml, checkpoints, pytorch_lora_weights.safetensors and a model card,
-    and what `difftune.training.validation` writes. SIGTERM and Ctrl-C, in any process, save a checkpoint after the step
-    that is under way, and end all with 143 and 130. reward: what the validations call the trained reward; the one that
-    config names by default.
+    and what `difftune.training.validation` writes. SIGTERM, SIGHUP and Ctrl-C, in any process, save a checkpoint after
+    the step that is under way, and end all with 143, 129 and 130. After an error the last whole step is saved.
+    reward: what the validations call the trained reward; the one that config names by default.
     """
     folder, main = Path(config.output_dir), process().is_main_process
     trackers = log.trackers(config.report_to, folder, asdict(config)) if main else []
@@ -57,16 +104,18 @@ def run(
     process().wait_for_everyone()  # every process has seen the folder as it was
     if main:
         write(folder / CONFIG, settings_yaml(config))
-        for place in (folder, folder / validation.BEST, folder / validation.GRIDS):
+        for place in (folder / validation.BEST, folder / validation.GRIDS):
             sweep(place)
         for name in (METRICS, validation.RECORDS):
             records.rewind(folder / name, done)
     process().wait_for_everyone()  # and sees the records as they go on
     scorers = validation.scorers(config, reward) if config.validation_steps else {}
     bar = tqdm(total=config.max_train_steps, initial=done, disable=not main)
-    with stopping() as stop, bar:
+    keeper = Keeper(folder, pipe, config.checkpoints_total_limit, done, main)
+    with stopping() as stop, bar, keeper:
         for metrics, now in steps:
             state, first = now, first or metrics
+            keeper.state = now
             if main:
                 report(folder, metrics, trackers, bar)
             last = now.step == config.max_train_steps
@@ -74,9 +123,8 @@ def run(
             ends = config.early_stop and parting is not None
             due = now.step % config.checkpointing_steps == 0 or last or ends
             asked = agreed(stop)
-            if main and (due or asked):
-                limit = config.checkpoints_total_limit
-                checkpoint.save(folder, now, limit, also=partial(save_weights, pipe, now))
+            if due or asked:
+                keeper.save()
             if asked:
                 process().wait_for_everyone()  # the main one has saved
                 stop.leave(now.step)
@@ -84,6 +132,7 @@ def run(
                 shown(f"stopped at step {now.step}: {parting}")
                 break
     if main and state is not None:
+        checkpoint.prune(folder, config.checkpoints_total_limit, state.step)  # of a run that was resumed at its end
         save_weights(pipe, state, folder)
         write(folder / CARD, card(metrics))
     for tracker in trackers:
@@ -95,6 +144,35 @@ def run(
         "reward_last": metrics.get("reward_mean"),
         "seconds": time.perf_counter() - started,
     }
+
+
+@dataclass
+class Keeper:
+    """Saves checkpoints in the main process, each step once, and after an error the last whole step."""
+
+    folder: Path
+    pipe: Any
+    limit: int | None
+    saved: int  # the step that was saved last
+    main: bool
+    state: State | None = None  # after the last whole step
+
+    def save(self) -> None:
+        """Write the checkpoint of the last whole step, unless there is one."""
+        if self.main and self.state is not None and self.state.step != self.saved:
+            checkpoint.save(self.folder, self.state, self.limit, also=partial(save_weights, self.pipe, self.state))
+            self.saved = self.state.step
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and self.state is not None and self.state.step != self.saved:
+            with suppress(DiskError):  # which may be what ended the run
+                self.save()
+                shown(
+                    f"step {self.saved}, the last whole one, is saved: --resume_from_checkpoint latest goes on from it"
+                )
 
 
 def save_weights(pipe: Any, state: State, folder: Path) -> None:
@@ -131,16 +209,17 @@ def starting_state(config: Config, say: Say | None = None) -> State | None:
     Raises UserError for a folder that holds something, unless it is a run of ours that is resumed with its settings.
     """
     say, folder = say or shown, Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another --output_dir")
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    held = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
     if held and CONFIG not in held and not checkpoint.checkpoints(folder):
         raise UserError(f"{folder} holds something else ({held[0]}): choose another --output_dir")
     if held and not config.resume_from_checkpoint:
         raise UserError(
             f"{folder} holds a run: continue it with --resume_from_checkpoint latest, or choose another --output_dir"
         )
-    state = checkpoint.resumed(folder, config.resume_from_checkpoint, say)
+    if process().is_main_process and config.resume_from_checkpoint == "latest":
+        checkpoint.sort_out(folder, say)
+    process().wait_for_everyone()  # every process sees the same checkpoints
+    state = checkpoint.resumed(folder, config.resume_from_checkpoint)
     if state is not None:
         same_run(config, state)
         say(f"resuming from step {state.step}")
@@ -151,12 +230,9 @@ def starting_state(config: Config, say: Say | None = None) -> State | None:
 
 def same_run(config: Config, state: State) -> None:
     """UserError, naming the first, where settings are not those that the state was made with."""
-    now = asdict(config) | {"num_processes": process().num_processes}
     older = asdict(type(config)()) | state.info["config"]  # a setting that is newer than the checkpoint had its default
-    then = {**older, "num_processes": state.info["num_processes"]}
-    for name, value in now.items():
-        if name not in FREE and then.get(name) != value:
-            raise UserError(f"the checkpoint was made with {name}={then.get(name)!r}, not {value!r}: resume with that")
+    then = {**json.loads(json.dumps(older)), "num_processes": state.info["num_processes"]}
+    checkpoint.same_settings(asdict(config) | {"num_processes": process().num_processes}, then, FREE)
     if config.max_train_steps < state.step:
         raise UserError(f"the checkpoint is at step {state.step}, beyond max_train_steps={config.max_train_steps}")
 

@@ -448,12 +448,12 @@ def follow(
     gradient: the reward that config names is loaded for the training and its validations, with a gradient or without;
     None: `train` loads what it needs.
     """
-    state = run_folder.starting_state(config, show)
-    if reward is None and gradient is not None:
-        reward = reward_named(config.reward, gradient=gradient)
-    pipe = load_model(config.model) if pipe is None else pipe
-    found = train(config, state, pipe, reward, run_folder.resolving(config, show))
-    return run_folder.run(config, found, state, pipe, partial(card, config), reward)
+    with run_folder.begun(config, show) as state:
+        if reward is None and gradient is not None:
+            reward = reward_named(config.reward, gradient=gradient)
+        pipe = load_model(config.model) if pipe is None else pipe
+        found = train(config, state, pipe, reward, run_folder.resolving(config, show))
+        return run_folder.run(config, found, state, pipe, partial(card, config), reward)
 
 
 def check(config: TrainingConfig, pipe: Any = None) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from difftune.errors import UserError
 
+FOLDER = "difftune"  # of TensorBoard in the run's folder; the project's name for the others
+
 
 def trackers(report_to: str, folder: Path, settings: Mapping[str, Any]) -> list[GeneralTracker]:
     """The trackers that `report_to` names, started; none for "none"."""
@@ -23,7 +25,7 @@ def trackers(report_to: str, folder: Path, settings: Mapping[str, Any]) -> list[
         raise UserError(f"tracker {report_to!r} cannot be used: {error}") from error
     if not found:
         raise UserError(f"tracker {report_to!r} is not installed: pip install {report_to}, or --report_to none")
-    started = [kind("difftune", *([folder] if kind.requires_logging_directory else [])) for kind in found]
+    started = [kind(FOLDER, *([folder] if kind.requires_logging_directory else [])) for kind in found]
     for tracker in started:
         tracker.store_init_configuration({k: v for k, v in settings.items() if isinstance(v, int | float | str | bool)})
     return started
