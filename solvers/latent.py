@@ -19,7 +19,7 @@ from solvers.denoiser import Cond, Prediction, predicted, widen
 from solvers.errors import UserError
 from solvers.families.family import Family
 from solvers.families.table import family_of
-from solvers.levels import Clock, levels_of, prediction_type
+from solvers.levels import Clock, levels_of, prediction_type, start_scale
 from solvers.noise import Noise
 from solvers.samplers.catalogue import Generators
 
@@ -107,6 +107,10 @@ class LatentModel:
         and SD3 shift them by it); options, as in `levels_of`, win."""
         laid_out = self.family.options(self.pipe, self.shape(height, width)[1:], steps)
         return levels_of(self.pipe.scheduler, steps, **{**laid_out, **options})
+
+    def start_scale(self, levels: Sequence[Noise]) -> float:
+        """What multiplies `noise` at the first of the levels, as the pipeline starts: see `levels.start_scale`."""
+        return start_scale(self.pipe.scheduler, levels)
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) of an image in pixels; the pipeline's own by default."""

@@ -6,10 +6,10 @@ VP-trained networks (k-diffusion's sigma is k = sigma / alpha), flow for flow mo
 """
 
 from bisect import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import pairwise
-from math import isclose, log
+from math import hypot, isclose, log
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,9 @@ from solvers.noise import Noise, flow, log_snr, noise, vp
 
 Scheduler = Any  # diffusers declares none of the attributes that are read here
 
+STEPS_IN_K = {
+    f"{name}DiscreteScheduler" for name in ("Euler", "EulerAncestral", "Heun", "KDPM2", "KDPM2Ancestral", "LMS")
+}
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 
 
@@ -50,6 +53,19 @@ def prediction_type(scheduler: Scheduler) -> str:
     if name not in PREDICTION_TYPES:
         raise UserError(f"no prediction_type {name!r} of {_name(scheduler)}; known: {', '.join(PREDICTION_TYPES)}")
     return PREDICTION_TYPES[name]
+
+
+def start_scale(scheduler: Scheduler, levels: Sequence[Noise]) -> float:
+    """What a pipeline multiplies its unit noise by, in the coordinates of `levels`, those of its run (`levels_of`).
+
+    1 for most schedulers and for all flows, whatever the first level is; those of `STEPS_IN_K` start at
+    `init_noise_sigma` times the noise, which is k / sqrt(1 + k^2) or 1 here, k = sigma / alpha.
+    """
+    if _name(scheduler) not in STEPS_IN_K:
+        return 1.0
+    run = deepcopy(scheduler)
+    run.set_timesteps(len(levels) - 1)
+    return float(run.init_noise_sigma) / hypot(1, float(levels[0].sigma / levels[0].alpha))
 
 
 class Clock:

@@ -89,7 +89,7 @@ def prepared(pipe: Any, guidance: Guidance, prompts: Sequence[str], steps: int) 
     latent, levels = LatentModel(pipe), LatentModel(pipe).levels(steps)
     predict = guided(latent.denoiser, Recorded(method.scale), latent.encode(texts))
     noise = latent.noise(len(texts), torch.Generator().manual_seed(FIT_SEED))
-    *_, end = sample(euler, predict, Path(noise), levels)
+    *_, end = sample(euler, predict, Path(latent.start_scale(levels) * noise), levels)
     return replace(method, fit=fit_linear_ag(end.memory["recorded.cond"], end.memory["recorded.uncond"], levels))
 
 

@@ -23,7 +23,7 @@ from difftune.lookup import at_least, reward_named, reward_weights, sampler_name
 from difftune.pipelines.engine import one_at_a_time, wants_noise
 from difftune.reno.named import Rewards, needs_gradient, sized, weights_over_ranges
 from difftune.reno.objective import Iteration, Objective, Unknowns, embeddings
-from difftune.reno.paper import levels_at, setting_of, start_scale
+from difftune.reno.paper import levels_at, setting_of
 from difftune.reno.progress import Progress, beginning, chosen, of_state
 from difftune.reno.results import START, Live, Result, result
 from difftune.reno.settings import NoiseSettings
@@ -111,7 +111,7 @@ class ReNO(NoiseSettings):
         predict = guided(model.denoiser, self.guidance or Plain(), conds)
         levels = model.levels(num_inference_steps, *images.shape[2:])
         x = invert(predict, model.encode_images(images.to(model.device)), levels).x
-        return x / start_scale(self.pipe.scheduler, num_inference_steps, levels[0])
+        return x / model.start_scale(levels)
 
     @property
     def size(self) -> tuple[int | None, int | None]:
@@ -222,7 +222,7 @@ class ReNO(NoiseSettings):
         conds = model.encode(prompts, height=self.height, width=self.width)
         noise = model.noise(len(prompts), generator, self.height, self.width)
         levels = self.levels(model)
-        scale = start_scale(self.pipe.scheduler, len(levels) - 1, levels[0])
+        scale = model.start_scale(levels)
         drawn = wants_noise(self.gradient, sampler_named(self.sampler))
         fixed = [gaussian(noise, generator) for _ in levels[1:]] if drawn else None
         if start is not None:

@@ -3,9 +3,8 @@
 All: one step without guidance, SGD with Nesterov momentum 0.9, a clip of 0.1, gamma = 0.01, 50 iterations, seed 0.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
-from math import hypot, sqrt
+from math import sqrt
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from difftune.errors import UserError
 from rewards.registry import unknown
-from solvers.levels import prediction_type
 from solvers.noise import Noise, vp
 
 REWARDS = {"hps-v2.1": 5.0, "imagereward": 1.0, "clip": 0.01, "pickscore": 0.05}  # the weights of the same code
@@ -58,18 +56,6 @@ def setting_of(pipe: Any, name: str | None) -> Setting | None:
         return PAPER[name]
     source = str(pipe.config.get("_name_or_path", ""))
     return next((setting for setting in PAPER.values() if source in setting.models), None)
-
-
-def start_scale(scheduler: Any, steps: int, first: Noise) -> float:
-    """What a pipeline multiplies its unit noise by, in the coordinates of the levels, of which `first` is the first.
-
-    1 for most and for all flows; one of sigmas k starts at `init_noise_sigma` noise, which is k / sqrt(1 + k^2) or 1.
-    """
-    if prediction_type(scheduler) == "flow" or float(scheduler.init_noise_sigma) <= 1:
-        return 1.0
-    run = deepcopy(scheduler)
-    run.set_timesteps(steps)
-    return float(run.init_noise_sigma) / hypot(1, float(first.sigma / first.alpha))
 
 
 def levels_at(scheduler: Any, timesteps: tuple[int, ...]) -> list[Noise]:

@@ -78,12 +78,12 @@ class Chain:
     def begin(
         self, prompts: Prompts, indices: Sequence[int], gradient: str | None
     ) -> tuple[list[str], Tensor, list[Tensor] | None, GuidedPredict]:
-        """Prompts, initial noise, the noise of a stochastic sampler, and the guided network."""
+        """Prompts, initial latents, the noise of a stochastic sampler, and the guided network."""
         texts = [prompts(i) for i in indices]
         generators = [torch.Generator().manual_seed(mixed(self.seed, i)) for i in indices]
         with torch.no_grad():
             conds = self.model.encode(texts)
-            x = self.model.noise(len(texts), generators)
+            x = self.model.start_scale(self.levels) * self.model.noise(len(texts), generators)
             drawn, steps = wants_noise(gradient, self.step), len(self.levels) - 1
             noise = [gaussian(x, generators) for _ in range(steps)] if drawn else None
         return texts, x, noise, self.predict(conds)

@@ -91,7 +91,7 @@ def replay(choices: Sequence[Choice], run: Training, chain: Chain, policy: Polic
     texts = [choice.prompt for choice in choices for _ in range(2)]
     seeds = [seed for choice in choices for seed in (choice.seed_a, choice.seed_b)]
     generators = [torch.Generator().manual_seed(int(seed or 0)) for seed in seeds]
-    x = chain.model.noise(len(texts), generators)
+    x = chain.model.start_scale(chain.levels) * chain.model.noise(len(texts), generators)
     noise = [gaussian(x, generators) for _ in range(policy.steps)]
     predict = chain.predict(chain.model.encode(texts))
     trajectory = policy.sample(under(predict, run.reference), x, noise)

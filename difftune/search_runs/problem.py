@@ -68,7 +68,10 @@ class Adapter:
         experts = {name: self.expert(cond) for name, cond in conds.items()}
         experts |= {name: other.expert(other.conds()["cond"]) for name, other in self.others.items()}
         costs = [self.cost(predict, at, shape) for at in levels[:-1]]
-        return Problem(levels, predict, self.scores, shape, seeds, eta, costs, experts, device=self.model.device)
+        device, scale = self.model.device, self.model.start_scale(levels)
+        return Problem(
+            levels, predict, self.scores, shape, seeds, eta, costs, experts, device=device, start_scale=scale
+        )
 
     @torch.no_grad()
     def conds(self, negative_prompts: str | Sequence[str] | None = None) -> dict[str, Cond]:

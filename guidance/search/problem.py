@@ -124,6 +124,7 @@ class Problem:
     counted; otherwise it is one a row. reward: of finished latents, or of estimates x0 of them. shape: of one latent.
     seeds: one per group. eta: 1 is DDPM, 0 DDIM, which most methods refuse. costs: the most NFEs that a row needs at
     each step; 1 by default. experts: unguided predictions by name, for methods that combine them on their own.
+    start_scale: what multiplies the unit noise at the first level; its sigma by default, which is not every pipeline's.
     budget, reward_budget: NFEs and reward calls of each group, never exceeded. micro_batch: rows at a time.
 
     Raises ValueError for levels, seeds, costs or an eta that cannot be.
@@ -142,6 +143,7 @@ class Problem:
     micro_batch: int | None = None
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
+    start_scale: float | None = None
     spent: Spent = field(init=False)
 
     def __post_init__(self):
@@ -209,8 +211,12 @@ class Problem:
     # ------------------------------------------------------------------------------------------ the sampler
 
     def start(self, group: int, *key: int, n: int = 1) -> Path:
-        """n samples at the first level: alpha * 0 + sigma * noise, as pipelines start."""
-        return Path(self.levels[0].sigma * self.noise(group, *key, n=n))
+        """n samples at the first level."""
+        return Path(self.begun(self.noise(group, *key, n=n)))
+
+    def begun(self, noise: Tensor) -> Tensor:
+        """Unit noise as x at the first level: times `start_scale`."""
+        return (self.levels[0].sigma if self.start_scale is None else self.start_scale) * noise
 
     def predicted(self, path: Path, i: int, groups: Tensor, expert: str | None = None) -> Prediction:
         """The prediction at level i for rows of these groups (B,), without a gradient; of an expert if one is named."""

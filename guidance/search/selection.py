@@ -90,7 +90,7 @@ def _select_step(problem: Problem, m: int, choose: Choose, population: Populatio
 def _first_candidates(problem: Problem, m: int, choose: Choose, population: Population) -> Particles:
     """x_T is drawn like all that follows: one of M, the first of them being the particle that was started."""
     particles = population.particles
-    extra = problem.levels[0].sigma * noises(problem, population, STEP, -1, n=m - 1)
+    extra = problem.begun(noises(problem, population, STEP, -1, n=m - 1))
     x = particles.path.x
     candidates = torch.cat([x[:, None], extra.view(len(x), m - 1, *x.shape[1:])], 1).flatten(0, 1)
     path = replace(particles.path, x=candidates)

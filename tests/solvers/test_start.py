@@ -1,0 +1,92 @@
+"""Where a run starts: our own loops, training and search at the pipeline's own first latent (ReNO: its own tests)."""
+
+import diffusers
+import pytest
+import torch
+
+from difftune.rollouts.image_sampler import Chain
+from difftune.search_runs.problem import Adapter
+from difftune.training.state import mixed
+from guidance.methods.cfg import Plain
+from solvers.families.tokens import unpacked
+from solvers.latent import LatentModel
+from solvers.samplers.catalogue import euler
+from tests.support import dits
+from tests.support.pipelines import ddim, sd, sdxl
+
+TABLE = {key: ddim().config[key] for key in ("beta_start", "beta_end", "beta_schedule", "steps_offset")}
+LINSPACE, LEADING = ({**TABLE, "timestep_spacing": spacing} for spacing in ("linspace", "leading"))
+
+
+class Begun(Exception):
+    """Raised by the first call of a network, with the latents that it is given."""
+
+
+def first_latent(pipe, seed: int, steps: int) -> torch.Tensor:
+    """What the pipeline hands its network first, (1, C, h, w)."""
+    network = pipe.components["unet" if "unet" in pipe.components else "transformer"]
+
+    def halt(module, args, kwargs):
+        raise Begun(args[0] if args else kwargs["hidden_states"])
+
+    hook = network.register_forward_pre_hook(halt, with_kwargs=True)
+    try:
+        scale = {"true_cfg_scale": 1.0} if isinstance(pipe, diffusers.FluxPipeline) else {"guidance_scale": 1.0}
+        if type(pipe).__name__.startswith(("PixArt", "Sana")):
+            scale |= {"use_resolution_binning": False}
+        if isinstance(pipe, diffusers.SanaPipeline):
+            scale |= {"height": 32, "width": 32}
+        pipe("red", num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), **scale)
+    except Begun as begun:
+        return begun.args[0].float()
+    finally:
+        hook.remove()
+    raise AssertionError("the network was not called")
+
+
+SCHEDULERS = {
+    "ddim": lambda: ddim(),
+    "ddpm": lambda: diffusers.DDPMScheduler(**LEADING),
+    "pndm": lambda: diffusers.PNDMScheduler(**LEADING, skip_prk_steps=True),
+    "lcm": lambda: diffusers.LCMScheduler(**{k: v for k, v in TABLE.items() if k != "steps_offset"}),
+    "dpm++": lambda: diffusers.DPMSolverMultistepScheduler(**LINSPACE),
+    "unipc": lambda: diffusers.UniPCMultistepScheduler(**LINSPACE),
+    "deis": lambda: diffusers.DEISMultistepScheduler(**LINSPACE),
+    "euler-linspace": lambda: diffusers.EulerDiscreteScheduler(**LINSPACE),
+    "euler-leading": lambda: diffusers.EulerDiscreteScheduler(**LEADING),
+    "euler-karras": lambda: diffusers.EulerDiscreteScheduler(**LINSPACE, use_karras_sigmas=True),
+    "ancestral": lambda: diffusers.EulerAncestralDiscreteScheduler(**LEADING),
+    "heun": lambda: diffusers.HeunDiscreteScheduler(**LINSPACE),
+    "kdpm2": lambda: diffusers.KDPM2DiscreteScheduler(**LINSPACE),
+    "lms": lambda: diffusers.LMSDiscreteScheduler(**LINSPACE),
+}
+FAMILIES = {
+    "sdxl": lambda: sdxl(scheduler=SCHEDULERS["euler-linspace"]()),
+    "sd3": dits.sd3,
+    "flux": dits.flux,
+    "pixart": dits.pixart,
+    "sana": dits.sana,
+    "sana-euler": lambda: dits.sana(dits.flow()),
+}
+PIPELINES = {**{name: lambda make=make: sd(scheduler=make()) for name, make in SCHEDULERS.items()}, **FAMILIES}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@torch.no_grad()
+def test_every_loop_starts_as_the_pipeline_does(name):
+    """At 1 and 5 steps: the latents of training and of search, for their noise."""
+    pipe = PIPELINES[name]()
+    model = LatentModel(pipe)
+    size = (32, 32) if "sana" in name else (None, None)  # it wants multiples of 32
+    noise = model.noise(1, torch.Generator().manual_seed(3), *size)
+    drawn = model.noise(1, [torch.Generator().manual_seed(mixed(0, 0))])
+    for steps in (1, 5):
+        levels = model.levels(steps, *size)
+        theirs = first_latent(pipe, 3, steps)
+        theirs = theirs if theirs.ndim == 4 else unpacked(theirs, (noise.shape[2] // 2, noise.shape[3] // 2))
+        torch.testing.assert_close(model.start_scale(levels) * noise, theirs, rtol=2e-6, atol=1e-6)
+        problem = Adapter(model, ["red"], None).problem(levels, Plain())  # type: ignore[arg-type]
+        torch.testing.assert_close(problem.start(0, 7).x, model.start_scale(levels) * problem.noise(0, 7))
+        chain = Chain(model, model.denoiser, Plain(), euler, levels, seed=0)
+        _, x, _, _ = chain.begin(lambda index: "red", [0], "full")
+        torch.testing.assert_close(x, model.start_scale(levels) * drawn)
