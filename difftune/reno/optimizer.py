@@ -191,8 +191,8 @@ class ReNO(NoiseSettings):
 
     def _live(self, objective: Objective, progress: Progress) -> Live:
         every = torch.arange(len(progress.z), device=progress.z.device)
-        noises = objective.unknowns.noise_of(progress.now.z, every)
-        images, record = progress.now.images.clone(), progress.history[-1]
+        noises = objective.unknowns.noise_of(progress.made.now.z, every)
+        images, record = progress.made.now.images.clone(), progress.history[-1]
         return Live(progress.iteration - 1, images, noises.clone(), record, progress, objective)
 
     # -------------------------------------------------------------------------------------------- the beginning

@@ -1,7 +1,7 @@
 """Where a noise optimisation stands: what it needs to go on, and what it would return. All of it is batch-first."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from difftune.errors import UserError
 from difftune.files.checkpoint import State
 from difftune.reno.objective import Evaluated, Iteration
 from difftune.reno.settings import NoiseSettings
+from solvers.codec import apart, decode, encode
 
 
 class Made(NamedTuple):
@@ -21,11 +22,18 @@ class Made(NamedTuple):
     total: Tensor  # (B,), on the CPU
 
 
-@dataclass(frozen=True)
-class Progress:
-    """After `iteration` evaluations: what comes next, the first images, the best ones and the latest."""
+class Moments(NamedTuple):
+    """The images of three evaluations: the first, the best of each sample so far, and the latest."""
 
-    settings: NoiseSettings
+    first: Made
+    best: Made
+    now: Made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What is written of a `Progress` as it stands."""
+
     prompts: Sequence[str]
     seeds: Sequence[int]
     z: Tensor  # (B, D), evaluated next
@@ -33,24 +41,24 @@ class Progress:
     waited: Tensor  # (B,), iterations without a better image
     calls: Tensor  # (B,), images scored
     stopped: tuple[str, ...]  # why a sample left, "" where it has not
-    iteration: int = 0
     pending: bool = False  # z was evaluated, and has not moved since
     memory: Mapping[str, Tensor] = field(default_factory=dict)  # the optimiser's
     told: tuple[Tensor, ...] = ()  # (B, N) each: what searches were told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(Standing):
+    """After `iteration` evaluations: what comes next, the first images, the best ones and the latest."""
+
+    settings: NoiseSettings
+    iteration: int = 0
     history: tuple[Iteration, ...] = ()
-    made: tuple[Made, ...] = ()  # first, best, now; empty before the first evaluation
+    moments: Moments | None = None  # None before the first evaluation
 
     @property
-    def first(self) -> Made:
-        return self.made[0]
-
-    @property
-    def best(self) -> Made:
-        return self.made[1]
-
-    @property
-    def now(self) -> Made:
-        return self.made[2]
+    def made(self) -> Moments:
+        assert self.moments is not None, "nothing was evaluated yet"
+        return self.moments
 
     @property
     def rows(self) -> Tensor:
@@ -67,14 +75,14 @@ class Progress:
 
     def seen(self, found: Evaluated, z: Tensor, rows: Tensor, calls: Tensor) -> "Progress":
         """With one more evaluation, of z (A, D): the best kept, by reward alone, and the samples that are done gone."""
-        if not self.made:
+        if self.moments is None:
             first = Made(found.images, z, found.record.total)
-            return replace(self, made=(first, first, first)).seen(found, z, rows, calls)
+            return replace(self, moments=Moments(first, first, first)).seen(found, z, rows, calls)
         finite = (found.record.total.isfinite() & found.record.grad_norm.isfinite()).to(rows.device)
         new = Made(found.images, z, found.record.total)
-        gained = new.total > self.best.total[rows.cpu()]
-        best = placed(self.best, picked(new, gained), rows[gained.to(rows.device)])
-        now = placed(self.best, picked(new, finite.cpu()), rows[finite])
+        gained = new.total > self.made.best.total[rows.cpu()]
+        best = placed(self.made.best, picked(new, gained), rows[gained.to(rows.device)])
+        now = placed(self.made.best, picked(new, finite.cpu()), rows[finite])
         waited = self.waited.index_add(0, rows, torch.ones_like(rows))
         waited[rows[gained.to(rows.device)]] = 0
         waited = waited if self.iteration else torch.zeros_like(waited)
@@ -83,7 +91,7 @@ class Progress:
             iteration=self.iteration + 1,
             calls=self.calls.index_add(0, rows, calls),
             waited=waited,
-            made=(self.first, best, now),
+            moments=Moments(self.made.first, best, now),
             history=(*self.history, recorded(found.record, rows, len(self.z))),
         )
         return progress._without_the_done(rows[~finite].tolist())
@@ -94,7 +102,7 @@ class Progress:
         for i in self.rows.tolist():
             if i in broken:
                 stopped[i] = "not finite"
-            elif settings.target is not None and self.best.total[i] >= settings.target:
+            elif settings.target is not None and self.made.best.total[i] >= settings.target:
                 stopped[i] = "target"
             elif settings.patience is not None and self.waited[i] >= settings.patience:
                 stopped[i] = "patience"
@@ -108,20 +116,25 @@ class Progress:
 
     def state(self) -> State:
         """As tensors and JSON."""
-        tensors = {"z": self.z, "active": self.active, "waited": self.waited, "calls": self.calls}
-        tensors |= {f"memory.{key}": value for key, value in self.memory.items()}
-        tensors |= {f"told.{i:06d}": values for i, values in enumerate(self.told)}
-        for name, made in zip(("first", "best", "now"), self.made, strict=False):
-            tensors |= {f"{name}.{key}": value for key, value in made._asdict().items()}
-        tensors |= histories(self.history)
-        about = {"prompts": list(self.prompts), "seeds": list(self.seeds), "stopped": list(self.stopped)}
-        return State(self.iteration, _apart(tensors), {**about, "pending": self.pending})
+        standing = {one.name: getattr(self, one.name) for one in fields(Standing)}
+        made = {} if self.moments is None else self.moments._asdict()
+        tensors, info = encode({**standing, **made, "history": stacked(self.history)})
+        return State(self.iteration, apart(tensors), info)
 
 
 def beginning(settings: NoiseSettings, z: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Progress:
     """Before the first evaluation."""
     zeros = torch.zeros(len(z), dtype=torch.long, device=z.device)
-    return Progress(settings, prompts, seeds, z, zeros == 0, zeros, zeros, ("",) * len(z))
+    return Progress(
+        settings=settings,
+        prompts=prompts,
+        seeds=seeds,
+        z=z,
+        active=zeros == 0,
+        waited=zeros,
+        calls=zeros,
+        stopped=("",) * len(z),
+    )
 
 
 def of_state(
@@ -131,62 +144,26 @@ def of_state(
     for name, mine in (("prompts", list(prompts)), ("seeds", list(seeds))):
         if state.info[name] != mine:
             raise UserError(f"the state is of {name} {state.info[name]}, not of {mine}: resume with those")
-    tensors = state.tensors
-    if tensors["z"].shape != z.shape:
-        raise UserError(
-            f"the state is of {tuple(tensors['z'].shape)} unknowns, not of {tuple(z.shape)}: resume as it was"
-        )
-
-    def own(key: str) -> Tensor:
-        return tensors[key].to(z.device)
-
-    made = [
-        Made(own(f"{n}.images"), own(f"{n}.z"), tensors[f"{n}.total"]) for n in ("first", "best", "now") if state.step
-    ]
-    return Progress(
-        settings,
-        prompts,
-        seeds,
-        own("z"),
-        own("active"),
-        own("waited"),
-        own("calls"),
-        tuple(state.info["stopped"]),
-        state.step,
-        state.info["pending"],
-        {key.removeprefix("memory."): own(key) for key in tensors if key.startswith("memory.")},
-        tuple(own(key) for key in sorted(tensors) if key.startswith("told.")),
-        iterations(tensors, state.step),
-        tuple(made),
-    )
+    if (before := state.tensors["z"].shape) != z.shape:
+        raise UserError(f"the state is of {tuple(before)} unknowns, not of {tuple(z.shape)}: resume as it was")
+    on_cpu = {name: tensor for name, tensor in state.tensors.items() if name.endswith(".total")}
+    placed = {name: tensor.to(z.device) for name, tensor in state.tensors.items()} | on_cpu
+    progress = Progress(**vars(decode(Standing, placed, state.info)), settings=settings, iteration=state.step)
+    moments = decode(Moments, placed) if state.step else None
+    return replace(progress, history=unstacked(state.tensors), moments=moments)
 
 
-def histories(history: Sequence[Iteration]) -> dict[str, Tensor]:
-    """A history's tensors (t, B), by name."""
-    if not history:
-        return {}
-    first = history[0]
-    found = {f"history.parts.{name}": torch.stack([r.parts[name] for r in history]) for name in first.parts}
-    for name in ("total", "regularizer", "grad_norm", "held_out"):
-        if first._asdict()[name] is not None:
-            found[f"history.{name}"] = torch.stack([record._asdict()[name] for record in history])
-    return found
+def stacked(history: Sequence[Iteration]) -> dict[str, Tensor]:
+    """The numbers (t, B) of a history, by their names in an iteration."""
+    records = [encode(record).tensors for record in history]
+    return {name: torch.stack([record[name] for record in records]) for name in (records[0] if records else ())}
 
 
-def iterations(tensors: Mapping[str, Tensor], count: int) -> tuple[Iteration, ...]:
-    """`histories` undone."""
-    start = "history.parts."
-    names = [key.removeprefix(start) for key in tensors if key.startswith(start)]
-    rest = [tensors.get(f"history.{name}") for name in ("total", "regularizer", "grad_norm", "held_out")]
-    return tuple(
-        Iteration({n: tensors[start + n][i] for n in names}, *(None if t is None else t[i] for t in rest))  # type: ignore[arg-type]
-        for i in range(count)
-    )
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """No two share memory, which safetensors refuses."""
-    return {key: value.detach().cpu().clone() for key, value in tensors.items()}
+def unstacked(tensors: Mapping[str, Tensor]) -> tuple[Iteration, ...]:
+    """The history whose `stacked` numbers are written under "history"."""
+    curves = {name.removeprefix("history."): curve for name, curve in tensors.items() if name.startswith("history.")}
+    rows = zip(*curves.values(), strict=True)
+    return tuple(decode(Iteration, dict(zip(curves, row, strict=True))) for row in rows)
 
 
 def spread(values: Tensor, rows: Tensor, every: int) -> Tensor:

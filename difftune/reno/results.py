@@ -113,7 +113,7 @@ def curve(history: Sequence[Iteration], name: str, row: int | None = None) -> li
 def result(objective: Objective, progress: Progress) -> Result:
     """The best so far of a run that stands there."""
     every = torch.arange(len(progress.z), device=progress.z.device)
-    first, best, unknowns = progress.first, progress.best, objective.unknowns
+    (first, best, _), unknowns = progress.made, objective.unknowns
     return Result(
         best.images.clone(),
         unknowns.noise_of(best.z, every).clone(),

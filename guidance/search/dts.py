@@ -19,6 +19,7 @@ from guidance.search.tree import (
     BACKUPS,
     POLICIES,
     ROOT,
+    Packed,
     Rule,
     Tree,
     back_up,
@@ -29,6 +30,7 @@ from guidance.search.tree import (
     unpacked,
     visit,
 )
+from solvers.codec import decode, encode
 from solvers.denoiser import Path
 from solvers.errors import UserError
 from solvers.ranges import Count, NotNegative, Positive, Range, Ranged
@@ -263,8 +265,7 @@ class Forest:
         return Graph(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def saved(self) -> Saved:
-        grown = {str(group): packed(tree) for group, tree in enumerate(self.trees) if len(tree) > 1}
-        tensors = {f"{group}.{name}": value for group, found in grown.items() for name, value in found.items()}
+        tensors = encode({str(group): packed(tree) for group, tree in enumerate(self.trees) if len(tree) > 1}).tensors
         spent = {name: account.tolist() for name, account in self.problem.spent._asdict().items()}
         return Saved(tensors, {"search": self.settings, "spent": spent, "best": list(self.best)})
 
@@ -277,10 +278,8 @@ class Forest:
         for name, value in self.settings.items():
             if saved.info["search"].get(name) != value:
                 raise UserError(f"the saved tree has {name} {saved.info['search'].get(name)}, this search {value}")
-        for group in range(len(self.trees)):
-            prefix = f"{group}."
-            found = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
-            self.trees[group] = unpacked(found, len(self.stops)) if found else self.trees[group]
+        for group, found in decode(dict[str, Packed], saved.tensors).items():
+            self.trees[int(group)] = unpacked(found, len(self.stops))
         self.best = list(saved.info["best"])
         for name, account in self.problem.spent._asdict().items():
             account.copy_(torch.tensor(saved.info["spent"][name]))

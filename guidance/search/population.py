@@ -8,13 +8,14 @@ of several runs together estimate the target too.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from guidance.search.problem import Best, Graph, Problem, Saved, Spent, State, Weighted
 from guidance.search.smc import Particles, populate, resample
+from solvers.codec import apart, decode, encode
 from solvers.denoiser import Path, Prediction
 from solvers.errors import UserError
 
@@ -194,29 +195,31 @@ def state_of(problem: Problem, kind: Kind, record: Record, population: Populatio
 # ------------------------------------------------------------------------------------------------ saving
 
 
+class Rest(NamedTuple):
+    """What is saved of a run part-way beside the path of its particles."""
+
+    groups: Tensor
+    offsets: Tensor
+    particles: Mapping[str, Tensor]
+    cache: Mapping[str, Tensor]
+    parents: Tensor | None = None  # (steps behind, A, K)
+    values: Tensor | None = None
+
+
+OWN = ("log_weights", "log_mass", "parents", "roots")  # of `Particles`
+
+
 def saved_of(kind: Kind, record: Record, population: Population | None, spent: Spent) -> Saved:
-    """All that `runs` goes on from. The names of tensors carry their owner."""
-    tensors = {"begun": record.begun}
-    owners: dict[str, Any] = {"best": record.best, "weighted": record.weighted, "graph": record.graph, "spent": spent}
-    for owner, part in owners.items():
-        tensors |= {f"{owner}.{name}": value for name, value in part._asdict().items()}
-    if population is None:
-        return Saved(owned(tensors), {"step": None, "sizes": list(kind.sizes)})
-    particles, path = population.particles, population.particles.path
-    own = ("log_weights", "log_mass", "parents", "roots")
-    tensors |= {f"particles.{name}": vars(particles)[name] for name in own}
-    tensors |= {f"memory.{name}": value for name, value in path.memory.items()}
-    tensors |= {f"cache.{name}": value for name, value in particles.cache.items()}
-    tensors |= {"x": path.x, "groups": population.groups, "offsets": population.offsets}
-    tensors |= {} if path.x0 is None else {"x0": path.x0}
-    if population.step:
-        tensors |= {"parents": torch.stack(population.parents), "values": torch.stack(population.values)}
-    return Saved(owned(tensors), {"step": population.step, "sizes": list(kind.sizes)})
-
-
-def owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, each with memory of its own, as safetensors wants them."""
-    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    """All that `runs` goes on from."""
+    tensors = encode({**record._asdict(), "spent": spent}).tensors
+    info = {"step": None if population is None else population.step, "sizes": list(kind.sizes)}
+    if population is not None:
+        particles = population.particles
+        behind = [torch.stack(row) if row else None for row in (population.parents, population.values)]
+        own = {name: getattr(particles, name) for name in OWN}
+        rest = Rest(population.groups, population.offsets, own, particles.cache, *behind)
+        tensors |= encode(particles.path).tensors | encode(rest).tensors
+    return Saved(apart(tensors), info)
 
 
 def restored(problem: Problem, kind: Kind, saved: Saved) -> tuple[Record, Population | None]:
@@ -227,17 +230,15 @@ def restored(problem: Problem, kind: Kind, saved: Saved) -> tuple[Record, Popula
             "population cannot grow, begin anew; with particles set, a larger budget means more runs"
         )
     tensors = {name: placed(problem, name, value) for name, value in saved.tensors.items()}
-    step = saved.info["step"]
-    for name, value in under(tensors, "spent").items():
-        problem.spent._asdict()[name].copy_(value)
-    best, weighted, graph = under(tensors, "best"), under(tensors, "weighted"), under(tensors, "graph")
-    record = Record(tensors["begun"], Best(**best), Weighted(**weighted), Graph(**graph))
+    for name, account in problem.spent._asdict().items():
+        account.copy_(tensors[f"spent.{name}"])
+    record, step = decode(Record, tensors), saved.info["step"]
     if step is None:
         return record, None
-    path = Path(tensors["x"], tensors.get("x0"), under(tensors, "memory"))
-    particles = Particles(path, **under(tensors, "particles"), cache=under(tensors, "cache"))
-    behind = [tuple(tensors[name]) if step else () for name in ("parents", "values")]
-    return record, Population(particles, tensors["groups"], tensors["offsets"], step, *behind)
+    rest: Rest = decode(Rest, tensors)
+    particles = Particles(decode(Path, tensors), **rest.particles, cache=rest.cache)
+    behind = [() if row is None else tuple(row) for row in (rest.parents, rest.values)]
+    return record, Population(particles, rest.groups, rest.offsets, step, *behind)
 
 
 def placed(problem: Problem, name: str, value: Tensor) -> Tensor:
@@ -246,25 +247,24 @@ def placed(problem: Problem, name: str, value: Tensor) -> Tensor:
     return value.to(problem.device if latents else "cpu")
 
 
-def under(tensors: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
-    """The tensors of an owner, by their own names."""
-    return {name.removeprefix(f"{owner}."): value for name, value in tensors.items() if name.startswith(f"{owner}.")}
-
-
 # ------------------------------------------------------------------------------------------------ what steps share
+
+
+class Remembered(NamedTuple):
+    """What is cached of a prediction, under `SAID`."""
+
+    said: Prediction
 
 
 def remembered(prediction: Prediction) -> dict[str, Tensor]:
     """A prediction as cache entries, which follow their particles when they are resampled."""
-    memory = {f"{SAID}.memory.{name}": value for name, value in prediction.memory.items()}
-    shift = {} if prediction.shift is None else {f"{SAID}.shift": prediction.shift}
-    return {f"{SAID}.x0": prediction.x0, f"{SAID}.eps": prediction.eps, **shift, **memory}
+    return encode(Remembered(prediction)).tensors
 
 
 def recalled(cache: Mapping[str, Tensor]) -> Prediction:
     """The prediction that `remembered` put into a cache."""
-    said = under(cache, SAID)
-    return Prediction(said["x0"], said["eps"], said.get("shift"), under(said, "memory"))
+    found: Remembered = decode(Remembered, cache)
+    return found.said
 
 
 def noises(problem: Problem, population: Population, *key: int, n: int = 1) -> Tensor:

@@ -14,6 +14,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -222,31 +223,40 @@ def chosen(shares: Sequence[float], u: float) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ as tensors
-def packed(tree: Tree) -> dict[str, Tensor]:
-    """All of a tree in which every rollout has ended; the memory of its states too, which pure noise has none of."""
+class Packed(NamedTuple):
+    """A tree as tensors: a row for each node, of the states for each node but the root."""
+
+    parents: Tensor
+    visits: Tensor
+    values: Tensor
+    x: Tensor
+    having: Mapping[str, Tensor] = {}  # which states have a memory of that name: pure noise has none
+    memory: Mapping[str, Tensor] = {}  # a row for each of those
+
+
+def packed(tree: Tree) -> Packed:
+    """All of a tree in which every rollout has ended."""
     states = [state for state in tree.states if state is not None]
-    found = {
-        "parents": torch.tensor(tree.parents),
-        "visits": torch.tensor(tree.visits),
-        "values": torch.tensor(tree.values, dtype=torch.float64),
-        "x": torch.cat([state.x for state in states]),
-    }
-    for key in sorted({key for state in states for key in state.memory}):
-        having = [i for i, state in enumerate(states) if key in state.memory]
-        found[f"having.{key}"] = torch.tensor(having)
-        found[f"memory.{key}"] = torch.cat([states[i].memory[key] for i in having])
-    return found
+    keys = sorted({key for state in states for key in state.memory})
+    having = {key: [i for i, state in enumerate(states) if key in state.memory] for key in keys}
+    return Packed(
+        parents=torch.tensor(tree.parents),
+        visits=torch.tensor(tree.visits),
+        values=torch.tensor(tree.values, dtype=torch.float64),
+        x=torch.cat([state.x for state in states]),
+        having={key: torch.tensor(rows) for key, rows in having.items()},
+        memory={key: torch.cat([states[i].memory[key] for i in rows]) for key, rows in having.items()},
+    )
 
 
-def unpacked(found: Mapping[str, Tensor], depth: int) -> Tree:
+def unpacked(found: Packed, depth: int) -> Tree:
     """The tree that `packed` took apart."""
-    memories: list[dict[str, Tensor]] = [{} for _ in found["x"]]
-    for name in (name for name in found if name.startswith("memory.")):
-        key = name.removeprefix("memory.")
-        for row, i in enumerate(found[f"having.{key}"].tolist()):
-            memories[i][key] = found[name][row : row + 1]
+    memories: list[dict[str, Tensor]] = [{} for _ in found.x]
+    for key, rows in found.having.items():
+        for i, value in zip(rows.tolist(), found.memory[key].split(1), strict=True):
+            memories[i][key] = value
     tree = Tree(depth)
-    for i, parent in enumerate(found["parents"].tolist()[1:]):
-        tree.add(parent, Path(found["x"][i : i + 1], memory=memories[i]))
-    tree.values, tree.visits = found["values"].tolist(), found["visits"].tolist()
+    for parent, x, memory in zip(found.parents.tolist()[1:], found.x.split(1), memories, strict=True):
+        tree.add(parent, Path(x, memory=memory))
+    tree.values, tree.visits = found.values.tolist(), found.visits.tolist()
     return tree

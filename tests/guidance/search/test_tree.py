@@ -19,6 +19,7 @@ from guidance.search.dts import DTS, DTSStar, Forest, branching_levels, dts, dts
 from guidance.search.problem import Problem, RowCounter, Saved, State
 from guidance.search.saved import load, save
 from guidance.search.tree import BACKUPS, POLICIES, ROOT, Rule, Tree, back_up, descend, probabilities, visit
+from solvers.codec import decode, encode
 from solvers.denoiser import Path, Prediction
 from solvers.exact import Gaussian, Mixture, bind
 from solvers.noise import flow, grid, noise
@@ -80,10 +81,7 @@ def run(problem: Problem, config: DTS, rounds: int) -> State:
 
 def trees_of(state: State, depth: int) -> list[Tree]:
     """The trees themselves, from what is saved of them."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, value in state.saved().tensors.items():
-        group, _, rest = name.partition(".")
-        found.setdefault(group, {})[rest] = value
+    found = decode(dict[str, tree.Packed], state.saved().tensors)
     return [tree.unpacked(found[group], depth) for group in sorted(found, key=int)]
 
 
@@ -445,7 +443,7 @@ def test_trees_grow_beside_each_other_as_alone(policy):
 
 
 def same(a: Tree, b: Tree) -> bool:
-    x, y = tree.packed(a), tree.packed(b)
+    x, y = (encode(tree.packed(one)).tensors for one in (a, b))
     return x.keys() == y.keys() and all(x[name].equal(y[name]) for name in x)
 
 
@@ -565,7 +563,7 @@ def test_memory_of_a_guidance_follows_its_node():
     for group, beside in enumerate(trees_of(whole, 4)):
         [alone] = trees_of(run(guided_problem(group), config, 12), 4)
         assert alone.parents == beside.parents
-        torch.testing.assert_close(tree.packed(alone)["x"], tree.packed(beside)["x"], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(tree.packed(alone).x, tree.packed(beside).x, rtol=1e-10, atol=1e-10)
         assert alone.values == pytest.approx(beside.values, abs=1e-10)
 
 
