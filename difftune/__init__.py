@@ -9,7 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 __distribution__ = "difftune"
 
-_HOME = {  # public name -> where it lives, "module" or "module:its name there"
+_HOME = {  # public name -> where it lives: "module", "module:its name there", or "module:" for the module itself
     "attach": "guidance.attach.handle",
     "as_guider": "guidance.guider",
     **dict.fromkeys(
@@ -59,6 +59,27 @@ _HOME = {  # public name -> where it lives, "module" or "module:its name there"
     "rollout": "solvers.rollout.modes",
     "MODELS": "difftune.models",
     "load_model": "difftune.models:load",
+    "models": "difftune.models:",
+    "lora": "difftune.pipelines.lora:",
+    **dict.fromkeys(
+        (
+            "AlignPropConfig",
+            "D3POConfig",
+            "DDPOConfig",
+            "DPOConfig",
+            "DROConfig",
+            "DraftConfig",
+            "DragonConfig",
+            "DrtuneConfig",
+            "KTOConfig",
+            "PSOConfig",
+            "ReflConfig",
+        ),
+        "difftune.configs.recipes",
+    ),
+    "RECIPES": "difftune.recipes",
+    "train": "difftune.recipes",
+    "train_in_folder": "difftune.recipes",
     "ReNO": "difftune.reno.optimizer",
     "search": "difftune.search_runs.search",
     "Expert": "difftune.search_runs.experts",
@@ -71,8 +92,9 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"difftune has no {name!r}; it has {', '.join(__all__)}")
-    module, _, attribute = _HOME[name].partition(":")
-    return vars(import_module(module))[attribute or name]
+    module, colon, attribute = _HOME[name].partition(":")
+    found = import_module(module)
+    return found if colon and not attribute else vars(found)[attribute or name]
 
 
 def __dir__() -> list[str]:

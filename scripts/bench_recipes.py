@@ -40,12 +40,12 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from difftune.cli.config_file import EXAMPLES
 from difftune.cli.program import cli
-from difftune.cli.train import RECIPES
 from difftune.evaluation import intervals, shapeeval
 from difftune.files import checkpoint, records
 from difftune.files.output import write
 from difftune.lookup import guidance_named
 from difftune.pipelines.opened import opened
+from difftune.recipes import RECIPES
 from difftune.training.run_folder import CONFIG, METRICS
 from rewards.compose import parse_rewards, weighted
 from rewards.sets.vendi import vendi

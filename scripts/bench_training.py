@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from difftune import models
 from difftune.configs.recipes import AlignPropConfig, D3POConfig
 from difftune.pipelines import engine
-from difftune.recipes import alignprop, d3po
+from difftune.recipes import train
 from rewards.registry import load
 from solvers.families.attention import Verdict, choose, obstacle
 from solvers.memory.checkpointing import block_checkpointing
@@ -74,14 +74,13 @@ def setting(recipe: str, steps: int, small: bool) -> Any:
     return D3POConfig(reward=["saturation"], **shared)
 
 
-def timed(recipe: str, pipe: Any, config: Any) -> tuple[float, float]:
+def timed(pipe: Any, config: Any) -> tuple[float, float]:
     """(seconds of a step, peak memory in GB); a number that was not finite ends the run with an error."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    algorithm = {"alignprop": alignprop.train, "d3po": d3po.train}[recipe]
     seconds, began = [], time.perf_counter()
-    for _ in algorithm(replace(config, max_skipped_steps=0), pipe=pipe, reward=load("saturation")):
+    for _ in train(replace(config, max_skipped_steps=0), pipe=pipe, reward=load("saturation")):
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
@@ -111,7 +110,7 @@ def measure(recipes: Sequence[str], steps: int, small: bool) -> None:
             engine.verdict = lambda xformers, network, name=backend: Verdict(name, "measured")  # the probe may differ
             try:
                 with block_checkpointing(pipe.unet) if blocks else nullcontext():
-                    seconds, peak = timed(recipe, pipe, setting(recipe, steps, small))
+                    seconds, peak = timed(pipe, setting(recipe, steps, small))
             finally:
                 engine.verdict = usual
             print(f"| {recipe} | {backend} | {'yes' if blocks else 'no'} | {seconds:.2f} | {peak:.1f} |", flush=True)

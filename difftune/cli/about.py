@@ -11,8 +11,8 @@ from difftune.cli import options as o
 from difftune.cli.command import Command
 from difftune.cli.config_file import CONFIG
 from difftune.cli.output import said, show, summary
-from difftune.cli.train import RECIPES
 from difftune.configs.noise import RenoConfig
+from difftune.recipes import RECIPES
 
 
 @click.command(params=[o.JSON])
@@ -28,6 +28,7 @@ def _methods() -> dict[str, list[dict[str, Any]]]:
     from rewards.registry import REWARDS
     from solvers.samplers.catalogue import SAMPLERS
 
+    configs = {**{name: recipe.config for name, recipe in RECIPES.items()}, "reno": RenoConfig}
     return {
         "guidance": [{"name": name, "summary": summary(method)} for name, method in GUIDANCE.items()],
         "samplers": [{"name": name, "summary": summary(step)} for name, step in SAMPLERS.items()],
@@ -35,7 +36,7 @@ def _methods() -> dict[str, list[dict[str, Any]]]:
             {"name": name, "summary": r.summary, "differentiable": r.differentiable, "needs_prompt": r.needs_prompt}
             for name, r in REWARDS.items()
         ],
-        "recipes": [{"name": name, "summary": summary(c)} for name, c in {**RECIPES, "reno": RenoConfig}.items()],
+        "recipes": [{"name": name, "summary": summary(c)} for name, c in configs.items()],
     }
 
 

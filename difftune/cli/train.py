@@ -15,34 +15,8 @@ from difftune.cli.fields import options_of
 from difftune.cli.guidance import guidance_of
 from difftune.cli.output import show, summary
 from difftune.configs.noise import RenoConfig
-from difftune.configs.recipes import (
-    AlignPropConfig,
-    D3POConfig,
-    DDPOConfig,
-    DPOConfig,
-    DraftConfig,
-    DragonConfig,
-    DROConfig,
-    DrtuneConfig,
-    KTOConfig,
-    PSOConfig,
-    ReflConfig,
-)
 from difftune.configs.search import SearchConfig
-
-RECIPES: dict[str, type] = {
-    "alignprop": AlignPropConfig,
-    "draft": DraftConfig,
-    "drtune": DrtuneConfig,
-    "refl": ReflConfig,
-    "ddpo": DDPOConfig,
-    "d3po": D3POConfig,
-    "dpo": DPOConfig,
-    "kto": KTOConfig,
-    "dro": DROConfig,
-    "pso": PSOConfig,
-    "dragon": DragonConfig,
-}
+from difftune.recipes import RECIPES
 
 
 @click.group()
@@ -50,13 +24,13 @@ def train() -> None:
     """Fine-tune a model on a reward. `accelerate launch -m difftune train ...` works too."""
 
 
-def command_of(name: str, config: type, module: str) -> click.Command:
-    """The command of a recipe: its flags are the fields of its Config."""
+def command_of(name: str, config: type, module: str, function: str = "run") -> click.Command:
+    """The command that calls a module's function with a Config, whose fields are its flags."""
 
     @click.pass_context
     def run(ctx: click.Context, as_json: bool, **flags: Any) -> None:
         with redirect_stdout(sys.stderr):
-            found = import_module(module).run(configured(ctx, config))
+            found = vars(import_module(module))[function](configured(ctx, config))
         show(found if isinstance(found, dict) else {"output_dir": flags["output_dir"]}, as_json, flags["output_dir"])
 
     return Command(name, params=[*options_of(config), o.JSON], callback=run, help=summary(config))
@@ -84,7 +58,7 @@ def configured(ctx: click.Context, config: type) -> Any:
     return config(**flags | {"guidance": name, "guidance_scale": scale, "guidance_options": settings})
 
 
-for _name, _config in RECIPES.items():
-    train.add_command(command_of(_name, _config, f"difftune.recipes.{_name}"))
+for _recipe in RECIPES.values():
+    train.add_command(command_of(_recipe.name, _recipe.config, "difftune.recipes", "train_in_folder"))
 optimize = command_of("optimize", RenoConfig, "difftune.reno.run_folder")
 search = _search()

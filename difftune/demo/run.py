@@ -26,7 +26,7 @@ from difftune.files.pictures import opened as opened_image
 from difftune.lookup import guidance_named
 from difftune.pipelines.generate import pixels
 from difftune.pipelines.opened import opened
-from difftune.recipes import alignprop
+from difftune.recipes import train_in_folder
 from difftune.reno import run_folder as reno_folder
 from rewards.compose import weighted
 
@@ -122,7 +122,7 @@ def _alignprop(b: Budget, seed: int, folder: Path, before: Evaluation) -> dict[s
         train_batch_size=b.train_batch,
         seed=seed,
     )
-    trained = alignprop.run(config)
+    trained = train_in_folder(config)
     method = guidance_named("cfg", b.guidance_scale)
     pipe = opened(b.model, config.output_dir)
     after = evaluate(pipe, method, entries_of(b.prompts_per_category), b.images_per_prompt, b.steps, seed)

@@ -6,45 +6,41 @@ the better one is then preferred to the same step of the worse one:
     l_k  = log pi_theta(x_{t-1}^k | x_t^k, c) / pi_ref(x_{t-1}^k | x_t^k, c), kept within log(1 -+ clip_range),
     loss = mean over pairs and steps of  -log sigmoid(beta (l_winner - l_loser)).
 
-The reference is the model before training. Only the order of two rewards counts. `train` is the algorithm, `run` what
-the command line does with it.
+The reference is the model before training. Only the order of two rewards counts.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from difftune.configs.recipes import D3POConfig
-from difftune.files.checkpoint import Say, State
-from difftune.files.prompts import prompts_named
+from difftune.files.checkpoint import State
 from difftune.labelling.choices import decided
-from difftune.lookup import at_least, reward_named, reward_weights
-from difftune.models import load as load_model
-from difftune.rollouts.image_sampler import Chain
+from difftune.lookup import at_least
+from difftune.rollouts.pairs import accuracy_of
 from difftune.rollouts.policy import Policy, log_ratio
-from difftune.rollouts.replay import check_replay, replayed
-from difftune.rollouts.rounds import Rolled, check_groups, check_policy, engine, policy_of, repeated, roll
-from difftune.training.state import (
-    Metrics,
-    Reward,
-    Training,
-    begin,
-    differentiate,
-    follow,
-    samples,
-    statistics,
-    steps,
-    update,
-)
-from difftune.training.state import card as model_card
-from difftune.training.state import check as check_shared
+from difftune.rollouts.replay import check_replay, open_choices
+from difftune.rollouts.rounds import repeated
+from difftune.rollouts.session import Session
+from difftune.rollouts.trajectories import Rolled, policy_of, roll_out
+from difftune.training.checks import check_groups, check_policy
+from difftune.training.state import Metrics, take_snapshot
+from difftune.training.steps import attempt_step, gather_statistics, take_step
 
-# ------------------------------------------------------------------------------------------------ the algorithm
+
+def train_d3po(session: Session[D3POConfig]) -> Iterator[tuple[Metrics, State]]:
+    """Metrics and state after each optimiser step that is left."""
+    run, policy = session.run, policy_of(session.images, session.config.eta)
+    session.tell(eta=f"{policy.eta:g}")
+    sample = open_preferences(session, policy)
+    for step in session.steps:
+        with attempt_step(run, step) as metrics:
+            metrics.update(prefer(session, policy, [sample(numbers) for numbers in run.numbers(step)]))
+        yield metrics, take_snapshot(run, step + 1, metrics)
 
 
 def d3po_loss(
@@ -64,6 +60,38 @@ def clipped(log_ratio: Tensor, clip_range: float) -> Tensor:
     return log_ratio.exp().clamp(1 - clip_range, 1 + clip_range).log()
 
 
+def prefer(session: Session[D3POConfig], policy: Policy, batches: list["Ranked"]) -> Metrics:
+    """One optimiser step: a backward pass for every random step of every batch of trajectories, and the update."""
+    config, run = session.config, session.run
+
+    def loss_of(turn: tuple[Ranked, int]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        pairs, i = turn
+        before = pairs.rolled.mean_under(run.reference, policy, i)
+        mean, std = pairs.rolled.mean(policy, i)
+        ratios = log_ratio(pairs.rolled.after(i), mean, before, std)
+        first, second = ratios[pairs.first], ratios[pairs.second]
+        loss = d3po_loss(first, second, pairs.label, config.beta, config.clip_range)
+        return loss, {"accuracy": accuracy_of(pairs.label * (first - second)), "log_ratio": ratios.abs().mean()}
+
+    turns = [(pairs, i) for pairs in batches for i in pairs.rolled.trajectory.drawn]
+    found = take_step(run, turns, loss_of)
+    scores = [] if config.labels is not None else [pairs.rolled.scores for pairs in batches]
+    return {**gather_statistics(run, scores), **found}
+
+
+# ------------------------------------------------------------------------------------------------ preferences
+
+
+def open_preferences(session: Session[D3POConfig], policy: Policy) -> Callable[[range], "Ranked"]:
+    """Batches of trajectories: of a person's choices, made again; or sampled now, and ordered by the reward."""
+    if session.config.labels is not None:
+        choices = open_choices(session, policy)
+        return lambda numbers: rank(choices(numbers), 2)
+    group = session.config.num_images_per_prompt
+    prompts = repeated(session.prompts, group)
+    return lambda numbers: rank(roll_out(session, policy, prompts, numbers, shared=group), group)
+
+
 class Ranked(NamedTuple):
     """A batch of trajectories and all its pairs of one prompt."""
 
@@ -73,7 +101,7 @@ class Ranked(NamedTuple):
     label: Tensor  # (P,), see d3po_loss
 
 
-def ranked(rolled: Rolled, group: int) -> Ranked:
+def rank(rolled: Rolled, group: int) -> Ranked:
     """Every two of `group` samples in a row, and which of them has the greater score."""
     starts = range(0, len(rolled.scores), group)
     pairs = [(start + i, start + j) for start in starts for i, j in combinations(range(group), 2)]
@@ -81,106 +109,13 @@ def ranked(rolled: Rolled, group: int) -> Ranked:
     return Ranked(rolled, first, second, (rolled.scores[first] - rolled.scores[second]).sign())
 
 
-def train(
-    config: D3POConfig,
-    state: State | None = None,
-    pipe: Any = None,
-    reward: Reward | None = None,
-    say: Say | None = None,
-) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step, from the step of `state` on.
-
-    pipe, reward: those that config names, unless given; the reward needs no gradient, and judges only if config names
-    no labels. The pipeline gets the adapter, and keeps it. `say` is told what was resolved.
-    Raises UserError for settings that cannot be, RunError after too many steps that were not finite.
-    """
-    check(config, pipe, reward)
-    if config.labels is None and reward is None:
-        reward = reward_named(config.reward, gradient=False)
-    run = begin(config, state, load_model(config.model) if pipe is None else pipe, reference=True)
-    chain = Chain.of(config, run.pipe, run.network)
-    policy = policy_of(chain, config.eta)
-    batch = (
-        person(config, run, chain, policy)
-        if reward is None or config.labels
-        else judge(config, run, chain, policy, reward)
-    )
-    with engine(config, run, say, eta=f"{policy.eta:g}"):
-        yield from steps(config, run, partial(ascend, config, run, policy, batch))
+# ------------------------------------------------------------------------------------------------ settings
 
 
-def judge(config: D3POConfig, run: Training, chain: Chain, policy: Policy, reward: Reward) -> Callable[[range], Ranked]:
-    """Batches that are sampled now, ordered by the reward."""
-    group = config.num_images_per_prompt
-    prompts = repeated(prompts_named(config.prompts, config.seed), group)
-    return lambda indices: ranked(roll(chain, policy, prompts, reward, indices, run, shared=group), group)
-
-
-def person(config: D3POConfig, run: Training, chain: Chain, policy: Policy) -> Callable[[range], Ranked]:
-    """Batches that a person has ordered, sampled again by the model that made them."""
-    assert config.labels is not None
-    choices = replayed(config, decided(config.labels), run, chain, policy)
-    return lambda indices: ranked(choices(indices), 2)
-
-
-def ascend(config: D3POConfig, run: Training, policy: Policy, batch: Callable[[range], Ranked], step: int) -> Metrics:
-    """One optimiser step on new pairs, and what it met."""
-    passes = range(config.gradient_accumulation_steps)
-    batches = [batch(samples(config, step, i, run.rank, run.world)) for i in passes]
-    turns = [(pairs, i) for pairs in batches for i in pairs.rolled.trajectory.drawn]
-    met = []
-    for n, (pairs, i) in enumerate(turns):
-        before = pairs.rolled.reference(policy, run, i)
-        with run.learning(last=n == len(turns) - 1):
-            mean, std = pairs.rolled.mean(policy, i)
-            ratios = log_ratio(pairs.rolled.trajectory.paths[i + 1].x, mean, before, std)
-            loss = d3po_loss(ratios[pairs.first], ratios[pairs.second], pairs.label, config.beta, config.clip_range)
-            differentiate(run, loss / len(turns))
-        met.append(torch.stack([loss.detach(), *agreement(ratios.detach(), pairs)]))
-    norm = update(config, run)
-    loss, accuracy, gap = run.accelerator.gather(torch.stack(met)).mean(0).tolist()
-    return {
-        **judged(config, run, batches),
-        "loss": loss,
-        "grad_norm": norm,
-        "accuracy": accuracy,
-        "log_ratio": gap,
-    }
-
-
-def agreement(ratios: Tensor, pairs: Ranked) -> tuple[Tensor, Tensor]:
-    """How often the policy's log-ratios order a pair as its label does, ties counting one half; their mean size."""
-    right = pairs.label * (ratios[pairs.first] - ratios[pairs.second])
-    return (right.sign() + 1).mean() / 2, ratios.abs().mean()
-
-
-def judged(config: D3POConfig, run: Training, batches: list[Ranked]) -> Metrics:
-    """The rewards of a step's images; a person gives none."""
-    if config.labels is not None:
-        return {}
-    return statistics(run.accelerator.gather(torch.cat([pairs.rolled.scores for pairs in batches])))
-
-
-# ------------------------------------------------------------------------------------------------ the command
-
-
-def run(config: D3POConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None) -> dict[str, Any]:
-    """`difftune train d3po`: train in `config.output_dir`; returns a summary. See `runs.run`."""
-    check(config, pipe, reward)
-    return follow(config, train, card, show, pipe, reward)
-
-
-def check(config: D3POConfig, pipe: Any = None, reward: Reward | None = None) -> None:
-    """One sentence for the first setting that cannot be, before anything is loaded."""
-    check_shared(config, pipe)
+def check_d3po(config: D3POConfig) -> None:
+    """UserError for the first setting that cannot be, of those that this recipe alone has."""
     check_policy(config)
     check_groups(config, least=2)
     at_least(0, beta=config.beta, clip_range=config.clip_range)
     if config.labels is not None:
         check_replay(config, decided(config.labels))
-    elif reward is None:
-        reward_weights(config.reward)
-
-
-def card(config: D3POConfig, metrics: Metrics) -> str:
-    return model_card(config, metrics, "d3po", "D3PO ([2311.13231](https://arxiv.org/abs/2311.13231))")

@@ -5,30 +5,31 @@ Both images of a pair are noised to one level by one noise, and denoised by the 
     u    = -beta / 2 [(L_w - L_w^ref) - (L_l - L_l^ref)],    loss = mean of -log sigmoid(u),
 
 L being the denoising error, a mean over the latent's elements. Offline, the pairs are a person's labels; online, they
-are the best and the worst of the images that the model makes of a prompt. `train` is the algorithm, `run` what the
-command line does with it.
+are the best and the worst of the images that the model makes of a prompt.
 """
 
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from difftune.configs.recipes import DPOConfig
-from difftune.files.checkpoint import Say, State
+from difftune.files.checkpoint import State
 from difftune.lookup import at_least
-from difftune.models import load as load_model
-from difftune.rollouts.image_sampler import Chain
-from difftune.rollouts.pairs import Batches, check_preferences, draws_of, judge_of, pair_errors, pairs_of
-from difftune.rollouts.rounds import engine
-from difftune.training.state import Metrics, Reward, Training, begin, differentiate, follow, statistics, steps, update
-from difftune.training.state import card as model_card
-from difftune.training.state import check as check_shared
+from difftune.rollouts.pairs import Pairs, Turn, accuracy_of, check_preferences, open_pairs, pair_errors, step_draws
+from difftune.rollouts.session import Session
+from difftune.training.state import Metrics, take_snapshot
+from difftune.training.steps import attempt_step, gather_statistics, take_step
 
-# ------------------------------------------------------------------------------------------------ the algorithm
+
+def train_dpo(session: Session[DPOConfig]) -> Iterator[tuple[Metrics, State]]:
+    """Metrics and state after each optimiser step that is left."""
+    run, pairs = session.run, open_pairs(session)
+    for step in session.steps:
+        with attempt_step(run, step) as metrics:
+            metrics.update(prefer_winners(session, pairs.at(step), step))
+        yield metrics, take_snapshot(run, step + 1, metrics, pairs.kept())
 
 
 def dpo_margin(winner: Tensor, loser: Tensor, winner_ref: Tensor, loser_ref: Tensor, beta: float) -> Tensor:
@@ -44,71 +45,30 @@ def dpo_loss(margin: Tensor, label: Tensor | None = None) -> Tensor:
     return -logsigmoid(margin if label is None else label * margin).mean()
 
 
-def train(
-    config: DPOConfig,
-    state: State | None = None,
-    pipe: Any = None,
-    reward: Reward | None = None,
-    say: Say | None = None,
-) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step, from the step of `state` on.
+def prefer_winners(session: Session[DPOConfig], turns: Sequence[Turn[Pairs]], step: int) -> Metrics:
+    """One optimiser step: a backward pass for every batch of pairs, and the update."""
+    config, run, images = session.config, session.run, session.images
 
-    pipe, reward: those that config names, unless given; the reward needs no gradient, and judges only if config names
-    no labels. The pipeline gets the adapter, and keeps it. `say` is told what was resolved.
-    Raises UserError for settings that cannot be, RunError after too many steps that were not finite.
-    """
-    check(config, pipe, reward)
-    reward = judge_of(config, reward)
-    run = begin(config, state, load_model(config.model) if pipe is None else pipe, reference=True)
-    chain = Chain.of(config, run.pipe, run.network)
-    batches, kept = pairs_of(config, run, chain, reward)
-    with engine(config, run, say):
-        yield from steps(config, run, partial(descend, config, run, chain, batches), kept)
-
-
-def descend(config: DPOConfig, run: Training, chain: Chain, batches: Batches, step: int) -> Metrics:
-    """One optimiser step on a step's pairs, and what it met."""
-    turns = batches(step)
-    met = []
-    for n, (numbers, pairs) in enumerate(turns):
-        draws = draws_of(config, chain.model, step, numbers)
+    def loss_of(turn: Turn[Pairs]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        pairs, draws = turn.images, step_draws(session, step, turn.numbers)
         with torch.no_grad():
-            before = pair_errors(chain, run.reference, pairs, draws)
-        with run.learning(last=n == len(turns) - 1):
-            after = pair_errors(chain, run.network, pairs, draws)
-            margin = dpo_margin(*after, *before, config.beta)
-            loss = dpo_loss(margin, pairs.label)
-            differentiate(run, loss / len(turns))
-        gains = [(late.detach() - early).mean() for late, early in zip(after, before, strict=True)]
-        met.append(torch.stack([loss.detach(), ((margin.detach() * pairs.label).sign() + 1).mean() / 2, *gains]))
-    norm = update(config, run)
-    loss, accuracy, winner, loser = run.accelerator.gather(torch.stack(met)).mean(0).tolist()
-    scores = [pairs.scores for _, pairs in turns if pairs.scores is not None]
-    return {
-        **(statistics(run.accelerator.gather(torch.cat(scores))) if scores else {}),
-        "loss": loss,
-        "grad_norm": norm,
-        "accuracy": accuracy,
-        "winner_gap": winner,
-        "loser_gap": loser,
-    }
+            before = pair_errors(images.under(run.reference), pairs, draws)
+        after = pair_errors(images, pairs, draws)
+        margin = dpo_margin(after.winner, after.loser, before.winner, before.loser, config.beta)
+        return dpo_loss(margin, pairs.label), {
+            "accuracy": accuracy_of(margin * pairs.label),
+            "winner_gap": (after.winner - before.winner).mean(),
+            "loser_gap": (after.loser - before.loser).mean(),
+        }
+
+    found = take_step(run, turns, loss_of)
+    return {**gather_statistics(run, [t.images.scores for t in turns if t.images.scores is not None]), **found}
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# ------------------------------------------------------------------------------------------------ settings
 
 
-def run(config: DPOConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None) -> dict[str, Any]:
-    """`difftune train dpo`: train in `config.output_dir`; returns a summary. See `runs.run`."""
-    check(config, pipe, reward)
-    return follow(config, train, card, show, pipe, reward)
-
-
-def check(config: DPOConfig, pipe: Any = None, reward: Reward | None = None) -> None:
-    """One sentence for the first setting that cannot be, before anything is loaded."""
-    check_shared(config, pipe)
-    check_preferences(config, reward)
+def check_dpo(config: DPOConfig) -> None:
+    """UserError for the first setting that cannot be, of those that this recipe alone has."""
+    check_preferences(config)
     at_least(0, beta=config.beta)
-
-
-def card(config: DPOConfig, metrics: Metrics) -> str:
-    return model_card(config, metrics, "dpo", "Diffusion-DPO ([2311.12908](https://arxiv.org/abs/2311.12908))")

@@ -11,11 +11,11 @@ Online, the winner and the loser are the best and the worst of the trajectories 
 that of the transitions which it took, kept within log(1 -+ clip_range), and the last step, which adds no noise, is left
 out. Offline, the winners are the pictures of a folder, of a style or a concept, and the losers what the model makes of
 their captions before training; they are noised to a level tau, and l is, up to a constant, minus half the denoising
-error there: Diffusion-DPO on the model's own levels. `train` is the algorithm, `run` what the command line does.
+error there: Diffusion-DPO on the model's own levels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,37 +24,42 @@ from torch.nn.functional import logsigmoid
 
 from difftune.configs.recipes import PSOConfig
 from difftune.errors import UserError
-from difftune.files.checkpoint import Say, State
+from difftune.files.checkpoint import State
 from difftune.files.pictures import captioned, stack
-from difftune.files.prompts import listed, prompts_named
-from difftune.lookup import at_least, known, reward_named, reward_weights
-from difftune.models import load as load_model
+from difftune.files.prompts import listed
+from difftune.lookup import at_least, known
 from difftune.recipes.dpo import dpo_loss, dpo_margin
 from difftune.rollouts.denoising import draw
-from difftune.rollouts.image_sampler import Chain
-from difftune.rollouts.pairs import Pairs, pair_errors
+from difftune.rollouts.pairs import Pairs, Turn, accuracy_of, extremes, pair_errors
 from difftune.rollouts.policy import Kernel, Policy, log_ratio
-from difftune.rollouts.rounds import Rolled, check_groups, engine, repeated, roll, under
-from difftune.training.state import (
-    Metrics,
-    Reward,
-    Training,
-    begin,
-    differentiate,
-    follow,
-    samples,
-    statistics,
-    steps,
-    update,
-)
-from difftune.training.state import card as model_card
-from difftune.training.state import check as check_shared
-from guidance.guided import GuidedPredict
+from difftune.rollouts.rounds import repeated
+from difftune.rollouts.session import Session
+from difftune.rollouts.trajectories import Rolled, roll_out, under
+from difftune.training.checks import check_groups, check_no_dropout
+from difftune.training.state import Metrics, take_snapshot
+from difftune.training.steps import attempt_step, gather_statistics, take_step
 from solvers.denoiser import Prediction
 from solvers.noise import Noise
 from solvers.samplers.step import transition
 
-# ------------------------------------------------------------------------------------------------ the algorithm
+
+def train_pso(session: Session[PSOConfig]) -> Iterator[tuple[Metrics, State]]:
+    """Metrics and state after each optimiser step that is left."""
+    config, run = session.config, session.run
+    name = transition_of(config, run.pipe)
+    policy = Policy(TRANSITIONS[name], 1.0, session.images.levels)
+    session.tell(transition=name)
+    if config.images is None:
+        descend = partial(prefer_sampled, session, policy)
+    else:
+        descend = partial(prefer_pictures, session, pair_pictures(session, policy))
+    for step in session.steps:
+        with attempt_step(run, step) as metrics:
+            metrics.update(descend(step))
+        yield metrics, take_snapshot(run, step + 1, metrics)
+
+
+# ------------------------------------------------------------------------------------------------ the model's steps
 
 
 def consistency(prediction: Prediction, now: Noise, then: Noise, eta: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -68,6 +73,9 @@ def consistency(prediction: Prediction, now: Noise, then: Noise, eta: float = 1.
 
 
 TRANSITIONS: dict[str, Kernel] = {"lcm": consistency, "ancestral": transition}
+
+
+# ------------------------------------------------------------------------------------------------ online
 
 
 def pso_loss(
@@ -84,156 +92,87 @@ def pso_loss(
 
 
 class Ordered(NamedTuple):
-    """A batch of trajectories, and of each prompt's the best and the worst."""
+    """Trajectories of the best and of the worst image of each prompt, and all scores."""
 
-    rolled: Rolled
-    rows: Tensor  # (2 P,): the winners, then the losers
+    rolled: Rolled  # (2 P,): the winners, then the losers
     label: Tensor  # (P,), see pso_loss
+    scores: Tensor  # (B,), of every trajectory that was sampled
 
 
-def ordered(rolled: Rolled, group: int) -> Ordered:
-    """Of `group` samples in a row."""
-    scores = rolled.scores.view(-1, group)
-    starts = torch.arange(len(scores), device=scores.device) * group
-    rows = torch.cat([starts + scores.argmax(1), starts + scores.argmin(1)])
-    return Ordered(rolled, rows, (scores.amax(1) > scores.amin(1)).to(scores))
+def prefer_sampled(session: Session[PSOConfig], policy: Policy, step: int) -> Metrics:
+    """One optimiser step on trajectories that are sampled for it: a backward pass for each of their random steps."""
+    config, run = session.config, session.run
+
+    def loss_of(turn: tuple[Ordered, int]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        pairs, i = turn
+        before = pairs.rolled.mean_under(run.reference, policy, i)
+        mean, std = pairs.rolled.mean(policy, i)
+        winner, loser = log_ratio(pairs.rolled.after(i), mean, before, std).chunk(2)
+        margin = pairs.label * (winner - loser)
+        loss = pso_loss(winner, loser, pairs.label, beta_of(config), config.clip_range)
+        return loss, {"accuracy": accuracy_of(margin), "margin": margin.mean()}
+
+    group = config.num_images_per_prompt
+    prompts = repeated(session.prompts, group)
+    batches = [order(roll_out(session, policy, prompts, numbers), group) for numbers in run.numbers(step)]
+    found = take_step(run, [(pairs, i) for pairs in batches for i in pairs.rolled.trajectory.drawn], loss_of)
+    return {**gather_statistics(run, [pairs.scores for pairs in batches]), **found}
 
 
-def train(
-    config: PSOConfig,
-    state: State | None = None,
-    pipe: Any = None,
-    reward: Reward | None = None,
-    say: Say | None = None,
-) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step, from the step of `state` on.
-
-    pipe, reward: those that config names, unless given; the reward needs no gradient, and judges only if config names
-    no pictures. The pipeline gets the adapter, and keeps it. `say` is told what was resolved.
-    Raises UserError for settings that cannot be, RunError after too many steps that were not finite.
-    """
-    check(config, pipe, reward)
-    run = begin(config, state, load_model(config.model) if pipe is None else pipe, reference=True)
-    chain = Chain.of(config, run.pipe, run.network)
-    name = transition_of(config, run.pipe)
-    policy = Policy(TRANSITIONS[name], 1.0, chain.levels)
-    with engine(config, run, say, transition=name):
-        descend = offline if config.images is not None else online
-        one = descend(config, run, chain, policy, reward)
-        yield from steps(config, run, one)
+def order(rolled: Rolled, group: int) -> Ordered:
+    """The best and the worst of `group` samples in a row."""
+    best, worst = extremes(rolled.scores, group)
+    label = (rolled.scores[best] > rolled.scores[worst]).to(rolled.scores)
+    return Ordered(rolled.rows(torch.cat([best, worst])), label, rolled.scores)
 
 
-def online(
-    config: PSOConfig, run: Training, chain: Chain, policy: Policy, reward: Reward | None
-) -> Callable[[int], Metrics]:
-    """An optimiser step on trajectories that are sampled for it."""
-    judge = reward_named(config.reward, gradient=False) if reward is None else reward
-    group, passes = config.num_images_per_prompt, range(config.gradient_accumulation_steps)
-    prompts = repeated(prompts_named(config.prompts, config.seed), group)
-
-    def descend(step: int) -> Metrics:
-        numbers = [samples(config, step, i, run.rank, run.world) for i in passes]
-        batches = [ordered(roll(chain, policy, prompts, judge, n, run), group) for n in numbers]
-        met = steps_down(config, run, policy, batches)
-        return {**statistics(run.accelerator.gather(torch.cat([b.rolled.scores for b in batches]))), **met}
-
-    return descend
+# ------------------------------------------------------------------------------------------------ offline
 
 
-def steps_down(config: PSOConfig, run: Training, policy: Policy, batches: Sequence[Ordered]) -> Metrics:
-    """One optimiser step on every random step of every trajectory of a pair, and what it met."""
-    turns = [(batch, i) for batch in batches for i in batch.rolled.trajectory.drawn]
-    met = []
-    for n, (batch, i) in enumerate(turns):
-        path, after = (batch.rolled.trajectory.paths[k][batch.rows] for k in (i, i + 1))
-        predict = rows_of(batch.rolled.predict, batch.rows)
+def prefer_pictures(session: Session[PSOConfig], pictures: Pairs, step: int) -> Metrics:
+    """One optimiser step on pictures against what the model made of their captions before training."""
+    config, run, images = session.config, session.run, session.images
+    chosen = listed(list(range(len(pictures.winner))), config.seed)
+
+    def loss_of(turn: Turn[Pairs]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        seeds = [f"{config.seed} draw {i}" for i in turn.numbers]
+        draws = draw(images.model, seeds, images.levels[:-1])
         with torch.no_grad():
-            before, _ = policy.mean(under(predict, run.reference), path, i)
-        with run.learning(last=n == len(turns) - 1):
-            mean, std = policy.mean(predict, path, i)
-            winner, loser = log_ratio(after.x, mean, before, std).chunk(2)
-            loss = pso_loss(winner, loser, batch.label, beta_of(config), config.clip_range)
-            differentiate(run, loss / len(turns))
-        margin = batch.label * (winner - loser).detach()
-        met.append(torch.stack([loss.detach(), *agreement(margin)]))
-    return gathered(config, run, met)
+            before = pair_errors(images.under(run.reference), turn.images, draws)
+        after = pair_errors(images, turn.images, draws)
+        margin = dpo_margin(after.winner, after.loser, before.winner, before.loser, beta_of(config))
+        return dpo_loss(margin), {"accuracy": accuracy_of(margin), "margin": margin.mean()}
 
-
-def offline(
-    config: PSOConfig, run: Training, chain: Chain, policy: Policy, reward: Reward | None
-) -> Callable[[int], Metrics]:
-    """An optimiser step on pictures against what the model made of their captions before training."""
-    pairs, passes = pictures_of(config, run, chain, policy), config.gradient_accumulation_steps
-    chosen = listed(list(range(len(pairs.winner))), config.seed)
-    timesteps = [round(float(chain.denoiser.clock(at))) for at in chain.levels[:-1]]
-
-    def descend(step: int) -> Metrics:
-        met = []
-        for n in range(passes):
-            numbers = samples(config, step, n, run.rank, run.world)
-            batch = pairs.rows([chosen(i) for i in numbers])
-            draws = draw(chain.model, [f"{config.seed} draw {i}" for i in numbers], timesteps)
-            with torch.no_grad():
-                before = pair_errors(chain, run.reference, batch, draws)
-            with run.learning(last=n == passes - 1):
-                margin = dpo_margin(*pair_errors(chain, run.network, batch, draws), *before, beta_of(config))
-                loss = dpo_loss(margin)
-                differentiate(run, loss / passes)
-            met.append(torch.stack([loss.detach(), *agreement(margin.detach())]))
-        return gathered(config, run, met)
-
-    return descend
+    turns = [Turn(numbers, pictures.rows([chosen(i) for i in numbers])) for numbers in run.numbers(step)]
+    return take_step(run, turns, loss_of)
 
 
 @torch.no_grad()
-def pictures_of(config: PSOConfig, run: Training, chain: Chain, policy: Policy) -> Pairs:
+def pair_pictures(session: Session[PSOConfig], policy: Policy) -> Pairs:
     """Each picture of the folder with each of the images that the model made of its caption before training.
 
     Their noise depends on the seed alone: a resumed run makes them again.
     """
-    found, model = captioned(config.images or "", config.caption), chain.model
+    config, images = session.config, session.images
+    found, model = captioned(config.images or "", config.caption), images.model
     texts = [str(picture.caption) for picture in found for _ in range(config.num_negatives)]
     winner = [model.encode_images(stack([picture], model.size()).to(model.device)) for picture in found]
     losers = []
-    for start in range(0, len(texts), config.train_batch_size):
-        numbers = range(start, min(start + config.train_batch_size, len(texts)))
-        _, x, noise, predict = chain.begin(texts.__getitem__, numbers, None)
-        assert noise is not None  # check lets only a stochastic sampler pass
-        losers.append(policy.sample(under(predict, run.reference), x, noise).end)
-    both = torch.cat(winner).repeat_interleave(config.num_negatives, 0), torch.cat(losers)
-    return Pairs(*both, model.encode(texts)["cond"], torch.ones(len(texts), device=model.device))
+    for first in range(0, len(texts), config.train_batch_size):
+        numbers = range(first, min(first + config.train_batch_size, len(texts)))
+        start = images.begin(texts.__getitem__, numbers)
+        assert start.noise is not None  # check_pso lets only a stochastic sampler pass
+        losers.append(policy.sample(under(start.predict, session.run.reference), start.x, start.noise).end)
+    repeats = torch.cat(winner).repeat_interleave(config.num_negatives, 0)
+    label = torch.ones(len(texts), device=model.device)
+    return Pairs(repeats, torch.cat(losers), model.encode(texts)["cond"], label)
 
 
-def rows_of(predict: GuidedPredict, rows: Tensor) -> GuidedPredict:
-    """The same predictions for some samples of the batch."""
-    conds = {name: {key: value[rows] for key, value in cond.items()} for name, cond in predict.conds.items()}
-    return replace(predict, conds=conds)
+# ------------------------------------------------------------------------------------------------ settings
 
 
-def agreement(margin: Tensor) -> tuple[Tensor, Tensor]:
-    """How often the model prefers the winner more than its reference does, ties counting one half; the mean margin."""
-    return (margin.sign() + 1).mean() / 2, margin.mean()
-
-
-def gathered(config: PSOConfig, run: Training, met: Sequence[Tensor]) -> Metrics:
-    """Take the optimiser step; the means of what its backward passes met."""
-    norm = update(config, run)
-    loss, accuracy, margin = run.accelerator.gather(torch.stack(list(met))).view(-1, 3).mean(0).tolist()
-    return {"loss": loss, "grad_norm": norm, "accuracy": accuracy, "margin": margin}
-
-
-# ------------------------------------------------------------------------------------------------ the command
-
-
-def run(config: PSOConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None) -> dict[str, Any]:
-    """`difftune train pso`: train in `config.output_dir`; returns a summary. See `runs.run`."""
-    check(config, pipe, reward)
-    return follow(config, train, card, show, pipe, reward)
-
-
-def check(config: PSOConfig, pipe: Any = None, reward: Reward | None = None) -> None:
-    """One sentence for the first setting that cannot be, before anything is loaded."""
-    check_shared(config, pipe)
+def check_pso(config: PSOConfig) -> None:
+    """UserError for the first setting that cannot be, of those that this recipe alone has."""
     at_least(0, beta=beta_of(config), clip_range=config.clip_range)
     if config.transition is not None:
         known("transition", config.transition, TRANSITIONS)
@@ -242,19 +181,10 @@ def check(config: PSOConfig, pipe: Any = None, reward: Reward | None = None) -> 
     if config.images is not None:
         at_least(1, num_negatives=config.num_negatives)
         captioned(config.images, config.caption)
-    else:
-        check_online(config, reward)
-
-
-def check_online(config: PSOConfig, reward: Reward | None) -> None:
+        return
     check_groups(config, least=2)
     at_least(2, num_inference_steps=config.num_inference_steps)  # the last adds no noise, and is not trained
-    if config.lora_dropout:
-        raise UserError(
-            f"lora_dropout is {config.lora_dropout}: the ratio of two probabilities would be noise, so leave it at 0"
-        )
-    if reward is None:
-        reward_weights(config.reward)
+    check_no_dropout(config)
 
 
 def beta_of(config: PSOConfig) -> float:
@@ -268,9 +198,3 @@ def transition_of(config: PSOConfig, pipe: Any) -> str:
     """The setting, or what the pipeline's scheduler does."""
     own = "lcm" if "LCM" in type(pipe.scheduler).__name__ else "ancestral"
     return own if config.transition is None else config.transition
-
-
-def card(config: PSOConfig, metrics: Metrics) -> str:
-    of = config.reward if config.images is None else [f"the pictures of {config.images}"]
-    about = replace(config, reward=of)
-    return model_card(about, metrics, "pso", "PSO ([2410.03190](https://arxiv.org/abs/2410.03190))")

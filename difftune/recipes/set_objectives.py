@@ -16,8 +16,8 @@ from difftune.configs.recipes import DragonConfig
 from difftune.errors import UserError
 from difftune.files.pictures import pictures, stack
 from difftune.files.prompts import read
-from difftune.lookup import known, reward_named, reward_weights
-from difftune.training.state import Reward
+from difftune.lookup import known, reward_named
+from rewards.registry import Reward
 from rewards.sets.catalogue import MMD, Frechet, Mean, SetReward, Vendi
 from rewards.sets.exemplar import Encoder, encoder_of
 from rewards.sets.frechet import frames, frechet_of, moments, square_root
@@ -28,11 +28,15 @@ Look = Callable[[Tensor, Tensor, Sequence[str]], Tensor]  # latents, images, pro
 
 
 @dataclass(frozen=True)
-class Objective:
+class SetObjective:
     """Features of images, and the reward of a set of them."""
 
     look: Look
     reward: SetReward
+
+    def value(self, features: Tensor) -> float:
+        """The reward of a set of features (B, D)."""
+        return float(self.reward.value(self.reward.begin(features)))
 
     @property
     def single(self) -> bool:
@@ -40,13 +44,13 @@ class Objective:
         return isinstance(self.reward, Mean)
 
 
-def instance(config: DragonConfig, model: LatentModel, reward: Reward | None) -> Objective:
+def instance(config: DragonConfig, model: LatentModel, reward: Reward | None) -> SetObjective:
     """r(x, c): the rewards that config names."""
     judge = reward_named(config.reward, gradient=False) if reward is None else reward
-    return Objective(lambda latents, images, prompts: judge(images, prompts)[:, None], Mean())
+    return SetObjective(lambda latents, images, prompts: judge(images, prompts)[:, None], Mean())
 
 
-def item_frechet(config: DragonConfig, model: LatentModel, reward: Reward | None) -> Objective:
+def item_frechet(config: DragonConfig, model: LatentModel, reward: Reward | None) -> SetObjective:
     """Minus the Fréchet distance between the places of one image's latent and those of all exemplars' latents.
 
     The VAE is the encoder: an image of h x w places is a set of so many features of as many dimensions as channels.
@@ -59,44 +63,44 @@ def item_frechet(config: DragonConfig, model: LatentModel, reward: Reward | None
     def look(latents: Tensor, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return -frechet_of(frames(_places(latents), config.shrinkage), target, root)[:, None].float()
 
-    return Objective(look, Mean())
+    return SetObjective(look, Mean())
 
 
-def item_mmd(config: DragonConfig, model: LatentModel, reward: Reward | None) -> Objective:
+def item_mmd(config: DragonConfig, model: LatentModel, reward: Reward | None) -> SetObjective:
     """2 mean k(f(x), exemplars) - k(f(x), f(x)), which is minus the MMD^2 to one image, but for a constant."""
-    encoder, exemplars = encoded(config, model)
+    encoder, exemplars = load_exemplars(config, model)
     e = exemplars.double()
 
     def look(latents: Tensor, images: Tensor, prompts: Sequence[str]) -> Tensor:
         x = encoder.image_features(images).double()
         return (2 * cubic(x, e).mean(1) - cubic(x, x).diagonal())[:, None].float()
 
-    return Objective(look, Mean())
+    return SetObjective(look, Mean())
 
 
-def set_frechet(config: DragonConfig, model: LatentModel, reward: Reward | None) -> Objective:
+def set_frechet(config: DragonConfig, model: LatentModel, reward: Reward | None) -> SetObjective:
     """Minus the Fréchet distance of the set to the exemplars, in the space of the exemplars' principal components."""
-    encoder, exemplars = encoded(config, model)
+    encoder, exemplars = load_exemplars(config, model)
     basis = principal(exemplars, config.feature_dims)
-    return Objective(
+    return SetObjective(
         lambda latents, images, prompts: encoder.image_features(images) @ basis,
         Frechet(exemplars @ basis, config.shrinkage),
     )
 
 
-def set_mmd(config: DragonConfig, model: LatentModel, reward: Reward | None) -> Objective:
+def set_mmd(config: DragonConfig, model: LatentModel, reward: Reward | None) -> SetObjective:
     """Minus the MMD^2 of the set to the exemplars."""
-    encoder, exemplars = encoded(config, model)
-    return Objective(lambda latents, images, prompts: encoder.image_features(images), MMD(exemplars))
+    encoder, exemplars = load_exemplars(config, model)
+    return SetObjective(lambda latents, images, prompts: encoder.image_features(images), MMD(exemplars))
 
 
-def set_vendi(config: DragonConfig, model: LatentModel, reward: Reward | None) -> Objective:
+def set_vendi(config: DragonConfig, model: LatentModel, reward: Reward | None) -> SetObjective:
     """The Vendi score of the set: without exemplars, it asks for unlike images."""
     encoder = encoder_of(config.encoder)
-    return Objective(lambda latents, images, prompts: encoder.image_features(images), Vendi())
+    return SetObjective(lambda latents, images, prompts: encoder.image_features(images), Vendi())
 
 
-OBJECTIVES: dict[str, Callable[[DragonConfig, LatentModel, Reward | None], Objective]] = {
+OBJECTIVES: dict[str, Callable[[DragonConfig, LatentModel, Reward | None], SetObjective]] = {
     "instance": instance,
     "item-frechet": item_frechet,
     "item-mmd": item_mmd,
@@ -111,7 +115,7 @@ WITHOUT_EXEMPLARS = ("instance", "vendi")
 
 
 @torch.no_grad()
-def encoded(config: DragonConfig, model: LatentModel) -> tuple[Encoder, Tensor]:
+def load_exemplars(config: DragonConfig, model: LatentModel) -> tuple[Encoder, Tensor]:
     """The encoder, and the features (M, D) of the exemplars: of a folder's pictures, or of a file's lines of text."""
     encoder, source = encoder_of(config.encoder), exemplars_of(config)
     if source.is_dir():
@@ -133,13 +137,11 @@ def exemplars_of(config: DragonConfig) -> Path:
     return source
 
 
-def check_objective(config: DragonConfig, reward: Reward | None) -> None:
+def check_objective(config: DragonConfig) -> None:
     """One sentence for the first setting of the objective that cannot be; nothing is loaded."""
     known("objective", config.objective, OBJECTIVES)
     if config.objective not in WITHOUT_EXEMPLARS:
         exemplars_of(config)
-    if config.objective == "instance" and reward is None:
-        reward_weights(config.reward)
     if not 0 <= config.shrinkage <= 1:
         raise UserError(f"shrinkage is {config.shrinkage}: it must be in [0, 1]")
 

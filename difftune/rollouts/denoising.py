@@ -15,6 +15,7 @@ from torch import Tensor
 
 from solvers.denoiser import Cond, along, widen
 from solvers.latent import LatentModel, NetworkDenoiser
+from solvers.noise import Noise
 
 
 class Draws(NamedTuple):
@@ -30,32 +31,40 @@ class Draws(NamedTuple):
         return Draws(*(tensor[index] for tensor in self))
 
 
-def draw(model: LatentModel, seeds: Sequence[str], timesteps: Sequence[int] | None = None) -> Draws:
-    """One t and one eps for each seed, whatever the others are.
+def draw(model: LatentModel, seeds: Sequence[str], among: Sequence[Noise] | None = None) -> Draws:
+    """One noise level and one eps for each seed, whatever the others are.
 
-    t is uniform over the timesteps that the network was trained on, or over `timesteps`; uniform in (0, 1), times 1000,
-    for a flow.
+    The level is uniform over the timesteps that the network was trained on, or over `among`; for a flow, sigma is
+    uniform in (0, 1), and the timestep 1000 times that.
     """
     generators = [torch.Generator().manual_seed(random.Random(seed).getrandbits(63)) for seed in seeds]
     u = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])
     eps = torch.stack([torch.randn(model.shape(), generator=generator) for generator in generators])
-    alpha, sigma, t = levels(model, u, timesteps)
+    alpha, sigma, t = levels(model, u) if among is None else some_levels(model, u, among)
     return Draws(*(value.float().to(model.device) for value in (alpha, sigma, t, eps)))
 
 
-def levels(model: LatentModel, u: Tensor, timesteps: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """alpha, sigma and t (B,) at the quantiles u (B,) in [0, 1) of the distribution of t."""
+def levels(model: LatentModel, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha, sigma and timestep (B,) at the quantiles u (B,) in [0, 1) of the levels of the network's training."""
     scheduler = model.pipe.scheduler
     count = scheduler.config["num_train_timesteps"]
-    if timesteps is not None:
-        t = torch.tensor(timesteps)[(u * len(timesteps)).long()]
-    else:
-        t = (u * count).long()
     if model.denoiser.prediction_type == "flow":
-        sigma = u if timesteps is None else t / count
-        return 1 - sigma, sigma, count * sigma
+        return 1 - u, u, count * u
+    t = (u * count).long()
     power = scheduler.alphas_cumprod.double().cpu()[t]
     return power.sqrt(), (1 - power).sqrt(), t
+
+
+def some_levels(model: LatentModel, u: Tensor, among: Sequence[Noise]) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha, sigma and timestep (B,) at the quantiles u (B,) in [0, 1) of the uniform distribution over some levels.
+
+    They are in the coordinates that the network was trained in, and the timesteps as exact as the network's clock.
+    """
+    denoiser = model.denoiser
+    own = [denoiser.own(at.sigma, at)[1] for at in among]
+    rows = (u * len(among)).long()
+    alpha, sigma = (torch.stack([level[k] for level in own]).double().cpu()[rows] for k in (0, 1))
+    return alpha, sigma, torch.stack([torch.as_tensor(denoiser.clock(at)) for at in own]).double().cpu()[rows]
 
 
 def denoising_errors(denoiser: NetworkDenoiser, x0: Tensor, draws: Draws, cond: Cond) -> Tensor:

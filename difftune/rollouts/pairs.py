@@ -1,10 +1,9 @@
 """Better and worse images as latents, for recipes that compare denoising errors: labelled, or made and judged."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -12,17 +11,25 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from difftune.configs.recipes import PreferenceConfig
-from difftune.configs.training import TrainingConfig
 from difftune.errors import UserError
-from difftune.files.prompts import listed, prompts_named
+from difftune.files.prompts import listed
 from difftune.labelling.choices import Choice, decided
-from difftune.lookup import at_least, reward_named, reward_weights
+from difftune.lookup import at_least
 from difftune.rollouts.denoising import Draws, denoising_errors, draw
-from difftune.rollouts.image_sampler import Chain
-from difftune.rollouts.rounds import Made, Rounds, make, repeated
-from difftune.training.state import Called, Kept, Reward, Training, nothing, samples
+from difftune.rollouts.image_sampler import ImageSampler
+from difftune.rollouts.rounds import EveryStep, Made, Rounds, Source, make_images, repeated
+from difftune.rollouts.session import Session
 from solvers.denoiser import Cond
 from solvers.latent import LatentModel
+
+Images = TypeVar("Images")
+
+
+class Turn(NamedTuple, Generic[Images]):
+    """What one backward pass is taken on: samples' numbers, and their images."""
+
+    numbers: range
+    images: Images
 
 
 @dataclass(frozen=True)
@@ -41,46 +48,42 @@ class Pairs:
         return Pairs(self.winner[index], self.loser[index], cond, self.label[index])
 
 
-Batches = Callable[[int], Sequence[tuple[range, Pairs]]]  # optimiser step -> samples' numbers, and the pairs
-
-
-def pairs_of(
-    config: PreferenceConfig, run: Training, chain: Chain, reward: Reward | None
-) -> tuple[Batches, Callable[[], Kept]]:
-    """The pairs of each backward pass of an optimiser step, and what `snapshot` is to keep for them.
-
-    From `config.labels`; else each is the best and the worst of `config.num_images_per_prompt` images that are made.
-    """
-    passes = range(config.gradient_accumulation_steps)
-
-    def numbers(step: int) -> list[range]:
-        return [samples(config, step, i, run.rank, run.world) for i in passes]
-
+def open_turns(
+    session: Session[PreferenceConfig],
+    label: Callable[[Callable[[int], Choice], range], Images],
+    make: Callable[[range], Images],
+) -> Source[Sequence[Turn[Images]]]:
+    """The images of each backward pass of an optimiser step: of a person's choices, or made round by round."""
+    config, run = session.config, session.run
     if config.labels is not None:
         chosen = listed(decided(config.labels), config.seed)
-        return lambda step: [(r, labelled(chain.model, [chosen(i) for i in r])) for r in numbers(step)], nothing
-    assert reward is not None
-    group = config.num_images_per_prompt
-    prompts = repeated(prompts_named(config.prompts, config.seed), group)
+        return EveryStep(lambda step: [Turn(r, label(chosen, r)) for r in run.numbers(step)])
+    return Rounds(run, config.updates_per_round, lambda steps: [Turn(r, make(r)) for r in run.numbers(steps.start)])
 
-    def made(r: range) -> Pairs:
-        return best_and_worst(make(chain, prompts, reward, range(r.start * group, r.stop * group), run), group)
 
-    rounds = Rounds(config.updates_per_round, lambda steps: [(r, made(r)) for r in numbers(steps.start)], config.seed)
-    return partial(rounds.at, run), rounds.kept
+def open_pairs(session: Session[PreferenceConfig]) -> Source[Sequence[Turn[Pairs]]]:
+    """Pairs of `config.labels`; else each is the best and the worst of `config.num_images_per_prompt` that are made."""
+    group = session.config.num_images_per_prompt
+    prompts = repeated(session.prompts, group)
+
+    def make(numbers: range) -> Pairs:
+        return best_and_worst(make_images(session, prompts, range(numbers.start * group, numbers.stop * group)), group)
+
+    return open_turns(session, lambda chosen, numbers: label_pairs(session, [chosen(i) for i in numbers]), make)
 
 
 @torch.no_grad()
-def labelled(model: LatentModel, choices: Sequence[Choice]) -> Pairs:
+def label_pairs(session: Session[PreferenceConfig], choices: Sequence[Choice]) -> Pairs:
     """The pictures of decided choices, encoded by the VAE."""
-    winner, loser = (encoded(model, [getattr(c, side) for c in choices]) for side in ("winner", "loser"))
+    model = session.images.model
+    winner, loser = (encode_files(model, [getattr(c, side) for c in choices]) for side in ("winner", "loser"))
     cond = model.encode([choice.prompt for choice in choices])["cond"]
     return Pairs(winner, loser, cond, torch.ones(len(choices), device=winner.device))
 
 
-def encoded(model: LatentModel, pictures: Sequence[Path]) -> Tensor:
+def encode_files(model: LatentModel, files: Sequence[Path]) -> Tensor:
     """Latents (B, C, h, w) of image files, which are cropped and resized to the model's size."""
-    return model.encode_images(torch.stack([pixels(file, model.size()) for file in pictures]).to(model.device))
+    return model.encode_images(torch.stack([pixels(file, model.size()) for file in files]).to(model.device))
 
 
 def pixels(file: Path, size: tuple[int, int]) -> Tensor:
@@ -98,40 +101,50 @@ def pixels(file: Path, size: tuple[int, int]) -> Tensor:
 
 def best_and_worst(made: Made, group: int) -> Pairs:
     """The best and the worst of `group` images in a row; a tie if they are equal."""
-    scores = made.scores.view(-1, group)
-    starts = torch.arange(len(scores), device=scores.device) * group
-    best, worst = starts + scores.argmax(1), starts + scores.argmin(1)
-    cond = {key: value[starts] for key, value in made.cond.items()}
-    decided = (made.scores[best] > made.scores[worst]).float()
-    return Pairs(made.latents[best], made.latents[worst], cond, decided, made.scores)
+    best, worst = extremes(made.scores, group)
+    cond = {key: value[best] for key, value in made.cond.items()}
+    label = (made.scores[best] > made.scores[worst]).float()
+    return Pairs(made.latents[best], made.latents[worst], cond, label, made.scores)
 
 
-def draws_of(config: TrainingConfig, model: LatentModel, step: int, numbers: range) -> Draws:
+def extremes(scores: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """The rows (P,) of the greatest and of the least of every `group` scores in a row; the first ones of equals."""
+    groups = scores.view(-1, group)
+    starts = torch.arange(len(groups), device=scores.device) * group
+    return starts + groups.argmax(1), starts + groups.argmin(1)
+
+
+# ------------------------------------------------------------------------------------------------ denoising errors
+
+
+class PairErrors(NamedTuple):
+    """Denoising errors of a batch of pairs."""
+
+    winner: Tensor  # (P,)
+    loser: Tensor  # (P,)
+
+
+def step_draws(session: Session, step: int, numbers: range) -> Draws:
     """A noise level and noise for each sample of a step, which depend on the seed, the step and its number alone."""
-    return draw(model, [f"{config.seed} draw {step} {number}" for number in numbers])
+    return draw(session.images.model, [f"{session.config.seed} draw {step} {number}" for number in numbers])
 
 
-def pair_errors(chain: Chain, network: Called, pairs: Pairs, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Denoising errors (P,) of the winners and of the losers; the two of a pair share their noise."""
+def pair_errors(images: ImageSampler, pairs: Pairs, draws: Draws) -> PairErrors:
+    """The errors of the sampler's network; the two images of a pair share their noise."""
     twice = list(range(len(pairs.winner))) * 2
     cond = {key: value[twice] for key, value in pairs.cond.items()}
     x0, both = torch.cat([pairs.winner, pairs.loser]), draws.rows(twice)
-    winner, loser = denoising_errors(replace(chain.denoiser, network=network), x0, both, cond).chunk(2)
-    return winner, loser
+    return PairErrors(*denoising_errors(images.denoiser, x0, both, cond).chunk(2))
 
 
-def check_preferences(config: Any, reward: Reward | None) -> None:
-    """One sentence for the first setting of preferences that cannot be."""
+def accuracy_of(margins: Tensor) -> Tensor:
+    """How often margins (P,) are above 0, ties counting half: the model prefers the winner more than its reference."""
+    return (margins.detach().sign() + 1).mean() / 2
+
+
+def check_preferences(config: PreferenceConfig) -> None:
+    """UserError for the first setting of preferences that cannot be."""
     at_least(2, num_images_per_prompt=config.num_images_per_prompt)
     at_least(1, updates_per_round=config.updates_per_round)
     if config.labels is not None:
         decided(config.labels)
-    elif reward is None:
-        reward_weights(config.reward)
-
-
-def judge_of(config: PreferenceConfig, reward: Reward | None) -> Reward | None:
-    """The reward that judges, if there are no labels."""
-    if config.labels is not None:
-        return None
-    return reward_named(config.reward, gradient=False) if reward is None else reward

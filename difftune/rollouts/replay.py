@@ -17,12 +17,11 @@ from torch import Tensor
 from difftune.configs.recipes import D3POConfig
 from difftune.errors import RunError, UserError
 from difftune.files.prompts import listed
-from difftune.labelling.choices import Choice
+from difftune.labelling.choices import Choice, decided
 from difftune.lookup import guidance_named
-from difftune.rollouts.image_sampler import Chain
 from difftune.rollouts.policy import Policy
-from difftune.rollouts.rounds import Rolled, under
-from difftune.training.state import Training
+from difftune.rollouts.session import Session
+from difftune.rollouts.trajectories import Rolled, under
 from solvers.samplers.catalogue import gaussian
 
 SETTINGS = "sample.json"
@@ -74,28 +73,27 @@ def check_settings(config: D3POConfig, made: Mapping[str, Any], file: Path) -> N
             )
 
 
-def replayed(
-    config: D3POConfig, choices: Sequence[Choice], run: Training, chain: Chain, policy: Policy
-) -> Callable[[range], Rolled]:
+def open_choices(session: Session[D3POConfig], policy: Policy) -> Callable[[range], Rolled]:
     """Batches of labelled images: two in a row are a choice's, the winner with score 1 and the loser with 0."""
-    chosen = listed(list(choices), config.seed)
-    return lambda indices: replay([chosen(i) for i in range(indices.start // 2, indices.stop // 2)], run, chain, policy)
+    chosen = listed(decided(session.config.labels or ""), session.config.seed)
+    return lambda numbers: replay(session, policy, [chosen(i) for i in range(numbers.start // 2, numbers.stop // 2)])
 
 
 @torch.no_grad()
-def replay(choices: Sequence[Choice], run: Training, chain: Chain, policy: Policy) -> Rolled:
+def replay(session: Session[D3POConfig], policy: Policy, choices: Sequence[Choice]) -> Rolled:
     """The trajectories of both pictures of each choice, by the model before training.
 
     Raises RunError, which names the line, where one does not end in its picture.
     """
+    sampler = session.images
     texts = [choice.prompt for choice in choices for _ in range(2)]
     seeds = [seed for choice in choices for seed in (choice.seed_a, choice.seed_b)]
     generators = [torch.Generator().manual_seed(int(seed or 0)) for seed in seeds]
-    x = chain.model.start_scale(chain.levels) * chain.model.noise(len(texts), generators)
+    x = sampler.model.start_scale(sampler.levels) * sampler.model.noise(len(texts), generators)
     noise = [gaussian(x, generators) for _ in range(policy.steps)]
-    predict = chain.predict(chain.model.encode(texts))
-    trajectory = policy.sample(under(predict, run.reference), x, noise)
-    images = chain.model.decode(trajectory.end)
+    predict = sampler.predict(sampler.model.encode(texts))
+    trajectory = policy.sample(under(predict, session.run.reference), x, noise)
+    images = sampler.model.decode(trajectory.end)
     for choice, pair in zip(choices, images.view(-1, 2, *images.shape[1:]), strict=True):
         for picture, image in zip((choice.a, choice.b), pair, strict=True):
             check_same(choice, picture, image)

@@ -1,9 +1,10 @@
-"""Optimisers by name. A new one is a function of (config, weights) in `OPTIMIZERS`."""
+"""Optimisers by name, and the learning rate. A new optimiser is a function of (config, weights) in `OPTIMIZERS`."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from difftune.configs.training import TrainingConfig
@@ -56,7 +57,7 @@ OPTIMIZERS: dict[str, Callable[[TrainingConfig, Iterable[Tensor]], torch.optim.O
 }
 
 
-def check(name: str) -> None:
+def check_optimizer(name: str) -> None:
     """UserError where the optimiser's library is not installed."""
     if name == "adamw8bit":
         _bitsandbytes()
@@ -70,3 +71,17 @@ def _bitsandbytes() -> Any:
             "optimizer 'adamw8bit' needs bitsandbytes: pip install 'difftune[8bit]', or --optimizer adamw"
         ) from error
     return bitsandbytes
+
+
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+def learning_rates(config: TrainingConfig) -> Callable[[int], float]:
+    """The learning rate's factor as a function of the step: nothing to save."""
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        torch.optim.SGD([torch.zeros(())], lr=1.0),
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    )
+    return schedule.lr_lambdas[0]

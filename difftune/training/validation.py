@@ -36,7 +36,7 @@ class Found(NamedTuple):
     parting: Parting | None  # where the held-out reward falls while the trained one rises
 
 
-def check(config: TrainingConfig) -> None:
+def check_validation(config: TrainingConfig) -> None:
     """UserError for the first setting of the validation that cannot be; nothing is loaded."""
     at_least(1, num_validation_images=config.num_validation_images)
     if config.validation_steps is None:

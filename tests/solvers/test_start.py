@@ -4,9 +4,9 @@ import diffusers
 import pytest
 import torch
 
-from difftune.rollouts.image_sampler import Chain
+from difftune.rollouts.image_sampler import ImageSampler
 from difftune.search_runs.problem import Adapter
-from difftune.training.state import mixed
+from difftune.training.numbering import seed_of
 from guidance.methods.cfg import Plain
 from solvers.families.tokens import unpacked
 from solvers.latent import LatentModel
@@ -79,7 +79,7 @@ def test_every_loop_starts_as_the_pipeline_does(name):
     model = LatentModel(pipe)
     size = (32, 32) if "sana" in name else (None, None)  # it wants multiples of 32
     noise = model.noise(1, torch.Generator().manual_seed(3), *size)
-    drawn = model.noise(1, [torch.Generator().manual_seed(mixed(0, 0))])
+    drawn = model.noise(1, [torch.Generator().manual_seed(seed_of(0, 0))])
     for steps in (1, 5):
         levels = model.levels(steps, *size)
         theirs = first_latent(pipe, 3, steps)
@@ -87,6 +87,6 @@ def test_every_loop_starts_as_the_pipeline_does(name):
         torch.testing.assert_close(model.start_scale(levels) * noise, theirs, rtol=2e-6, atol=1e-6)
         problem = Adapter(model, ["red"], None).problem(levels, Plain())  # type: ignore[arg-type]
         torch.testing.assert_close(problem.start(0, 7).x, model.start_scale(levels) * problem.noise(0, 7))
-        chain = Chain(model, model.denoiser, Plain(), euler, levels, seed=0)
-        _, x, _, _ = chain.begin(lambda index: "red", [0], "full")
+        chain = ImageSampler(model, model.denoiser, Plain(), euler, levels, seed=0)
+        x = chain.begin(lambda index: "red", [0], "full").x
         torch.testing.assert_close(x, model.start_scale(levels) * drawn)

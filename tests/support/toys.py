@@ -1,13 +1,15 @@
 """Settings with which every recipe trains a random pipeline in a second or two. A new recipe that needs more than
 `SHARED` says so in `MORE`."""
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from difftune.cli.train import RECIPES
+from difftune.files.checkpoint import State
+from difftune.files.prompts import prompts_named
+from difftune.recipes import RECIPES, recipe_of
+from difftune.rollouts.session import Session, open_session
 from rewards.simple import Brightness
 
 SHARED = {
@@ -36,11 +38,7 @@ def toy(name: str, folder: Path, **more: Any) -> Any:
     prompts = folder / "prompts.txt"
     prompts.parent.mkdir(parents=True, exist_ok=True)
     prompts.write_text("red circle\nblue square\nred square\n")
-    return RECIPES[name](**{**SHARED, "prompts": str(prompts), **MORE.get(name, {}), **more})
-
-
-def module_of(name: str) -> Any:
-    return import_module(f"difftune.recipes.{name}")
+    return RECIPES[name].config(**{**SHARED, "prompts": str(prompts), **MORE.get(name, {}), **more})
 
 
 class Bright(Brightness):
@@ -48,3 +46,10 @@ class Bright(Brightness):
 
     def __call__(self, images, prompts):
         return super().__call__(images + 1e-3 * torch.randn_like(images), prompts)
+
+
+def session_of(config: Any, pipe: Any, reward: Any = None, state: State | None = None) -> Session:
+    """What `train` hands to the recipe; the kernels are torch's own, so that nothing is left to close."""
+    prompts, reference = prompts_named(config.prompts, config.seed), recipe_of(config).wants_reference(config)
+    with open_session(config, state, pipe, prompts, reward, reference, [].append) as session:
+        return session

@@ -14,8 +14,8 @@ from PIL import Image
 from difftune.cli.command import Command
 from difftune.cli.fields import options_of
 from difftune.cli.program import cli
-from difftune.cli.train import RECIPES
 from difftune.configs.noise import RenoConfig
+from difftune.recipes import RECIPES
 from rewards.registry import REWARDS, Entry
 from tests.support.pipelines import sd
 
@@ -267,7 +267,7 @@ def test_ctrl_c_exits_with_130(monkeypatch, picture):
 # ------------------------------------------------------------------------------------------------ flags and help
 
 
-@pytest.mark.parametrize("config", [*RECIPES.values(), RenoConfig])
+@pytest.mark.parametrize("config", [*(recipe.config for recipe in RECIPES.values()), RenoConfig])
 def test_every_field_is_a_flag_with_help_and_its_default(config):
     params = {p.name: p for p in options_of(config)}
     made = config()
@@ -280,11 +280,11 @@ def test_every_field_is_a_flag_with_help_and_its_default(config):
 
 
 def test_a_config_file_of_every_key_is_read_back(tmp_path, monkeypatch):
-    import difftune.recipes.alignprop
+    import difftune.recipes
     from difftune.training.run_folder import settings_yaml
 
     seen = []
-    monkeypatch.setattr(difftune.recipes.alignprop, "run", lambda config: seen.append(config) or {})
+    monkeypatch.setattr(difftune.recipes, "train_in_folder", lambda config: seen.append(config) or {})
     keys = {"rank": 2, "learning_rate": 0.5, "reward": {"brightness": 0.5}, "guidance.scale": 2, "steps": 3}
     keys["gradient"] = None
     (tmp_path / "file.yaml").write_text(yaml.safe_dump(keys))

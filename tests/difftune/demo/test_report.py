@@ -7,12 +7,12 @@ import shlex
 
 import pytest
 
+from difftune import recipes
 from difftune.cli.program import cli
 from difftune.configs.noise import RenoConfig
 from difftune.configs.recipes import AlignPropConfig
 from difftune.demo import run
 from difftune.errors import UserError
-from difftune.recipes import alignprop
 from difftune.reno import run_folder as reno_folder
 from tests.support.pipelines import sd
 
@@ -57,8 +57,8 @@ def test_the_quoted_commands_give_the_same_settings(made, monkeypatch):
 
     budget = made[2]
     seen = []
-    for module in (alignprop, reno_folder):
-        monkeypatch.setattr(module, "run", lambda config: seen.append(config) or {})
+    for module, name in ((recipes, "train_in_folder"), (reno_folder, "run")):
+        monkeypatch.setattr(module, name, lambda config: seen.append(config) or {})
     configs = [
         AlignPropConfig(model=budget.model, reward=["brightness"], guidance_scale=5.0, output_dir="a b", rank=2),
         RenoConfig(prompt=["a red circle", "it's"], model=budget.model, reward=["brightness"], iterations=3),

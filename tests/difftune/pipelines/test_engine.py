@@ -18,8 +18,7 @@ from difftune.configs.recipes import AlignPropConfig
 from difftune.errors import RunError, UserError
 from difftune.pipelines import engine
 from difftune.pipelines.engine import gradient_named
-from difftune.recipes import alignprop, reward_gradient
-from difftune.recipes.alignprop import train
+from difftune.recipes import running, train, train_in_folder
 from difftune.reno import run_folder as reno_folder
 from difftune.reno.optimizer import ReNO
 from difftune.training import run_folder
@@ -75,7 +74,7 @@ def trained(config, reward=SUM) -> tuple[dict[str, torch.Tensor], list[str], int
 
 def test_a_budget_changes_no_gradient_and_is_kept(toy):
     whole, said, peak = trained(toy)
-    assert said == ["gradient: truncated:K, K ~ U{2..2} anew for each optimiser step", "attention: sdpa (the default)"]
+    assert said == ["attention: sdpa (the default)", "gradient: truncated:K, K ~ U{2..2} anew for each optimiser step"]
     with pytest.raises(UserError, match="memory_budget 1KiB is too small") as error:
         trained(replace(toy, memory_budget="1KiB"))
     least = str(error.value).partition("the least that does is ")[2].partition(",")[0]
@@ -86,7 +85,7 @@ def test_a_budget_changes_no_gradient_and_is_kept(toy):
         assert peak <= parse_size(budget)
         assert all((parts[name] - whole[name]).abs().max() <= 1e-4 * scale for name in whole), said
     assert "full, 3 of 3 images at a time (predicted peak" in said[2] and "nothing is faster" in said[2]
-    assert said[0] == "gradient: full"
+    assert said[1] == "gradient: full"
 
 
 def test_a_mode_that_is_given_is_kept(toy):
@@ -98,10 +97,10 @@ def test_a_mode_that_is_given_is_kept(toy):
 def test_what_was_resolved_is_written_and_read_back(toy, tmp_path):
     config = replace(toy, gradient="checkpoint", memory_budget="1GiB", deterministic=True)
     said: list[str] = []
-    alignprop.run(config, said.append, pipelines.sd(), Brightness())
+    train_in_folder(config, said.append, pipelines.sd(), Brightness())
     text = (tmp_path / "out" / run_folder.CONFIG).read_text()
     assert [line.removeprefix("# ") for line in text.splitlines() if line.startswith("#")] == said
-    assert [line.partition(":")[0] for line in said] == ["gradient", "attention", "memory_budget", "deterministic"]
+    assert [line.partition(":")[0] for line in said] == ["attention", "deterministic", "gradient", "memory_budget"]
     settings = yaml.safe_load(text)
     assert (settings["gradient"], settings["memory_budget"], settings["deterministic"]) == ("checkpoint", "1GiB", True)
 
@@ -256,7 +255,7 @@ def test_offloading_goes_around_the_rollouts_of_recipes_and_of_reno(toy, monkeyp
     monkeypatch.setattr(engine, "offloaded", noted)
     budgets = {"offload": True, "memory_budget": "1GiB"}  # the plan is then bound to a mode that can be offloaded
     _, said, _ = trained(replace(toy, train_batch_size=1, **budgets))
-    assert said[0] == "gradient: checkpoint" and entered == [("cpu", "checkpoint")]
+    assert said[1] == "gradient: checkpoint" and entered == [("cpu", "checkpoint")]
     pipe = pipelines.sd()
     result = ReNO(pipe, SUM, num_inference_steps=2, progress=False, **budgets).optimize(PROMPTS[:1], 2)
     assert result.plan.gradient == "checkpoint" and len(entered) == 3
@@ -308,7 +307,7 @@ def test_a_mode_with_its_own_solver_takes_no_other_sampler():
 )
 def test_flags_are_checked_before_anything_is_loaded(monkeypatch, tmp_path, command, flags, what):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for recipe in (reward_gradient, reno_folder):
+    for recipe in (running, reno_folder):
         monkeypatch.setattr(recipe, "load_model", lambda *_, **options: pytest.fail("loaded"))
     done = CliRunner().invoke(cli, [*command, *flags, "--output_dir", str(tmp_path / "out")])
     assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1

@@ -15,11 +15,12 @@ from difftune.files import checkpoint, records
 from difftune.files.checkpoint import State
 from difftune.files.output import beside
 from difftune.pipelines import lora
-from difftune.recipes import alignprop
-from difftune.recipes.alignprop import alignprop_loss, kept_steps, train
-from difftune.rollouts.image_sampler import Chain
+from difftune.recipes import train, train_in_folder
+from difftune.recipes.alignprop import alignprop_loss, draw_steps
+from difftune.rollouts.image_sampler import ImageSampler
 from difftune.training import run_folder
-from difftune.training.state import Called, mixed, samples
+from difftune.training.network import TrainedNetwork
+from difftune.training.numbering import sample_numbers, seed_of
 from rewards.simple import Brightness
 from solvers.latent import LatentModel
 from tests.support import pipelines
@@ -80,7 +81,7 @@ def gradients(pipe, gradient: str, x: torch.Tensor | None = None) -> dict[str, t
     weights = lora.weights(pipe.unet)
     model = LatentModel(pipe)
     if x is None:
-        chain = Chain.of(TOY, pipe, Called(pipe.unet, torch.float32))
+        chain = ImageSampler.of(TOY, pipe, TrainedNetwork(pipe.unet, torch.float32))
         images, _ = chain(lambda i: ["red circle", "blue square"][i], [0, 1], gradient)
     else:
         conds = model.encode(["red circle", "blue square"])
@@ -109,7 +110,7 @@ def adapted():
 
 
 def test_gradient_of_all_steps_is_autograds_through_a_loop_by_hand(adapted):
-    seeds = [torch.Generator().manual_seed(mixed(TOY.seed, i)) for i in (0, 1)]
+    seeds = [torch.Generator().manual_seed(seed_of(TOY.seed, i)) for i in (0, 1)]
     by_hand = gradients(adapted, "", x=LatentModel(adapted).noise(2, seeds))
     ours = gradients(adapted, "truncated:3")
     scale = max(g.abs().max() for g in by_hand.values())
@@ -127,20 +128,18 @@ def test_truncation_changes_the_gradient(adapted):
 
 def test_truncation_is_uniform_and_one_draw_per_step():
     config = replace(TOY, truncation_min=2, truncation_max=5, num_inference_steps=10)
-    draws = [kept_steps(config, step) for step in range(4000)]
-    assert draws == [kept_steps(config, step) for step in range(4000)]
+    draws = [draw_steps(config, step) for step in range(4000)]
+    assert draws == [draw_steps(config, step) for step in range(4000)]
     shares = [draws.count(k) / len(draws) for k in range(2, 6)]
     assert sum(shares) == 1
     assert all(abs(share - 0.25) < 0.03 for share in shares)  # four standard errors
-    assert {kept_steps(replace(config, num_inference_steps=1), step) for step in range(9)} == {1}
+    assert {draw_steps(replace(config, num_inference_steps=1), step) for step in range(9)} == {1}
 
 
 def test_samples_are_numbered_without_gaps_over_batches_and_processes():
     config = replace(TOY, train_batch_size=3, gradient_accumulation_steps=2)
-    numbers = [
-        i for step in range(2) for batch in range(2) for rank in range(2) for i in samples(config, step, batch, rank, 2)
-    ]
-    assert numbers == list(range(24))
+    steps = [[sample_numbers(config, step, rank, 2) for rank in range(2)] for step in range(2)]
+    assert [i for ranks in steps for both in zip(*ranks, strict=True) for part in both for i in part] == list(range(24))
 
 
 def test_only_the_adapter_is_trained(toy):
@@ -162,7 +161,7 @@ def test_reward_of_brightness_rises(toy):
     chain = None
     means = []
     for metrics, _ in train(config, None, pipe, BRIGHT):
-        chain = chain or Chain.of(config, pipe, Called(pipe.unet, torch.float32))
+        chain = chain or ImageSampler.of(config, pipe, TrainedNetwork(pipe.unet, torch.float32))
         with torch.no_grad():  # the same samples after every step
             means.append(BRIGHT(chain(lambda i: "red circle", range(4), "full")[0], [""] * 4).mean().item())
         assert metrics["reward_min"] <= metrics["reward_mean"] <= metrics["reward_max"]
@@ -218,7 +217,7 @@ def test_resumption_with_other_settings_is_refused(toy):
 def test_run_writes_what_it_should_and_goes_on_where_it_stopped(toy, tmp_path):
     def go(name: str, **more) -> dict:
         config = replace(toy, output_dir=str(tmp_path / name), checkpointing_steps=2, lora_alpha=8, **more)
-        return alignprop.run(config, said.append, pipelines.sd(), BRIGHT)
+        return train_in_folder(config, said.append, pipelines.sd(), BRIGHT)
 
     said: list[str] = []
     out = tmp_path / "cut"
@@ -257,7 +256,7 @@ def test_a_signal_saves_a_checkpoint_and_ends(toy, tmp_path):
 
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
-        alignprop.run(replace(toy, output_dir=str(tmp_path / "out")), pipe=pipelines.sd(), reward=Raises())
+        train_in_folder(replace(toy, output_dir=str(tmp_path / "out")), pipe=pipelines.sd(), reward=Raises())
     assert stopped.value.code == 143
     assert checkpoint.latest(tmp_path / "out").name == "checkpoint-1"
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -266,7 +265,7 @@ def test_a_signal_saves_a_checkpoint_and_ends(toy, tmp_path):
 def test_what_a_killed_save_left_is_removed_when_the_run_goes_on_and_nothing_else_is(toy, tmp_path):
     out = tmp_path / "out"
     config = replace(toy, output_dir=str(out), max_train_steps=1)
-    alignprop.run(config, pipe=pipelines.sd(), reward=BRIGHT)
+    train_in_folder(config, pipe=pipelines.sd(), reward=BRIGHT)
     (out / "best").mkdir()
     left = [beside(where / lora.WEIGHTS) for where in (out, out / "best")]
     for folder in left:
@@ -274,7 +273,7 @@ def test_what_a_killed_save_left_is_removed_when_the_run_goes_on_and_nothing_els
         (folder / lora.WEIGHTS).write_bytes(b"half")
     (out / "notes").mkdir()
     again = replace(config, max_train_steps=2, resume_from_checkpoint="latest")
-    alignprop.run(again, pipe=pipelines.sd(), reward=BRIGHT)
+    train_in_folder(again, pipe=pipelines.sd(), reward=BRIGHT)
     assert not any(folder.exists() for folder in left)
     assert (out / "notes").is_dir()
 
@@ -307,7 +306,7 @@ def test_what_is_not_finite_ends_the_run_and_the_last_checkpoint_stays(toy, tmp_
     config = replace(toy, output_dir=str(out), checkpointing_steps=1, gradient=gradient)
     Path(toy.prompts).write_text("red circle\n")
     with pytest.raises(RunError, match=rf"step 3: .*{what}.*checkpoints are as they were"):
-        alignprop.run(config, pipe=pipelines.sd(), reward=Broken(how))
+        train_in_folder(config, pipe=pipelines.sd(), reward=Broken(how))
     assert checkpoint.latest(out).name == "checkpoint-2"
     assert not (out / lora.WEIGHTS).exists()
 
@@ -345,7 +344,7 @@ def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, mor
     config = replace(toy, **{"output_dir": str(tmp_path / "out"), "reward": ["brightness"], **more})
     pipe = None if "model" in more else pipelines.sd()
     with pytest.raises(ValueError, match=what) as error:
-        alignprop.run(config, pipe=pipe)
+        train_in_folder(config, pipe=pipe)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -355,5 +354,5 @@ def test_a_folder_with_something_else_is_left_alone(toy, tmp_path):
     for resume in (None, "latest"):
         config = replace(toy, output_dir=str(tmp_path), reward=["brightness"], resume_from_checkpoint=resume)
         with pytest.raises(UserError, match="holds something else"):
-            alignprop.run(config, pipe=pipelines.sd())
+            train_in_folder(config, pipe=pipelines.sd())
     assert not (tmp_path / run_folder.CONFIG).exists()

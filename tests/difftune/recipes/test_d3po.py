@@ -17,14 +17,13 @@ from difftune.files.checkpoint import State
 from difftune.lookup import guidance_named
 from difftune.pipelines import lora
 from difftune.pipelines.generate import generate, pixels
-from difftune.recipes import d3po
-from difftune.recipes.d3po import d3po_loss, judge, ranked, train
-from difftune.rollouts.image_sampler import Chain
+from difftune.recipes import train, train_in_folder
+from difftune.recipes.d3po import d3po_loss, open_preferences, rank
 from difftune.rollouts.policy import Trajectory, log_ratio
-from difftune.rollouts.rounds import Rolled, policy_of
-from difftune.training.state import begin
+from difftune.rollouts.trajectories import Rolled, policy_of
 from rewards.simple import Brightness
 from tests.support import dits, pipelines
+from tests.support.toys import session_of
 
 TOY = D3POConfig(
     max_train_steps=3, train_batch_size=4, num_inference_steps=3, learning_rate=1e-2, guidance_scale=3.0, rank=2
@@ -106,7 +105,7 @@ def test_swapping_pair_and_label_changes_nothing():
 
 def test_every_two_of_a_group_are_a_pair():
     rolled = Rolled(["x"] * 6, None, Trajectory([], [], []), torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 4.0]))
-    pairs = ranked(rolled, 3)
+    pairs = rank(rolled, 3)
     found = list(zip(pairs.first.tolist(), pairs.second.tolist(), pairs.label.tolist(), strict=True))
     assert found == [(0, 1, -1), (0, 2, -1), (1, 2, 1), (3, 4, 0), (3, 5, 1), (4, 5, 1)]
 
@@ -150,10 +149,9 @@ def test_gradient_at_the_reference_is_ddpos_with_advantages_of_half_beta(toy):
     """Which is computed from log-probabilities alone, without a reference."""
     config = replace(toy, max_train_steps=1, max_grad_norm=1e9)
     pipe = pipelines.sd()
-    run = begin(config, None, pipe)
-    chain = Chain.of(config, pipe, run.network)
-    policy = policy_of(chain, None)
-    pairs = judge(config, run, chain, policy, BRIGHT)(range(4))
+    session = session_of(config, pipe, BRIGHT)
+    policy = policy_of(session.images, None)
+    pairs = open_preferences(session, policy)(range(4))
     starts = pairs.rolled.trajectory.paths[0].x
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
     signs, total, paths = torch.zeros(4), 0.0, pairs.rolled.trajectory.paths
@@ -248,7 +246,7 @@ def test_pictures_with_noise_are_refused_where_the_noise_would_be_left_out(make)
 
 def test_run_writes_a_lora_that_loads(toy, tmp_path):
     out = tmp_path / "out"
-    d3po.run(replace(toy, max_train_steps=1, output_dir=str(out)), lambda line: None, pipelines.sd(), BRIGHT)
+    train_in_folder(replace(toy, max_train_steps=1, output_dir=str(out)), lambda line: None, pipelines.sd(), BRIGHT)
     pipelines.sd().load_lora_weights(out)
     assert "D3PO" in (out / "README.md").read_text()
 
@@ -266,6 +264,6 @@ def test_run_writes_a_lora_that_loads(toy, tmp_path):
 def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, more, what):
     config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
     with pytest.raises(ValueError, match=what) as error:
-        d3po.run(config, pipe=pipelines.sd())
+        train_in_folder(config, pipe=pipelines.sd())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -12,17 +12,15 @@ import torch
 from difftune.configs.recipes import DDPOConfig
 from difftune.files import checkpoint
 from difftune.files.checkpoint import State
-from difftune.files.prompts import prompts_named
 from difftune.pipelines import lora
-from difftune.recipes import ddpo
-from difftune.recipes.ddpo import advantages, ddpo_loss, train
-from difftune.rollouts.image_sampler import Chain
+from difftune.recipes import ddpo, train, train_in_folder
+from difftune.recipes.ddpo import advantages, ddpo_loss
 from difftune.rollouts.policy import kl, log_prob
-from difftune.rollouts.rounds import policy_of, roll
-from difftune.training.state import begin
+from difftune.rollouts.trajectories import policy_of, roll_out
 from rewards.simple import Brightness
 from solvers.latent import LatentModel
 from tests.support import dits, pipelines
+from tests.support.toys import session_of
 
 TOY = DDPOConfig(
     max_train_steps=4, train_batch_size=4, num_inference_steps=3, learning_rate=1e-2, guidance_scale=3.0, rank=2
@@ -161,10 +159,8 @@ def by_hand(pipe, config: DDPOConfig, rolled, adv: torch.Tensor) -> dict[str, to
 def test_gradient_is_that_of_a_loop_by_hand(toy):
     config = replace(toy, max_train_steps=1, max_grad_norm=1e9)
     pipe = pipelines.sd()
-    run = begin(config, None, pipe)
-    chain = Chain.of(config, pipe, run.network)
-    prompts = prompts_named(config.prompts, config.seed)
-    rolled = roll(chain, policy_of(chain, None), prompts, BRIGHT, range(4), run)
+    session = session_of(config, pipe, BRIGHT)
+    rolled = roll_out(session, policy_of(session.images, None), session.prompts, range(4))
     expected = by_hand(pipe, config, rolled, advantages(rolled.scores))
     state = final(config)
     scale = max(g.abs().max() for g in expected.values())
@@ -270,7 +266,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit_within_a_round_too(toy, tmp_pa
 
 def test_run_writes_a_lora_that_loads(toy, tmp_path):
     out = tmp_path / "out"
-    found = ddpo.run(replace(toy, max_train_steps=1, output_dir=str(out)), lambda line: None, pipelines.sd(), BRIGHT)
+    config = replace(toy, max_train_steps=1, output_dir=str(out))
+    found = train_in_folder(config, lambda line: None, pipelines.sd(), BRIGHT)
     assert found["optimizer_steps"] == 1
     pipelines.sd().load_lora_weights(out)
     assert "DDPO" in (out / "README.md").read_text()
@@ -294,7 +291,7 @@ def test_run_writes_a_lora_that_loads(toy, tmp_path):
 def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, more, what):
     config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
     with pytest.raises(ValueError, match=what) as error:
-        ddpo.run(config, pipe=pipelines.sd())
+        train_in_folder(config, pipe=pipelines.sd())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 

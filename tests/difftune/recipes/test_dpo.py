@@ -1,8 +1,8 @@
 """Diffusion-DPO, Diffusion-KTO and DRO: losses by hand, goldens and closed forms; labels, judged images, resumption."""
 
 import json
+import sys
 from dataclasses import replace
-from importlib import import_module
 from itertools import islice
 from math import log
 from pathlib import Path
@@ -17,16 +17,15 @@ from difftune.files import checkpoint, output
 from difftune.files.checkpoint import State
 from difftune.labelling.choices import decided
 from difftune.pipelines import lora
+from difftune.recipes import RECIPES, recipe_of, train, train_in_folder
 from difftune.recipes.dpo import dpo_loss, dpo_margin
 from difftune.recipes.dro import dro_loss
 from difftune.recipes.kto import above_mean, kto_baseline, kto_loss
-from difftune.rollouts.image_sampler import Chain
-from difftune.rollouts.pairs import Pairs, best_and_worst, draws_of, labelled, pair_errors, pixels
+from difftune.rollouts.pairs import Pairs, best_and_worst, label_pairs, pair_errors, pixels, step_draws
 from difftune.rollouts.rounds import Made
-from difftune.training.state import begin
 from rewards.simple import Brightness
-from solvers.latent import LatentModel
 from tests.support import dits, pipelines
+from tests.support.toys import session_of
 
 SHARED = {"max_train_steps": 3, "num_inference_steps": 2, "learning_rate": 1e-2, "guidance_scale": 3.0, "rank": 2}
 TOYS = {
@@ -48,10 +47,9 @@ def one_thread():
 
 @pytest.fixture(params=TOYS)
 def toy(request, tmp_path):
-    """(the recipe's module, its settings)"""
+    """The recipe's settings."""
     (tmp_path / "prompts.txt").write_text("red circle\nblue square\nred square\n")
-    module = import_module(f"difftune.recipes.{request.param}")
-    return module, replace(TOYS[request.param], prompts=str(tmp_path / "prompts.txt"))
+    return replace(TOYS[request.param], prompts=str(tmp_path / "prompts.txt"))
 
 
 @pytest.fixture
@@ -69,8 +67,7 @@ def labels(tmp_path):
 
 
 def final(toy, state: State | None = None, steps: int | None = None, make=pipelines.sd) -> State:
-    module, config = toy
-    *_, (_, last) = islice(module.train(config, state, make(), BRIGHT), steps)
+    *_, (_, last) = islice(train(toy, state, make(), BRIGHT), steps)
     return last
 
 
@@ -203,23 +200,23 @@ def test_dpos_gradient_at_the_reference_is_a_quarter_of_beta_times_dros():
 
 @pytest.fixture(scope="module")
 def adapted():
-    """A chain over a pipeline whose adapter is not at its zero start, and its run."""
+    """A session whose adapter is not at its zero start."""
     config = TOYS["dpo"]
-    run = begin(config, None, pipelines.sd())
+    session = session_of(config, pipelines.sd())
     with torch.no_grad():
-        for i, weight in enumerate(run.weights.values()):
+        for i, weight in enumerate(session.run.weights.values()):
             weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
-    return Chain.of(config, run.pipe, run.network), run
+    return session
 
 
 def test_identical_images_have_no_margin_away_from_the_reference(adapted):
     """The two of a pair share their noise and its level."""
-    chain, run = adapted
-    x = torch.randn(2, *chain.model.shape(), generator=torch.Generator().manual_seed(0))
-    pairs = Pairs(x, x.clone(), chain.model.encode(["red", "blue"])["cond"], torch.ones(2))
-    draws = draws_of(TOYS["dpo"], chain.model, 0, range(2))
+    images = adapted.images
+    x = torch.randn(2, *images.model.shape(), generator=torch.Generator().manual_seed(0))
+    pairs = Pairs(x, x.clone(), images.model.encode(["red", "blue"])["cond"], torch.ones(2))
+    draws = step_draws(adapted, 0, range(2))
     with torch.no_grad():
-        late, early = (pair_errors(chain, network, pairs, draws) for network in (run.network, run.reference))
+        late, early = (pair_errors(of, pairs, draws) for of in (images, images.under(adapted.run.reference)))
     assert (late[0] - early[0]).abs().min() > 1e-7
     assert torch.allclose(dpo_margin(*late, *early, 1.0), torch.zeros(2), atol=1e-6)
 
@@ -249,8 +246,8 @@ def test_a_picture_is_cropped_in_its_middle_and_resized(tmp_path):
 
 @torch.no_grad()
 def test_labelled_pictures_are_encoded_with_their_prompts(labels):
-    model, choices = LatentModel(pipelines.sd()), decided(labels)
-    pairs = labelled(model, choices)
+    choices, session = decided(labels), session_of(TOYS["dpo"], pipelines.sd())
+    model, pairs = session.images.model, label_pairs(session, choices)
     for side, latents in (("bright", pairs.winner), ("dark", pairs.loser)):
         files = [choice.a.parent / f"{i}-{side}.png" for i, choice in enumerate(choices)]
         images = torch.stack([pixels(file, (16, 16)) for file in files])
@@ -266,12 +263,12 @@ def test_labelled_pictures_are_encoded_with_their_prompts(labels):
 
 def test_first_loss_is_that_of_the_reference_and_training_on_one_draw_lowers_it(toy, labels, monkeypatch):
     """One labelled pair, at the same noise in every step."""
-    module, config = toy
+    module = sys.modules[RECIPES[recipe_of(toy).name].check.__module__]
     first, *_ = Path(labels).read_text().splitlines()
     Path(labels).write_text(first + "\n")
-    monkeypatch.setattr(module, "draws_of", lambda config, model, step, of: draws_of(config, model, 0, range(len(of))))
-    config = replace(config, labels=labels, max_train_steps=4, learning_rate=1e-3)
-    found = [metrics for metrics, _ in module.train(config, None, pipelines.sd())]
+    monkeypatch.setattr(module, "step_draws", lambda session, step, of: step_draws(session, 0, range(len(of))))
+    config = replace(toy, labels=labels, max_train_steps=4, learning_rate=1e-3)
+    found = [metrics for metrics, _ in train(config, None, pipelines.sd())]
     assert "reward_mean" not in found[0]
     assert found[0]["grad_norm"] > 0
     assert found[-1]["loss"] < found[0]["loss"]
@@ -287,8 +284,7 @@ def test_first_loss_is_that_of_the_reference_and_training_on_one_draw_lowers_it(
 
 @pytest.mark.parametrize("make", [pipelines.sdxl, dits.sd3])
 def test_other_families_train_from_judged_images(toy, make):
-    module, config = toy
-    ((metrics, _),) = module.train(replace(config, max_train_steps=1), None, make(), BRIGHT)
+    ((metrics, _),) = train(replace(toy, max_train_steps=1), None, make(), BRIGHT)
     assert metrics["grad_norm"] > 0
     assert metrics["reward_min"] < metrics["reward_max"]
 
@@ -298,26 +294,23 @@ def test_a_judge_without_preference_gives_no_gradient(toy):
         def __call__(self, images, prompts):
             return torch.full((len(images),), 0.7)
 
-    module, config = toy
-    ((metrics, _),) = module.train(replace(config, max_train_steps=1), None, pipelines.sd(), Constant())
+    ((metrics, _),) = train(replace(toy, max_train_steps=1), None, pipelines.sd(), Constant())
     assert metrics["grad_norm"] == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_equals_uninterrupted_bit_for_bit_within_a_round_too(toy, tmp_path, stop):
-    module, config = toy
-    config = replace(config, updates_per_round=2, gradient_accumulation_steps=2 if stop == 1 else 1)
-    whole = final((module, config))
-    path = checkpoint.save(tmp_path, final((module, config), steps=stop))
+    config = replace(toy, updates_per_round=2, gradient_accumulation_steps=2 if stop == 1 else 1)
+    whole = final(config)
+    path = checkpoint.save(tmp_path, final(config, steps=stop))
     torch.manual_seed(99)
-    assert same_weights(whole, final((module, config), checkpoint.load(path)))
+    assert same_weights(whole, final(config, checkpoint.load(path)))
 
 
 def test_run_from_labels_writes_a_lora_that_loads(toy, labels, tmp_path):
-    module, config = toy
-    config = replace(config, labels=labels, max_train_steps=2, checkpointing_steps=1, output_dir=str(tmp_path / "out"))
-    module.run(config, lambda line: None, pipelines.sd())
+    config = replace(toy, labels=labels, max_train_steps=2, checkpointing_steps=1, output_dir=str(tmp_path / "out"))
+    train_in_folder(config, lambda line: None, pipelines.sd())
     pipelines.sd().load_lora_weights(tmp_path / "out")
     assert "a person's labels" in (tmp_path / "out" / "README.md").read_text()
     assert lora.WEIGHTS in {path.name for path in (tmp_path / "out").iterdir()}
@@ -333,9 +326,8 @@ def test_run_from_labels_writes_a_lora_that_loads(toy, labels, tmp_path):
     ],
 )
 def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, more, what):
-    module, config = toy
-    config = replace(config, **{"output_dir": str(tmp_path / "out"), **more})
+    config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
     with pytest.raises(ValueError, match=what) as error:
-        module.run(config, pipe=pipelines.sd())
+        train_in_folder(config, pipe=pipelines.sd())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -15,16 +15,19 @@ from difftune.configs.recipes import DragonConfig
 from difftune.evaluation.win_rate import win_rate
 from difftune.files import checkpoint
 from difftune.files.checkpoint import State
-from difftune.files.prompts import prompts_named
+from difftune.files.prompts import listed, prompts_named
 from difftune.pipelines import lora
-from difftune.recipes import dragon
-from difftune.recipes.dragon import collect, contrastive, drawn, made, parted, train
-from difftune.recipes.set_objectives import OBJECTIVES, Objective, principal
+from difftune.recipes import dragon, train, train_in_folder
+from difftune.recipes.dragon import choose_pairs, compare_with_base, contrastive_loss, look_at, part_sets, sample_sets
+from difftune.recipes.set_objectives import OBJECTIVES, SetObjective, principal
 from difftune.rollouts.denoising import draw
-from difftune.rollouts.image_sampler import Chain
+from difftune.rollouts.image_sampler import ImageSampler
+from difftune.rollouts.pairs import PairErrors
 from difftune.rollouts.rounds import repeated
+from difftune.rollouts.session import Session
 from difftune.training import run_folder
-from difftune.training.state import Called
+from difftune.training.network import TrainedNetwork
+from difftune.training.numbering import sample_numbers
 from rewards.sets.catalogue import Mean
 from rewards.sets.frechet import frechet, moments
 from rewards.sets.mmd import cubic, mmd
@@ -58,14 +61,20 @@ def final(config: DragonConfig, state: State | None = None, steps: int | None = 
     return last
 
 
-def chain_of(config: DragonConfig, pipe) -> Chain:
-    return Chain.of(config, pipe, Called(pipe.unet, torch.float32))
+def chain_of(config: DragonConfig, pipe) -> ImageSampler:
+    return ImageSampler.of(config, pipe, TrainedNetwork(pipe.unet, torch.float32))
 
 
 class Alone:
     """As much of a run as one process's rounds need."""
 
     world, rank = 1, 0
+
+
+def alone(config: DragonConfig, images: ImageSampler) -> Session:
+    """A session of one process that trains nothing."""
+    prompts = prompts_named(config.prompts, config.seed)
+    return Session(config, Alone(), images, prompts, None, None, [].append)
 
 
 # ------------------------------------------------------------------------------------------------ objectives
@@ -96,8 +105,7 @@ def test_objective_by_its_measure(toy, folder, name):
         "mmd": lambda: -mmd(x, e),
         "vendi": lambda: vendi(x),
     }[name]()
-    found = objective.reward.value(objective.reward.begin(features))
-    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
+    assert objective.value(features) == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
 
 
 def dragon_encoder():
@@ -150,8 +158,8 @@ def test_sets_of_a_mean_reward_are_the_better_and_the_worse_of_every_prompt(toy)
     chain = chain_of(config, pipe)
     prompts = repeated(prompts_named(config.prompts, config.seed), 2)
     objective = OBJECTIVES["instance"](config, chain.model, BRIGHT)
-    sets = collect(config, Alone(), chain, prompts, objective, range(2, 4))
-    latents, scores, _ = made(config, chain, prompts, objective, range(8, 16))
+    sets = sample_sets(alone(config, chain), objective, range(2, 4))
+    latents, scores, _ = look_at(objective, chain, prompts, range(8, 16), config)
     for i, pair in enumerate(scores.view(4, 2)):
         assert torch.equal(sets.pairs.winner[i], latents[2 * i + int(pair.argmax())])
         assert torch.equal(sets.pairs.loser[i], latents[2 * i + int(pair.argmin())])
@@ -167,12 +175,12 @@ def test_sets_of_a_set_reward_hold_one_of_every_pair_and_are_no_worse_than_the_f
     chain = chain_of(config, pipelines.sd())
     prompts = repeated(prompts_named(config.prompts, config.seed), 2)
     objective = OBJECTIVES[name](config, chain.model, None)
-    sets = collect(config, Alone(), chain, prompts, objective, range(0, 2))
-    latents, features, _ = made(config, chain, prompts, objective, range(10))
+    sets = sample_sets(alone(config, chain), objective, range(0, 2))
+    latents, features, _ = look_at(objective, chain, prompts, range(10), config)
     for i in range(5):
         both = {tuple(latents[2 * i + k].flatten().tolist()) for k in (0, 1)}
         assert {tuple(s[i].flatten().tolist()) for s in (sets.pairs.winner, sets.pairs.loser)} == both
-    start = dragon.value_of(objective, features[::2])
+    start = objective.value(features[::2])
     assert sets.rewards["reward_positive"] >= start - 1e-9
 
 
@@ -181,13 +189,13 @@ def test_every_pair_is_taken_once_in_a_pass_by_each_process():
     for rank in (0, 1):
         run = Alone()
         run.world, run.rank = 2, rank
-        batches = [drawn(config, run, range(r.start, r.stop)) for r in numbers(config, rank)]
+        batches = [choose_pairs(config, run, r) for r in numbers(config, rank)]
         assert sorted(joined.from_iterable(batches[:3])) == sorted(joined.from_iterable(batches[3:])) == list(range(6))
         assert batches[:3] != batches[3:]
 
 
 def numbers(config: DragonConfig, rank: int) -> list[range]:
-    return [dragon.samples(config, step, 0, rank, 2) for step in range(6)]
+    return [sample_numbers(config, step, rank, 2)[0] for step in range(6)]
 
 
 # ------------------------------------------------------------------------------------------------ the update
@@ -204,7 +212,7 @@ def test_update_at_the_reference(toy, loss, start):
     config = replace(toy, loss=loss, beta=8.0)
     before = torch.rand(2, 5, dtype=torch.float64)
     after = before.clone().requires_grad_()
-    found = contrastive(config, Gather(), after, before)
+    found = contrastive_loss(config, Gather(), PairErrors(*after), PairErrors(*before))
     found.backward()
     assert found.item() == pytest.approx(start)
     share = 8 / 4 / 5 if loss == "dpo" else 8 / 4 / 10
@@ -213,7 +221,8 @@ def test_update_at_the_reference(toy, loss, start):
 
 def test_kto_update_by_hand(toy):
     before, after = torch.rand(2, 4, dtype=torch.float64), torch.rand(2, 4, dtype=torch.float64)
-    found = contrastive(replace(toy, loss="kto", beta=3.0), Gather(), after, before)
+    config = replace(toy, loss="kto", beta=3.0)
+    found = contrastive_loss(config, Gather(), PairErrors(*after), PairErrors(*before))
     gains = (before - after).numpy()
     base = max(gains.mean(), 0)
     by_hand = [1 / (1 + np.exp(sign * 3 * (g - base))) for row, sign in zip(gains, (1, -1), strict=True) for g in row]
@@ -227,11 +236,9 @@ def test_first_gradient_by_hand(toy):
     pipe = pipelines.sd()
     weights = lora.add(pipe, config.rank, None, 0.0, config.seed)
     chain = chain_of(config, pipe)
-    prompts = repeated(prompts_named(config.prompts, config.seed), 2)
-    pairs = collect(
-        config, Alone(), chain, prompts, OBJECTIVES["instance"](config, chain.model, BRIGHT), range(2)
-    ).pairs
-    rows = [dragon.listed([0, 1, 2], 0)(i) for i in range(2)]
+    objective = OBJECTIVES["instance"](config, chain.model, BRIGHT)
+    pairs = sample_sets(alone(config, chain), objective, range(2)).pairs
+    rows = [listed([0, 1, 2], 0)(i) for i in range(2)]
     draws = draw(chain.model, [f"0 draw 0 {i}" for i in range(2)])
     a, s = draws.alpha.view(-1, 1, 1, 1), draws.sigma.view(-1, 1, 1, 1)
     cond = pairs.cond["encoder_hidden_states"][rows]
@@ -247,11 +254,11 @@ def test_first_gradient_by_hand(toy):
 
 def test_without_a_gain_nothing_is_swapped_and_equal_sets_are_ln_2_without_a_gradient(toy):
     chain = chain_of(toy, pipelines.sd())
-    flat = Objective(lambda latents, images, prompts: torch.zeros(len(images), 1), Mean())
-    sets = collect(toy, Alone(), chain, lambda i: "red circle", flat, range(2))
+    flat = SetObjective(lambda latents, images, prompts: torch.zeros(len(images), 1), Mean())
+    sets = sample_sets(alone(toy, chain), flat, range(2))
     assert sets.rewards["swapped"] == 0.0
     error = torch.rand(3, dtype=torch.float64, requires_grad=True)  # of both sets, which are one
-    loss = contrastive(toy, Gather(), torch.stack([error, error]), torch.rand(3).double().expand(2, 3))
+    loss = contrastive_loss(toy, Gather(), PairErrors(error, error), PairErrors(*torch.rand(3).double().expand(2, 3)))
     loss.backward()
     assert loss.item() == pytest.approx(log(2)) and error.grad.abs().max() < 1e-12
 
@@ -259,7 +266,7 @@ def test_without_a_gain_nothing_is_swapped_and_equal_sets_are_ln_2_without_a_gra
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_sets_part_in_training(toy, loss, monkeypatch):
     """On one round's pairs under one noise, the error of the positive set falls below that of the negative one."""
-    monkeypatch.setattr(dragon, "draws_of", lambda config, model, *_: draw(model, ["0", "1", "2"]))
+    monkeypatch.setattr(dragon, "step_draws", lambda session, *_: draw(session.images.model, ["0", "1", "2"]))
     sizes = {"max_train_steps": 8, "updates_per_round": 8, "train_batch_size": 3}
     config = replace(toy, loss=loss, beta=500.0, learning_rate=3e-3, **sizes)
     records = [metrics for metrics, _ in train(config, None, pipelines.sd(), BRIGHT)]
@@ -285,28 +292,28 @@ def test_resumed_within_a_round_equals_uninterrupted_bit_for_bit(toy, tmp_path):
 def test_run_writes_the_win_rate(toy, tmp_path):
     config = replace(toy, output_dir=str(tmp_path / "out"), max_train_steps=1, num_win_rate_images=8)
     pipe = pipelines.sd()
-    found = dragon.run(config, lambda line: None, pipe, BRIGHT)
+    found = train_in_folder(config, lambda line: None, pipe, BRIGHT)
     written = json.loads((tmp_path / "out" / "win_rate.json").read_text())
     assert written["win_rate"] == found["win_rate"] and written["win_rate"]["n"] == 8
-    again = dragon.compared(config, pipe, BRIGHT)
+    again = compare_with_base(config, pipe, BRIGHT)
     assert again["win_rate"] == found["win_rate"] and found["reward_after"] != found["reward_before"]
     with lora.off(pipe.unet):
         chain = chain_of(config, pipe)
         objective = OBJECTIVES["instance"](config, chain.model, BRIGHT)
         prompts = prompts_named(config.prompts, 0)
-        base = made(config, chain, prompts, objective, range(dragon.NEW, dragon.NEW + 8))[1]
-    tuned = made(config, chain, prompts, objective, range(dragon.NEW, dragon.NEW + 8))[1]
+        base = look_at(objective, chain, prompts, range(dragon.NEW, dragon.NEW + 8), config).features
+    tuned = look_at(objective, chain, prompts, range(dragon.NEW, dragon.NEW + 8), config).features
     assert found["win_rate"]["rate"] == win_rate(int((tuned > base).sum()), int((tuned == base).sum()), 8).rate
     pipelines.sd().load_lora_weights(tmp_path / "out")
     assert "DRAGON" in (tmp_path / "out" / run_folder.CARD).read_text()
 
 
 def test_sets_of_a_win_rate_share_no_image():
-    several = Objective(None, OBJECTIVES["vendi"](DragonConfig(), None, None).reward)
+    several = SetObjective(None, OBJECTIVES["vendi"](DragonConfig(), None, None).reward)
     x = torch.arange(20.0)[:, None]
-    parts = parted(several, x, -x)
+    parts = part_sets(several, x, -x)
     assert [len(t) for t, _ in parts] == [8, 8] and torch.equal(torch.cat([t for t, _ in parts]), x[:16])
-    assert len(parted(Objective(None, Mean()), x, -x)) == 20
+    assert len(part_sets(SetObjective(None, Mean()), x, -x)) == 20
 
 
 @pytest.mark.parametrize(
@@ -331,5 +338,5 @@ def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, mor
     more = {key: files.get(str(value), value) for key, value in more.items()}
     config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
     with pytest.raises(ValueError, match=what) as error:
-        dragon.run(config, pipe=pipelines.sd())
+        train_in_folder(config, pipe=pipelines.sd())
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

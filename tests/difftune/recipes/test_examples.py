@@ -1,15 +1,14 @@
 """The example configurations: each is read by its command and makes a Config that its recipe accepts."""
 
-from importlib import import_module
-
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from difftune.cli.config_file import EXAMPLES
 from difftune.cli.program import cli
-from difftune.cli.train import RECIPES, train
 from difftune.cli.train import configured as configured_by
+from difftune.cli.train import train
+from difftune.recipes import RECIPES, check_recipe
 
 FILES = sorted(EXAMPLES.glob("*.yaml"))
 
@@ -23,7 +22,7 @@ def recipe_of(path):
 def configured(path, *flags):
     recipe = recipe_of(path)
     ctx = train.commands[recipe].make_context(recipe, ["--config", str(path), *flags])
-    return configured_by(ctx, RECIPES[recipe])
+    return configured_by(ctx, RECIPES[recipe].config)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -31,7 +30,7 @@ def test_an_example_is_read_and_its_config_is_accepted(path, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a snail\n")
     config = configured(path)
-    import_module(f"difftune.recipes.{recipe_of(path)}").check(config)
+    check_recipe(config)
     written = yaml.safe_load(path.read_text())
     plain = {key: value for key, value in written.items() if key in vars(config) and key != "reward"}
     assert plain and {key: getattr(config, key) for key in plain} == plain
@@ -47,7 +46,7 @@ def test_every_recipe_has_an_example_on_an_embedded_model(recipe):
 def test_an_example_is_found_by_its_bare_name_and_flags_win(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ctx = train.commands["alignprop"].make_context("alignprop", ["--config", "tiny-alignprop", "--rank", "7"])
-    config = configured_by(ctx, RECIPES["alignprop"])
+    config = configured_by(ctx, RECIPES["alignprop"].config)
     assert (config.num_inference_steps, config.rank, config.guidance) == (10, 7, "none")
 
 

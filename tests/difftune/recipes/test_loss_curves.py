@@ -7,7 +7,7 @@ import torch
 
 from difftune.configs.recipes import AlignPropConfig
 from difftune.models import load
-from difftune.recipes.alignprop import train
+from difftune.recipes import train
 from rewards.simple import Brightness
 from tests.support import pipelines
 

@@ -14,22 +14,27 @@ from difftune.configs.recipes import PSOConfig
 from difftune.evaluation.win_rate import win_rate
 from difftune.files import checkpoint
 from difftune.files.checkpoint import State
+from difftune.files.prompts import listed, prompts_named
 from difftune.pipelines import lora
-from difftune.recipes import pso
+from difftune.recipes import pso, train, train_in_folder
 from difftune.recipes.dpo import dpo_loss, dpo_margin
-from difftune.recipes.pso import TRANSITIONS, consistency, ordered, pso_loss, train
+from difftune.recipes.pso import TRANSITIONS, consistency, order, pair_pictures, pso_loss
 from difftune.rollouts.denoising import draw
-from difftune.rollouts.image_sampler import Chain
-from difftune.rollouts.policy import Policy
-from difftune.rollouts.rounds import Rolled
+from difftune.rollouts.image_sampler import ImageSampler
+from difftune.rollouts.policy import Policy, Trajectory
+from difftune.rollouts.rounds import repeated
+from difftune.rollouts.trajectories import Rolled
 from difftune.training import run_folder
-from difftune.training.state import Called, mixed
+from difftune.training.network import TrainedNetwork
+from difftune.training.numbering import seed_of
+from guidance.guided import GuidedPredict
 from rewards.simple import Brightness
-from solvers.denoiser import predicted
+from solvers.denoiser import Path, predicted
 from solvers.latent import LatentModel
 from solvers.noise import noise
 from solvers.samplers.step import transition
 from tests.support import pipelines
+from tests.support.toys import session_of
 
 BRIGHT = Brightness()
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -113,12 +118,13 @@ def test_trajectories_are_the_pipelines(toy, name, scheduler):
     pipe = turbo(scheduler, timestep_spacing="leading")
     assert pso.transition_of(toy, pipe) == name
     config = replace(toy, num_inference_steps=4)
-    chain = Chain.of(config, pipe, Called(pipe.unet, torch.float32))
-    texts, x, fresh, predict = chain.begin(lambda i: "red circle", [0, 1], None)
-    trajectory = Policy(TRANSITIONS[name], 1.0, chain.levels).sample(predict, x, fresh)
+    chain = ImageSampler.of(config, pipe, TrainedNetwork(pipe.unet, torch.float32))
+    start = chain.begin(lambda i: "red circle", [0, 1])
+    trajectory = Policy(TRANSITIONS[name], 1.0, chain.levels).sample(start.predict, start.x, start.noise)
     assert trajectory.drawn == [0, 1, 2] and trajectory.stds[-1] == 0
-    generators = [torch.Generator().manual_seed(mixed(config.seed, i)) for i in (0, 1)]
-    own = pipe(texts, generator=generators, num_inference_steps=4, guidance_scale=1.0, output_type="latent").images
+    generators = [torch.Generator().manual_seed(seed_of(config.seed, i)) for i in (0, 1)]
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
+    own = pipe(start.prompts, generator=generators, **options).images
     torch.testing.assert_close(trajectory.end, own, atol=2e-3, rtol=1e-3)
 
 
@@ -179,9 +185,11 @@ def test_offline_on_the_whole_grid_draws_as_diffusion_dpo():
     """With every timestep a distilled one, the levels and the noise are Diffusion-DPO's; with few, only those occur."""
     model = LatentModel(turbo())
     seeds = [str(i) for i in range(50)]
-    for a, b in zip(draw(model, seeds, range(1000)), draw(model, seeds), strict=True):
-        assert torch.equal(a, b)
-    assert set(draw(model, seeds, [999, 499]).timestep.tolist()) == {999, 499}
+    powers = model.pipe.scheduler.alphas_cumprod.double()
+    every = [noise(float(power) ** 0.5, float(1 - power) ** 0.5) for power in powers]
+    for a, b in zip(draw(model, seeds, every), draw(model, seeds), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert set(draw(model, seeds, [every[999], every[499]]).timestep.tolist()) == {999, 499}
 
 
 def test_gaussian_reaches_its_closed_form():
@@ -220,9 +228,15 @@ def test_gaussian_reaches_its_closed_form():
 
 
 def test_best_and_worst_of_every_prompt():
-    rolled = Rolled(["a"] * 3 + ["b"] * 3, None, None, torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 5.0]))
-    found = ordered(rolled, 3)
-    assert found.rows[[0, 2]].tolist() == [1, 0] and found.label.tolist() == [1.0, 0.0]
+    scores = torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 5.0])
+    predict = GuidedPredict(None, {}, {"cond": {"text": torch.arange(6.0)}})
+    paths = [Path(torch.arange(6.0) + 10 * i) for i in range(2)]
+    found = order(Rolled([*"aaabbb"], predict, Trajectory(paths, [scores], [torch.ones(())]), scores), 3)
+    rows = [1, 3, 0, 3]
+    assert found.label.tolist() == [1.0, 0.0] and torch.equal(found.scores, scores)
+    assert found.rolled.predict.conds["cond"]["text"].tolist() == rows == found.rolled.trajectory.paths[0].x.tolist()
+    assert found.rolled.after(0).tolist() == [row + 10 for row in rows]
+    assert torch.equal(found.rolled.scores, scores[rows]) and found.rolled.texts == [*"abab"]
 
 
 def test_first_online_gradient_by_hand(toy):
@@ -232,8 +246,8 @@ def test_first_online_gradient_by_hand(toy):
     found = final(config)
     pipe = turbo()
     weights = lora.add(pipe, config.rank, None, 0.0, config.seed)
-    model, prompts = LatentModel(pipe), pso.repeated(pso.prompts_named(config.prompts, 0), 2)
-    generators = [torch.Generator().manual_seed(mixed(0, i)) for i in range(4)]
+    model, prompts = LatentModel(pipe), repeated(prompts_named(config.prompts, 0), 2)
+    generators = [torch.Generator().manual_seed(seed_of(0, i)) for i in range(4)]
     cond = model.encode([prompts(i) for i in range(4)])["cond"]["encoder_hidden_states"]
     x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generators])
     fresh = [torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generators]) for _ in range(3)]
@@ -271,14 +285,14 @@ def test_first_offline_gradient_by_hand(toy, folder):
     config = replace(toy, max_train_steps=1, max_grad_norm=1e9, images=folder, caption="red circle", num_negatives=1)
     found = final(config)
     pipe = turbo()
-    weights = lora.add(pipe, config.rank, None, 0.0, config.seed)
-    chain = Chain.of(config, pipe, Called(pipe.unet, torch.float32))
-    pairs = pso.pictures_of(config, Run(pipe), chain, Policy(consistency, 1.0, chain.levels))
+    session = session_of(config, pipe)
+    weights, levels = session.run.weights, session.images.levels
+    pairs = pair_pictures(session, Policy(consistency, 1.0, levels))
     assert pairs.winner.shape == pairs.loser.shape == (3, 4, 8, 8)
     pipe.scheduler.set_timesteps(3)
     times = pipe.scheduler.timesteps.tolist()
-    order = [pso.listed([0, 1, 2], config.seed)(i) for i in range(4)]
-    draws = draw(chain.model, [f"0 draw {i}" for i in range(4)], times)
+    order = [listed([0, 1, 2], config.seed)(i) for i in range(4)]
+    draws = draw(session.images.model, [f"0 draw {i}" for i in range(4)], levels[:-1])
     assert set(draws.timestep.tolist()) <= set(times)
     cond = pairs.cond["encoder_hidden_states"][order]
     a, s = draws.alpha.view(-1, 1, 1, 1), draws.sigma.view(-1, 1, 1, 1)
@@ -290,13 +304,6 @@ def test_first_offline_gradient_by_hand(toy, folder):
     for name, g in zip(weights, torch.autograd.grad(surrogate, list(weights.values())), strict=True):
         moment = 10 * found.tensors[f"optimizer.exp_avg.{name}"]
         torch.testing.assert_close(moment, g, atol=float(1e-4 * g.abs().max() + 1e-6), rtol=1e-3)
-
-
-class Run:
-    """As much of a run as making the losers needs."""
-
-    def __init__(self, pipe):
-        self.reference = Called(pipe.unet, torch.float32)
 
 
 def test_brightness_rises_online(toy):
@@ -352,7 +359,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(toy, folder, tmp_path, offline
 def test_run_writes_an_adapter_that_loads(toy, folder, tmp_path):
     config = replace(toy, images=folder, caption="red circle", output_dir=str(tmp_path / "out"), max_train_steps=2)
     said: list[str] = []
-    assert pso.run(config, said.append, turbo())["optimizer_steps"] == 2
+    assert train_in_folder(config, said.append, turbo())["optimizer_steps"] == 2
     assert "transition: lcm" in said
     turbo().load_lora_weights(tmp_path / "out")
     assert f"trained on the pictures of {folder}" in (tmp_path / "out" / run_folder.CARD).read_text()
@@ -376,5 +383,5 @@ def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, folder, tmp_p
     more = {key: folder if value == "FOLDER" else value for key, value in more.items()}
     config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
     with pytest.raises(ValueError, match=what) as error:
-        pso.run(config, pipe=turbo())
+        train_in_folder(config, pipe=turbo())
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

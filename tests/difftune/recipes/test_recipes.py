@@ -17,18 +17,18 @@ from typing import Any
 import pytest
 import torch
 
-from difftune.cli.train import RECIPES
 from difftune.errors import RunError
 from difftune.files import checkpoint
 from difftune.files.checkpoint import State
 from difftune.pipelines import lora
+from difftune.recipes import RECIPES, train
 from rewards.simple import Brightness
 from tests.support import pipelines
-from tests.support.toys import Bright, module_of, toy
+from tests.support.toys import Bright, toy
 
 
 def final(name: str, config, state: State | None = None, steps: int | None = None) -> State:
-    *_, (_, last) = islice(module_of(name).train(config, state, pipelines.sd(), Bright()), steps)
+    *_, (_, last) = islice(train(config, state, pipelines.sd(), Bright()), steps)
     return last
 
 
@@ -103,7 +103,7 @@ def test_what_is_not_finite_is_skipped_counted_and_never_saved(name, fault, tmp_
     """The second step of five is skipped, the third moves the weights again, and the next fault ends the run."""
     config = toy(name, tmp_path, max_skipped_steps=1, max_train_steps=5, ema_decay=0.9, **rounds(name, 1))
     pipe, reward = pipelines.sd(), Faulty()
-    run, found = module_of(name).train(config, None, pipe, reward), []
+    run, found = train(config, None, pipe, reward), []
     for step in (1, 2, 3):
         with FAULTS[fault](reward, pipe) if step == 2 else nullcontext():
             found.append(next(run))
@@ -125,12 +125,12 @@ SCRIPT = """
 import json, sys
 import torch
 torch.set_num_threads(1)
-from difftune.cli.train import RECIPES
-from tests import pipelines
-from tests.difftune.toys import Bright, module_of
+from difftune.recipes import RECIPES, train_in_folder
+from tests.support import pipelines
+from tests.support.toys import Bright
 name, settings = sys.argv[1], json.loads(sys.argv[2])
 torch.manual_seed(5)
-module_of(name).run(RECIPES[name](**settings), pipe=pipelines.sd(), reward=Bright())
+train_in_folder(RECIPES[name].config(**settings), pipe=pipelines.sd(), reward=Bright())
 """
 ROOT = str(Path(__file__).parents[3])
 ENVIRONMENT = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -253,7 +253,7 @@ def test_two_processes_equal_one_on_the_joined_batch(launcher, name, tmp_path):
     assert end.returncode == 0, end.stderr
     two = checkpoint.load(tmp_path / "two" / "checkpoint-1")
     joined = replace(config, train_batch_size=4)
-    *_, (_, one) = module_of(name).train(joined, None, pipelines.sd(), Brightness())
+    *_, (_, one) = train(joined, None, pipelines.sd(), Brightness())
     assert two.info["num_processes"] == 2 and two.info["cursor"] == 4
     assert sum(map(len, two.info["seen"].values())) == 4  # the rewards of both processes
     moments = [k for k in one.tensors if k.startswith("optimizer.exp_avg.")]

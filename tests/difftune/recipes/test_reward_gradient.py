@@ -9,24 +9,22 @@ from torch.distributions import Normal, kl_divergence
 
 from difftune.configs.recipes import AlignPropConfig, DraftConfig, DrtuneConfig, ReflConfig
 from difftune.pipelines import lora
-from difftune.recipes import alignprop, draft, drtune, refl, reward_gradient
-from difftune.recipes.alignprop import kept_mask, modes
-from difftune.recipes.reward_gradient import Ascent, between, carrying, divergence_of
-from difftune.rollouts.image_sampler import Chain
-from difftune.training.state import Called, Reference, begin
+from difftune.recipes import check_recipe, train
+from difftune.recipes.alignprop import draw_mask, truncation
+from difftune.recipes.refl import refl_loss
+from difftune.recipes.reward_gradient import count_carrying, divergence, kl_rate, level_between
+from difftune.rollouts.image_sampler import ImageSampler
+from difftune.training.network import ReferenceNetwork, TrainedNetwork
 from rewards.simple import Brightness, Contrast
-from solvers.memory.budget import Plan
 from solvers.noise import Noise
 from solvers.samplers.catalogue import SAMPLERS
 from tests.support import pipelines
-from tests.support.toys import toy
-
-MODULES = {"draft": draft, "refl": refl, "drtune": drtune, "alignprop": alignprop}
+from tests.support.toys import session_of, toy
 
 
 def first(name, folder, **more):
     config = toy(name, folder, **more)
-    ((metrics, state),) = islice(MODULES[name].train(config, None, pipelines.sd(), Brightness()), 1)
+    ((metrics, state),) = islice(train(config, None, pipelines.sd(), Brightness()), 1)
     moments = {k: v for k, v in state.tensors.items() if k.startswith("optimizer.exp_avg.")}
     return metrics, torch.cat([moments[k].flatten() for k in sorted(moments)])
 
@@ -34,8 +32,8 @@ def first(name, folder, **more):
 def test_refl_loss_golden():
     """The released code's: 1e-3 relu(2 - r)."""
     scores = torch.tensor([1.5, 2.0, 3.0], requires_grad=True)
-    assert [refl.refl_loss(s[None]).item() for s in scores] == pytest.approx([5e-4, 0, 0])
-    refl.refl_loss(scores).backward()
+    assert [refl_loss(s[None]).item() for s in scores] == pytest.approx([5e-4, 0, 0])
+    refl_loss(scores).backward()
     assert scores.grad.tolist() == pytest.approx([-1e-3 / 3, 0, 0])
 
 
@@ -62,7 +60,7 @@ def test_draft_lv_scores_every_copy(tmp_path):
             seen.append((len(images), list(prompts)))
             return super().__call__(images, prompts)
 
-    ((metrics, _),) = draft.train(config, None, pipelines.sd(), Counting())
+    ((metrics, _),) = train(config, None, pipelines.sd(), Counting())
     ((number, prompts),) = seen
     assert number == 6 and prompts == prompts[:2] * 3 and metrics["K"] == 1
 
@@ -70,22 +68,22 @@ def test_draft_lv_scores_every_copy(tmp_path):
 def test_bernoulli_linear_keeps_step_i_with_its_probability():
     """(i + 1) / (T + 1), each by itself; 25 of 50 steps in the mean."""
     config = AlignPropConfig(num_inference_steps=50, truncation="bernoulli_linear")
-    masks = torch.tensor([[int(d) for d in kept_mask(config, step)] for step in range(2000)], dtype=torch.float64)
+    masks = torch.tensor([[int(d) for d in draw_mask(config, step)] for step in range(2000)], dtype=torch.float64)
     expected = torch.arange(1, 51) / 51
     error = (expected * (1 - expected) / len(masks)).sqrt()
     assert ((masks.mean(0) - expected).abs() < 4.5 * error).all()
     correlation = torch.corrcoef(masks.T).fill_diagonal_(0)
     assert correlation.abs().max() < 0.12  # five standard errors
-    assert kept_mask(config, 7) == kept_mask(config, 7) != kept_mask(config, 8)
-    assert "1" in kept_mask(replace(config, num_inference_steps=1), 0)
+    assert draw_mask(config, 7) == draw_mask(config, 7) != draw_mask(config, 8)
+    assert "1" in draw_mask(replace(config, num_inference_steps=1), 0)
 
 
 def test_bernoulli_linear_trains_and_says_how_many(tmp_path):
     config = toy("alignprop", tmp_path, truncation="bernoulli_linear")
     said = []
-    found = [m["K"] for m, _ in alignprop.train(config, None, pipelines.sd(), Brightness(), said.append)]
-    assert found == [kept_mask(config, step).count("1") for step in range(4)]
-    assert said[0] == "gradient: truncated:MASK, step i of 3 with probability (i + 1) / 4"
+    found = [m["K"] for m, _ in train(config, None, pipelines.sd(), Brightness(), said.append)]
+    assert found == [draw_mask(config, step).count("1") for step in range(4)]
+    assert said[1] == "gradient: truncated:MASK, step i of 3 with probability (i + 1) / 4"
 
 
 @pytest.mark.parametrize(
@@ -93,61 +91,52 @@ def test_bernoulli_linear_trains_and_says_how_many(tmp_path):
     [("truncated:4", 4), ("truncated:4:refl", 1), ("truncated:2:draft_lv", 1), ("truncated:0101:mask", 2), ("full", 4)],
 )
 def test_steps_that_carry_gradient(gradient, kept):
-    assert carrying(gradient, levels=5) == kept
+    assert count_carrying(gradient, steps=4) == kept
 
 
 @pytest.mark.parametrize(
-    ("module", "config", "what"),
+    ("config", "what"),
     [
-        (draft, DraftConfig(num_inference_steps=3, truncation_steps=4), "1 to 3"),
-        (draft, DraftConfig(truncation_steps=0), "truncation_steps is 0"),
-        (draft, DraftConfig(low_variance_copies=-1), "low_variance_copies is -1"),
-        (refl, ReflConfig(truncation_min=3, truncation_max=2), "truncation_max is 2"),
-        (drtune, DrtuneConfig(truncation_steps=0), "truncation_steps is 0"),
-        (alignprop, AlignPropConfig(truncation="sufix"), "did you mean 'suffix'"),
-        (alignprop, AlignPropConfig(kl_coeff=-1.0), "kl_coeff is -1"),
-        (alignprop, AlignPropConfig(reward=["jpeg"]), "not differentiable"),
+        (DraftConfig(num_inference_steps=3, truncation_steps=4), "1 to 3"),
+        (DraftConfig(truncation_steps=0), "truncation_steps is 0"),
+        (DraftConfig(low_variance_copies=-1), "low_variance_copies is -1"),
+        (ReflConfig(truncation_min=3, truncation_max=2), "truncation_max is 2"),
+        (DrtuneConfig(truncation_steps=0), "truncation_steps is 0"),
+        (AlignPropConfig(truncation="sufix"), "did you mean 'suffix'"),
+        (AlignPropConfig(kl_coeff=-1.0), "kl_coeff is -1"),
+        (AlignPropConfig(reward=["jpeg"]), "not differentiable"),
     ],
 )
-def test_bad_settings_are_one_sentence(module, config, what):
+def test_bad_settings_are_one_sentence(config, what):
     with pytest.raises(ValueError, match=what) as error:
-        module.check(config, pipe=object())
+        check_recipe(config, pipe=object())
     assert "\n" not in str(error.value)
 
 
 def test_modes_follow_the_settings():
-    assert modes(AlignPropConfig(gradient="full"))[:2] == (None, "full")
+    assert truncation(AlignPropConfig(gradient="full"))[:2] == (None, "full")
     exact = AlignPropConfig(truncation_min=25, truncation_max=25, memory_budget="1GiB")
-    assert modes(exact)[:2] == (None, None)
-    assert modes(AlignPropConfig()).greatest == "truncated:10"
+    assert truncation(exact)[:2] == (None, None)
+    assert truncation(AlignPropConfig()).greatest == "truncated:10"
 
 
 # ------------------------------------------------------------------------------------------------ KL to the reference
 
 
-def ascent_of(config, pipe, generator_seed=None) -> Ascent:
-    run = begin(config, None, pipe, reference=True)
-    if generator_seed is not None:
-        with torch.no_grad():
-            for i, weight in enumerate(run.weights.values()):
-                weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
-    chains = [Chain.of(config, pipe, network) for network in (run.network, run.reference)]
-    plan, batch = Plan("full", 2, 2), config.train_batch_size
-    assert batch == 2
-    return Ascent(config, run, *chains, lambda i: "red circle", Brightness(), torch.mean, plan)
-
-
 @pytest.mark.parametrize("full", [False, True])
 def test_divergence_is_zero_at_the_start_and_its_gradient_reaches_the_weights(tmp_path, full):
-    config = toy("alignprop", tmp_path, full_finetuning=full)
-    for seed, zero in ((None, True), (1, False)):
-        ascent = ascent_of(config, pipelines.sd(), seed)
-        drawn = ascent.chain.draw(ascent.prompts, range(2), "full")
-        divergence = divergence_of(ascent, drawn, range(2))
-        assert (divergence.item() == 0) is zero
-        assert divergence.item() == divergence_of(ascent, drawn, range(2)).item()  # the same level and noise
-        (drawn.path.x.sum() + divergence).backward()
-        assert all(w.grad is not None for w in ascent.run.weights.values())
+    config = toy("alignprop", tmp_path, full_finetuning=full, kl_coeff=1.0)
+    for moved in (False, True):
+        session = session_of(config, pipelines.sd())
+        with torch.no_grad():
+            for i, weight in enumerate(session.run.weights.values()):
+                weight += moved * 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+        drawn = session.images.draw(session.prompts, range(2), "full")
+        found, again = (divergence(session.images, session.run.reference, drawn, range(2)) for _ in range(2))
+        assert (found.item() != 0) is moved
+        assert found.item() == again.item()  # the same level and noise
+        (drawn.path.x.sum() + found).backward()
+        assert all(w.grad is not None for w in session.run.weights.values())
 
 
 def test_divergence_of_gaussians_is_the_closed_form():
@@ -157,7 +146,7 @@ def test_divergence_of_gaussians_is_the_closed_form():
     places = (torch.arange(4000) + 0.5) / 4000
     total = 0.0
     for place in places.tolist():
-        at, width = between(levels, place)
+        at, width = level_between(levels, place)
         assert at.alpha**2 + at.sigma**2 == pytest.approx(1)
         # eps = sigma (x - alpha m) / (alpha^2 s^2 + sigma^2): the difference does not depend on x
         rate = (at.sigma * at.alpha * (means[0] - means[1]) / (at.alpha**2 * s**2 + at.sigma**2)) ** 2
@@ -170,7 +159,7 @@ def test_between_keeps_the_coordinates_of_the_levels():
     for low, high in [((0.9, 0.1), (0.05, 0.95)), ((1.0, 0.1), (1.0, 80.0))]:
         levels = [Noise(torch.tensor(0.0), torch.tensor(1.0))] if low[0] < 1 else []
         levels += [Noise(torch.tensor(a), torch.tensor(b)) for a, b in (high, low)]
-        at, width = between([*levels, Noise(torch.tensor(1.0), torch.tensor(0.0))], 0.5)
+        at, width = level_between([*levels, Noise(torch.tensor(1.0), torch.tensor(0.0))], 0.5)
         ends = [torch.tensor(b / a).log() for a, b in (low, high)]
         assert width == pytest.approx((ends[1] - ends[0]).item(), rel=1e-5)
         assert (at.sigma / at.alpha).log().item() == pytest.approx((sum(ends) / 2).item(), rel=1e-5)
@@ -185,13 +174,13 @@ def test_kl_holds_the_model_back(tmp_path):
     for coefficient in (0.0, 1e4):
         config = toy("alignprop", tmp_path, kl_coeff=coefficient, learning_rate=3e-2, max_train_steps=6)
         pipe = pipelines.sd()
-        found = [metrics for metrics, _ in alignprop.train(config, None, pipe, Contrast())]
+        found = [metrics for metrics, _ in train(config, None, pipe, Contrast())]
         assert all(("kl" in m) == (coefficient > 0) for m in found)
-        run_chain = Chain.of(config, pipe, Called(pipe.unet, torch.float32))
-        fresh = Chain.of(config, pipe, Reference(pipe.unet, torch.float32))
+        run_chain = ImageSampler.of(config, pipe, TrainedNetwork(pipe.unet, torch.float32))
+        fresh = ImageSampler.of(config, pipe, ReferenceNetwork(pipe.unet, torch.float32))
         with torch.no_grad():
             drawn = run_chain.draw(lambda i: "red circle", range(2), "full")
-            at, _ = between(run_chain.levels, 0.5)
+            at, _ = level_between(run_chain.levels, 0.5)
             moved.append(
                 (run_chain.predict(drawn.conds)(drawn.path, at).eps - fresh.predict(drawn.conds)(drawn.path, at).eps)
                 .square()
@@ -207,13 +196,15 @@ def test_kl_holds_the_model_back(tmp_path):
 def test_reference_pass_leaves_the_adapter_as_it_was(tmp_path):
     """Between forward and backward, with and without recomputation, and where it raises."""
     pipe = pipelines.sd()
-    base = Chain.of(toy("alignprop", tmp_path), pipelines.sd(), Called(pipelines.sd().unet, torch.float32))
+    plain = TrainedNetwork(pipelines.sd().unet, torch.float32)
+    base = ImageSampler.of(toy("alignprop", tmp_path), pipelines.sd(), plain)
     weights = lora.add(pipe, rank=2)
     with torch.no_grad():
         for i, weight in enumerate(weights.values()):
             weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
     config = toy("alignprop", tmp_path)
-    chain, reference = (Chain.of(config, pipe, c(pipe.unet, torch.float32)) for c in (Called, Reference))
+    chain = ImageSampler.of(config, pipe, TrainedNetwork(pipe.unet, torch.float32))
+    reference = chain.under(ReferenceNetwork(pipe.unet, torch.float32))
     found = {}
     for gradient in ("full", "checkpoint", "revolve:1"):
         for between_passes in (False, True):
@@ -240,7 +231,7 @@ def test_reference_pass_leaves_the_adapter_as_it_was(tmp_path):
 
 def test_a_grey_latent_reaches_the_reward_as_grey_and_a_saturated_one_has_no_gradient(tmp_path):
     pipe = pipelines.sd()
-    chain = Chain.of(toy("alignprop", tmp_path), pipe, Called(pipe.unet, torch.float32))
+    chain = ImageSampler.of(toy("alignprop", tmp_path), pipe, TrainedNetwork(pipe.unet, torch.float32))
     shift = torch.zeros((), requires_grad=True)
     seen = {}
     for level, name in ((0.0, "grey"), (3.0, "white"), (-3.0, "black"), (0.5, "light")):
@@ -258,4 +249,4 @@ def test_samplers_with_noise_train_too(tmp_path):
 
 
 def test_module_is_what_it_says():
-    assert reward_gradient.kl_rate(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0])).item() == 2.5
+    assert kl_rate(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0])).item() == 2.5

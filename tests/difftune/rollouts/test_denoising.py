@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from difftune.rollouts.denoising import denoising_errors, draw, levels
+from difftune.rollouts.denoising import denoising_errors, draw, levels, some_levels
 from solvers.latent import LatentModel
 from tests.support import dits, pipelines
 
@@ -70,7 +70,19 @@ def test_t_is_uniform_over_the_timesteps_of_training():
     assert torch.equal(t, torch.arange(1000).repeat_interleave(5))
     assert torch.allclose(alpha**2, model.pipe.scheduler.alphas_cumprod.double()[t])
     assert torch.allclose(alpha**2 + sigma**2, torch.ones(()).double())
-    _, _, few = levels(model, u, [249, 499, 749, 999])
-    assert [(few == t).sum().item() for t in (249, 499, 749, 999)] == [1250] * 4
     alpha, sigma, t = levels(LatentModel(dits.sd3()), u)
     assert torch.equal(sigma, u) and torch.allclose(alpha, 1 - u) and torch.allclose(t, 1000 * u)
+
+
+@pytest.mark.parametrize("make", [pipelines.sd, dits.sd3])
+def test_levels_of_a_sampler_are_drawn_as_they_are(make):
+    """Each as often as the others, and its timestep not rounded to an integer: a flow's shifted ones are none."""
+    model, u = LatentModel(make()), (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    among = model.levels(4)[:-1]
+    alpha, sigma, t = some_levels(model, u, among)
+    for i, at in enumerate(among):
+        rows = slice(1000 * i, 1000 * (i + 1))
+        assert torch.allclose(alpha[rows], at.alpha.double()) and torch.allclose(sigma[rows], at.sigma.double())
+        assert (t[rows] == model.denoiser.clock(at).double()).all()
+    whole = (t == t.round()).all()
+    assert whole if make is pipelines.sd else not whole and torch.allclose(t, 1000 * sigma)

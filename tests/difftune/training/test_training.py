@@ -19,15 +19,17 @@ from difftune.files import checkpoint
 from difftune.lookup import guidance_named
 from difftune.pipelines import full_weights, lora
 from difftune.pipelines.generate import generate
-from difftune.recipes import alignprop
-from difftune.rollouts.image_sampler import Chain
-from difftune.training import state as training
+from difftune.recipes import running, train, train_in_folder
+from difftune.rollouts.image_sampler import ImageSampler
+from difftune.training.checks import check_training
+from difftune.training.network import TrainedNetwork
+from difftune.training.numbering import seed_of
 from difftune.training.optimizers import OPTIMIZERS
 from difftune.training.reward_statistics import PerPrompt
-from difftune.training.state import Average, Called, mixed
+from difftune.training.state import Average, begin_training
 from rewards.simple import Brightness
 from tests.support import dits, pipelines
-from tests.support.toys import module_of, toy
+from tests.support.toys import toy
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.15, 0.9999])
@@ -80,11 +82,11 @@ def test_what_is_trained_is_the_network_itself_in_every_family_and_under_methods
     config, pipe = toy("alignprop", tmp_path, guidance=guidance, max_train_steps=1), make()
     network = lora.network_of(pipe)
     ends = [
-        Chain.of(config, pipe, which).draw(lambda i: "red circle", [0, 1], "full").path.x
-        for which in (Called(network, network.dtype), network)
+        ImageSampler.of(config, pipe, which).draw(lambda i: "red circle", [0, 1], "full").path.x
+        for which in (TrainedNetwork(network, network.dtype), network)
     ]
     assert torch.equal(*ends)
-    ((metrics, _),) = alignprop.train(config, None, pipe, Brightness())
+    ((metrics, _),) = train(config, None, pipe, Brightness())
     assert metrics["grad_norm"] > 0
 
 
@@ -107,10 +109,10 @@ def test_what_is_trained_is_the_network_itself_in_every_family_and_under_methods
 def test_methods_that_no_flag_can_set_up_are_refused_before_anything_is_loaded(
     recipe, name, options, what, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training, "load_model", None)
+    monkeypatch.setattr(running, "load_model", None)
     config = toy(recipe, tmp_path, guidance=name, guidance_options=options, output_dir=str(tmp_path / "out"))
     with pytest.raises(ValueError, match=what) as error:
-        module_of(recipe).run(config)
+        train_in_folder(config)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -130,8 +132,8 @@ def test_what_a_method_only_names_is_found_in_training_as_for_images(name, tmp_p
     """The images that are trained on are those of `difftune sample`, and a gradient reaches the network."""
     config = toy("alignprop", tmp_path, guidance=name, guidance_options=EQUIPPED[name], max_train_steps=1)
     pipe = models.load("tiny")
-    chain = Chain.of(config, pipe, lora.network_of(pipe))
-    seeds = [mixed(config.seed, i) for i in range(2)]
+    chain = ImageSampler.of(config, pipe, lora.network_of(pipe))
+    seeds = [seed_of(config.seed, i) for i in range(2)]
     with torch.no_grad():
         images, texts = chain(lambda i: "red circle", [0, 1], "full")
     method = guidance_named(name, None, EQUIPPED[name])
@@ -139,12 +141,12 @@ def test_what_a_method_only_names_is_found_in_training_as_for_images(name, tmp_p
     assert torch.allclose(images, batch.images.to(images), atol=1e-3)
     for recipe in ("alignprop", "ddpo"):
         its = toy(recipe, tmp_path, guidance=name, guidance_options=EQUIPPED[name], max_train_steps=1)
-        ((metrics, _),) = module_of(recipe).train(its, None, models.load("tiny"), Brightness())
+        ((metrics, _),) = train(its, None, models.load("tiny"), Brightness())
         assert metrics["grad_norm"] > 0
 
 
 def test_seeds_differ_by_index_seed_and_use():
-    seeds = {mixed(seed, i, use) for seed in range(20) for i in range(50) for use in ("noise", "kl")}
+    seeds = {seed_of(seed, i, use) for seed in range(20) for i in range(50) for use in ("noise", "kl")}
     assert len(seeds) == 2000
 
 
@@ -157,7 +159,7 @@ def test_every_optimiser_resumes_bit_for_bit(name, tmp_path):
     config = toy("alignprop", tmp_path, optimizer=name, max_train_steps=2, learning_rate=1e-3)
 
     def final(state=None, steps=None):
-        *_, (_, last) = islice(alignprop.train(config, state, pipelines.sd(), Brightness()), steps)
+        *_, (_, last) = islice(train(config, state, pipelines.sd(), Brightness()), steps)
         return last
 
     half, whole = final(steps=1), final()
@@ -178,7 +180,7 @@ def test_lion_steps_by_the_sign():
 def test_8_bit_adam_without_its_library_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install 'difftune\[8bit\]'") as error:
-        training.check(AlignPropConfig(optimizer="adamw8bit"), pipe=object())
+        check_training(AlignPropConfig(optimizer="adamw8bit"), pipe=object())
     assert "\n" not in str(error.value)
 
 
@@ -200,7 +202,7 @@ def test_8_bit_adam_without_its_library_is_one_sentence(monkeypatch):
 )
 def test_bad_settings_are_one_sentence(more, what):
     with pytest.raises(ValueError, match=what) as error:
-        training.check(AlignPropConfig(**more), pipe=object())
+        check_training(AlignPropConfig(**more), pipe=object())
     assert "\n" not in str(error.value)
 
 
@@ -209,7 +211,7 @@ def test_full_fine_tuning_trains_saves_and_loads_the_network(tmp_path):
     pipe = pipelines.sd()
     base = deepcopy(pipe.unet.state_dict())
     config = AlignPropConfig(**{**vars(config), "output_dir": str(tmp_path / "out")})
-    alignprop.run(config, [].append, pipe, Brightness())
+    train_in_folder(config, [].append, pipe, Brightness())
     state = checkpoint.load(tmp_path / "out" / "checkpoint-3")
     saved = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     assert saved.keys() == base.keys()
@@ -226,10 +228,10 @@ def test_full_fine_tuning_trains_saves_and_loads_the_network(tmp_path):
 
 def test_a_state_of_another_kind_is_refused(tmp_path):
     config = toy("alignprop", tmp_path)
-    ((_, state),) = islice(alignprop.train(config, None, pipelines.sd(), Brightness()), 1)
+    ((_, state),) = islice(train(config, None, pipelines.sd(), Brightness()), 1)
     other = toy("alignprop", tmp_path, full_finetuning=True)
     with pytest.raises(UserError, match="full_finetuning=False, not True"):
-        next(alignprop.train(other, state, pipelines.sd(), Brightness()))
+        next(train(other, state, pipelines.sd(), Brightness()))
     assert processes.process().num_processes == 1
 
 
@@ -237,33 +239,33 @@ DIVIDED = """
 import torch
 from torch.distributed import destroy_process_group, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from difftune.rounds import lent
-from difftune.training import copied, placed, whole
+from difftune.rollouts.rounds import lend_weights
+from difftune.training.state import copy_tensors, gather_whole, place_like
 mesh = init_device_mesh("cpu", (2,))
 torch.manual_seed(0)
 net = torch.nn.Linear(3, 4)
-before = copied(dict(net.named_parameters()))
+before = copy_tensors(dict(net.named_parameters()))
 fully_shard(net, mesh=mesh)
 optimizer = torch.optim.AdamW(net.parameters(), 0.1)
 net(torch.ones(2, 3)).square().sum().backward()
 optimizer.step()
 weights = dict(net.named_parameters())
 assert all(w.to_local().numel() < before[n].numel() for n, w in weights.items())
-assert all((whole(w) - before[n]).abs().max() > 0.09 for n, w in weights.items())
+assert all((gather_whole(w) - before[n]).abs().max() > 0.09 for n, w in weights.items())
 for name, weight in weights.items():
     for key, value in dict(optimizer.state[weight]).items():
-        kept = whole(value).clone()
-        back = placed(key, kept, weight)
+        kept = gather_whole(value).clone()
+        back = place_like(weight, key, kept)
         assert kept.shape == (before[name].shape if key != "step" else ())
-        assert type(back) is type(value) and torch.equal(whole(back), kept), key
+        assert type(back) is type(value) and torch.equal(gather_whole(back), kept), key
         if key != "step":
             assert torch.equal(back.to_local(), value.to_local())
-after = {name: whole(weight).clone() for name, weight in weights.items()}
-divided = {name: placed("weights", tensor, weights[name]) for name, tensor in before.items()}
+after = {name: gather_whole(weight).clone() for name, weight in weights.items()}
+divided = {name: place_like(weights[name], "weights", tensor) for name, tensor in before.items()}
 for values in (before, divided):  # a round's weights, as a checkpoint has them and as the run has
-    with lent(weights, values):
-        assert all(torch.equal(whole(w), before[n]) for n, w in weights.items())
-    assert all(torch.equal(whole(w), after[n]) for n, w in weights.items())
+    with lend_weights(weights, values):
+        assert all(torch.equal(gather_whole(w), before[n]) for n, w in weights.items())
+    assert all(torch.equal(gather_whole(w), after[n]) for n, w in weights.items())
 destroy_process_group()
 """
 
@@ -280,10 +282,10 @@ def test_what_fsdp2_divides_is_gathered_and_divided_again(tmp_path):
 
 def test_full_fine_tuning_has_a_reference_only_where_it_was_asked_for(tmp_path):
     config = toy("alignprop", tmp_path, full_finetuning=True)
-    run = training.begin(config, None, pipelines.sd())
+    run = begin_training(config, None, pipelines.sd())
     with pytest.raises(UserError, match="no copy of the network for --full_finetuning"):
         _ = run.reference
-    run = training.begin(config, None, pipelines.sd(), reference=True)
+    run = begin_training(config, None, pipelines.sd(), reference=True)
     before = [p.clone() for p in run.base.parameters()]
     with torch.no_grad():
         for weight in run.weights.values():

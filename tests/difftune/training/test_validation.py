@@ -8,13 +8,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from difftune.cli.train import RECIPES
 from difftune.configs.recipes import AlignPropConfig
 from difftune.errors import UserError
 from difftune.files import checkpoint
 from difftune.files import records as lines
 from difftune.pipelines import lora
-from difftune.recipes import alignprop
+from difftune.recipes import RECIPES, train_in_folder
 from difftune.training import trackers, validation
 from rewards.simple import Brightness, Saturation
 from tests.support import pipelines
@@ -46,20 +45,20 @@ def test_shapeeval_prompts_come_category_after_category():
 
 def test_validations_are_written_change_nothing_and_are_made_again_by_a_resumed_run(config, tmp_path):
     torch.manual_seed(5)
-    alignprop.run(config, [].append, pipelines.sd(), Bright())
+    train_in_folder(config, [].append, pipelines.sd(), Bright())
     assert [r["step"] for r in records(config.output_dir)] == [2, 4]
     assert all(r.keys() == {"step", "reward_mean", "held_out_mean"} for r in records(config.output_dir))
     with Image.open(Path(config.output_dir) / "validation" / "step-000002.png") as grid:
         assert grid.size == (34, 34)  # 2 x 2 of 16 pixels
     torch.manual_seed(5)
     plain = replace(config, output_dir=str(tmp_path / "plain"), validation_steps=None, validation_reward=None)
-    alignprop.run(plain, [].append, pipelines.sd(), Bright())
+    train_in_folder(plain, [].append, pipelines.sd(), Bright())
     states = [checkpoint.load(Path(c.output_dir) / "checkpoint-4") for c in (config, plain)]
     assert all(torch.equal(v, states[1].tensors[k]) for k, v in states[0].tensors.items())
     torch.manual_seed(5)
     cut = replace(config, output_dir=str(tmp_path / "cut"), checkpointing_steps=3)
-    alignprop.run(replace(cut, max_train_steps=3), [].append, pipelines.sd(), Bright())
-    alignprop.run(replace(cut, resume_from_checkpoint="latest"), [].append, pipelines.sd(), Bright())
+    train_in_folder(replace(cut, max_train_steps=3), [].append, pipelines.sd(), Bright())
+    train_in_folder(replace(cut, resume_from_checkpoint="latest"), [].append, pipelines.sd(), Bright())
     assert [r for r in records(cut.output_dir) if r["step"] % 2 == 0] == records(config.output_dir)
 
 
@@ -79,7 +78,7 @@ def followed(config, values, monkeypatch, **more):
     pipe, seen = pipelines.sd(), []
     scorers = {"reward": Brightness(), "held_out": HeldOut(values, pipe, seen)}
     monkeypatch.setattr(validation, "scorers", lambda config, reward: scorers)
-    found = alignprop.run(replace(config, validation_steps=1, **more), [].append, pipe, Brightness())
+    found = train_in_folder(replace(config, validation_steps=1, **more), [].append, pipe, Brightness())
     return found, seen
 
 
@@ -112,19 +111,19 @@ def test_a_reward_that_is_not_trained_on_is_held_out(name, tmp_path):
     """The default reward, tiny-clip, is refused where it is trained on, and is alone where labels and the like are."""
     found = {"validation_steps": 2, "validation_reward": "tiny-clip"}
     with pytest.raises(UserError, match="'tiny-clip' is trained on"):
-        validation.check(toy(name, tmp_path, **found))
+        validation.check_validation(toy(name, tmp_path, **found))
     if name in UNREWARDED:
         config = toy(name, tmp_path, **found, **UNREWARDED[name])
-        validation.check(config)
+        validation.check_validation(config)
         assert validation.scorers(config, Brightness()).keys() == {"held_out"}
         assert validation.scorers(replace(config, validation_reward=None), Brightness()).keys() == {"reward"}
         with pytest.raises(UserError, match="early_stop compares with the reward that is trained on, and here none is"):
-            validation.check(replace(config, early_stop=True))
+            validation.check_validation(replace(config, early_stop=True))
 
 
 def test_a_validation_without_a_trained_reward_is_the_held_out_one_alone(config, monkeypatch):
     monkeypatch.setattr(validation, "rewarded", lambda config: False)
-    alignprop.run(config, [].append, pipelines.sd(), Bright())
+    train_in_folder(config, [].append, pipelines.sd(), Bright())
     assert all(record.keys() == {"step", "held_out_mean"} for record in records(config.output_dir))
     assert (Path(config.output_dir) / "best" / "validation.json").exists()
 

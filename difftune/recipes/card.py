@@ -1,0 +1,69 @@
+"""The model card of a run: what was trained on what, and code that loads it."""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders.lora_base import LoraBaseMixin
+
+from difftune.configs.training import TrainingConfig
+from difftune.pipelines import full_weights, lora
+from difftune.recipes import Recipe
+from difftune.training.state import Metrics
+
+
+def model_card(recipe: Recipe, config: TrainingConfig, pipe: Any, metrics: Metrics) -> str:
+    """The card in markdown, with a block of Python that loads the pipeline and draws a picture."""
+    kind = "Full weights" if config.full_finetuning else "LoRA"
+    size = "every weight of the denoiser" if config.full_finetuning else f"rank {config.rank}"
+    reward = (
+        f" Mean training reward of the last step: {metrics['reward_mean']:.4f}." if "reward_mean" in metrics else ""
+    )
+    return f"""---
+base_model: {config.model}
+library_name: diffusers
+tags: [{"full-weights" if config.full_finetuning else "lora"}, text-to-image, reward, {recipe.name}, difftune]
+---
+
+# {kind} of {config.model}, trained on {trained_on(config)}
+
+{recipe.title} ([{recipe.paper}]({recipe.url})) by difftune: {config.max_train_steps} optimiser steps of
+{config.train_batch_size * config.gradient_accumulation_steps} images (per process), {size}, seed
+{config.seed}.{reward} A reward that is trained on is no evidence of quality: evaluate on another.
+
+```python
+{loading_code(config, pipe)}
+image = pipe("...", num_inference_steps={config.num_inference_steps}).images[0]
+```
+
+Every setting is in `config.yaml`, every step in `metrics.jsonl`; `difftune train {recipe.name} --config config.yaml
+--output_dir NEW` runs it again.
+"""
+
+
+def trained_on(config: TrainingConfig) -> str:
+    """What judged the images, in words."""
+    settings = vars(config)
+    if settings.get("labels"):
+        return "a person's labels"
+    if settings.get("images"):
+        return f"the pictures of {settings['images']}"
+    if settings.get("objective", "instance") != "instance":
+        return f"the objective {settings['objective']}"
+    return ", ".join(config.reward)
+
+
+def loading_code(config: TrainingConfig, pipe: Any) -> str:
+    """Python that makes `pipe`: the base model, with what the run has trained."""
+    folder = str(Path(config.output_dir).absolute())
+    lines = ["from difftune import load_model", f'pipe = load_model("{config.model}")']
+    if config.full_finetuning:
+        network = type(lora.network_of(pipe)).__name__
+        part = full_weights.folder_of(pipe, folder)
+        lines[0] = f"from diffusers import {network}\n{lines[0]}"
+        lines.append(f'pipe.{part.name} = {network}.from_pretrained("{part}")')
+    elif isinstance(pipe, LoraBaseMixin):
+        lines.append(f'pipe.load_lora_weights("{folder}")')
+    else:  # PixArt's pipeline has no such method
+        lines[0] = "from difftune import load_model, lora"
+        lines.append(f'lora.attach(pipe, "{folder}")')
+    return "\n".join(lines)
