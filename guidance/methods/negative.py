@@ -1,6 +1,7 @@
 """Negative prompts: perpendicular to the positive one (Perp-Neg), and inside cross-attention (NASA, NAG)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,8 @@ class NAG(_InAttention):
 
     Z = Z_c + scale (Z_c - Z_n),  shrunk per token to ||Z||_1 <= tau ||Z_c||_1,  out = mix Z + (1 - mix) Z_c.
 
-    One evaluation a step.
+    One evaluation a step. The authors' code writes s Z_c - (s - 1) Z_n, so its scale s is our s - 1, see
+    `from_authors_scale`; the defaults of tau and mix are its own for FLUX and SDXL.
     """
 
     scale: Scale = 5.0
@@ -102,6 +104,11 @@ class NAG(_InAttention):
     mix: Share = 0.25
     space = "any"
     neutral = Neutral({"scale": 0.0}, "none")
+
+    @classmethod
+    def from_authors_scale(cls, scale: float, **fields: Any) -> "NAG":
+        """The method with the scale of the authors' code, `nag_scale`: 1 is off, 5 their default."""
+        return cls(scale - 1, **fields)
 
     def guide(self, path: Path, at: Noise) -> Guide:
         preds = yield self._asked(self.scale, self.negative, f"nag:{self.tau}:{self.mix}", path, at)

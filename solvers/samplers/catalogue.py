@@ -20,7 +20,7 @@ from torch import Tensor
 from solvers.denoiser import Path, Predict, widen
 from solvers.noise import Noise
 from solvers.samplers.multistep import ab2, deis, dpmpp_2m, sde_dpmpp_2m, unipc_1, unipc_2
-from solvers.samplers.singlestep import dpm_2, dpm_3, heun, midpoint, rk4
+from solvers.samplers.singlestep import dpm_2, dpm_3, edm_heun, heun, midpoint, rk4
 from solvers.samplers.step import Step, drawn, end, renoise, transition
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -45,7 +45,7 @@ def ancestral(
 SAMPLERS: dict[str, Step] = {
     f.__name__: f
     for f in (
-        *(euler, heun, midpoint, rk4, dpm_2, dpm_3),
+        *(euler, heun, edm_heun, midpoint, rk4, dpm_2, dpm_3),
         *(dpmpp_2m, deis, ab2, unipc_1, unipc_2),
         *(ancestral, sde_dpmpp_2m),
     )
@@ -53,6 +53,7 @@ SAMPLERS: dict[str, Step] = {
 ORDERS = {  # global; in distribution for a stochastic step
     "euler": 1,
     "heun": 2,
+    "edm_heun": 2,
     "midpoint": 2,
     "rk4": 4,
     "dpm_2": 2,

@@ -61,10 +61,27 @@ def runge_kutta(
 
 
 def heun(predict: Predict, path: Path, now: Noise, then: Noise, noise: Tensor | None = None) -> Path:
-    """Algorithm 1 of EDM (https://arxiv.org/abs/2206.00364): the trapezoid rule, in tau. To sigma = 0 it is Euler's."""
+    """Heun's method, the trapezoid rule, in tau. To sigma = 0 it is Euler's step.
+
+    On the levels of a flow it is EDM's algorithm 1; elsewhere that is `edm_heun`, and this one is more accurate.
+    """
+    return _trapezoid(predict, path, now, then, TAU)
+
+
+def edm_heun(predict: Predict, path: Path, now: Noise, then: Noise, noise: Tensor | None = None) -> Path:
+    """Algorithm 1 of EDM (https://arxiv.org/abs/2206.00364), the trapezoid rule in k = sigma / alpha:
+
+    d = eps(x, k),  x' = x + (k' - k) d,  x' = x + (k' - k) (d + eps(x', k')) / 2    with x / alpha for x,
+
+    and Euler's step to sigma = 0. A step longer than `LONGEST` in lambda, as from pure noise, is that of `heun`.
+    """
+    return _trapezoid(predict, path, now, then, TAU if _too_long(now, then) else RHO)
+
+
+def _trapezoid(predict: Predict, path: Path, now: Noise, then: Noise, axis: Axis) -> Path:
     if then.sigma == 0:
         return runge_kutta(predict, path, now, then, TAU, [(now, ())], (1,))
-    return runge_kutta(predict, path, now, then, TAU, [(now, ()), (then, (1,))], (1 / 2, 1 / 2))
+    return runge_kutta(predict, path, now, then, axis, [(now, ()), (then, (1,))], (1 / 2, 1 / 2))
 
 
 def midpoint(predict: Predict, path: Path, now: Noise, then: Noise, noise: Tensor | None = None) -> Path:

@@ -106,6 +106,26 @@ def test_blurred_queries():
     assert seen.argmax() == 7 and torch.allclose(seen, seen.flip(0)) and torch.allclose(seen, seen.flip(1))
 
 
+def authors_nag(positive, negative, scale, tau, alpha):
+    """The lines of the authors' attention processors (attention_nag.py)."""
+    guidance = positive * scale - negative * (scale - 1)
+    norm_positive = torch.norm(positive, p=1, dim=-1, keepdim=True)
+    norm_guidance = torch.norm(guidance, p=1, dim=-1, keepdim=True)
+    ratio = norm_guidance / norm_positive
+    guidance = guidance * torch.minimum(ratio, ratio.new_ones(1) * tau) / ratio
+    return guidance * alpha + positive * (1 - alpha)
+
+
+@pytest.mark.parametrize("scale", (1.0, 1.5, 5.0, 11.0))
+def test_nag_of_the_authors_scale(scale):
+    """Theirs is one more than ours."""
+    method = NAG.from_authors_scale(scale, tau=1.7, mix=0.4)
+    plus, minus = randn(2, 9, 6), randn(2, 9, 6, seed=1)
+    ours = nag(plus, minus, torch.tensor(method.scale), method.tau, method.mix)
+    torch.testing.assert_close(ours, authors_nag(plus, minus, scale, 1.7, 0.4))
+    assert (scale == 1.0) == torch.allclose(ours, plus)
+
+
 def test_places(net):
     assert [m for m in places(net, "", Attention, "attn1")] == [net.mid_block.attentions[0].transformer_blocks[0].attn1]
     assert len(places(net, "mid_block,up_blocks.0", Attention, "attn1")) == 3

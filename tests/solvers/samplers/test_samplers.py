@@ -15,7 +15,7 @@ from solvers.levels import Clock, levels_of, prediction_type
 from solvers.noise import Noise, cosine, flow, grid, log_snr, noise, vp
 from solvers.samplers.catalogue import ORDERS, SAMPLERS, STOCHASTIC, ancestral, euler, is_stochastic, sample, transition
 from solvers.samplers.multistep import deis, dpmpp_2m, sde_dpmpp_2m, unipc_1, unipc_2
-from solvers.samplers.singlestep import dpm_2, heun3, midpoint
+from solvers.samplers.singlestep import dpm_2, edm_heun, heun3, midpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers under numpy 2
 
@@ -274,7 +274,7 @@ def test_shift_of_a_stochastic_step(schedule, eta):
         torch.testing.assert_close(shifted.x, step(Guide(omega, False), Path(x), now, then, fresh).x)
 
 
-ONE_CALL = [name for name in SAMPLERS if name not in ("heun", "midpoint", "rk4", "dpm_2", "dpm_3")]
+ONE_CALL = [name for name in SAMPLERS if name not in ("heun", "edm_heun", "midpoint", "rk4", "dpm_2", "dpm_3")]
 
 
 @pytest.mark.parametrize("name", ONE_CALL)
@@ -459,6 +459,31 @@ def test_multistep_is_diffusers(case, space):
     s, x = scheduler(**SD, **options, prediction_type=space), randn(2, 3, dtype=torch.float32)
     s.set_timesteps(20)
     compare(last(step, Net(s, own=True), Path(x), levels_of(s)).x, theirs(s, x))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_karras_sigmas": True}])
+def test_edm_heun_is_diffusers_heun(options):
+    """Which is EDM's algorithm 1; `heun` is another discretisation but on the levels of a flow."""
+    s, x = diffusers.HeunDiscreteScheduler(**SD, **options), randn(2, 3, dtype=torch.float32)
+    s.set_timesteps(12)
+    levels = levels_of(s)
+    y = x / levels[0].alpha
+    for t in s.timesteps:
+        y = s.step(net(s.scale_model_input(y, t), t), t, y).prev_sample
+    run = Net(s)
+    compare(last(edm_heun, run, Path(x), levels).x, y * levels[-1].alpha)
+    assert (last(SAMPLERS["heun"], run, Path(x), levels).x - y).abs().max() > 1e-3
+
+
+def test_edm_heun_by_hand():
+    """EDM's algorithm 1 on VE levels, and Heun's method on those of a flow, where both are one."""
+    x, levels = randn(4, 2), [noise(1.0, k) for k in (3.0, 1.0, 0.4, 0.0)]
+    expected = x
+    for now, then in pairwise(levels):
+        d, h = MIXTURE(Path(expected), now).eps, then.sigma - now.sigma
+        guess = expected + h * d
+        expected = guess if then.sigma == 0 else expected + h * (d + MIXTURE(Path(guess), then).eps) / 2
+    torch.testing.assert_close(last(edm_heun, MIXTURE, Path(x), levels).x, expected)
 
 
 def test_dpm_2_is_k_diffusions():
