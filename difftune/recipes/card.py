@@ -1,6 +1,5 @@
 """The model card of a run: what was trained on what, and code that loads it."""
 
-from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import LoraBaseMixin
@@ -15,6 +14,7 @@ def model_card(recipe: Recipe, config: TrainingConfig, pipe: Any, metrics: Metri
     """The card in markdown, with a block of Python that loads the pipeline and draws a picture."""
     kind = "Full weights" if config.full_finetuning else "LoRA"
     size = "every weight of the denoiser" if config.full_finetuning else f"rank {config.rank}"
+    steps = int(metrics.get("step", config.max_train_steps))  # fewer where a run was stopped early
     reward = (
         f" Mean training reward of the last step: {metrics['reward_mean']:.4f}." if "reward_mean" in metrics else ""
     )
@@ -26,7 +26,7 @@ tags: [{"full-weights" if config.full_finetuning else "lora"}, text-to-image, re
 
 # {kind} of {config.model}, trained on {trained_on(config)}
 
-{recipe.title} ([{recipe.paper}]({recipe.url})) by difftune: {config.max_train_steps} optimiser steps of
+{recipe.title} ([{recipe.paper}]({recipe.url})) by difftune: {steps} optimiser steps of
 {config.train_batch_size * config.gradient_accumulation_steps} images (per process), {size}, seed
 {config.seed}.{reward} A reward that is trained on is no evidence of quality: evaluate on another.
 
@@ -54,7 +54,7 @@ def trained_on(config: TrainingConfig) -> str:
 
 def loading_code(config: TrainingConfig, pipe: Any) -> str:
     """Python that makes `pipe`: the base model, with what the run has trained."""
-    folder = str(Path(config.output_dir).absolute())
+    folder = config.output_dir
     lines = ["from difftune import load_model", f'pipe = load_model("{config.model}")']
     if config.full_finetuning:
         network = type(lora.network_of(pipe)).__name__

@@ -98,7 +98,6 @@ def run(
     folder, main = Path(config.output_dir), process().is_main_process
     trackers = log.trackers(config.report_to, folder, asdict(config)) if main else []
     done = 0 if state is None else state.step
-    first: dict[str, float] = {}
     metrics: dict[str, float] = {} if state is None else dict(state.info["metrics"])
     started = time.perf_counter()
     process().wait_for_everyone()  # every process has seen the folder as it was
@@ -114,8 +113,7 @@ def run(
     keeper = Keeper(folder, pipe, config.checkpoints_total_limit, done, main)
     with stopping() as stop, bar, keeper:
         for metrics, now in steps:
-            state, first = now, first or metrics
-            keeper.state = now
+            state = keeper.state = now
             if main:
                 report(folder, metrics, trackers, bar)
             last = now.step == config.max_train_steps
@@ -140,7 +138,7 @@ def run(
     return {
         "output_dir": str(folder),
         "optimizer_steps": config.max_train_steps if state is None else state.step,
-        "reward_first": first.get("reward_mean"),
+        "reward_first": next((r["reward_mean"] for r in records.records(folder / METRICS) if "reward_mean" in r), None),
         "reward_last": metrics.get("reward_mean"),
         "seconds": time.perf_counter() - started,
     }

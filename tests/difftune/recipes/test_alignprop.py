@@ -221,7 +221,8 @@ def test_run_writes_what_it_should_and_goes_on_where_it_stopped(toy, tmp_path):
 
     said: list[str] = []
     out = tmp_path / "cut"
-    assert go("whole")["optimizer_steps"] == 4
+    whole = go("whole")
+    assert whole["optimizer_steps"] == 4
     go("cut", max_train_steps=3)
     with pytest.raises(UserError, match="holds a run"):
         go("cut")
@@ -229,7 +230,7 @@ def test_run_writes_what_it_should_and_goes_on_where_it_stopped(toy, tmp_path):
         file.write(b"torn")
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "torn')
-    go("cut", resume_from_checkpoint="latest")
+    assert go("cut", resume_from_checkpoint="latest")["reward_first"] == whole["reward_first"]  # not the first anew
     assert "resuming from step 2" in said
     assert any("checkpoint-3 was set aside" in text for text in said)
     weights = [(tmp_path / name / lora.WEIGHTS).read_bytes() for name in ("whole", "cut")]

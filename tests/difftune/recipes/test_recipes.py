@@ -67,6 +67,19 @@ def test_resumed_equals_uninterrupted_bit_for_bit(name, tmp_path):
     assert {**json.loads(json.dumps(resumed.info)), **times} == {**json.loads(json.dumps(whole.info)), **times}
 
 
+LOADS: dict[str, dict[str, Any]] = {"alignprop": {}, "pso": {}, "dragon": {"objective": "vendi"}}
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_what_is_loaded_after_a_checkpoint_is_read_changes_no_generator(name, tmp_path):
+    """A network that is loaded draws its first weights; the steps afterwards find the generators as they were."""
+    config = toy(name, tmp_path, max_train_steps=2, reward=["tiny-clip"], **rounds(name, 1), **LOADS[name])
+    states = [state for _, state in train(config, None, pipelines.sd())]
+    torch.manual_seed(99)
+    ((_, resumed),) = train(config, states[0], pipelines.sd())
+    assert not different(states[1], resumed)
+
+
 class Faulty(Bright):
     """Not a number for one picture of each batch while `now` is not empty."""
 
