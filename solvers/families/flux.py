@@ -27,11 +27,11 @@ def encode_flux(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[
 
 
 def call_flux(network: Any, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
-    """FLUX reads tokens, with the place of each, and a timestep in [0, 1]."""
+    """FLUX reads tokens, with the place of each, and a timestep in [0, 1], in float32: it rounds that itself."""
     rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
     places = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).to(x)  # (tokens, 3)
     texts = x.new_zeros(cond["encoder_hidden_states"].shape[1], 3)
-    timestep = timestep.to(x).expand(len(x)) / 1000
+    timestep = timestep.to(x.device, torch.float32).expand(len(x)) / 1000
     out = network(packed(x), timestep=timestep, **cond, img_ids=places, txt_ids=texts, return_dict=False)[0]
     return unpacked(out, (rows, columns))
 

@@ -59,12 +59,15 @@ def draft_lv(run: Run, copies: int) -> Path:
 
 
 def refl(run: Run, kept: int) -> Path:
-    """ReFL (https://arxiv.org/abs/2304.05977): K steps before the end, one call with gradient, and its x0 is the end.
+    """ReFL (https://arxiv.org/abs/2304.05977): K steps before the end, one call with gradient, and its x0 is the end,
 
-    Where the paper draws the place of that call, K is given: draw K for each optimiser step.
+    also where the sampler's last level is not clean data. Where the paper draws the place of that call, K is given:
+    draw K for each optimiser step.
     """
     cut = len(run.legs) - kept
-    jump = run._replace(step=euler, legs=[*run.legs[:cut], (run.legs[cut][0], run.legs[-1][1], None)])
+    now = run.legs[cut][0]
+    clean = Noise(torch.ones_like(now.alpha), torch.zeros_like(now.sigma))
+    jump = run._replace(step=euler, legs=[*run.legs[:cut], (now, clean, None)])
     return descend(jump, Recomputed(run.predict), _without_graph(run, cut), cut)
 
 

@@ -231,3 +231,33 @@ def test_no_pipeline_is_in_two_families():
     assert len(set(names)) == len(names) and all(hasattr(diffusers, name) for name in names)
     assert all(name == family.name for name, family in FAMILIES.items())
     assert family_of(flux()) is FAMILIES["flux"] and DPM["use_flow_sigmas"]
+
+
+class Asked(Exception):
+    """Raised by a network that is called, with its timestep."""
+
+
+DOORS = {name: FULL[name].pipe for name in ("sd3", "flux-dev", "pixart-sigma", "sana")} | {"sd": sd, "sdxl": sdxl}
+
+
+@pytest.mark.parametrize("name", DOORS)
+@torch.no_grad()
+def test_timesteps_are_float32_up_to_the_network(name):
+    """Also where the network is in bfloat16, of which 8 bits hold no timestep of a flow."""
+    pipe = DOORS[name]().to(torch.bfloat16)
+    embedded = 3.5 if name == "flux-dev" else None
+    model, told = LatentModel(pipe, embedded), torch.tensor(737.125)
+
+    def halt(module, args, kwargs):
+        raise Asked(kwargs["timestep"])
+
+    hook = model.network.register_forward_pre_hook(halt, with_kwargs=True)
+    conds = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in model.encode(["red"])["cond"].items()}
+    with pytest.raises(Asked) as asked:
+        model.family.call(model.network, model.noise(1).to(torch.bfloat16), told, conds)
+    hook.remove()
+    heard = asked.value.args[0]
+    divisor = {"flux-dev": 1000, "sana": 1 / pipe.transformer.config.timestep_scale if name == "sana" else 1}.get(
+        name, 1
+    )
+    assert heard.dtype == torch.float32 and torch.equal(heard.flatten()[:1], told[None] / divisor)

@@ -163,6 +163,8 @@ def test_refl_is_one_call_and_its_x0():
         torch.testing.assert_close((path.x, path.x0), (x0, x0))
         close(ours, torch.autograd.grad(loss_of(Path(x0, x0)), net.tensors))
         assert len(mine.graded) == 5 - kept + 2  # the graded call, and once more on the way back
+        short = [*LEVELS[:-1], vp(0.999)]  # as DDIM's with set_alpha_to_one=False
+        assert torch.equal(gradients(f"truncated:{kept}:refl", levels=short)[2].x, path.x)
     _, draft, *_ = gradients("truncated:1:draft")
     _, refl, *_ = gradients("truncated:1:refl")
     assert all(torch.equal(a, b) for a, b in zip(draft, refl, strict=True))
