@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint types bench clean
+.PHONY: demo test test-slow lint types bench package clean
 
 demo: $(STAMP)  ## the main job on the embedded model: runs/demo/report.html
 	@$(BIN)/difftune demo --output_dir runs/demo
@@ -25,6 +25,11 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	@set -e; for script in scripts/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+package: $(STAMP)  ## dist/: a wheel and a source archive, checked
+	@rm -rf build dist
+	@$(BIN)/python -m build
+	@$(BIN)/twine check --strict dist/*
 
 clean:  ## caches and build products; not .venv, not runs
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -6,7 +6,7 @@ The public names below are imported when they are first used, so that `import di
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __distribution__ = "difftune"
 
 _HOME = {  # public name -> where it lives: "module", "module:its name there", or "module:" for the module itself
