@@ -7,12 +7,13 @@ class Settings(Ranged):
     target: float | None = None             # a number without a range of its own must be finite
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import cache
 from math import inf, isfinite
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from solvers.errors import UserError
 
@@ -57,9 +58,13 @@ Side = Annotated[int, Range(1, 16384)]
 
 
 class Ranged:
-    """A dataclass whose numbers are checked when it is made: UserError names the first that is out of its range."""
+    """A dataclass that is checked when it is made: UserError names the first number that is out of its range, and the
+    first name that is none of its field's (a Literal)."""
 
     def __post_init__(self) -> None:
+        for name, known in choices(type(self)).items():  # type: ignore[arg-type]
+            if vars(self)[name] is not None and vars(self)[name] not in known:
+                raise UserError(_unknown(name, vars(self)[name], known))
         for name, within in ranges(type(self)).items():  # type: ignore[arg-type]
             check(name, vars(self)[name], within)
 
@@ -84,6 +89,26 @@ def ranges(kind: type) -> dict[str, Range]:
     hints = get_type_hints(kind, include_extras=True)
     found = {f.name: range_of(hints[f.name]) for f in fields(kind)}  # type: ignore[arg-type]
     return {name: within for name, within in found.items() if within is not None}
+
+
+@cache
+def choices(kind: type) -> dict[str, tuple[str, ...]]:
+    """The names that each field of a closed set knows."""
+    hints = get_type_hints(kind)
+    found = {f.name: choices_of(hints[f.name]) for f in fields(kind)}  # type: ignore[arg-type]
+    return {name: known for name, known in found.items() if known}
+
+
+def choices_of(hint: Any) -> tuple[str, ...]:
+    """The names of a Literal, or of one that may be None; () where an annotation is neither."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return next((get_args(member) for member in members if get_origin(member) is Literal), ())
+
+
+def _unknown(kind: str, name: Any, known: Sequence[str]) -> str:
+    near = get_close_matches(str(name), known, n=1)
+    guess = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"no {kind} {name!r}{guess}; known: {', '.join(known)}"
 
 
 def range_of(hint: Any) -> Range | None:

@@ -1,51 +1,53 @@
 """The settings of search at inference."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from difftune.configs.fields import documented
+from difftune.configs.fields import Config, documented
+from solvers.ranges import Count, NotNegative, Seed, Steps
 
 
 @documented
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Config):
     """Search at inference: particles or a tree that raise a reward, the model as it is."""
 
-    method: str = "dts-star"
-    """fkc, fk, tds, svdd, beam, dts, dts-star, or the baselines best-of-n and importance."""
+    method: Literal["fkc", "fk", "tds", "svdd", "beam", "dts", "dts-star", "best-of-n", "importance"] = "dts-star"
+    """Search method; best-of-n and importance are the baselines."""
     prompt: list[str] = field(default_factory=list)
-    """One or more prompts, searched side by side; none changes another's result."""
+    """Prompts, searched side by side; none changes another's result."""
     model: str = "tiny"
-    """An embedded model (tiny, tiny-turbo), a folder in diffusers' format, or a model's id on the hub."""
+    """Model to draw with: tiny, tiny-turbo, a folder in diffusers' format, or an id on the Hub."""
     lora: str | None = None
     """Folder of a training run, whose LoRA is loaded."""
     reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
-    """What to raise: NAME or NAME=WEIGHT, one or several; their weighted sum. tds needs differentiable ones."""
+    """Rewards to raise, as a weighted sum; a weight is 1 if not given. tds needs differentiable ones."""
     output_dir: str = "runs/search"
-    """Folder of the result; it must be empty, unless resume is set."""
-    budget: int = 800
+    """Folder of the result. It must be empty, unless the search is resumed."""
+    budget: Count = 800
     """Network evaluations of each prompt, never exceeded; under CFG a step costs two."""
-    reward_budget: int | None = None
-    """Reward calls of each prompt, never exceeded; None is no limit."""
-    seed: int = 0
-    """Of the first prompt's randomness: the i-th prompt's is that of seed + i."""
+    reward_budget: Count | None = None
+    """Reward calls of each prompt, never exceeded. If not given: no limit."""
+    seed: Seed = 0
+    """Seed of the first prompt; prompt i has seed + i."""
     setting: list[str] | None = None
-    """KEY=VALUE, one or several: the method's own settings, as in inverse_temperature=5."""
+    """Settings of the method itself, as in inverse_temperature=5."""
     expert: list[str] | None = None
-    """NAME=PROMPT, one or several: further experts of fkc; exponents=cond:1,NAME:1 is the setting with their powers."""
+    """Further experts of fkc, each with a prompt; --setting exponents=cond:1,NAME:1 gives their powers."""
 
-    num_inference_steps: int = 25
-    """Steps of the sampler."""
-    eta: float = 1.0
+    num_inference_steps: Steps = 25
+    """Sampler steps of an image."""
+    eta: NotNegative = 1.0
     """Noise of the sampler: 1 is DDPM; 0, DDIM, is for best-of-n and importance alone."""
     guidance: str = "cfg"
-    """Guidance method inside the search."""
+    """Guidance method inside the search: one of `difftune methods`."""
     guidance_scale: float | None = None
-    """Short for guidance_options["scale"]; None is 5 for cfg, and the own default of any other method."""
+    """Short for --guidance.scale. If not given: the method's own default."""
     guidance_options: dict[str, Any] = field(default_factory=dict)
-    """Further options of the guidance method."""
+    """A setting of the guidance method, as in --guidance.eta 0.5."""
     memory_budget: str | None = None
-    """Bytes of the device that the search may take, weights included, as in 6GiB; None runs all rows at once."""
+    """Bytes of the device that the search may take, weights included, as in 6GiB. If not given: all rows run at
+    once."""
     resume: bool = False
-    """Go on with the search that output_dir holds, exactly as if it had not been interrupted; the budgets may be
+    """Go on with the search that the output folder holds, exactly as if it had not been interrupted; the budgets may be
     larger than they were."""

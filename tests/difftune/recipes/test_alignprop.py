@@ -342,9 +342,9 @@ def test_a_gradient_that_is_not_finite_names_its_step(toy, gradient):
     ],
 )
 def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, more, what):
-    config = replace(toy, **{"output_dir": str(tmp_path / "out"), "reward": ["brightness"], **more})
     pipe = None if "model" in more else pipelines.sd()
     with pytest.raises(ValueError, match=what) as error:
+        config = replace(toy, **{"output_dir": str(tmp_path / "out"), "reward": ["brightness"], **more})
         train_in_folder(config, pipe=pipe)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

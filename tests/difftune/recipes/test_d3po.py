@@ -254,7 +254,7 @@ def test_run_writes_a_lora_that_loads(toy, tmp_path):
 @pytest.mark.parametrize(
     ("more", "what"),
     [
-        ({"eta": -1.0}, "eta is -1.0: a sampler without noise has no log-probability"),
+        ({"eta": -1.0}, "eta is -1.0: it must be above 0"),
         ({"num_images_per_prompt": 1}, "num_images_per_prompt is 1: it must be at least 2"),
         ({"beta": -1.0}, "beta is -1"),
         ({"labels": "/nowhere.jsonl"}, "cannot read the labels"),
@@ -262,8 +262,8 @@ def test_run_writes_a_lora_that_loads(toy, tmp_path):
     ],
 )
 def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, more, what):
-    config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
     with pytest.raises(ValueError, match=what) as error:
+        config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
         train_in_folder(config, pipe=pipelines.sd())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

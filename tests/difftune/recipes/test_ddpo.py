@@ -276,8 +276,8 @@ def test_run_writes_a_lora_that_loads(toy, tmp_path):
 @pytest.mark.parametrize(
     ("more", "what"),
     [
-        ({"eta": 0.0}, "eta is 0.0: a sampler without noise has no log-probability"),
-        ({"sampler": "euler"}, "sampler 'euler' has no log-probability"),
+        ({"eta": 0.0}, "eta is 0.0: it must be above 0"),
+        ({"sampler": "euler"}, "no sampler 'euler'; known: ancestral"),
         ({"lora_dropout": 0.1}, "lora_dropout is 0.1: the ratio"),
         ({"num_images_per_prompt": 3}, "train_batch_size is 4: it must be a multiple of num_images_per_prompt, 3"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
@@ -289,8 +289,8 @@ def test_run_writes_a_lora_that_loads(toy, tmp_path):
     ],
 )
 def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, more, what):
-    config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
     with pytest.raises(ValueError, match=what) as error:
+        config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
         train_in_folder(config, pipe=pipelines.sd())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -326,8 +326,8 @@ def test_run_from_labels_writes_a_lora_that_loads(toy, labels, tmp_path):
     ],
 )
 def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, more, what):
-    config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
     with pytest.raises(ValueError, match=what) as error:
+        config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
         train_in_folder(config, pipe=pipelines.sd())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

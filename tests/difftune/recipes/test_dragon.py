@@ -336,7 +336,7 @@ def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, mor
     (tmp_path / "one.txt").write_text("a red circle\n")
     files = {"PROMPTS": toy.prompts, "ONE": str(tmp_path / "one.txt")}
     more = {key: files.get(str(value), value) for key, value in more.items()}
-    config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
     with pytest.raises(ValueError, match=what) as error:
+        config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
         train_in_folder(config, pipe=pipelines.sd())
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

@@ -369,7 +369,7 @@ def test_run_writes_an_adapter_that_loads(toy, folder, tmp_path):
     ("more", "what"),
     [
         ({"transition": "lmc"}, "did you mean 'lcm'"),
-        ({"sampler": "euler"}, "sampler 'euler' is not pso's"),
+        ({"sampler": "euler"}, "no sampler 'euler'; known: ancestral"),
         ({"num_inference_steps": 1}, "num_inference_steps is 1"),
         ({"num_images_per_prompt": 3}, "must be a multiple of num_images_per_prompt"),
         ({"lora_dropout": 0.1}, "lora_dropout is 0.1"),
@@ -381,7 +381,7 @@ def test_run_writes_an_adapter_that_loads(toy, folder, tmp_path):
 )
 def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, folder, tmp_path, more, what):
     more = {key: folder if value == "FOLDER" else value for key, value in more.items()}
-    config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
     with pytest.raises(ValueError, match=what) as error:
+        config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
         train_in_folder(config, pipe=turbo())
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

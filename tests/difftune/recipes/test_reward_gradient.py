@@ -95,21 +95,21 @@ def test_steps_that_carry_gradient(gradient, kept):
 
 
 @pytest.mark.parametrize(
-    ("config", "what"),
+    ("config", "settings", "what"),
     [
-        (DraftConfig(num_inference_steps=3, truncation_steps=4), "1 to 3"),
-        (DraftConfig(truncation_steps=0), "truncation_steps is 0"),
-        (DraftConfig(low_variance_copies=-1), "low_variance_copies is -1"),
-        (ReflConfig(truncation_min=3, truncation_max=2), "truncation_max is 2"),
-        (DrtuneConfig(truncation_steps=0), "truncation_steps is 0"),
-        (AlignPropConfig(truncation="sufix"), "did you mean 'suffix'"),
-        (AlignPropConfig(kl_coeff=-1.0), "kl_coeff is -1"),
-        (AlignPropConfig(reward=["jpeg"]), "not differentiable"),
+        (DraftConfig, {"num_inference_steps": 3, "truncation_steps": 4}, "1 to 3"),
+        (DraftConfig, {"truncation_steps": 0}, "truncation_steps is 0"),
+        (DraftConfig, {"low_variance_copies": -1}, "low_variance_copies is -1"),
+        (ReflConfig, {"truncation_min": 3, "truncation_max": 2}, "truncation_max is 2"),
+        (DrtuneConfig, {"truncation_steps": 0}, "truncation_steps is 0"),
+        (AlignPropConfig, {"truncation": "sufix"}, "did you mean 'suffix'"),
+        (AlignPropConfig, {"kl_coeff": -1.0}, "kl_coeff is -1"),
+        (AlignPropConfig, {"reward": ["jpeg"]}, "not differentiable"),
     ],
 )
-def test_bad_settings_are_one_sentence(config, what):
+def test_bad_settings_are_one_sentence(config, settings, what):
     with pytest.raises(ValueError, match=what) as error:
-        check_recipe(config, pipe=object())
+        check_recipe(config(**settings), pipe=object())
     assert "\n" not in str(error.value)
 
 

@@ -304,8 +304,8 @@ def test_a_run_begins_with_a_picture_or_with_a_noise(pipe, tmp_path):
     ],
 )
 def test_bad_settings_are_one_sentence_and_nothing_is_written(pipe, tmp_path, more, what):
-    config = settings(tmp_path / "out", **{"reward": ["brightness"], **more})
     with pytest.raises(ValueError, match=what) as error:
+        config = settings(tmp_path / "out", **{"reward": ["brightness"], **more})
         run_folder.run(config, pipe=None if "model" in more else pipe)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
