@@ -2,19 +2,20 @@
 
 import base64
 import binascii
-import hmac
 import io
 import json
 import os
-import socket
+import random
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from ipaddress import ip_address
-from threading import BoundedSemaphore, Lock
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException
+from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rewards import http
 from rewards.checks import eight_bit, finite, paired
 from rewards.errors import RewardError, Unreachable
 from rewards.registry import Reward
@@ -36,13 +38,14 @@ class Remote:
     """The scores that the server at `url` gives, as PNG sees the pictures: in 8 bits.
 
     `batch_size` images are sent at a time, and a part must be answered within `timeout` seconds. Raises
-    ConnectionError, in one sentence, where there is no answer or one that is no score.
+    ConnectionError, in one sentence, where there is no answer after all `retries`, or one that is no score.
     """
 
     url: str
     token: str | None = None  # None: that of the environment
     timeout: float = 60.0
     batch_size: int = 16
+    retries: int = 4  # of a part whose server is busy or out of reach, after 0.5, 1, 2, 4 s or when it says
     differentiable = False
 
     def __post_init__(self) -> None:
@@ -59,18 +62,98 @@ class Remote:
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def _asked(self, pictures: Sequence[str], prompts: Sequence[str]) -> list[float]:
+        """The scores of a part; a server that is busy, starting or out of reach is asked again, `retries` times."""
         body = json.dumps({"images": list(pictures), "prompts": list(prompts)}).encode()
+        for attempt in range(self.retries):
+            try:
+                return self._once(body, len(prompts))
+            except Busy as busy:
+                time.sleep(pause(attempt, busy.seconds))
+        return self._once(body, len(prompts))
+
+    def _once(self, body: bytes, count: int) -> list[float]:
+        """Raises Busy where another attempt may help, Unreachable else."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.token or _token()}"}
+        end = time.monotonic() + self.timeout
         try:
             ask = urllib.request.Request(f"{self.url.rstrip('/')}/score", body, headers)
             with OPENER.open(ask, timeout=self.timeout) as answer:
-                return _scores(json.loads(answer.read(ANSWER)), len(prompts))
+                return _scores(json.loads(_read(answer, end)), count)
         except urllib.error.HTTPError as error:
             with error:
-                why = error.read(ANSWER).decode(errors="replace").strip()
-            raise Unreachable(f"the reward server {self.url} refused with {error.code}: {why}") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Unreachable(f"no scores from the reward server {self.url}: {error}") from error
+                why = f"the reward server {self.url} refused with {error.code}: {_sentence(error, end)}"
+            if error.code in AGAIN:
+                raise Busy(why, seconds_of(error.headers.get("Retry-After"))) from error
+            raise Unreachable(why) from error
+        except (OSError, HTTPException, ValueError, RecursionError) as error:
+            why = f"no scores from the reward server {self.url}: {_quoted(str(error) or type(error).__name__)}"
+            raise (Busy(why) if _passing(error) else Unreachable(why)) from error
+
+
+AGAIN = {429, 502, 503, 504}  # statuses of a server that may soon answer
+MOST_SECONDS = 30.0  # between two attempts
+
+
+class Busy(Unreachable):
+    """A server that may soon answer: after `seconds`, where it said so."""
+
+    def __init__(self, why: str, seconds: float | None = None):
+        super().__init__(why)
+        self.seconds = seconds
+
+
+def seconds_of(said: str | None) -> float | None:
+    """The seconds of a Retry-After, which may be a date too; None where there is none that can be read."""
+    try:
+        return None if said is None else float(min(max(int(said), 0), 10**9))
+    except ValueError:
+        pass
+    try:
+        return max((parsedate_to_datetime(str(said)) - datetime.now(UTC)).total_seconds(), 0.0)
+    except (ValueError, TypeError):
+        return None
+
+
+def pause(attempt: int, said: float | None = None) -> float:
+    """Seconds before the next attempt: what the server said, else 0.5, 1, 2, 4, ...; up to a quarter more, so that
+    clients do not come back together. `MOST_SECONDS` at most."""
+    seconds = 0.5 * 2**attempt if said is None else said
+    return min(
+        seconds * (1 + 0.25 * random.SystemRandom().random()), MOST_SECONDS
+    )  # training's generator stays as it is
+
+
+def _passing(error: Exception) -> bool:
+    """Whether it may be otherwise soon: a connection that is refused or reset, but no answer that came too late."""
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    return isinstance(reason, ConnectionError) and not isinstance(reason, TimeoutError)
+
+
+def _read(answer: Any, end: float) -> bytes:
+    """An answer, up to `ANSWER` bytes and until the moment `end`, however it drips."""
+    found = b""
+    while len(found) < ANSWER and (part := answer.read1(2**16)):
+        found += part
+        if time.monotonic() > end:
+            raise TimeoutError("timed out")
+    return found[:ANSWER]
+
+
+def _sentence(refusal: Any, end: float) -> str:
+    """What the body of a refusal says, so far as it comes."""
+    text = ""
+    with suppress(OSError, HTTPException, ValueError, RecursionError):
+        text = _read(refusal, end).decode(errors="replace")
+        said = json.loads(text)
+        text = said["error"] if isinstance(said, dict) and isinstance(said.get("error"), str) else text
+    return _quoted(text)
+
+
+def _quoted(text: str) -> str:
+    """One line of a stranger's text: 200 characters at most, and nothing that a terminal would obey."""
+    line = " ".join(text.split())
+    line = line if len(line) <= 200 else f"{line[:200]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class Stays(urllib.request.HTTPRedirectHandler):
@@ -83,11 +166,13 @@ class Stays(urllib.request.HTTPRedirectHandler):
 OPENER = urllib.request.build_opener(Stays)
 
 
-def _scores(answer: dict[str, Any], count: int) -> list[float]:
-    scores = [float(score) for score in answer["scores"]]
+def _scores(answer: Any, count: int) -> list[float]:
+    scores = answer.get("scores") if isinstance(answer, dict) else None
+    if not isinstance(scores, list) or not all(type(score) in (int, float) for score in scores):
+        raise ValueError("it answered, but not with {scores: [number, ...]}")
     if len(scores) != count:
-        raise RewardError(f"{len(scores)} scores for {count} images")
-    return scores
+        raise ValueError(f"{len(scores)} scores for {count} images")
+    return [float(score) for score in scores]
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -111,29 +196,19 @@ class Limits:
     body: int = 64 * 2**20  # bytes of a request: 413
     images: int = 64  # of a request: 413
     pixels: int = 2**24  # of all images of a request: 413
-    connections: int = 64  # at a time; the next one is told 503
-    seconds: float = 30.0  # without a byte from a client, which is then dropped
+    connections: int = 64  # at a time, see `rewards.http`
+    seconds: float = 30.0  # for a request to arrive, and for its answer to leave
 
 
-class Refused(Exception):
-    """A request that is answered with a status other than 200, and one sentence."""
-
-    def __init__(self, status: int, why: str):
-        super().__init__(why)
-        self.status = status
-
-
-class Server(ThreadingHTTPServer):
+class Server(http.Server):
     """Serves a reward at POST /score: {"images": [PNG in base64], "prompts": [str]} -> {"scores": [float]}.
 
-    Statuses: 400 what is no such JSON or no PNG, 401 a wrong token, 404 another path, 411 no length, 413 more than the
-    `limits`, 422 what the reward refuses, 500 where it fails, 503 too many connections. One batch is scored at a time.
+    Statuses: 400 what is no such JSON or no PNG, 401 a wrong token, 403 another site's page, or without a token another
+    host, 404 another path, 411 no length, 413 more than the `limits`, 415 another content type, 422 what the reward
+    refuses, 500 where it fails, 503 too many connections. One batch is scored at a time.
     Without a token it may only listen on this machine: otherwise it raises ValueError, as for a device that is not
     there; OSError where it cannot listen.
     """
-
-    daemon_threads = True
-    request_queue_size = 128
 
     def __init__(
         self,
@@ -144,51 +219,23 @@ class Server(ThreadingHTTPServer):
         limits: Limits = Limits(),
         device: str = "cpu",
     ):
-        if not token and not _loopback(host):
+        if not token and not http.loopback(host):
             raise RewardError(f"{host} can be reached from elsewhere: give a token, or listen on 127.0.0.1")
         _there(device)
         self.reward, self.token, self.limits, self.device = reward, token, limits, device
         self.one_at_a_time = Lock()
-        self.free = BoundedSemaphore(limits.connections)
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Handler)
+        try:
+            super().__init__((host, port), Handler, limits.connections, limits.seconds)
+        except OSError as error:
+            raise Unreachable(
+                f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port"
+            ) from error
+        self.server_name, self.server_port = self.server_address[:2]
 
     @property
     def url(self) -> str:
-        host = self.server_name
+        host = str(self.server_name)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
-
-    def server_bind(self) -> None:
-        """Without the name look-up of HTTPServer, which may wait for a network."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            self.socket.bind(self.server_address)
-        except OSError as error:
-            where = f"{self.server_address[0]!s}, port {self.server_address[1]}"
-            raise Unreachable(f"cannot listen on {where}: {error.strerror}; choose another --port") from error
-        self.server_address = self.socket.getsockname()
-        host, self.server_port = self.server_address[:2]
-        self.server_name = str(host)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self.free.acquire(blocking=False):
-            _turned_away(request)
-            self.shutdown_request(request)
-            return
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError:  # no thread could be started
-            self.free.release()
-            raise
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone is no error of ours."""
 
     def scored(self, pictures: list[str], prompts: list[str]) -> list[float]:
         """Scores of PNGs in base64, those of one size together."""
@@ -206,7 +253,7 @@ class Server(ThreadingHTTPServer):
         try:
             return self.reward(images, prompts).tolist()
         except OSError as error:  # which would look like a client that has gone
-            raise Refused(500, f"the reward failed: {type(error).__name__}") from error
+            raise http.Refused(500, f"the reward failed: {type(error).__name__}") from error
 
 
 def _there(device: str) -> None:
@@ -216,100 +263,46 @@ def _there(device: str) -> None:
         raise RewardError(f"there is no device {device!r}: {str(error).partition(chr(10))[0]}") from error
 
 
-def _loopback(host: str) -> bool:
-    return host == "localhost" or ((host.replace(".", "").isdecimal() or ":" in host) and ip_address(host).is_loopback)
-
-
-def _turned_away(request: socket.socket) -> None:
-    """Tells a client that all connections are taken, in a fifth of a second at most."""
-    request.settimeout(0.2)
-    with suppress(OSError):
-        request.sendall(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
-        _drained(request, 2**20)
-
-
-def _drained(request: socket.socket, most: int) -> None:
-    """Reads what the client still sends, so that it gets to read our answer instead of a reset."""
-    request.shutdown(socket.SHUT_WR)
-    while most > 0 and (found := request.recv(2**16)):
-        most -= len(found)
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One connection, one request."""
+class Handler(http.Handler):
+    """POST /score, and nothing else."""
 
     server: Server
-    server_version, sys_version = "difftune", ""
 
-    def setup(self) -> None:
-        super().setup()
-        self.connection.settimeout(self.server.limits.seconds)
+    def get(self) -> http.Answer:
+        raise http.Refused(404, "scores are at POST /score")
 
-    def do_GET(self) -> None:
-        self._answer(404, {"error": "scores are at POST /score"})
-
-    def do_POST(self) -> None:
-        try:
-            self._answer(200, self._score())
-        except Refused as refused:
-            self._answer(refused.status, {"error": str(refused)})
-        except ValueError as error:
-            self._answer(422, {"error": str(error)})
-        except OSError:
-            return  # the client has gone
-        except Exception as error:  # whatever a reward raises must not end the server
-            self._answer(500, {"error": f"the reward failed: {type(error).__name__}"})
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing: a token or a prompt is not written down."""
-
-    def _answer(self, status: int, said: dict[str, Any]) -> None:
-        body = json.dumps(said).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-        with suppress(OSError):
-            self.connection.settimeout(1.0)
-            _drained(self.connection, self.server.limits.body)
-
-    def _score(self) -> dict[str, Any]:
+    def post(self) -> http.Answer:
         if self.path != "/score":
-            raise Refused(404, "scores are at POST /score")
-        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if self.server.token and not hmac.compare_digest(given.encode(), self.server.token.encode()):
-            raise Refused(401, "the token is wrong")
-        asked = _json(self._body())
-        pictures, prompts = asked["images"], asked["prompts"]
+            raise http.Refused(404, "scores are at POST /score")
+        self.same_origin()
+        if not self.server.token:
+            self.from_here()
+        elif not self.known(self.headers.get("Authorization", "").removeprefix("Bearer "), self.server.token):
+            raise http.Refused(401, "the token is wrong")
+        pictures, prompts = _asked(self.body(self.server.limits.body))
         if len(pictures) > self.server.limits.images:
-            raise Refused(413, f"{len(pictures)} images in one request: {self.server.limits.images} is the limit")
-        return {"scores": self.server.scored(pictures, prompts)}
+            limit = self.server.limits.images
+            raise http.Refused(413, f"{len(pictures)} images in one request: {limit} is the limit")
+        return http.as_json({"scores": self.server.scored(pictures, prompts)})
 
-    def _body(self) -> bytes:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
-            raise Refused(411, "a request says its Content-Length")
-        if int(length) > self.server.limits.body:
-            raise Refused(413, f"{length} bytes in one request: {self.server.limits.body} is the limit")
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
-            raise ConnectionError("the client has gone")
-        return body
+    def failed(self, error: Exception) -> http.Refused:
+        """Whatever a reward raises must not end the server, and is not told but for its sentences."""
+        if isinstance(error, ValueError):
+            return http.Refused(422, str(error))
+        if isinstance(error, OSError):
+            raise error  # the client has gone
+        return http.Refused(500, f"the reward failed: {type(error).__name__}")
 
 
-def _json(body: bytes) -> dict[str, Any]:
-    """{"images": [str], "prompts": [str]} of one length, 1 at least."""
-    try:
-        asked = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, "the body is not JSON") from error
-    lists = [asked.get(key) if isinstance(asked, dict) else None for key in ("images", "prompts")]
+def _asked(body: bytes) -> tuple[list[str], list[str]]:
+    """The images and the prompts of {"images": [str], "prompts": [str]}: as many of both, 1 at least."""
+    asked = http.object_of(body)
+    lists = [asked.get(key) for key in ("images", "prompts")]
     if not all(isinstance(x, list) and x and all(isinstance(item, str) for item in x) for x in lists):
-        raise Refused(400, "the body is {images: [PNG in base64, ...], prompts: [text, ...]}")
+        raise http.Refused(400, "the body is {images: [PNG in base64, ...], prompts: [text, ...]}")
     if len(asked["images"]) != len(asked["prompts"]):
-        raise Refused(400, f"{len(asked['images'])} images and {len(asked['prompts'])} prompts")
-    return asked
+        raise http.Refused(400, f"{len(asked['images'])} images and {len(asked['prompts'])} prompts")
+    return asked["images"], asked["prompts"]
 
 
 def _decoded(pictures: list[str], pixels: int) -> list[Tensor]:
@@ -317,7 +310,7 @@ def _decoded(pictures: list[str], pixels: int) -> list[Tensor]:
     images = [_opened(picture) for picture in pictures]
     total = sum(image.width * image.height for image in images)
     if total > pixels:
-        raise Refused(413, f"images of {total} pixels in one request: {pixels} is the limit")
+        raise http.Refused(413, f"images of {total} pixels in one request: {pixels} is the limit")
     return [_tensor(image) for image in images]
 
 
@@ -325,12 +318,12 @@ def _opened(text: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
     except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Refused(400, "an image is not a PNG in base64") from error
+        raise http.Refused(400, "an image is not a PNG in base64") from error
 
 
 def _tensor(image: Image.Image) -> Tensor:
     try:
         x = np.asarray(image.convert("RGB"), np.float32) / 255
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Refused(400, "an image is a PNG that is not whole") from error
+        raise http.Refused(400, "an image is a PNG that is not whole") from error
     return torch.from_numpy(x).permute(2, 0, 1)

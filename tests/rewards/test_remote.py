@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -71,7 +71,9 @@ def ask(
 ) -> tuple[int, str]:
     """Status and what is said."""
     connection = http.client.HTTPConnection(*server.server_address[:2], timeout=10)
-    connection.request(method, path, body, {"Authorization": f"Bearer {token}"} | headers)
+    given = {name.replace("_", "-"): value for name, value in headers.items()}
+    about = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"} | given
+    connection.request(method, path, body, about)
     answer = connection.getresponse()
     said = answer.read().decode()
     connection.close()
@@ -113,7 +115,7 @@ def test_url_is_the_name_of_a_reward(server, monkeypatch):
 REQUESTS = {  # what is sent, and what is answered
     "no json": ({"body": b"\x80\x04K\x01."}, 400, "the body is not JSON"),  # a pickle
     "deep json": ({"body": b"[" * 9000}, 400, "the body is not JSON"),
-    "another json": ({"body": b"[1, 2]"}, 400, "the body is {images: "),
+    "another json": ({"body": b"[1, 2]"}, 400, "the body is a JSON object"),
     "numbers": ({"body": b'{"images": [1], "prompts": ["a"]}'}, 400, "the body is {images: "),
     "nothing": ({"body": b'{"images": [], "prompts": []}'}, 400, "the body is {images: "),
     "unpaired": ({"body": body(prompts=["a", "b"])}, 400, "1 images and 2 prompts"),
@@ -133,7 +135,9 @@ REQUESTS = {  # what is sent, and what is answered
     "wrong path": ({"body": body(), "path": "/other"}, 404, "scores are at POST /score"),
     "wrong method": ({"body": b"", "method": "GET"}, 404, "scores are at POST /score"),
     "other method": ({"body": b"", "method": "DELETE"}, 501, "Unsupported method"),
-    "no length": ({"body": b"", "Content-Length": "x"}, 411, "a request says its Content-Length"),
+    "another type": ({"body": body(), "Content_Type": "text/plain"}, 415, "a request is application/json"),
+    "another site": ({"body": body(), "Origin": "http://evil.example"}, 403, "another site may not ask here"),
+    "no length": ({"body": b"", "Content_Length": "x"}, 411, "a request says its Content-Length"),
     "refused": ({"body": body(prompts=["refuse"])}, 422, "cannot judge 'refuse'"),
     "failed": ({"body": body(prompts=["fail"])}, 500, "the reward failed: KeyError"),
     "failed to read": ({"body": body(prompts=["gone"])}, 500, "the reward failed: FileNotFoundError"),
@@ -175,7 +179,7 @@ def test_client_without_a_server_says_so():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(ConnectionError, match=f"no scores from the reward server http://127.0.0.1:{port}: "):
-        Remote(f"http://127.0.0.1:{port}")(IMAGES, PROMPTS)
+        Remote(f"http://127.0.0.1:{port}", retries=0)(IMAGES, PROMPTS)
     with pytest.raises(ValueError, match="starts with http:// or https://, not 'ftp://a'"):
         Remote("ftp://a")
 
@@ -198,11 +202,146 @@ def test_server_that_others_can_reach_needs_a_token():
         assert ask(server, body(), token="one that nobody asked for")[0] == 200
 
 
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:80", "192.168.0.1", ""])
+def test_without_a_token_only_this_machine_is_answered(host):
+    """A page elsewhere whose name was pointed at 127.0.0.1 would ask with its own name."""
+    with serving(token="") as server:
+        assert ask(server, body(), Host=host) == (403, "this server is for this machine: ask it at 127.0.0.1")
+        for own in ("localhost", "127.0.0.1:80", "[::1]:80"):
+            assert ask(server, body(), Host=own)[0] == 200
+    with serving() as server:  # who knows the token may call the machine by any name
+        assert ask(server, body(), Host=host)[0] == 200
+
+
 def test_server_that_cannot_start_says_why(server):
     with pytest.raises(OSError, match=r"cannot listen on 127.0.0.1, port \d+: .*in use; choose another --port"):
         Server(Slow(), port=server.server_port)
     with pytest.raises(ValueError, match="there is no device 'nowhere': "):
         Server(Slow(), device="nowhere")
+
+
+@contextmanager
+def answering(*answers: bytes):
+    """A server that gives these raw answers, one for each connection, the last one again and again; and its URL."""
+    given = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(5)
+
+        def serve():
+            with suppress(OSError):
+                while True:
+                    client, _ = listening.accept()
+                    with client, suppress(OSError):
+                        while b"prompts" not in client.recv(2**20):
+                            pass
+                        answer = answers[min(len(given), len(answers) - 1)]
+                        given.append(answer)
+                        client.sendall(answer)
+                        client.shutdown(socket.SHUT_WR)
+                        while client.recv(2**20):
+                            pass
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", given
+        with suppress(OSError):
+            listening.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+def raw(said: str, status: str = "200 OK", *headers: str) -> bytes:
+    return "\r\n".join([f"HTTP/1.0 {status}", *headers, "", said]).encode()
+
+
+GOOD = raw('{"scores": [0.5]}')
+NONSENSE = {
+    "a banner": (b"SSH-2.0-OpenSSH_9.6\r\n", "SSH-2.0"),
+    "nothing": (b"", "no scores from the reward server"),
+    "many headers": (raw("{}", "200 OK", *(f"X-{i}: 1" for i in range(200))), "more than 100 headers"),
+    "a long line": (raw("{}", "200 OK", "X: " + "1" * 70_000), "too|more than"),
+    "deep json": (raw("[" * 200_000), "recursion"),
+    "no json": (raw("<html>"), "Expecting value"),
+    "a mapping": (raw('{"scores": {"1": 2}}'), "but not with"),
+    "texts": (raw('{"scores": ["0.5"]}'), "but not with"),
+    "truths": (raw('{"scores": [true]}'), "but not with"),
+    "no object": (raw("[0.5]"), "but not with"),
+    "no scores": (raw("{}"), "but not with"),
+    "too many": (raw('{"scores": [1, 2]}'), "2 scores for 1 images"),
+    "escapes": (raw('{"error": "\\u001b[2J\\u001b]0;owned\\u0007\\r\\nboo"}', "400 Bad"), r"\\x1b\[2J"),
+    "a bell in the page": (raw("\x1b[31mred\x07", "500 Oops"), r"\\x1b\[31mred\\x07"),
+    "a long page": (raw("x" * 10**6, "500 Oops"), "x" * 200 + r"\.\.\."),
+    "a half of it": (raw("{", "200 OK", "Content-Length: 50"), "no scores from the reward server"),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_nonsense_of_a_server_is_one_sentence(what):
+    answer, words = NONSENSE[what]
+    with answering(answer) as (url, _), pytest.raises(ConnectionError, match=words) as error:
+        Remote(url, retries=0)(IMAGES[:1], ["a"])
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    """The seconds that the client waited, without waiting."""
+    found = []
+    monkeypatch.setattr("rewards.remote.time.sleep", found.append)
+    return found
+
+
+@pytest.mark.parametrize("status", ["503 Busy", "429 Slow down", "502 Bad gateway", "504 Late"])
+def test_a_busy_server_is_asked_again_when_it_says(status, slept):
+    with answering(raw("", status, "Retry-After: 3"), raw("", status), GOOD) as (url, given):
+        assert Remote(url)(IMAGES[:1], ["a"]).tolist() == [0.5]
+    assert len(given) == 3
+    assert 3 <= slept[0] <= 3.75 and 1 <= slept[1] <= 1.25
+
+
+def test_a_server_that_stays_busy_is_an_error_in_the_end(slept):
+    with answering(raw("", "503 Busy")) as (url, given), pytest.raises(ConnectionError, match="refused with 503"):
+        Remote(url)(IMAGES[:1], ["a"])
+    assert len(given) == 5
+    assert all(low <= found <= 1.25 * low for found, low in zip(slept, (0.5, 1, 2, 4), strict=True))
+
+
+def test_a_server_that_is_out_of_reach_is_asked_again_and_one_that_refuses_is_not(slept):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(ConnectionError, match="refused"):
+        Remote(f"http://127.0.0.1:{port}")(IMAGES[:1], ["a"])
+    assert len(slept) == 4
+    with answering(raw("", "401 No")) as (url, given), pytest.raises(ConnectionError, match="refused with 401"):
+        Remote(url)(IMAGES[:1], ["a"])
+    assert len(given) == 1 and len(slept) == 4
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        (None, None),
+        ("2", 2),
+        ("-5", 0),
+        ("soon", None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("9" * 400, 10**9),
+        ("9" * 9000, None),
+        ("", None),
+    ],
+)
+def test_retry_after_is_read_and_bounded(said, seconds):
+    from rewards.remote import pause, seconds_of
+
+    assert seconds_of(said) == seconds
+    assert 0 <= pause(3, seconds_of(said)) <= 30
+
+
+def test_one_in_five_refused_changes_no_score(slept):
+    state = torch.get_rng_state()
+    with answering(*[raw("", "503 Busy") if i % 5 == 0 else GOOD for i in range(50)]) as (url, given):
+        assert Remote(url, batch_size=1)(IMAGES, PROMPTS).tolist() == [0.5] * 5
+    assert len(given) == 7 and torch.equal(torch.get_rng_state(), state)
 
 
 def test_client_follows_no_redirect():
@@ -288,7 +427,8 @@ def test_clients_that_are_killed_or_silent_take_nothing_down(server):
     silent = [socket.create_connection(server.server_address[:2]) for _ in range(5)]
     waiting = [socket.create_connection(server.server_address[:2]) for _ in range(2)]
     for client in waiting:
-        client.sendall(b"POST /score HTTP/1.1\r\nAuthorization: Bearer secret\r\nContent-Length: 900\r\n\r\n{")
+        about = b"Authorization: Bearer secret\r\nContent-Type: application/json\r\nContent-Length: 900"
+        client.sendall(b"POST /score HTTP/1.1\r\n" + about + b"\r\n\r\n{")
     assert ask(server, body())[0] == 200
     for client in silent + waiting:  # dropped after LIMITS.seconds
         client.settimeout(5)
@@ -298,12 +438,84 @@ def test_clients_that_are_killed_or_silent_take_nothing_down(server):
     assert ask(server, body())[0] == 200
 
 
+def dripping(server, stop, seconds=0.05):
+    """A client that sends a byte now and then, and comes back when it is dropped."""
+    while not stop.is_set():
+        with suppress(OSError), socket.create_connection(server.server_address[:2]) as client:
+            client.settimeout(0.01)
+            for byte in b"POST /score HTTP/1.1\r\n" + b"X: y\r\n" * 1000:
+                if stop.wait(seconds):
+                    return
+                client.sendall(bytes([byte]))
+                with suppress(TimeoutError):
+                    if client.recv(1) == b"":
+                        break
+
+
+def test_honest_clients_are_answered_whoever_is_slow():
+    """64 that say nothing, one that drips, one that drips after its 503, and 50 at once that ask."""
+    limits = Limits(connections=64, seconds=20.0)
+    with serving(Slow(0.002), limits) as server, ThreadPoolExecutor(52) as pool:
+        silent = [socket.create_connection(server.server_address[:2]) for _ in range(64)]
+        stop = threading.Event()
+        slow = [pool.submit(dripping, server, stop) for _ in range(2)]
+        began = time.monotonic()
+
+        def honest(i: int) -> float:
+            assert Remote(server.url, TOKEN, retries=0)(IMAGES[:1], ["a"]).shape == (1,)
+            return time.monotonic() - began
+
+        waited = sorted(pool.map(honest, range(50)))
+        stop.set()
+        assert all(future.result(timeout=5) is None for future in slow)
+        for client in silent:
+            client.close()
+    assert waited[-1] < 5.0, waited
+
+
+def test_a_client_that_drips_after_its_503_holds_nobody_up():
+    with serving(Slow(0.8), Limits(connections=2)) as server, ThreadPoolExecutor(2) as pool:
+        working = [pool.submit(ask, server, body()) for _ in range(2)]
+        time.sleep(0.2)
+        with socket.create_connection(server.server_address[:2]) as client:
+            client.settimeout(5)
+            assert client.recv(64).startswith(b"HTTP/1.0 503")
+            began, dropped = time.monotonic(), None
+            while time.monotonic() - began < 3 and dropped is None:
+                try:
+                    client.sendall(b"x")
+                except OSError:
+                    dropped = time.monotonic() - began
+                time.sleep(0.05)
+                if len(working) == 2 and all(future.done() for future in working):
+                    working.append(pool.submit(ask, server, body()))
+            assert dropped is not None and dropped < 2.5
+        assert [future.result()[0] for future in working] == [200, 200, 200]
+
+
+def test_a_request_that_drips_is_dropped_after_the_total_time():
+    with serving(limits=Limits(seconds=0.6)) as server:
+        for head in (
+            b"",
+            f"POST /score HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 9000\r\n".encode(),
+        ):
+            with socket.create_connection(server.server_address[:2]) as client:
+                client.sendall(head + (b"Content-Type: application/json\r\n\r\n" if head else b""))
+                began = time.monotonic()
+                with pytest.raises(OSError, match="."):
+                    while time.monotonic() - began < 5:
+                        client.sendall(b"x")
+                        time.sleep(0.05)
+                assert time.monotonic() - began < 2.5
+
+
 def test_client_that_is_killed_while_it_waits_takes_nothing_down():
     with serving(Slow(0.2)) as server:
         threads = threading.active_count()
         client = socket.create_connection(server.server_address[:2])
         sent = body()
-        head = f"POST /score HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {len(sent)}\r\n\r\n"
+        about = f"Authorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}"
+        head = f"POST /score HTTP/1.1\r\n{about}\r\n\r\n"
         client.sendall(head.encode() + sent)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
         client.close()
