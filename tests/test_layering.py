@@ -34,7 +34,7 @@ FLOORS = {
         {"batched", "compose", "jpeg", "remote", "sets", "simple", "world"},
         {"checks", "hub", "outside"},
         {"monitor", "registry"},
-        {"errors"},
+        {"errors", "http"},
     ],
     "difftune": [
         {"__main__"},
@@ -43,14 +43,14 @@ FLOORS = {
         {"recipes"},
         {"rollouts"},
         {"evaluation", "reno", "search_runs", "training"},
-        {"pipelines"},
-        {"environment", "files", "labelling", "lookup"},
-        {"models"},
-        {"configs", "errors", "processes"},
+        {"labelling", "pipelines"},
+        {"environment", "files", "lookup"},
+        {"models", "processes"},
+        {"configs", "errors", "signals"},
     ],
 }
 HIGHEST = {"solvers": 5, "guidance": 5, "rewards": 5, "difftune": 10}
-MOST_ROOMS = {"solvers": 12, "guidance": 12, "rewards": 14, "difftune": 20}
+MOST_ROOMS = {"solvers": 12, "guidance": 12, "rewards": 15, "difftune": 20}
 NO_ROOMS = {"__init__.py", "__pycache__", "py.typed", "lock.json", "weights", "examples", "templates"}
 
 
