@@ -3,98 +3,17 @@
 Importing this imports no torch: a recipe's functions are imported when they are called.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from difftune.configs.recipes import (
-    AlignPropConfig,
-    D3POConfig,
-    DDPOConfig,
-    DPOConfig,
-    DraftConfig,
-    DragonConfig,
-    DROConfig,
-    DrtuneConfig,
-    KTOConfig,
-    PSOConfig,
-    ReflConfig,
-)
 from difftune.configs.training import TrainingConfig
+from difftune.recipes.catalogue import RECIPES, Recipe, recipe_of
 
 if TYPE_CHECKING:
     from difftune.files.checkpoint import Say, State
+    from difftune.recipes.catalogue import Steps
     from rewards.registry import Reward
 
-    Steps = Iterator[tuple[dict[str, float], State]]
-
-Needs = Literal["gradient", "any", "labels", "pictures", "set"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One training algorithm, in the file difftune/recipes/NAME.py."""
-
-    name: str
-    config: type[TrainingConfig]
-    title: str  # its name in its paper
-    paper: str  # the paper's number on arXiv
-    reward: Needs = "any"
-    """What judges the images: a reward with a gradient; any reward; any reward, or a person's labels; any reward, or a
-    folder of pictures; any reward, or an objective of sets of images."""
-    reference: bool | str = False
-    """Whether the model before training is called too: always, never, or where the setting of this name is above 0."""
-    finish: str = ""
-    """The function of the recipe's file that a run in a folder ends with, if it has one: see `write_win_rate`."""
-
-    @property
-    def url(self) -> str:
-        return f"https://arxiv.org/abs/{self.paper}"
-
-    @property
-    def train(self) -> Callable[[Any], "Steps"]:
-        """The algorithm: session -> metrics and state after each optimiser step."""
-        return self.function(f"train_{self.name}")
-
-    @property
-    def check(self) -> Callable[[Any], None]:
-        """UserError for the first of its own settings that cannot be."""
-        return self.function(f"check_{self.name}")
-
-    def function(self, name: str) -> Callable[..., Any]:
-        """A function of the recipe's file."""
-        return vars(import_module(f"difftune.recipes.{self.name}"))[name]
-
-    def wants_reference(self, config: TrainingConfig) -> bool:
-        return vars(config)[self.reference] > 0 if isinstance(self.reference, str) else self.reference
-
-
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("alignprop", AlignPropConfig, "AlignProp", "2310.03739", "gradient", reference="kl_coeff"),
-        Recipe("draft", DraftConfig, "DRaFT", "2309.17400", "gradient", reference="kl_coeff"),
-        Recipe("drtune", DrtuneConfig, "DRTune", "2405.00760", "gradient", reference="kl_coeff"),
-        Recipe("refl", ReflConfig, "ReFL", "2304.05977", "gradient", reference="kl_coeff"),
-        Recipe("ddpo", DDPOConfig, "DDPO", "2305.13301", reference="kl_weight"),
-        Recipe("d3po", D3POConfig, "D3PO", "2311.13231", "labels", reference=True),
-        Recipe("dpo", DPOConfig, "Diffusion-DPO", "2311.12908", "labels", reference=True),
-        Recipe("kto", KTOConfig, "Diffusion-KTO", "2404.04465", "labels", reference=True),
-        Recipe("dro", DROConfig, "DRO", "2503.22677", "labels"),
-        Recipe("pso", PSOConfig, "PSO", "2410.03190", "pictures", reference=True),
-        Recipe("dragon", DragonConfig, "DRAGON", "2504.15217", "set", reference=True, finish="write_win_rate"),
-    )
-}
-
-
-def recipe_of(config: TrainingConfig) -> Recipe:
-    """The recipe whose Config this is. TypeError for any other object."""
-    for recipe in RECIPES.values():
-        if type(config) is recipe.config:
-            return recipe
-    known = ", ".join(recipe.config.__name__ for recipe in RECIPES.values())
-    raise TypeError(f"a {type(config).__name__} configures no recipe; these do: {known}")
+__all__ = ["RECIPES", "Recipe", "check_recipe", "recipe_of", "train", "train_in_folder"]
 
 
 def check_recipe(config: TrainingConfig, pipe: Any = None, reward: "Reward | None" = None) -> None:

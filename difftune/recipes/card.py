@@ -6,7 +6,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 
 from difftune.configs.training import TrainingConfig
 from difftune.pipelines import full_weights, lora
-from difftune.recipes import Recipe
+from difftune.recipes.catalogue import Recipe
 from difftune.training.state import Metrics
 
 

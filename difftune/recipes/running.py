@@ -11,8 +11,8 @@ from difftune.files.checkpoint import Say, State
 from difftune.files.prompts import Prompts, prompts_named
 from difftune.lookup import reward_named
 from difftune.models import load as load_model
-from difftune.recipes import Recipe
 from difftune.recipes.card import model_card
+from difftune.recipes.catalogue import Recipe
 from difftune.rollouts.session import open_session
 from difftune.training import run_folder, validation
 from difftune.training.state import Metrics

@@ -25,8 +25,7 @@ def check_training(config: TrainingConfig, pipe: Any = None) -> None:
     at_least(0, learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm)
     at_least(0, max_skipped_steps=config.max_skipped_steps)
     known("mixed_precision", config.mixed_precision, DTYPES)
-    if config.mixed_precision == "fp16" and processes.on_cpu():
-        raise UserError("mixed_precision 'fp16' needs a GPU: give 'bf16' or 'no' on a CPU")
+    check_precision(config)
     known("lr_scheduler", config.lr_scheduler, SCHEDULES)
     check_optimizer(known("optimizer", config.optimizer, OPTIMIZERS))
     known("lora_layers", config.lora_layers, lora.LAYOUTS)
@@ -39,6 +38,12 @@ def check_training(config: TrainingConfig, pipe: Any = None) -> None:
     if pipe is None:
         model_named(config.model)
     check_trainable(method, lambda: scheduler_of(config.model) if pipe is None else pipe.scheduler)
+
+
+def check_precision(config: TrainingConfig) -> None:
+    """UserError for a precision that this machine cannot train in."""
+    if config.mixed_precision == "fp16" and processes.on_cpu():
+        raise UserError("mixed_precision 'fp16' needs a GPU: give 'bf16' or 'no' on a CPU")
 
 
 def check_reward(config: TrainingConfig, reward: Reward | None, gradient: bool) -> None:
