@@ -10,14 +10,14 @@ It never learns whether a diffusers pipeline (`guidance.attach.handle`) or our o
 
 import functools
 from collections.abc import Callable, Generator, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from solvers.denoiser import SPACES, Cond, Memory, Path, lines, widen
 from solvers.errors import UserError
-from solvers.noise import Noise
+from solvers.noise import Noise, noise, numbers
 
 
 class Branch(NamedTuple):
@@ -101,8 +101,20 @@ def convert(out: Tensor, space: str, to: str, x: Tensor, at: Noise) -> Tensor:
     """`out`, which is in `space` at (x, at), in the space `to`: itself where they agree, else float32 or better."""
     if space == to:
         return out
-    a, b = line(space, to, at)
+    a, b = _slopes(space, to, at)
     return a * widen(x) + b * widen(out)
+
+
+def _slopes(space: str, to: str, at: Noise) -> tuple[Any, Any]:
+    """`line`, as floats that are computed once for each level where that can be."""
+    values = numbers(at)
+    return line(space, to, at) if values is None else _kept_slopes(space, to, *values)
+
+
+@functools.lru_cache(maxsize=2**12)
+def _kept_slopes(space: str, to: str, alpha: float, sigma: float) -> tuple[float, float]:
+    a, b = line(space, to, noise(alpha, sigma))
+    return float(a), float(b)
 
 
 def drive(guidance: Guidance, evaluate: Evaluate, path: Path, at: Noise, space: str, output: str) -> Combined:

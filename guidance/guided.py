@@ -20,6 +20,13 @@ class Parametrised(Protocol):
     def parameters(self) -> Iterable[Tensor]: ...
 
 
+@runtime_checkable
+class OfRuns(Protocol):
+    """A denoiser that can read once what does not change within a run."""
+
+    def one_run(self) -> Denoiser: ...
+
+
 @dataclass(frozen=True)
 class GuidedPredict:
     """A guided `Predict`, made by `guided`.
@@ -92,9 +99,13 @@ def guided(
     """
     if "cond" not in conds:
         raise UserError(f"conds has no 'cond'; given: {', '.join(conds) or 'nothing'}")
-    networks = {"main": denoise} if weak is None else {"main": denoise, "weak": weak}
+    networks = {name: _for_one_run(d) for name, d in {"main": denoise, "weak": weak}.items() if d is not None}
     tensors = (*tensors_in(conds), *tensors_in(vars(guidance)), *_trained(networks))
     return GuidedPredict(networks, guidance, conds, counter or Counter(), tuple(_unique(tensors)))
+
+
+def _for_one_run(denoise: Denoiser) -> Denoiser:
+    return denoise.one_run() if isinstance(denoise, OfRuns) else denoise
 
 
 def _trained(networks: Mapping[str, Any]) -> Iterator[Tensor]:

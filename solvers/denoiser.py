@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from solvers.errors import UserError
-from solvers.noise import Noise
+from solvers.noise import Noise, noise, numbers
 
 Cond = Mapping[str, Tensor]  # what a network is conditioned on; every value is batch-first
 Memory = Mapping[str, Tensor]  # what survives a step; every value is batch-first, keys carry their owner ("apg.update")
@@ -103,9 +104,21 @@ def lines(space: str, at: Noise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     raise UserError(f"no prediction type {space!r}; known: {', '.join(SPACES)}")
 
 
+def factors(space: str, at: Noise) -> Sequence[Any]:
+    """`lines` as Python floats, which multiply a tensor to the same bits and are computed once for each level; as
+    tensors where a float would not do."""
+    values = numbers(at)
+    return lines(space, at) if values is None else _factors(space, *values)
+
+
+@lru_cache(maxsize=2**12)
+def _factors(space: str, alpha: float, sigma: float) -> tuple[float, ...]:
+    return tuple(float(factor) for factor in lines(space, noise(alpha, sigma)))
+
+
 def predicted(space: str, x: Tensor, at: Noise, out: Tensor, memory: Memory | None = None) -> Prediction:
     """The prediction that a raw output in `space` stands for, in float32 or better; x0 and eps each directly."""
-    p, q, m, n = lines(space, at)
+    p, q, m, n = factors(space, at)
     x, out = widen(x), widen(out)
     return Prediction(p * x + q * out, m * x + n * out, memory=memory or {})
 

@@ -7,6 +7,7 @@ mode or `requires_grad` changes.
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from solvers.errors import UserError
 from solvers.families.family import Family
 from solvers.families.table import family_of
 from solvers.levels import Clock, levels_of, prediction_type, start_scale
-from solvers.noise import Noise
+from solvers.modules import dtype_of, execution_device
+from solvers.noise import Noise, normalised
 from solvers.samplers.catalogue import Generators
 
 
@@ -36,7 +38,7 @@ class NetworkDenoiser:
     def __call__(self, x: Tensor, at: Noise, cond: Cond) -> Prediction:
         """The prediction at x (B, C, h, w), whose level may be in any coordinates; float32 or better."""
         x, at = self.own(x, at)
-        dtype = self.network.dtype
+        dtype = self.dtype
         cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in cond.items()}
         assert self.family.call is not None  # LatentModel refuses a family without
         out = self.family.call(self.network, x.to(dtype), self.clock(at), cond)
@@ -45,8 +47,17 @@ class NetworkDenoiser:
     def own(self, x: Tensor, at: Noise) -> tuple[Tensor, Noise]:
         """(x, at) in the coordinates that the network was trained in: both divided by sqrt(alpha^2 + sigma^2), or by
         alpha + sigma for a flow. The same (x0, eps) explain both, since x = alpha x0 + sigma eps is homogeneous."""
-        scale = at.alpha + at.sigma if self.prediction_type == "flow" else torch.hypot(at.alpha, at.sigma)
-        return widen(x) / scale, Noise(at.alpha / scale, at.sigma / scale)
+        scale, own = normalised(self.prediction_type, at)
+        return widen(x) / scale, own
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in; diffusers walks through all its modules to tell."""
+        return dtype_of(self.network)
+
+    def one_run(self) -> "NetworkDenoiser":
+        """The same for one run, which reads the network's dtype once."""
+        return _OneRun(self.network, self.family, self.clock, self.prediction_type)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.network.parameters()
@@ -54,6 +65,14 @@ class NetworkDenoiser:
     def patched(self, name: str) -> AbstractContextManager[Any]:
         """A context in which the network runs with a named change; ValueError, listing the known, for another name."""
         return self.family.patched(self.network, name)
+
+
+class _OneRun(NetworkDenoiser):
+    """Within a run a network keeps its dtype. A copy, also with another network, reads it anew."""
+
+    @cached_property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return dtype_of(self.network)
 
 
 @dataclass(frozen=True)
@@ -83,7 +102,7 @@ class LatentModel:
 
     @property
     def network(self) -> Any:
-        return self.pipe.components[self.family.denoisers[0]]
+        return getattr(self.pipe, self.family.denoisers[0])
 
     @property
     def denoiser(self) -> NetworkDenoiser:
@@ -92,11 +111,12 @@ class LatentModel:
 
     @property
     def device(self) -> torch.device:
-        return self.pipe._execution_device  # where the pipeline runs, also under offloading
+        """Where the pipeline runs, also under offloading."""
+        return execution_device(self.pipe)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.network.dtype
+        return dtype_of(self.network)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """The parameters of the network."""
@@ -192,11 +212,11 @@ class LatentModel:
 
     def _vae(self, function: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
         """function(vae, x) in the VAE's dtype, or in float32 where its float16 overflows (SDXL)."""
-        vae = self.pipe.vae
-        if self.family.upcast_vae and vae.dtype == torch.float16 and vae.config.force_upcast:
+        vae, dtype = self.pipe.vae, dtype_of(self.pipe.vae)
+        if self.family.upcast_vae and dtype == torch.float16 and vae.config.force_upcast:
             weights = {f"vae.{name}": weight.float() for name, weight in vae.named_parameters()}
             return functional_call(_Holder(vae), weights, (function, x.float()))
-        return function(vae, x.to(vae.dtype))
+        return function(vae, x.to(dtype))
 
 
 def _name(pipe: Any) -> str:

@@ -8,6 +8,7 @@ and on nothing else: VE has alpha = 1, VP has alpha^2 + sigma^2 = 1, flows have 
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,13 @@ class Noise(NamedTuple):
 def noise(alpha: float | Tensor, sigma: float | Tensor) -> Noise:
     """The level (alpha, sigma), kept in float64."""
     return Noise(torch.as_tensor(alpha, dtype=torch.float64), torch.as_tensor(sigma, dtype=torch.float64))
+
+
+def numbers(at: Noise) -> tuple[float, float] | None:
+    """(alpha, sigma) as Python floats, by which what depends on the level alone can be kept; None for a level that
+    differs by sample, has a gradient or is not in float64."""
+    plain = not any(value.ndim or value.requires_grad or value.dtype != torch.float64 for value in at)
+    return (at.alpha.item(), at.sigma.item()) if plain else None
 
 
 def flow(t: float | Tensor) -> Noise:
@@ -46,6 +54,25 @@ def vp(alpha_bar: float | Tensor) -> Noise:
 def grid(schedule: Callable[[Tensor], Noise], steps: int, start: float = 1.0, stop: float = 0.0) -> list[Noise]:
     """The `steps + 1` levels between two times, noisiest first."""
     return [schedule(t) for t in torch.linspace(start, stop, steps + 1, dtype=torch.float64)]
+
+
+def normalised(prediction_type: str, at: Noise) -> tuple[float | Tensor, Noise]:
+    """(s, the level divided by s) with s = sqrt(alpha^2 + sigma^2), or alpha + sigma for a flow: the coordinates that a
+    network of that `prediction_type` is trained in. Computed once for each level, as a float, where it can be."""
+    values = numbers(at)
+    return _divided(prediction_type, at) if values is None else _kept(prediction_type, *values)
+
+
+def _divided(prediction_type: str, at: Noise) -> tuple[Tensor, Noise]:
+    scale = at.alpha + at.sigma if prediction_type == "flow" else torch.hypot(at.alpha, at.sigma)
+    return scale, Noise(at.alpha / scale, at.sigma / scale)
+
+
+@lru_cache(maxsize=2**12)
+def _kept(prediction_type: str, alpha: float, sigma: float) -> tuple[float, Noise]:
+    with torch.inference_mode(False):  # what is kept must serve a run that is differentiated, too
+        scale, own = _divided(prediction_type, noise(alpha, sigma))
+    return float(scale), own
 
 
 def log_snr(at: Noise) -> Tensor:

@@ -38,7 +38,7 @@ from solvers.families.table import family_of
 from solvers.families.tokens import packed, unpacked
 from solvers.families.unet import CONTROLNET_INPUTS
 from solvers.levels import prediction_type
-from solvers.noise import Noise
+from solvers.noise import Noise, normalised
 
 HOOK = "difftune"
 
@@ -207,9 +207,8 @@ class Run:
 
     def _look(self, sample: Tensor, timestep: Tensor) -> Stage:
         here = self.locate(self.scheduler, torch.as_tensor(timestep))
-        alpha, sigma = here.at
-        norm = alpha + sigma if self.space == "flow" else torch.hypot(alpha, sigma)
-        return Stage(Path(widen(sample) / norm, self.x0, self.memory), Noise(alpha / norm, sigma / norm), here)
+        norm, at = normalised(self.space, here.at)
+        return Stage(Path(widen(sample) / norm, self.x0, self.memory), at, here)
 
     def _allow_shift(self, here: Where) -> None:
         method, name = type(self.handle.guidance).__name__, type(self.scheduler).__name__
@@ -258,10 +257,15 @@ def _defaults(pipe: Any) -> Iterator[float]:
 def stand_in(sample: Tensor, unconditional: int) -> Tensor:
     """A denoiser's answer, like `sample`, from which `scale_in` can tell what the pipeline does with it: along the last
     dimension (0, 1, 0, ...) in the first, `unconditional` rows, and (1, 0, 0, ...) in the others."""
-    out = torch.zeros_like(sample)
-    out[unconditional:, ..., 0] = 1
-    out[:unconditional, ..., 1] = 1
-    return out
+    rows = _marks(sample.shape[-1], unconditional, len(sample), sample.dtype, sample.device)
+    return rows.view(-1, *[1] * (sample.ndim - 2), sample.shape[-1]).repeat(1, *sample.shape[1:-1], 1)
+
+
+@functools.lru_cache(maxsize=16)  # a pipeline wants the same in every step
+def _marks(size: int, unconditional: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        places = (torch.arange(count) < unconditional).long()
+        return torch.eye(2, size)[places].to(device, dtype)
 
 
 def scale_in(model_output: Tensor) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from solvers.families.family import guidance_told, sequential_family, shift
 from solvers.families.patches import SKIPPED_JOINT
 from solvers.families.sd3 import SD3_INPUTS
 from solvers.families.tokens import packed, unpacked
+from solvers.modules import execution_device
 
 FLUX_INPUTS = (*SD3_INPUTS, "guidance")
 
@@ -18,7 +19,7 @@ FLUX_INPUTS = (*SD3_INPUTS, "guidance")
 def encode_flux(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
     """T5's hidden states (B, L, D), CLIP's pooled one (B, P), and the embedded guidance scale (B,) where it is told."""
     told = guidance_told(pipe.transformer, "guidance_embeds", embedded_guidance)
-    more = {"guidance": torch.full([len(prompts)], embedded_guidance, device=pipe._execution_device)} if told else {}
+    more = {"guidance": torch.full([len(prompts)], embedded_guidance, device=execution_device(pipe))} if told else {}
     conds: dict[str, Cond] = {}
     for branch, texts in {"cond": prompts, "uncond": negatives or [""] * len(prompts)}.items():
         hidden, pooled, _ = pipe.encode_prompt(texts, None)

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain, count
+from operator import attrgetter
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from solvers.denoiser import Path, Predict, Prediction, pack, unpack
 from solvers.errors import UserError
+from solvers.modules import within
 from solvers.noise import Noise
 
 
@@ -40,16 +43,23 @@ class Recomputed:
         return self.predict.tensors
 
     @cached_property
-    def networks(self) -> tuple[nn.Module, ...]:
-        """Those of `predict`, looked for once: that takes as long as both checks of a call."""
-        return networks_of(self.predict)
+    def networks(self) -> "Networks":
+        """Those of `predict`, looked for once a run: that takes longer than all checks of a call."""
+        return Networks.of(networks_of(self.predict))
+
+    @cached_property
+    def counted(self) -> list[Tensor]:
+        """The tensors of `predict` that count their writes."""
+        return counting(self.predict.tensors)
 
     def __call__(self, path: Path, at: Noise) -> Prediction:
-        check = unchanged(self.networks, self.predict.tensors)
+        check = unchanged(self.networks, self.counted)
         tensors, shape = pack(path)
+        calls = count()
 
         def call(*tensors: Tensor) -> Prediction:
-            check()
+            if next(calls):  # the first is the forward pass itself
+                check()
             return self.predict(unpack(tensors, shape), at)
 
         return checkpoint(call, *tensors, use_reentrant=False)
@@ -60,8 +70,39 @@ def networks_of(predict: Predict) -> tuple[nn.Module, ...]:
     return tuple(reachable(predict, nn.Module))
 
 
-def unchanged(networks: Sequence[nn.Module], tensors: Sequence[Tensor] = ()) -> Callable[[], None]:
-    """A check, for later, that these networks and tensors are still as they are now."""
+@dataclass(frozen=True)
+class Networks:
+    """Networks with what their `Stamp` is read from, listed once: a walk through all modules at each call would cost
+    more than anything else that we do there."""
+
+    networks: tuple[nn.Module, ...]
+    children: tuple[dict[str, nn.Module | None], ...]  # each module's own mapping of names to modules
+    inside: list[nn.Module | None]  # all that these hold
+    adapted: tuple[Any, ...]  # peft's layers
+
+    @classmethod
+    def of(cls, networks: Iterable[nn.Module]) -> "Networks":
+        networks = tuple(networks)
+        modules = list(within(networks))
+        children = tuple(m._modules for m in modules if m._modules)
+        return cls(networks, children, _inside(children), tuple(_adapted(modules)))
+
+    def now(self) -> "Networks":
+        """Of the same networks: itself while no module was added, replaced or removed since."""
+        return self if _inside(self.children) == self.inside else Networks.of(self.networks)
+
+
+def _inside(children: Iterable[dict[str, nn.Module | None]]) -> list[nn.Module | None]:
+    return [*chain.from_iterable(map(dict.values, children))]
+
+
+def counting(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those that count how often they are written in place: all but a tensor of inference mode."""
+    return [t for t in tensors if not t.is_inference()]
+
+
+def unchanged(networks: Networks, tensors: Sequence[Tensor] = ()) -> Callable[[], None]:
+    """A check, for later, that these networks and these `counting` tensors are still as they are now."""
     before = stamp(tensors, networks)
     return lambda: _check_unchanged(before, stamp(tensors, networks))
 
@@ -74,29 +115,26 @@ class Stamp(NamedTuple):
     versions: tuple[int, ...]  # how often each tensor was written in place
 
 
-def stamp(tensors: Iterable[Tensor], networks: Iterable[nn.Module]) -> Stamp:
-    networks = list(networks)
-    versions = tuple(0 if t.is_inference() else t._version for t in tensors)
-    return Stamp(tuple(_adapters(networks)), tuple(n.training for n in networks), versions)
+def stamp(tensors: Iterable[Tensor], networks: Networks) -> Stamp:
+    versions = tuple(map(_version, tensors))
+    adapters = tuple(_setting(layer) for layer in networks.now().adapted)
+    return Stamp(adapters, tuple(n.training for n in networks.networks), versions)
 
 
-def _adapters(networks: Iterable[nn.Module]) -> Iterator[Any]:
-    """Which of peft's layers there are, and how each is set; without importing peft, since nobody may have."""
-    if "peft.tuners.tuners_utils" not in sys.modules:
-        return
-    layer = sys.modules["peft.tuners.tuners_utils"].BaseTunerLayer
-    for m in (m for m in _within(networks) if isinstance(m, layer)):
-        scaling = tuple(vars(m).get("scaling", {}).items())
-        yield id(m), m.disable_adapters, tuple(m.active_adapters), tuple(m.merged_adapters), scaling
+_version = attrgetter("_version")
 
 
-def _within(networks: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """Every module; ten times as fast as `modules()`, and this runs at each call of the network."""
-    front = list(networks)
-    while front:
-        m = front.pop()
-        yield m
-        front += (child for child in m._modules.values() if child is not None)
+def _adapted(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    """peft's layers among them; without importing peft, since nobody may have."""
+    if "peft.tuners.tuners_utils" in sys.modules:
+        layer = sys.modules["peft.tuners.tuners_utils"].BaseTunerLayer
+        yield from (m for m in modules if isinstance(m, layer))
+
+
+def _setting(layer: Any) -> tuple[Any, ...]:
+    """Which of its adapters a layer of peft's applies, and how strongly."""
+    scaling = tuple(vars(layer).get("scaling", {}).items())
+    return id(layer), layer.disable_adapters, tuple(layer.active_adapters), tuple(layer.merged_adapters), scaling
 
 
 def _check_unchanged(before: Stamp, after: Stamp) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import widen
-from solvers.rollout.recompute import networks_of, unchanged
+from solvers.rollout.recompute import Networks, counting, networks_of, unchanged
 from solvers.rollout.run import Run, differentiated, observe_end
 
 Gradients = Sequence[Tensor | None]
@@ -89,7 +89,8 @@ def swept(run: Run, sweep: Sweep) -> tuple[Sequence[Tensor], Any]:
     with torch.no_grad(), setting():
         down = sweep.down(x.detach(), connected)
     used = (*run.predict.tensors, *(noise for *_, noise in run.legs if noise is not None))
-    return _Swept.apply(sweep, down, setting, unchanged(networks_of(run.predict), used), x, *tensors), down.note
+    check = unchanged(Networks.of(networks_of(run.predict)), counting(used))
+    return _Swept.apply(sweep, down, setting, check, x, *tensors), down.note
 
 
 class _Swept(torch.autograd.Function):

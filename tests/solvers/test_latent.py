@@ -2,16 +2,20 @@
 
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
 from diffusers import DDIMPipeline, EulerDiscreteScheduler, StableDiffusionControlNetPipeline
 from torch import nn
 
-from solvers.denoiser import Path, Prediction
+from guidance.guided import guided
+from guidance.methods.catalogue import Plain
+from solvers.denoiser import SPACES, Path, Prediction, lines, predicted
 from solvers.families.family import keywords
 from solvers.families.table import FAMILIES, family_of
 from solvers.latent import LatentModel
-from solvers.noise import noise
+from solvers.modules import dtype_of, execution_device
+from solvers.noise import Noise, flow, noise, normalised
 from solvers.samplers.catalogue import euler, sample
 from tests.support.pipelines import ddim, sd, sdxl
 
@@ -287,3 +291,60 @@ def test_keywords_nest_by_the_table():
     assert arguments == {"encoder_hidden_states": 1, "added_cond_kwargs": {"text_embeds": 2, "time_ids": 3}}
     with pytest.raises(ValueError, match="takes no text_embedding; known: .*text_embeds"):
         keywords(family.batch_first, {"text_embedding": 1})
+
+
+def test_what_is_read_once_a_run_is_read_anew_by_the_next():
+    """A network that is cast, replaced or offloaded between two runs is followed."""
+    pipe = sd()
+    model, x = LatentModel(pipe), torch.randn(1, 4, 8, 8)
+    denoiser, at = model.denoiser, model.levels(4)[1]
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe.unet.to(dtype)
+        predict = guided(denoiser, Plain(), {"cond": model.encode(["a"])["cond"]})
+        predict(Path(x), at)
+        other = replace(predict.networks["main"], network=sd().unet)
+        assert other.dtype == torch.float32  # of the other network, whatever was read of this one
+        assert model.dtype == dtype
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_walks_are_those_of_diffusers():
+    """Also under layerwise casting and offloading, of whose hooks a quick look must not miss one."""
+    pipe = sd()
+    pipe.unet.conv_norm_out.to(torch.bfloat16)
+    assert dtype_of(pipe.unet) == pipe.unet.dtype == torch.float32
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert dtype_of(pipe.unet) == pipe.unet.dtype == torch.bfloat16
+    assert execution_device(pipe) == pipe._execution_device == torch.device("cpu")
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        accelerate.hooks.add_hook_to_module(part, accelerate.hooks.AlignDevicesHook("meta"))
+    assert execution_device(pipe) == pipe._execution_device == torch.device("meta")
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factors_that_are_kept_multiply_to_the_same_bits(space, dtype):
+    x, out = torch.randn(2, 3, 8, 8, dtype=dtype), torch.randn(2, 3, 8, 8, dtype=dtype)
+    for at in (noise(0.3, 0.954), noise(1.0, 14.6), flow(0.37), noise(1.0, 0.0), noise(0.0, 1.0)):
+        p, q, m, n = lines(space, at)
+        with torch.inference_mode():  # what is kept must not be bound to it
+            predicted(space, x, at, out)
+        found = predicted(space, x.clone().requires_grad_(), at, out)
+        assert all(
+            a.equal(b) for a, b in zip(found[:2], (p * x + q * out, m * x + n * out), strict=True) if a.isfinite().all()
+        )
+        assert found.x0.isfinite().all() == (p * x + q * out).isfinite().all()
+        scale, own = normalised(space, at)
+        assert torch.equal(x / scale, x / (at.alpha + at.sigma if space == "flow" else torch.hypot(*at)))
+        assert not own.alpha.is_inference()
+
+
+def test_a_level_with_a_gradient_or_one_per_sample_is_not_kept():
+    alpha = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 1)
+    (slope,) = torch.autograd.grad(predicted("eps", x, Noise(alpha, alpha.detach()), x).x0.sum(), alpha)
+    assert slope.abs() > 0
+    each = torch.tensor([[0.6], [0.8]], dtype=torch.float64)
+    assert predicted("eps", x, Noise(each, 1 - each), x).x0.shape == (2, 1)
