@@ -75,7 +75,7 @@ def ascend_once(session: Session[RewardGradientConfig], plan: Plan, gradient: st
 
 def truncation(config: AlignPropConfig) -> Modes:
     """The mode that is given, or the truncation that is drawn; where every step carries gradient, a plan's choice."""
-    count, most = config.num_inference_steps, greatest(config)
+    count, most = config.num_inference_steps, greatest_truncation(config)
     least = min(config.truncation_min, most)
     if config.gradient is not None:
         return Modes(None, config.gradient)
@@ -93,7 +93,7 @@ def draw_steps(config: AlignPropConfig, step: int) -> int:
 
     The suffix rule, which is the paper's: the last K steps carry gradient.
     """
-    most = greatest(config)
+    most = greatest_truncation(config)
     return random.Random(f"{config.seed} {step}").randint(min(config.truncation_min, most), most)
 
 
@@ -110,7 +110,7 @@ def draw_mask(config: AlignPropConfig, step: int) -> str:
     return "".join("01"[keep] for keep in kept)
 
 
-def greatest(config: AlignPropConfig) -> int:
+def greatest_truncation(config: AlignPropConfig) -> int:
     """The greatest K that is drawn."""
     return min(config.truncation_max, config.num_inference_steps)
 

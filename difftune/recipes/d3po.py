@@ -52,11 +52,11 @@ def d3po_loss(
     preferred, -1 where the second, 0 for a tie, which has no gradient. clip_range None: the log-ratios as they are.
     """
     if clip_range is not None:
-        first, second = (clipped(ratio, clip_range) for ratio in (first, second))
+        first, second = (clip_log_ratio(ratio, clip_range) for ratio in (first, second))
     return -logsigmoid(beta * label * (first - second)).mean()
 
 
-def clipped(log_ratio: Tensor, clip_range: float) -> Tensor:
+def clip_log_ratio(log_ratio: Tensor, clip_range: float) -> Tensor:
     return log_ratio.exp().clamp(1 - clip_range, 1 + clip_range).log()
 
 

@@ -52,7 +52,7 @@ def prefer_winners(session: Session[DPOConfig], turns: Sequence[Turn[Pairs]], st
     def loss_of(turn: Turn[Pairs]) -> tuple[Tensor, Mapping[str, Tensor]]:
         pairs, draws = turn.images, step_draws(session, step, turn.numbers)
         with torch.no_grad():
-            before = pair_errors(images.under(run.reference), pairs, draws)
+            before = pair_errors(images.with_network(run.reference), pairs, draws)
         after = pair_errors(images, pairs, draws)
         margin = dpo_margin(after.winner, after.loser, before.winner, before.loser, config.beta)
         return dpo_loss(margin, pairs.label), {

@@ -131,7 +131,7 @@ def prefer_better_set(session: Session[DragonConfig], sets: Sets, step: int) -> 
     def loss_of(turn: Turn[Pairs]) -> tuple[Tensor, Mapping[str, Tensor]]:
         draws = step_draws(session, step, turn.numbers)
         with torch.no_grad():
-            before = pair_errors(images.under(run.reference), turn.images, draws)
+            before = pair_errors(images.with_network(run.reference), turn.images, draws)
         after = pair_errors(images, turn.images, draws)
         positive, negative = after.winner - before.winner, after.loser - before.loser
         return contrastive_loss(config, run, after, before), {

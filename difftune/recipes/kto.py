@@ -19,7 +19,7 @@ from difftune.labelling.choices import Choice
 from difftune.lookup import at_least
 from difftune.rollouts.denoising import denoising_errors
 from difftune.rollouts.pairs import Turn, check_preferences, encode_files, open_turns, step_draws
-from difftune.rollouts.rounds import Made, Source, make_images, repeated
+from difftune.rollouts.rounds import ScoredImages, Source, make_images, repeated
 from difftune.rollouts.session import Session
 from difftune.training.checks import check_groups
 from difftune.training.state import Metrics, take_snapshot
@@ -56,7 +56,7 @@ def kto_baseline(gains: Tensor) -> Tensor:
 def part_good_from_bad(session: Session[KTOConfig], turns: Sequence[Turn["Marked"]], step: int) -> Metrics:
     """One optimiser step: a backward pass for every batch of images, and the update."""
     config, run = session.config, session.run
-    trained, reference = session.images.denoiser, session.images.under(run.reference).denoiser
+    trained, reference = session.images.denoiser, session.images.with_network(run.reference).denoiser
 
     def loss_of(turn: Turn[Marked]) -> tuple[Tensor, Mapping[str, Tensor]]:
         marked, draws = turn.images, step_draws(session, step, turn.numbers)
@@ -110,7 +110,7 @@ def mark_choices(model: LatentModel, chosen: Callable[[int], Choice], numbers: r
     return Marked(encode_files(model, pictures), model.encode([c.prompt for c in choices])["cond"], signs)
 
 
-def above_mean(made: Made, group: int) -> Marked:
+def above_mean(made: ScoredImages, group: int) -> Marked:
     """Of `group` images in a row those above their mean score are good, those below it bad."""
     means = made.scores.view(-1, group).mean(1).repeat_interleave(group)
     return Marked(made.latents, made.cond, (made.scores - means).sign(), made.scores)

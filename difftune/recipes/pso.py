@@ -34,7 +34,7 @@ from difftune.rollouts.pairs import Pairs, Turn, accuracy_of, extremes, pair_err
 from difftune.rollouts.policy import Kernel, Policy, log_ratio
 from difftune.rollouts.rounds import repeated
 from difftune.rollouts.session import Session
-from difftune.rollouts.trajectories import Rolled, roll_out, under
+from difftune.rollouts.trajectories import Rolled, roll_out, with_network
 from difftune.training.checks import check_groups, check_no_dropout
 from difftune.training.state import Metrics, take_snapshot
 from difftune.training.steps import attempt_step, gather_statistics, take_step
@@ -138,7 +138,7 @@ def prefer_pictures(session: Session[PSOConfig], pictures: Pairs, step: int) -> 
         seeds = [f"{config.seed} draw {i}" for i in turn.numbers]
         draws = draw(images.model, seeds, images.levels[:-1])
         with torch.no_grad():
-            before = pair_errors(images.under(run.reference), turn.images, draws)
+            before = pair_errors(images.with_network(run.reference), turn.images, draws)
         after = pair_errors(images, turn.images, draws)
         margin = dpo_margin(after.winner, after.loser, before.winner, before.loser, beta_of(config))
         return dpo_loss(margin), {"accuracy": accuracy_of(margin), "margin": margin.mean()}
@@ -162,7 +162,7 @@ def pair_pictures(session: Session[PSOConfig], policy: Policy) -> Pairs:
         numbers = range(first, min(first + config.train_batch_size, len(texts)))
         start = images.begin(texts.__getitem__, numbers)
         assert start.noise is not None  # check_pso lets only a stochastic sampler pass
-        losers.append(policy.sample(under(start.predict, session.run.reference), start.x, start.noise).end)
+        losers.append(policy.sample(with_network(start.predict, session.run.reference), start.x, start.noise).end)
     repeats = torch.cat(winner).repeat_interleave(config.num_negatives, 0)
     label = torch.ones(len(texts), device=model.device)
     return Pairs(repeats, torch.cat(losers), model.encode(texts)["cond"], label)

@@ -65,7 +65,7 @@ def divergence(images: ImageSampler, reference: TrainedNetwork, drawn: Drawn, nu
     at, width = level_between(images.levels, place)
     x = Path(at.alpha * x0 + at.sigma * gaussian(x0, generators))
     with torch.no_grad():
-        before = images.under(reference).predict(drawn.conds)(x, at).eps
+        before = images.with_network(reference).predict(drawn.conds)(x, at).eps
     return width * kl_rate(Recomputed(images.predict(drawn.conds))(x, at).eps, before)
 
 

@@ -81,7 +81,7 @@ def item_mmd(config: DragonConfig, model: LatentModel, reward: Reward | None) ->
 def set_frechet(config: DragonConfig, model: LatentModel, reward: Reward | None) -> SetObjective:
     """Minus the Fréchet distance of the set to the exemplars, in the space of the exemplars' principal components."""
     encoder, exemplars = load_exemplars(config, model)
-    basis = principal(exemplars, config.feature_dims)
+    basis = principal_directions(exemplars, config.feature_dims)
     return SetObjective(
         lambda latents, images, prompts: encoder.image_features(images) @ basis,
         Frechet(exemplars @ basis, config.shrinkage),
@@ -146,7 +146,7 @@ def check_objective(config: DragonConfig) -> None:
         raise UserError(f"shrinkage is {config.shrinkage}: it must be in [0, 1]")
 
 
-def principal(features: Tensor, dims: int) -> Tensor:
+def principal_directions(features: Tensor, dims: int) -> Tensor:
     """The leading principal directions (D, min(dims, D)) of features (M, D), about their mean."""
     _, vectors = torch.linalg.eigh(moments(features).covariance)
     return vectors[:, -min(dims, features.shape[1]) :].to(features)

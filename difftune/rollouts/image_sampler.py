@@ -64,7 +64,7 @@ class ImageSampler:
         levels = model.levels(config.num_inference_steps)
         return cls(model, denoiser, guidance, sampler_named(config.sampler), levels, config.seed, others=others)
 
-    def under(self, network: TrainedNetwork) -> "ImageSampler":
+    def with_network(self, network: TrainedNetwork) -> "ImageSampler":
         """The same sampler with another network as its denoiser."""
         return replace(self, denoiser=replace(self.denoiser, network=network))
 

@@ -5,19 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from difftune.configs.recipes import PreferenceConfig
-from difftune.errors import UserError
+from difftune.files.pictures import read
 from difftune.files.prompts import listed
 from difftune.labelling.choices import Choice, decided
 from difftune.lookup import at_least
 from difftune.rollouts.denoising import Draws, denoising_errors, draw
 from difftune.rollouts.image_sampler import ImageSampler
-from difftune.rollouts.rounds import EveryStep, Made, Rounds, Source, make_images, repeated
+from difftune.rollouts.rounds import EveryStep, Rounds, ScoredImages, Source, make_images, repeated
 from difftune.rollouts.session import Session
 from solvers.denoiser import Cond
 from solvers.latent import LatentModel
@@ -83,23 +81,10 @@ def label_pairs(session: Session[PreferenceConfig], choices: Sequence[Choice]) -
 
 def encode_files(model: LatentModel, files: Sequence[Path]) -> Tensor:
     """Latents (B, C, h, w) of image files, which are cropped and resized to the model's size."""
-    return model.encode_images(torch.stack([pixels(file, model.size()) for file in files]).to(model.device))
+    return model.encode_images(torch.stack([read(file, *model.size()) for file in files]).to(model.device))
 
 
-def pixels(file: Path, size: tuple[int, int]) -> Tensor:
-    """An image file as (3, H, W) in [0, 1]: the largest part in its middle that has the size's shape."""
-    try:
-        picture = Image.open(file).convert("RGB")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read as an image: {error}") from error
-    height, width = size
-    fitted = (
-        ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS) if picture.size != (width, height) else picture
-    )
-    return torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255).permute(2, 0, 1)
-
-
-def best_and_worst(made: Made, group: int) -> Pairs:
+def best_and_worst(made: ScoredImages, group: int) -> Pairs:
     """The best and the worst of `group` images in a row; a tie if they are equal."""
     best, worst = extremes(made.scores, group)
     cond = {key: value[best] for key, value in made.cond.items()}

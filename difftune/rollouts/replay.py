@@ -9,19 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from difftune.configs.recipes import D3POConfig
 from difftune.errors import RunError, UserError
+from difftune.files.pictures import opened
 from difftune.files.prompts import listed
 from difftune.labelling.choices import Choice, decided
 from difftune.lookup import guidance_named
 from difftune.rollouts.policy import Policy
 from difftune.rollouts.session import Session
-from difftune.rollouts.trajectories import Rolled, under
+from difftune.rollouts.trajectories import Rolled, with_network
 from solvers.samplers.catalogue import gaussian
 
 SETTINGS = "sample.json"
@@ -92,7 +91,7 @@ def replay(session: Session[D3POConfig], policy: Policy, choices: Sequence[Choic
     x = sampler.model.start_scale(sampler.levels) * sampler.model.noise(len(texts), generators)
     noise = [gaussian(x, generators) for _ in range(policy.steps)]
     predict = sampler.predict(sampler.model.encode(texts))
-    trajectory = policy.sample(under(predict, session.run.reference), x, noise)
+    trajectory = policy.sample(with_network(predict, session.run.reference), x, noise)
     images = sampler.model.decode(trajectory.end)
     for choice, pair in zip(choices, images.view(-1, 2, *images.shape[1:]), strict=True):
         for picture, image in zip((choice.a, choice.b), pair, strict=True):
@@ -102,9 +101,8 @@ def replay(session: Session[D3POConfig], policy: Policy, choices: Sequence[Choic
 
 
 def check_same(choice: Choice, picture: Path, image: Tensor) -> None:
-    seen = np.asarray(Image.open(picture).convert("RGB"), dtype=np.float32) / 255
-    made = image.float().cpu().permute(1, 2, 0).numpy()
-    if seen.shape != made.shape or np.abs(seen - made).mean() > TOLERANCE:
+    seen, made = opened(picture), image.float().cpu()
+    if seen.shape != made.shape or (seen - made).abs().mean() > TOLERANCE:
         raise RunError(
             f"labels, line {choice.line}: {picture} is not what its seed makes with the settings of {SETTINGS}; "
             "was the model changed since?"

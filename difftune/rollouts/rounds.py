@@ -111,7 +111,7 @@ def seeded_generators(seed: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Made:
+class ScoredImages:
     """A batch of images as latents, what they show, and their scores."""
 
     latents: Tensor  # (B, C, h, w)
@@ -125,10 +125,10 @@ def repeated(prompts: Prompts, count: int) -> Prompts:
 
 
 @torch.no_grad()
-def make_images(session: Session, prompts: Prompts, numbers: range) -> Made:
+def make_images(session: Session, prompts: Prompts, numbers: range) -> ScoredImages:
     """Sample and score images. Raises NotFinite where a score is not finite."""
     images = session.images
     start = images.begin(prompts, numbers)
     latents = images.latents(start)
     scores = score_images(session.reward, images.model.decode(latents), start.prompts, session.run)
-    return Made(latents, start.predict.conds["cond"], scores)
+    return ScoredImages(latents, start.predict.conds["cond"], scores)

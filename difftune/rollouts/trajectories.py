@@ -32,7 +32,7 @@ class Rolled:
     @torch.no_grad()
     def mean_under(self, network: TrainedNetwork, policy: Policy, i: int) -> Tensor:
         """The mean (B, ...) of step i by another network under the same guidance, without a gradient."""
-        return policy.mean(under(self.predict, network), self.trajectory.paths[i], i)[0]
+        return policy.mean(with_network(self.predict, network), self.trajectory.paths[i], i)[0]
 
     def after(self, i: int) -> Tensor:
         """Where step i ended, (B, ...)."""
@@ -51,7 +51,7 @@ class Rolled:
         )
 
 
-def under(predict: GuidedPredict, network: TrainedNetwork) -> GuidedPredict:
+def with_network(predict: GuidedPredict, network: TrainedNetwork) -> GuidedPredict:
     """The same guidance of the same conditions by another network."""
     main: Any = predict.networks["main"]
     return replace(predict, networks={**predict.networks, "main": replace(main, network=network)})

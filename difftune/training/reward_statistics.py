@@ -10,7 +10,7 @@ from torch import Tensor
 LEAST_STD = 1e-6  # added to a standard deviation that divides
 
 
-class Moments(NamedTuple):
+class RewardMoments(NamedTuple):
     """Of one prompt's latest rewards."""
 
     number: int
@@ -38,10 +38,10 @@ class PerPrompt:
         while len(self.history) > self.prompts:
             del self.history[next(iter(self.history))]
 
-    def moments(self) -> dict[str, Moments]:
+    def moments(self) -> dict[str, RewardMoments]:
         """Of each prompt, in the order in which they were met last."""
         found = {prompt: torch.tensor(scores, dtype=torch.float64) for prompt, scores in self.history.items()}
-        return {p: Moments(len(s), s.mean().item(), s.std(correction=0).item()) for p, s in found.items()}
+        return {p: RewardMoments(len(s), s.mean().item(), s.std(correction=0).item()) for p, s in found.items()}
 
     def advantages(self, prompts: Sequence[str], scores: Tensor) -> Tensor:
         """A_b = (r_b - mean) / (std + 1e-6), (B,), by the prompt's own rewards, or the batch's where they are too few.

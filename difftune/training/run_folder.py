@@ -108,7 +108,7 @@ def run(
         for name in (METRICS, validation.RECORDS):
             records.rewind(folder / name, done)
     process().wait_for_everyone()  # and sees the records as they go on
-    scorers = validation.scorers(config, reward) if config.validation_steps else {}
+    scorers = validation.load_scorers(config, reward) if config.validation_steps else {}
     bar = tqdm(total=config.max_train_steps, initial=done, disable=not main)
     keeper = Keeper(folder, pipe, config.checkpoints_total_limit, done, main)
     with stopping() as stop, bar, keeper:
@@ -195,7 +195,7 @@ def validated(
     except NotFinite as error:
         shown(f"the validation at step {state.step} is skipped: {error}")
     if found is not None and process().is_main_process:
-        validation.keep(config, found, partial(save_weights, pipe, state))
+        validation.write_validation(config, found, partial(save_weights, pipe, state))
         log.show(trackers, "validation", found.record, found.images)
     process().wait_for_everyone()
     return None if found is None else found.parting

@@ -27,10 +27,10 @@ RECORDS, GRIDS, BEST = "validation.jsonl", "validation", "best"
 Scorer = Callable[[Tensor, list[str]], Tensor]
 
 
-class Found(NamedTuple):
+class Validation(NamedTuple):
     """One validation."""
 
-    record: dict[str, float]  # step, reward_mean and held_out_mean, see `scorers`
+    record: dict[str, float]  # step, reward_mean and held_out_mean, see `load_scorers`
     images: Tensor  # (B, 3, H, W) in [0, 1]
     best: bool  # whether no earlier one was as good
     parting: Parting | None  # where the held-out reward falls while the trained one rises
@@ -45,7 +45,7 @@ def check_validation(config: TrainingConfig) -> None:
             raise UserError(f"{wanted} needs validations: give --validation_steps, as in 50")
         return
     at_least(1, validation_steps=config.validation_steps)
-    prompts(config)
+    validation_prompts(config)
     if config.validation_reward is None:
         if config.early_stop:
             raise UserError("early_stop compares with a reward that is not trained on: give --validation_reward")
@@ -67,7 +67,7 @@ def rewarded(config: TrainingConfig) -> bool:
     return not any(others)
 
 
-def prompts(config: TrainingConfig) -> list[str]:
+def validation_prompts(config: TrainingConfig) -> list[str]:
     """The validation's prompts: the lines of a file, or ShapeEval's, category after category."""
     if config.validation_prompts != "shapeeval":
         return read(config.validation_prompts, "shapeeval")
@@ -78,7 +78,7 @@ def prompts(config: TrainingConfig) -> list[str]:
     return [prompt for several in zip(*by_category, strict=True) for prompt in several]
 
 
-def scorers(config: TrainingConfig, reward: Scorer | None) -> dict[str, Scorer]:
+def load_scorers(config: TrainingConfig, reward: Scorer | None) -> dict[str, Scorer]:
     """The trained reward, as given or as named, and the held-out one where there is one.
 
     Where no reward is trained on, the held-out one is alone, or `config.reward` in its place.
@@ -92,14 +92,14 @@ def scorers(config: TrainingConfig, reward: Scorer | None) -> dict[str, Scorer]:
 
 
 @torch.no_grad()
-def validate(config: TrainingConfig, pipe: Any, state: State, scores: Mapping[str, Scorer]) -> Found:
+def validate(config: TrainingConfig, pipe: Any, state: State, scores: Mapping[str, Scorer]) -> Validation:
     """Draw, score, and compare with the earlier validations of this run.
 
     The weights are the average's, where the run keeps one; the global generators are left as they were. Raises
     NotFinite where a score is not finite.
     """
     random = checkpoint.randomness()
-    some = prompts(config)
+    some = validation_prompts(config)
     chosen = [some[i % len(some)] for i in range(config.num_validation_images)]
     seeds = [config.seed + i for i in range(len(chosen))]
     method = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
@@ -118,10 +118,10 @@ def validate(config: TrainingConfig, pipe: Any, state: State, scores: Mapping[st
     parting = None
     if {"reward_mean", "held_out_mean"} <= record.keys():
         parting = Monitor()([r["reward_mean"] for r in curve], [r["held_out_mean"] for r in curve])
-    return Found(record, images, best, parting)
+    return Validation(record, images, best, parting)
 
 
-def keep(config: TrainingConfig, found: Found, save: Callable[[Path], Any]) -> None:
+def write_validation(config: TrainingConfig, found: Validation, save: Callable[[Path], Any]) -> None:
     """Write the grid, the weights where they are the best, and the line, which comes last."""
     folder, step = Path(config.output_dir), int(found.record["step"])
     grid = output.grid(pixels(found.images))

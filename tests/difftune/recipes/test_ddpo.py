@@ -14,7 +14,7 @@ from difftune.files import checkpoint
 from difftune.files.checkpoint import State
 from difftune.pipelines import lora
 from difftune.recipes import ddpo, train, train_in_folder
-from difftune.recipes.ddpo import advantages, ddpo_loss
+from difftune.recipes.ddpo import advantages, ddpo_loss, trust_region
 from difftune.rollouts.policy import kl, log_prob
 from difftune.rollouts.trajectories import policy_of, roll_out
 from rewards.simple import Brightness
@@ -90,6 +90,15 @@ def test_loss_by_hand():
     rho = np.exp(r)
     expected = np.mean([max(-x * p, -x * min(max(p, 0.8), 1.2)) for x, p in zip(a, rho, strict=True)])
     assert ddpo_loss(torch.tensor(a), torch.tensor(r), 0.2).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_trust_region_by_hand():
+    """The mean ratio, half the mean squared log-ratio, and the share of ratios outside; one on the edge is inside."""
+    found = trust_region(torch.tensor([0.0, np.log(1.5), np.log(0.25)]), 0.5)
+    assert found["ratio"].item() == pytest.approx((1 + 1.5 + 0.25) / 3)
+    assert found["approx_kl"].item() == pytest.approx((np.log(1.5) ** 2 + np.log(0.25) ** 2) / 6)
+    assert found["clip_fraction"].item() == pytest.approx(1 / 3)
+    assert trust_region(torch.zeros(2), 0.0)["clip_fraction"] == 0
 
 
 # ------------------------------------------------------------------------------------------------ closed forms

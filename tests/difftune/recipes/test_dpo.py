@@ -12,17 +12,18 @@ import pytest
 import torch
 
 from difftune.configs.recipes import DPOConfig, DROConfig, KTOConfig
-from difftune.errors import UserError
+from difftune.errors import RunError
 from difftune.files import checkpoint, output
 from difftune.files.checkpoint import State
+from difftune.files.pictures import read
 from difftune.labelling.choices import decided
 from difftune.pipelines import lora
 from difftune.recipes import RECIPES, recipe_of, train, train_in_folder
 from difftune.recipes.dpo import dpo_loss, dpo_margin
 from difftune.recipes.dro import dro_loss
 from difftune.recipes.kto import above_mean, kto_baseline, kto_loss
-from difftune.rollouts.pairs import Pairs, best_and_worst, label_pairs, pair_errors, pixels, step_draws
-from difftune.rollouts.rounds import Made
+from difftune.rollouts.pairs import Pairs, best_and_worst, label_pairs, pair_errors, step_draws
+from difftune.rollouts.rounds import ScoredImages
 from rewards.simple import Brightness
 from tests.support import dits, pipelines
 from tests.support.toys import session_of
@@ -170,7 +171,7 @@ def test_kto_at_the_reference_is_one_half_and_a_mean_image_has_no_gradient():
 
 
 def test_images_above_the_mean_of_their_prompt_are_good():
-    made = Made(torch.zeros(6, 1), {}, torch.tensor([1.0, 2.0, 6.0, 4.0, 4.0, 4.0]))
+    made = ScoredImages(torch.zeros(6, 1), {}, torch.tensor([1.0, 2.0, 6.0, 4.0, 4.0, 4.0]))
     assert above_mean(made, 3).signs.tolist() == [-1, -1, 1, 0, 0, 0]
 
 
@@ -216,14 +217,14 @@ def test_identical_images_have_no_margin_away_from_the_reference(adapted):
     pairs = Pairs(x, x.clone(), images.model.encode(["red", "blue"])["cond"], torch.ones(2))
     draws = step_draws(adapted, 0, range(2))
     with torch.no_grad():
-        late, early = (pair_errors(of, pairs, draws) for of in (images, images.under(adapted.run.reference)))
+        late, early = (pair_errors(of, pairs, draws) for of in (images, images.with_network(adapted.run.reference)))
     assert (late[0] - early[0]).abs().min() > 1e-7
     assert torch.allclose(dpo_margin(*late, *early, 1.0), torch.zeros(2), atol=1e-6)
 
 
 def test_the_best_and_the_worst_of_each_prompt_are_a_pair():
     scores = torch.tensor([2.0, 1.0, 3.0, 5.0, 5.0, 5.0])
-    made = Made(torch.arange(6.0)[:, None], {"text": torch.tensor([[0.0]] * 3 + [[1.0]] * 3)}, scores)
+    made = ScoredImages(torch.arange(6.0)[:, None], {"text": torch.tensor([[0.0]] * 3 + [[1.0]] * 3)}, scores)
     pairs = best_and_worst(made, 3)
     assert (pairs.winner[0].item(), pairs.loser[0].item()) == (2, 1)
     assert pairs.label.tolist() == [1, 0]
@@ -235,13 +236,13 @@ def test_a_picture_is_cropped_in_its_middle_and_resized(tmp_path):
     picture[:, :4] = picture[:, -4:] = 1  # what a square in the middle leaves out
     picture[:16, 4:-4, 0] = 0.6
     output.write(tmp_path / "a.png", output.png(picture))
-    found = pixels(tmp_path / "a.png", (16, 16))
+    found = read(tmp_path / "a.png", 16, 16)
     assert found.shape == (3, 16, 16)
     assert found[0, :6].numpy() == pytest.approx(0.6, abs=0.1)  # the filter sees a little of what is cut off
     assert max(found[0, 10:].max(), found[1:].max()) < 0.1
     (tmp_path / "b.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"b\.png cannot be read as an image"):
-        pixels(tmp_path / "b.png", (16, 16))
+    with pytest.raises(RunError, match=r"cannot read image .*b\.png"):
+        read(tmp_path / "b.png", 16, 16)
 
 
 @torch.no_grad()
@@ -250,7 +251,7 @@ def test_labelled_pictures_are_encoded_with_their_prompts(labels):
     model, pairs = session.images.model, label_pairs(session, choices)
     for side, latents in (("bright", pairs.winner), ("dark", pairs.loser)):
         files = [choice.a.parent / f"{i}-{side}.png" for i, choice in enumerate(choices)]
-        images = torch.stack([pixels(file, (16, 16)) for file in files])
+        images = torch.stack([read(file, 16, 16) for file in files])
         expected = model.pipe.vae.encode(2 * images - 1).latent_dist.mode() * model.pipe.vae.config.scaling_factor
         assert torch.allclose(latents, expected, atol=1e-6)
     assert torch.equal(

@@ -19,7 +19,7 @@ from difftune.files.prompts import listed, prompts_named
 from difftune.pipelines import lora
 from difftune.recipes import dragon, train, train_in_folder
 from difftune.recipes.dragon import choose_pairs, compare_with_base, contrastive_loss, look_at, part_sets, sample_sets
-from difftune.recipes.set_objectives import OBJECTIVES, SetObjective, principal
+from difftune.recipes.set_objectives import OBJECTIVES, SetObjective, principal_directions
 from difftune.rollouts.denoising import draw
 from difftune.rollouts.image_sampler import ImageSampler
 from difftune.rollouts.pairs import PairErrors
@@ -101,7 +101,7 @@ def test_objective_by_its_measure(toy, folder, name):
         "instance": lambda: BRIGHT(images, [""] * 5).mean(),
         "item-frechet": lambda: -by_places(model, latents, exemplars).mean(),
         "item-mmd": lambda: torch.stack([-biased(item[None], e) for item in x]).mean(),
-        "frechet": lambda: -frechet(x @ principal(e, 3), e @ principal(e, 3), 0.1),
+        "frechet": lambda: -frechet(x @ principal_directions(e, 3), e @ principal_directions(e, 3), 0.1),
         "mmd": lambda: -mmd(x, e),
         "vendi": lambda: vendi(x),
     }[name]()
@@ -141,10 +141,10 @@ def test_texts_are_exemplars_of_the_same_space(toy, tmp_path):
 
 def test_principal_directions_are_those_of_the_singular_values():
     x = torch.randn(20, 5, dtype=torch.float64) * torch.tensor([5.0, 1, 4, 0.1, 0.2])
-    basis = principal(x, 2)
+    basis = principal_directions(x, 2)
     _, _, v = torch.linalg.svd(x - x.mean(0))
     torch.testing.assert_close(basis @ basis.T, v[:2].T @ v[:2])
-    assert principal(x, 9).shape == (5, 5)
+    assert principal_directions(x, 9).shape == (5, 5)
     spread = moments(x @ basis).covariance
     assert spread[0, 1].abs() < 1e-9
 

@@ -204,7 +204,7 @@ def test_reference_pass_leaves_the_adapter_as_it_was(tmp_path):
             weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
     config = toy("alignprop", tmp_path)
     chain = ImageSampler.of(config, pipe, TrainedNetwork(pipe.unet, torch.float32))
-    reference = chain.under(ReferenceNetwork(pipe.unet, torch.float32))
+    reference = chain.with_network(ReferenceNetwork(pipe.unet, torch.float32))
     found = {}
     for gradient in ("full", "checkpoint", "revolve:1"):
         for between_passes in (False, True):

@@ -32,13 +32,13 @@ def records(folder) -> list[dict]:
 
 def test_prompts_that_are_no_file_name_what_the_validation_knows(config):
     with pytest.raises(UserError, match="cannot read the prompts of 'shapes': give a UTF-8 text file, or 'shapeeval'"):
-        validation.prompts(replace(config, validation_prompts="shapes"))
+        validation.validation_prompts(replace(config, validation_prompts="shapes"))
 
 
 def test_shapeeval_prompts_come_category_after_category():
     from rewards.world.grammar import CATEGORIES, category, parse
 
-    prompts = validation.prompts(AlignPropConfig())
+    prompts = validation.validation_prompts(AlignPropConfig())
     kinds = [category(parse(prompt)) for prompt in prompts[:12]]
     assert sorted(kinds[:6]) == sorted(kinds[6:]) == sorted(CATEGORIES)
 
@@ -77,7 +77,7 @@ class HeldOut(Saturation):
 def followed(config, values, monkeypatch, **more):
     pipe, seen = pipelines.sd(), []
     scorers = {"reward": Brightness(), "held_out": HeldOut(values, pipe, seen)}
-    monkeypatch.setattr(validation, "scorers", lambda config, reward: scorers)
+    monkeypatch.setattr(validation, "load_scorers", lambda config, reward: scorers)
     found = train_in_folder(replace(config, validation_steps=1, **more), [].append, pipe, Brightness())
     return found, seen
 
@@ -115,8 +115,8 @@ def test_a_reward_that_is_not_trained_on_is_held_out(name, tmp_path):
     if name in UNREWARDED:
         config = toy(name, tmp_path, **found, **UNREWARDED[name])
         validation.check_validation(config)
-        assert validation.scorers(config, Brightness()).keys() == {"held_out"}
-        assert validation.scorers(replace(config, validation_reward=None), Brightness()).keys() == {"reward"}
+        assert validation.load_scorers(config, Brightness()).keys() == {"held_out"}
+        assert validation.load_scorers(replace(config, validation_reward=None), Brightness()).keys() == {"reward"}
         with pytest.raises(UserError, match="early_stop compares with the reward that is trained on, and here none is"):
             validation.check_validation(replace(config, early_stop=True))
 
