@@ -16,12 +16,14 @@ from difftune.errors import RunError
 from difftune.files import checkpoint, output
 from difftune.files.checkpoint import State
 from difftune.files.pictures import read
+from difftune.files.prompts import listed
 from difftune.labelling.choices import decided
 from difftune.pipelines import lora
 from difftune.recipes import RECIPES, recipe_of, train, train_in_folder
 from difftune.recipes.dpo import dpo_loss, dpo_margin
 from difftune.recipes.dro import dro_loss
 from difftune.recipes.kto import above_mean, kto_baseline, kto_loss
+from difftune.rollouts.denoising import draw
 from difftune.rollouts.pairs import Pairs, best_and_worst, label_pairs, pair_errors, step_draws
 from difftune.rollouts.rounds import ScoredImages
 from rewards.simple import Brightness
@@ -170,6 +172,13 @@ def test_kto_at_the_reference_is_one_half_and_a_mean_image_has_no_gradient():
     assert g.grad[2] == 0 and g.grad[0] == -g.grad[1] != 0
 
 
+def test_kto_weighs_an_image_that_is_neither_as_a_bad_one_without_a_gradient():
+    gain = doubles(0.3).requires_grad_()
+    loss = kto_loss(gain, doubles(0), doubles(0)[0], 7.0, 2.0, 0.5)
+    loss.backward()
+    assert loss.item() == 0.25 and gain.grad.item() == 0
+
+
 def test_images_above_the_mean_of_their_prompt_are_good():
     made = ScoredImages(torch.zeros(6, 1), {}, torch.tensor([1.0, 2.0, 6.0, 4.0, 4.0, 4.0]))
     assert above_mean(made, 3).signs.tolist() == [-1, -1, 1, 0, 0, 0]
@@ -281,6 +290,29 @@ def test_first_loss_is_that_of_the_reference_and_training_on_one_draw_lowers_it(
         assert found[-1]["good_gain"] > found[-1]["bad_gain"]
     if module.__name__.endswith("dro"):
         assert found[0]["loss"] == pytest.approx(found[0]["winner_error"] - found[0]["loser_error"], abs=1e-5)
+
+
+def test_first_gradient_by_hand(toy, labels):
+    """At the model before training: of the better images' denoising error up, of the worse ones' down, by a loop of the
+    network alone. beta / 4 of each pair for dpo, of each image for kto; dro's is the difference itself."""
+    config = replace(toy, labels=labels, max_train_steps=1, max_grad_norm=1e9)
+    name = recipe_of(config).name
+    state = final(config)
+    session = session_of(replace(config, labels=None), pipelines.sd())
+    pipe, weights = session.run.pipe, session.run.weights
+    chosen = listed(decided(labels), config.seed)
+    pairs = label_pairs(session, [chosen(i) for i in range(2)])
+    x0 = torch.stack([pairs.winner, pairs.loser], 1).flatten(0, 1)  # w l w l
+    numbers = [0, 1, 2, 3] if name == "kto" else [0, 0, 1, 1]  # the two of a pair share their noise
+    draws = draw(session.images.model, [f"{config.seed} draw 0 {i}" for i in numbers])
+    a, s = draws.alpha.view(-1, 1, 1, 1), draws.sigma.view(-1, 1, 1, 1)
+    cond = pairs.cond["encoder_hidden_states"].repeat_interleave(2, 0)
+    out = pipe.unet(a * x0 + s * draws.eps, draws.timestep, cond).sample
+    error = (out - draws.eps).square().flatten(1).mean(1) * torch.tensor([1.0, -1.0, 1.0, -1.0])
+    scale = {"dpo": 5000 / 4 / 2, "kto": 1000 / 4 / 4, "dro": 1 / 2}[name]
+    for key, g in zip(weights, torch.autograd.grad(scale * error.sum(), list(weights.values())), strict=True):
+        moment = 10 * state.tensors[f"optimizer.exp_avg.{key}"]
+        torch.testing.assert_close(moment, g, atol=float(1e-4 * g.abs().max() + 1e-6), rtol=1e-3)
 
 
 @pytest.mark.parametrize("make", [pipelines.sdxl, dits.sd3])
