@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint types bench package clean
+.PHONY: demo test test-slow lint types bench docs package clean
 
 demo: $(STAMP)  ## the main job on the embedded model: runs/demo/report.html
 	@$(BIN)/difftune demo --output_dir runs/demo
@@ -25,6 +25,9 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	@set -e; for script in scripts/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+docs: $(STAMP)  ## build/site/index.html; offline, and a link to nowhere is an error
+	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 package: $(STAMP)  ## dist/: a wheel and a source archive, checked
 	@rm -rf build dist

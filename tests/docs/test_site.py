@@ -1,0 +1,48 @@
+"""The documentation site builds offline, without a broken link, and loads nothing from elsewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import difftune
+
+ROOT = Path(__file__).parents[2]
+LOADED = re.compile(
+    r"<(?:script|img|iframe)\b[^>]*\bsrc=\"?([^\" >]+)|<link\b[^>]*\bhref=\"?([^\" >]+)|url\(([^)]+)\)|@import +([^;]+)"
+)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site; `mkdocs build --strict` must end well."""
+    folder = tmp_path_factory.mktemp("site")
+    quiet = {"NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_nothing_is_loaded_from_elsewhere(site):
+    files = [*site.rglob("*.html"), *site.rglob("*.css")]
+    loaded = {"".join(groups).strip("'\"") for file in files for groups in LOADED.findall(file.read_text())}
+    assert any(where.endswith(".css") for where in loaded)  # the pattern finds something
+    assert not [where for where in loaded if re.match(r"(https?:)?//", where)]
+
+
+@pytest.mark.slow
+def test_every_public_name_is_in_the_reference(site):
+    text = "".join(page.read_text() for page in (site / "api").glob("*.html"))
+    found = {
+        name for identifier in re.findall(r'id="([\w.]+)"', text) for name in (identifier, identifier.rsplit(".")[-1])
+    }
+    homes = {name: home.partition(":")[2] or name for name, home in difftune._HOME.items()}
+    missing = {
+        name for name, own in homes.items() if own not in found and difftune._HOME[name].rstrip(":") not in found
+    }
+    assert not missing
