@@ -7,7 +7,7 @@
 All that `attach` installs is a wrapper of `pipe.progress_bar`. The with-block that a pipeline opens around its
 denoising loop is one run: entering it hooks the denoiser and wraps the scheduler's `step`, leaving it (also by an
 exception) undoes that. So nothing leaks from one run to the next, a scheduler that was replaced is followed, and
-a pipeline that shares these objects stays stock.
+a pipeline that shares these objects stays stock, also during the run: a call that is another pipeline's passes through.
 
 Within a run the denoiser only writes down what it is asked, and answers with a stand-in. The scheduler's `step` then
 has all branches at hand, whether the pipeline stacked them or called for them in turn, and the latents themselves:
@@ -16,20 +16,26 @@ there the method is run, and what it does not ask for is never evaluated.
 
 import functools
 import inspect
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers import DiffusionPipeline
 from diffusers.models.cache_utils import CacheMixin
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from guidance.attach.calls import Asked, Call, recorded
+from guidance.attach.hooks import hooked, wrapped_step
 from guidance.attach.schedulers import Where, locator
 from guidance.branches import Counter
 from guidance.contract import Combined, Guidance, convert, drive
+from guidance.methods.cfg import CFG, Plain
 from guidance.methods.compose import inside
 from solvers.denoiser import Memory, Path, widen
 from solvers.errors import UserError
@@ -38,9 +44,7 @@ from solvers.families.table import family_of
 from solvers.families.tokens import packed, unpacked
 from solvers.families.unet import CONTROLNET_INPUTS
 from solvers.levels import prediction_type
-from solvers.noise import Noise, normalised
-
-HOOK = "difftune"
+from solvers.noise import Noise, noise, normalised
 
 
 def attach(pipe: Any, guidance: Guidance, networks: Mapping[str, nn.Module] | None = None) -> "Handle":
@@ -78,6 +82,7 @@ class Handle:
         self.pipe, self.family, self.guidance, self.networks = pipe, family, guidance, networks
         self.counter = Counter()
         self.said = False  # that the method's scale wins
+        self.running = False
         self._bar, self._replaced = pipe.progress_bar, vars(pipe).get("progress_bar")
         pipe.progress_bar = self._progress_bar
 
@@ -108,16 +113,21 @@ class Handle:
 
     @contextmanager
     def _run(self, bar: AbstractContextManager[Any]) -> Iterator[Any]:
-        self.counter = Counter()
+        if self.running:
+            name = type(self.pipe).__name__
+            raise UserError(f"this {name} is in the middle of a run already: run another pipeline of the same parts")
+        self.counter, self.running = Counter(), True
         run, parts = Run(self), self.pipe.components
+        calls = functools.partial(is_called_by, self.pipe, threading.get_ident())
         with ExitStack() as stack:
+            stack.callback(setattr, self, "running", False)
             for name in self.family.denoisers:
                 if parts[name] is not None:  # Wan's second expert
                     _refuse_cache(parts[name])
-                    stack.enter_context(_hooked(parts[name], run.forward))
+                    stack.enter_context(hooked(parts[name], calls, run.forward))
             if "controlnet" in parts:
-                stack.enter_context(_hooked(parts["controlnet"], run.control_forward))
-            stack.enter_context(_wrapped(self.pipe.scheduler, "step", run.step))
+                stack.enter_context(hooked(parts["controlnet"], calls, run.control_forward))
+            stack.enter_context(wrapped_step(self.pipe.scheduler, calls, run.step))
             yield stack.enter_context(bar)
 
 
@@ -146,7 +156,9 @@ class Run:
         self.x0: Tensor | None = None
         self.memory: Memory = {}
         self.first: Combined | None = None
-        self.compared: set[nn.Module] = set()  # networks whose scale was compared with the method's, once a run
+        self.scales: dict[nn.Module, float] = {}  # that the pipeline guided each network with at first
+        self.compared: set[nn.Module] = set()  # networks whose scale was compared with the method's
+        self.most = 0  # branches of a step so far
         self._forget()
 
     def _forget(self) -> None:
@@ -156,6 +168,8 @@ class Run:
 
     def forward(self, network: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Tensor]:
         """In place of the denoiser's own: the call is written down."""
+        if self.pipe.scheduler is not self.scheduler:
+            raise UserError(_changed(self.pipe, "scheduler"))
         call = recorded(network, original, args, kwargs, self.family.batch_first)
         if self.family.extra and self.family.extra in call.shared:
             self.extra.append(call)
@@ -177,12 +191,12 @@ class Run:
         stage = self._look(unpacked(sample, grid) if grid else sample, timestep)
         handle, x = self.handle, stage.path.x
         asked = Asked(self.family, branches, self.calls, self.control, x, handle.networks, handle.counter)
-        made = drive(handle.guidance, asked.answer, stage.path, stage.at, self.space, self.space)
+        made = drive(self._method(branches), asked.answer, stage.path, stage.at, self.space, self.space)
         if made.shift is not None:
             self._allow_shift(stage.where)
         made = self._finished(made, asked)
-        if len(branches) > 1 and asked.guided:
-            self._say_scale(model_output)
+        if len(branches) > 1:
+            self._compare_scale(model_output, asked.guided)
         first, self.first = self.first or made, None if stage.where.last else self.first or made
         if stage.where.last:
             self.memory = {**self.memory, **first.memory}
@@ -195,6 +209,8 @@ class Run:
         """What the pipeline stacked along the batch, or called for in turn."""
         name, order, calls = type(self.pipe).__name__, self.family.order, self.calls
         known = (1,) if self.family.batched else (1, len(order))
+        if not calls:
+            raise UserError(_changed(self.pipe, "denoiser"))
         if len(calls) not in known or len(self.extra) > 1:
             raise UserError(
                 f"{name} called its denoiser {len(calls) + len(self.extra)} times in a step, and attach"
@@ -203,7 +219,23 @@ class Run:
         count = len(calls[0]) // len(sample) if self.family.batched else len(calls)
         if count not in (1, len(order)):
             raise UserError(f"{name} stacks {count} branches, and attach knows 1 or {len(order)} ({', '.join(order)})")
+        self.most = max(self.most, count)
         return order if count > 1 else ("cond",)
+
+    def _method(self, branches: tuple[str, ...]) -> Guidance:
+        """The method; the conditional prediction alone where the pipeline has stopped guiding in the middle of a run,
+        as diffusers' cutoff callbacks have it do, or where plain CFG is what the network was distilled from."""
+        guidance = self.handle.guidance
+        if len(branches) == 1 and self.most > 1:
+            return Plain() if needs_uncond(guidance) else guidance
+        network = unwrap_module(self.calls[0].network)
+        if not self.family.batched or not network.config.get(self.family.embeds) or type(guidance) is not CFG:
+            return guidance
+        if guidance.scale != self.pipe.guidance_scale and not self.handle.said:
+            self.handle.said = True
+            name, told = type(network).__name__, self.pipe.guidance_scale
+            warnings.warn(f"{name} is told guidance_scale={told:g}; the scale of CFG itself is ignored", stacklevel=2)
+        return Plain()
 
     def _look(self, sample: Tensor, timestep: Tensor) -> Stage:
         here = self.locate(self.scheduler, torch.as_tensor(timestep))
@@ -230,20 +262,63 @@ class Run:
             self.handle.counter.add({after.name: len(answer)})
         return made._replace(out=after.apply(self.pipe, made.out, asked.cond, extra))
 
-    def _say_scale(self, model_output: Tensor) -> None:
-        """Once: that the method's scale wins over the one that the pipeline was called with."""
+    def _compare_scale(self, model_output: Tensor, guided: bool) -> None:
+        """That the method's scale wins over the one that the pipeline was called with is said once. Raises UserError
+        where the pipeline's scale changes in the middle of a run, which the method would not follow."""
+        network, (theirs, error) = self.calls[0].network, scale_in(model_output)
+        if not abs(theirs - self.scales.setdefault(network, theirs)) <= 2 * error:
+            name = type(self.handle.guidance).__name__
+            raise UserError(
+                f"the pipeline's guidance scale changed from {self.scales[network]:g} to {theirs:g} during the run (a"
+                f" callback?), and {name} guides with its own: give that one as a function of the noise level"
+            )
+        if guided and network not in self.compared:
+            self.compared.add(network)
+            self._say_scale(theirs, error)
+
+    def _say_scale(self, theirs: float, error: float) -> None:
         method = [self.handle.guidance, *inside(self.handle.guidance)][-1]  # that of Interval and Rescale is within
-        own, network = vars(method).get("scale"), self.calls[0].network
-        if self.handle.said or network in self.compared or own is None:
+        own = vars(method).get("scale")
+        if self.handle.said or own is None:
             return
-        self.compared.add(network)
-        theirs, error = scale_in(model_output)
         told = f" {own:g}" if isinstance(own, int | float) else ""  # else one per sample, or by the noise level
         known = (*([own] if told else []), *_defaults(self.pipe))  # nobody chose the default
         if min((abs(theirs - scale) for scale in known), default=float("inf")) > error:
             self.handle.said = True
             name = type(method).__name__
             warnings.warn(f"{name} guides with its own scale{told}; the pipeline's {theirs:g} is ignored", stacklevel=2)
+
+
+def _changed(pipe: Any, what: str) -> str:
+    return (
+        f"the {what} of this {type(pipe).__name__} was replaced during the run (by a callback?), which attach cannot"
+        " follow: replace it before the call"
+    )
+
+
+def needs_uncond(guidance: Any) -> bool:
+    """Whether a method, or one inside it, asks for the unconditional branch, as far as its first request tells."""
+    return any(map(_asks_uncond, (guidance, *inside(guidance))))
+
+
+def _asks_uncond(guidance: Any) -> bool:
+    try:
+        request = next(guidance.guide(Path(torch.zeros(1, 1, 4, 4)), noise(1.0, 1.0)))
+    except ValueError:  # it wants what only a run has
+        return True
+    return any(isinstance(branch.cond, str) and branch.cond == "uncond" for branch in request.values())
+
+
+def is_called_by(pipe: Any, thread: int) -> bool:
+    """Whether the present call comes from this pipeline, not from another one that shares its parts: by the innermost
+    pipeline among the callers, or else, in a loop that is nobody's, by the thread."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
+        if isinstance(owner, DiffusionPipeline):
+            return owner is pipe
+        frame = frame.f_back
+    return threading.get_ident() == thread
 
 
 def _defaults(pipe: Any) -> Iterator[float]:
@@ -289,39 +364,3 @@ def _moved(result: Any, here: Where, first: Combined, made: Combined, layout: Ca
     sample, *rest = result if isinstance(result, tuple) else result.values()
     values = [(sample + move).to(sample.dtype), *((x0 + layout(made.shift)).to(x0.dtype) for x0 in rest)]
     return tuple(values) if isinstance(result, tuple) else type(result)(*values)
-
-
-@contextmanager
-def _wrapped(scheduler: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """scheduler.name(...) is method(its original, ...), under the original's signature, which pipelines read."""
-    before, original = vars(scheduler).get(name), getattr(scheduler, name)
-    setattr(scheduler, name, functools.wraps(original)(functools.partial(method, original)))
-    try:
-        yield
-    finally:
-        delattr(scheduler, name)
-        if before is not None:
-            setattr(scheduler, name, before)
-
-
-class _Hook(ModelHook):
-    def __init__(self, forward: Callable[..., Any]):
-        super().__init__()
-        self.run_forward = forward
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.run_forward(module, self.fn_ref.original_forward, args, kwargs)
-
-
-@contextmanager
-def _hooked(network: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """network(...) is forward(network, its original, args, kwargs)."""
-    before = {"forward", "_diffusers_hook"} & vars(network).keys()
-    registry = HookRegistry.check_if_exists_or_initialize(network)
-    registry.register_hook(_Hook(forward), HOOK)
-    try:
-        yield
-    finally:
-        registry.remove_hook(HOOK, recurse=False)
-        for left in {"forward", "_diffusers_hook"} - before:  # remove_hook leaves both behind
-            vars(network).pop(left, None)

@@ -25,7 +25,7 @@ class FDG(Ranged):
 
     low(d) being the coarse level of a Laplacian pyramid of two: blurred and halved, then enlarged and blurred again, as
     diffusers' guider has it (kornia's `pyrdown` and `pyrup`). Equal scales are CFG. The defaults are the paper's for
-    SDXL. For latents with rows and columns (..., h, w), three of each or more; a flat token sequence is refused.
+    SDXL. For latents with rows and columns (..., h, w); a flat token sequence is refused.
     """
 
     scale: Scale = 5.0
@@ -43,10 +43,10 @@ class FDG(Ranged):
 def low(x: Tensor) -> Tensor:
     """The low frequencies of x (B, ..., h, w), a linear map: the identity on constants and, away from the border, on
     ramps, and the same for a mirrored x, mirrored. Sides may be odd."""
-    if x.ndim < 4 or min(x.shape[-2:]) < 3:
-        raise UserError(f"FDG wants latents (B, ..., h, w) of 3 x 3 or more, not {tuple(x.shape)}: use another method")
+    if x.ndim < 4:
+        raise UserError(f"FDG wants latents (B, ..., h, w), not {tuple(x.shape)}: its frequencies are spatial")
     planes = x.reshape(-1, 1, *x.shape[-2:])
-    halved = _resized(_blur(planes), (x.shape[-2] // 2, x.shape[-1] // 2))
+    halved = _resized(_blur(planes), [max(side // 2, 1) for side in x.shape[-2:]])
     return _blur(_resized(halved, x.shape[-2:])).view(x.shape)
 
 
@@ -58,5 +58,13 @@ def _resized(planes: Tensor, size: Sequence[int]) -> Tensor:
 def _blur(planes: Tensor) -> Tensor:
     """(N, 1, h, w), blurred along rows and columns, the border mirrored."""
     row = torch.tensor(BINOMIAL, dtype=planes.dtype, device=planes.device) / 16
-    padded = F.pad(planes, (2, 2, 2, 2), mode="reflect")
+    rows, columns = (mirrored(side).to(planes.device) for side in planes.shape[-2:])
+    padded = planes[..., rows, :][..., columns]
     return F.conv2d(F.conv2d(padded, row.view(1, 1, 1, 5)), row.view(1, 1, 5, 1))
+
+
+def mirrored(side: int) -> Tensor:
+    """The places -2, ..., side + 1 of a line of `side` that is mirrored at its first and last place: 2 1 0 1 2 ..."""
+    period = max(2 * (side - 1), 1)
+    place = torch.arange(-2, side + 2) % period
+    return torch.minimum(place, period - place) if side > 1 else torch.zeros_like(place)

@@ -464,10 +464,11 @@ def test_a_distilled_unet_has_no_unconditional_branch():
     pipe = sd(unet_config={"time_cond_proj_dim": 8})
     stock = run("sd", pipe, scale=7.5)
     message = "UNet2DConditionModel is guidance-distilled .time_cond_proj_dim=8., so .* needs 'cond' alone"
-    with attach(pipe, CFG(SCALE)), pytest.raises(ValueError, match=message):
+    with attach(pipe, APG(SCALE)), pytest.raises(ValueError, match=message):
         run("sd", pipe, scale=7.5)
-    with attach(pipe, Plain()):
-        assert torch.equal(run("sd", pipe, scale=7.5), stock)
+    for method in (Plain(), CFG(7.5)):
+        with attach(pipe, method):
+            assert torch.equal(run("sd", pipe, scale=7.5), stock)
 
 
 def test_attach_refuses_what_it_cannot_follow(monkeypatch):

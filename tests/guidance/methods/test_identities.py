@@ -38,7 +38,7 @@ from guidance.methods.catalogue import (
 from guidance.methods.classifier import RULES, rival_of, smoothed
 from guidance.methods.compose import matched
 from guidance.methods.dynamic import _best
-from guidance.methods.frequency import low
+from guidance.methods.frequency import low, mirrored
 from guidance.methods.scales import dot
 from solvers.denoiser import Path
 from solvers.exact import Gaussian, Mixture
@@ -194,9 +194,11 @@ def test_fdg():
     d = C - U
     close(made(FDG(2.0, high=9.0)).out, U + 2 * low(d) + 9 * (d - low(d)))
     close(low(torch.full((1, 2, 5, 7), 3.0)), torch.full((1, 2, 5, 7), 3.0), 1e-6)
-    for shape in ((3, 9), (1, 4, 2, 8)):
-        with pytest.raises(ValueError, match=r"FDG wants latents \(B, ..., h, w\) of 3 x 3 or more, not"):
-            low(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"FDG wants latents \(B, ..., h, w\), not \(3, 9\)"):
+        low(torch.zeros(3, 9))
+    for shape in ((1, 4, 2, 8), (1, 4, 1, 5)):  # of a small video
+        close(low(torch.ones(shape)), torch.ones(shape), 1e-6)
+    assert [mirrored(side).tolist() for side in (1, 2, 4)] == [[0] * 5, [0, 1] * 3, [2, 1, 0, 1, 2, 3, 2, 1]]
 
 
 def level(side: int) -> torch.Tensor:
