@@ -150,10 +150,10 @@ def sweep(folder: Path) -> None:
             remove(path)
 
 
-def append(path: Path, line: str) -> None:
+def append(path: Path, line: bytes | str) -> None:
     """Add a line to a file and wait for the disk. DiskError where that fails: the file is then as it was."""
     with written(path), path.open("ab", buffering=0) as file:
-        append_to(file.fileno(), line.encode() + b"\n")
+        append_to(file.fileno(), (line.encode() if isinstance(line, str) else line) + b"\n")
 
 
 def append_to(descriptor: int, data: bytes) -> None:

@@ -2,7 +2,7 @@
 
 One JSON object on each line, appended and never changed:
 
-    {"prompt": str, "a": path, "b": path, "choice": "a" | "b" | "tie" | "skip",
+    {"prompt": str, "a": path, "b": path, "choice": "a" | "b" | "tie" | "bad" | "skip",
      "seed_a": int | null, "seed_b": int | null, "model": str | null, "time": str}
     {"undo": n}        takes back the choice on line n, where the first line is 0
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from difftune.errors import UserError
 
-CHOICES = ("a", "b", "tie", "skip")
+CHOICES = ("a", "b", "tie", "skip", "bad")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def read_labels(file: str | Path) -> list[Choice]:
 
 
 def decided(file: str | Path) -> list[Choice]:
-    """The choices that say which picture is better: neither ties nor skips. UserError if there is none."""
+    """The choices that say which picture is better: neither alike, nor bad, nor skipped. UserError if there is none."""
     found = [choice for choice in read_labels(file) if choice.choice in ("a", "b")]
     if not found:
         raise UserError(f"{file} holds no choice between two pictures: label some with difftune label")

@@ -3,14 +3,17 @@
 import fcntl
 import json
 import os
+import stat
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from difftune.errors import RunError, UserError
+from difftune.files.output import append, append_to, flush
 
-Answer = tuple[bytes, str, dict[str, str]]  # body, content type, further headers
+STARTS = (b'{"prompt": ', b'{"undo": ')  # how the lines begin that we write
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,16 @@ class LabelFile:
     def open(cls, path: Path) -> "LabelFile":
         """The file, repaired: its last line, which a crash may have torn, and a choice that lacks some of its lines.
 
-        A last line without its end gets its line break where it is whole JSON; else its bytes are moved to PATH.torn. A
-        choice of several lines that are not all there is undone. Raises UserError where another process writes the file
-        or a line is no label.
+        A last line without its end gets its line break where it is a whole label; else its bytes move to PATH.torn. A
+        choice of several lines that are not all there is undone. Raises UserError, and leaves the file as it is, where
+        another process writes it, a line is no label, or what follows the last line is not the beginning of one.
         """
         descriptor = _locked(path)
         try:
-            labels = cls(path, descriptor, _lines(_repaired(descriptor, path), path))
+            data = _content(path, descriptor)
+            whole, torn = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
+            lines = _lines(whole, path)
+            labels = cls(path, descriptor, lines + _mended(descriptor, path, torn, len(whole), len(lines)))
             labels.append([{"undo": i} for i in _halves(labels.lines)])
         except BaseException:
             os.close(descriptor)
@@ -41,13 +47,9 @@ class LabelFile:
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Write the lines at once and wait for the disk. RunError where that fails: the file is then as it was."""
         data = "".join(json.dumps(line) + "\n" for line in lines).encode()
-        size = os.fstat(self.descriptor).st_size
         try:
-            if os.write(self.descriptor, data) != len(data):
-                raise OSError("the disk is full")
-            os.fsync(self.descriptor)
+            append_to(self.descriptor, data)
         except OSError as error:
-            os.ftruncate(self.descriptor, size)
             raise RunError(f"the label was not written to {self.path}: {error}") from error
         self.lines.extend(lines)
 
@@ -59,61 +61,68 @@ def _locked(path: Path) -> int:
     """The file open for appending, made where there is none, and locked until it is closed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"cannot write labels to {path}: {error.strerror}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _synced(path.parent)
+        flush(path.parent)
     except BlockingIOError as error:
         os.close(descriptor)
         raise UserError(f"{path} is written by another `difftune label`: end that, or give another --labels") from error
     return descriptor
 
 
-def _synced(folder: Path) -> None:
-    """Wait until the disk knows of the folder's new files."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _content(path: Path, descriptor: int) -> bytes:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise UserError(f"cannot write labels to {path}: it is no file, give another --labels")
+    return path.read_bytes()
+
+
+def _mended(descriptor: int, path: Path, torn: bytes, end: int, number: int) -> list[dict[str, Any]]:
+    """Repair what follows the last line break, which is at `end`; returns the label that it holds, if it is whole."""
+    if not torn:
+        return []
+    if not any(torn[: len(start)] == start[: len(torn)] for start in STARTS):
+        raise UserError(f"{path} does not end with a label: mend it, or give --labels")
+    if _is_json(torn):
+        line = _label(torn, path, number)
+        append_to(descriptor, b"\n")
+        return [line]
+    aside = path.with_name(path.name + ".torn")
+    if not (aside.exists() and aside.read_bytes().endswith(torn + b"\n")):  # as after a kill right here
+        append(aside, torn)
+    os.ftruncate(descriptor, end)
     os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _repaired(descriptor: int, path: Path) -> bytes:
-    """The whole lines of the file, whose torn end is repaired first."""
-    data = path.read_bytes()
-    end = data.rfind(b"\n") + 1
-    whole, torn = data[:end], data[end:]
-    if torn and _is_json(torn):
-        os.write(descriptor, b"\n")
-        return data + b"\n"
-    if torn:
-        with open(path.with_name(path.name + ".torn"), "ab") as aside:
-            aside.write(torn + b"\n")
-            aside.flush()
-            os.fsync(aside.fileno())
-        os.ftruncate(descriptor, end)
-    return whole
+    return []
 
 
 def _is_json(data: bytes) -> bool:
     try:
         json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
 
 def _lines(data: bytes, path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for i, line in enumerate(data.splitlines()):
-        try:
-            found = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"line {i} of {path}, counted from 0, is no JSON: mend it, or give --labels") from error
-        if not isinstance(found, dict) or not ("undo" in found or {"a", "b", "choice"} <= found.keys()):
-            raise UserError(f"line {i} of {path}, counted from 0, is no label: mend it, or give --labels")
-        lines.append(found)
-    return lines
+    return [_label(line, path, i) for i, line in enumerate(data.split(b"\n")[:-1])]
+
+
+def _label(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    """A line of the file, `number` counted from 0. Raises UserError for one that is no label."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"line {number} of {path}, counted from 0, is no JSON: mend it, or give --labels") from error
+    if not isinstance(found, dict) or not (type(found.get("undo")) is int or _is_choice(found)):
+        raise UserError(f"line {number} of {path}, counted from 0, is no label: mend it, or give --labels")
+    return found
+
+
+def _is_choice(line: Mapping[str, Any]) -> bool:
+    several = "of" not in line or (type(line["of"]) is int and isinstance(line.get("time"), str))
+    return several and all(isinstance(line.get(key), str) for key in ("a", "b", "choice"))
 
 
 def live(lines: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
@@ -125,11 +134,5 @@ def live(lines: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
 def _halves(lines: Sequence[Mapping[str, Any]]) -> list[int]:
     """The labels that hold of choices of which not all lines hold."""
     holding = live(lines)
-    return [i for i, line in holding.items() if len(_together(holding, i)) < line.get("of", 1)]
-
-
-def _together(holding: Mapping[int, Mapping[str, Any]], i: int) -> list[int]:
-    """The labels that one choice wrote together with label i."""
-    if "of" not in holding[i]:
-        return [i]
-    return [j for j, line in holding.items() if "of" in line and line["time"] == holding[i]["time"]]
+    sizes = Counter(line["time"] for line in holding.values() if "of" in line)
+    return [i for i, line in holding.items() if "of" in line and sizes[line["time"]] < line["of"]]

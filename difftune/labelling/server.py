@@ -1,6 +1,6 @@
 """Labels by a person: a page on this machine shows pictures of one prompt, and each choice becomes a line of JSON.
 
-    {"prompt": str, "a": path, "b": path, "choice": "a" | "b" | "tie" | "skip",
+    {"prompt": str, "a": path, "b": path, "choice": "a" | "b" | "tie" | "bad" | "skip",
      "seed_a": int | null, "seed_b": int | null, "model": str | null, "time": ISO 8601}
     {"undo": n}                             what line n, counted from 0, said does not hold
 
@@ -8,15 +8,8 @@ Paths are relative to the folder of the label file. The choice of one of n > 2 p
 one against each of the others, with one `time` and with `"of": n - 1`. Lines are only ever appended.
 """
 
-import hmac
-import json
-import os
 import secrets
-import socketserver
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -24,100 +17,32 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from difftune.errors import RunError
-from difftune.labelling.label_file import Answer, LabelFile, _together, live
-from difftune.labelling.tasks import Picture, Task, pictures, tasks
+from difftune.labelling.label_file import LabelFile
+from difftune.labelling.session import WORDS, Session
+from difftune.labelling.tasks import Picture, pictures, tasks
+from rewards import http
+from rewards.http import Answer, Refused
 
-BODY, DRAINED = 4096, 2**20  # bytes of a request that are taken, and that are read of one that is refused
-SECONDS = 30.0  # without a byte from a client, which is then dropped
-
-
-# ------------------------------------------------------------------------------------------------ the pictures
-
-
-# ------------------------------------------------------------------------------------------------ the label file
+BODY = 4096  # bytes of a request
+SECONDS = 30.0  # for a request to arrive, and for its answer to leave
+AHEAD = 2  # tasks whose pictures the page loads before they are shown
 
 
-# ------------------------------------------------------------------------------------------------ labelling
-
-
-@dataclass(frozen=True)
-class Session:
-    """Tasks, the file that their labels go to, and what of them is left."""
-
-    todo: Sequence[Task]
-    labels: LabelFile
-
-    def done(self) -> list[bool]:
-        """Whether each task has its labels: one picture is compared with all others of it."""
-        pairs = {frozenset((line["a"], line["b"])) for line in live(self.labels.lines).values()}
-        return [_compared([self.name(p) for p in task], pairs) for task in self.todo]
-
-    def name(self, picture: Picture) -> str:
-        """The picture's path as the label file tells it."""
-        return Path(os.path.relpath(picture.file, self.labels.path.parent.resolve())).as_posix()
-
-    def choose(self, task: int, choice: int | str) -> None:
-        """Write that of a task picture number `choice` is the best, or "tie", or "skip"."""
-        self.labels.append(list(self._said(self.todo[task], choice)))
-
-    def _said(self, task: Task, choice: int | str) -> Iterator[dict[str, Any]]:
-        best, time = choice if isinstance(choice, int) else 0, datetime.now(UTC).isoformat()
-        several = {"of": len(task) - 1} if len(task) > 2 else {}
-        for other in (i for i in range(len(task)) if i != best):
-            a, b = (task[i] for i in sorted((best, other)))
-            word = choice if isinstance(choice, str) else "a" if best < other else "b"
-            yield {
-                "prompt": a.prompt,
-                "a": self.name(a),
-                "b": self.name(b),
-                "choice": word,
-                "seed_a": a.seed,
-                "seed_b": b.seed,
-                "model": a.model if a.model == b.model else None,
-                "time": time,
-                **several,
-            }
-
-    def undo(self) -> None:
-        """Take back the last choice that holds, of this session or an earlier one."""
-        holding = live(self.labels.lines)
-        if holding:
-            self.labels.append([{"undo": i} for i in _together(holding, max(holding))])
-
-
-def _compared(names: Sequence[str], pairs: set[frozenset[str]]) -> bool:
-    return any(all(frozenset((one, other)) in pairs for other in names if other != one) for one in names)
-
-
-# ------------------------------------------------------------------------------------------------ the server
-
-
-class Refused(Exception):
-    """A request that is answered with a status other than 200, and one sentence."""
-
-    def __init__(self, status: int, why: str):
-        super().__init__(why)
-        self.status = status
-
-
-class Server(socketserver.ThreadingTCPServer):
+class Server(http.Server):
     """The page and its requests, on this machine alone, under a path that only who started it knows.
 
     GET / is the page, GET /state and GET /image/N are its contents, POST /label {"task": N, "choice": N | "tie" |
-    "skip"} and POST /undo answer with the new state, all below the token. Statuses: 400 what is no such JSON, 403
-    another host or origin, 404 another path, 409 a task that has its label, 411 no length, 413 a long body, 415 another
-    content type, 500 where the label could not be written.
+    "bad" | "skip"} and POST /undo answer with the new state, all below the token. Statuses: 400 what is no such JSON,
+    403 another host or origin, 404 another path, 409 a task that has its label, 411 no length, 413 a long body, 415
+    another content type, 500 where the label could not be written.
     """
 
-    daemon_threads = True
-    allow_reuse_address = True
-
     def __init__(self, session: Session, port: int = 0):
-        self.session, self.token, self.lock = session, secrets.token_urlsafe(16), Lock()
-        self.shown = list(dict.fromkeys(p for task in session.todo for p in task))
+        self.session, self.token, self.writing = session, secrets.token_urlsafe(16), Lock()
+        self.shown = list(session.names)
         self.number = {picture: i for i, picture in enumerate(self.shown)}
         try:
-            super().__init__(("127.0.0.1", port), Handler)
+            super().__init__(("127.0.0.1", port), Handler, seconds=SECONDS)
         except OSError as error:
             raise RunError(f"cannot listen on port {port}: {error.strerror}; --port 0 takes a free one") from error
 
@@ -125,19 +50,17 @@ class Server(socketserver.ThreadingTCPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/{self.token}/"
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone is no error of ours."""
-
     def state(self) -> dict[str, Any]:
-        """What the page shows: the next task, and how many of all have labels."""
-        done = self.session.done()
-        task = next((i for i, labelled in enumerate(done) if not labelled), None)
-        return {
-            "task": None if task is None else self._about(task),
-            "done": sum(done),
-            "total": len(done),
-            "can_undo": bool(live(self.session.labels.lines)),
+        """What the page shows: the next task, those after it, and how many of all have labels."""
+        counts, upcoming = self.session.counts, [self._about(i) for i in self.session.next(1 + AHEAD)]
+        found = {
+            "task": upcoming[0] if upcoming else None,
+            "done": counts["done"],
+            "total": len(self.session.todo),
+            "can_undo": bool(self.session.holding),
         }
+        more = {"next": upcoming[1:], "skipped": counts["skipped"]}
+        return found | {key: value for key, value in more.items() if value}
 
     def _about(self, task: int) -> dict[str, Any]:
         group = self.session.todo[task]
@@ -147,119 +70,69 @@ class Server(socketserver.ThreadingTCPServer):
         task, choice, todo = asked.get("task"), asked.get("choice"), self.session.todo
         if type(task) is not int or not 0 <= task < len(todo):
             raise Refused(400, f"there is no task {task!r}")
-        if not (choice in ("tie", "skip") or (type(choice) is int and 0 <= choice < len(todo[task]))):
-            raise Refused(400, f"the choice {choice!r} is no picture of the task, nor tie, nor skip")
-        with self.lock:
-            if self.session.done()[task]:
+        if not (choice in WORDS or (type(choice) is int and 0 <= choice < len(todo[task]))):
+            raise Refused(400, f"the choice {choice!r} is no picture of the task, nor {', nor '.join(WORDS)}")
+        with self.writing:
+            if self.session.state[task] == "done":
                 raise Refused(409, "this task has its label already")
             self.session.choose(task, choice)
             return self.state()
 
     def undo(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        with self.lock:
+        with self.writing:
             self.session.undo()
             return self.state()
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One connection, one request."""
+class Handler(http.Handler):
+    """The page's requests."""
 
     server: Server
-    server_version, sys_version = "difftune", ""
-    timeout = SECONDS
+    headers_of_all = {
+        "Cache-Control": "no-store",
+        "Referrer-Policy": "same-origin",
+        "X-Content-Type-Options": "nosniff",
+        "Cross-Origin-Resource-Policy": "same-origin",
+    }
 
-    def do_GET(self) -> None:
-        self._answered(self._get)
-
-    def do_POST(self) -> None:
-        self._answered(lambda: self._post(self._body()))
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing: the token is not written down."""
-
-    def _answered(self, answer: Callable[[], Answer]) -> None:
-        try:
-            body, kind, headers = answer()
-            status = 200
-        except Refused as refused:
-            body, kind, headers, status = *_json({"error": str(refused)}), refused.status
-        except RunError as error:
-            body, kind, headers, status = *_json({"error": str(error)}), 500
-        self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **HEADERS, **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def _place(self) -> str:
-        """The path below the token, of a request that comes from our own page or from who has its address."""
-        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        if host.partition(":")[0] not in ("127.0.0.1", "localhost"):
-            raise Refused(403, "this page is for this machine: open it at 127.0.0.1")
-        if origin is not None and origin != f"http://{host}":
-            raise Refused(403, "another site may not ask here")
-        _, token, place = (self.path.partition("?")[0] + "//").split("/", 2)
-        if not hmac.compare_digest(token.encode(), self.server.token.encode()):
-            raise Refused(404, "nothing is here: open the whole address that `difftune label` printed")
-        return place.rstrip("/")
-
-    def _get(self) -> Answer:
+    def get(self) -> Answer:
         place = self._place()
         kind, _, number = place.partition("/")
         if place == "":
             return _page()
         if place == "state":
-            with self.server.lock:
-                return _json(self.server.state())
+            with self.server.writing:
+                return http.as_json(self.server.state())
         if kind == "image" and number.isdecimal() and len(number) < 9 and int(number) < len(self.server.shown):
-            return self._image(self.server.shown[int(number)])
+            return _image(self.server.shown[int(number)])
         raise Refused(404, "nothing is here")
 
-    def _image(self, picture: Picture) -> Answer:
-        try:
-            return picture.file.read_bytes(), picture.mime, {}
-        except OSError as error:
-            raise Refused(404, f"the picture cannot be read: {error.strerror}") from error
-
-    def _post(self, body: bytes) -> Answer:
+    def post(self) -> Answer:
         answer = {"label": self.server.label, "undo": self.server.undo}.get(self._place())
         if answer is None:
             raise Refused(404, "nothing is here")
-        if self.headers.get_content_type() != "application/json":
-            raise Refused(415, "a request is application/json")
-        return _json(answer(_asked(body)))
+        return http.as_json(answer(http.object_of(self.body(BODY))))
 
-    def _body(self) -> bytes:
-        """The body, read before anything is refused: a client reads no answer while it still sends."""
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdecimal()):
-            raise Refused(411, "a request says its Content-Length")
-        if len(length) > 9 or int(length) > BODY:
-            self.rfile.read(min(int(length[:9]), DRAINED))
-            raise Refused(413, f"{length[:20]} bytes in one request: {BODY} is the limit")
-        return self.rfile.read(int(length))
+    def failed(self, error: Exception) -> Refused:
+        if isinstance(error, RunError):
+            return Refused(500, str(error))
+        raise error
+
+    def _place(self) -> str:
+        """The path below the token, of a request that comes from our own page or from who has its address."""
+        self.from_here()
+        self.same_origin()
+        _, token, place = (self.path.partition("?")[0] + "//").split("/", 2)
+        if not self.known(token, self.server.token):
+            raise Refused(404, "nothing is here: open the whole address that `difftune label` printed")
+        return place.rstrip("/")
 
 
-def _asked(body: bytes) -> dict[str, Any]:
+def _image(picture: Picture) -> Answer:
     try:
-        asked = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, "the body is not JSON") from error
-    if not isinstance(asked, dict):
-        raise Refused(400, "the body is a JSON object")
-    return asked
-
-
-HEADERS = {
-    "Cache-Control": "no-store",
-    "Referrer-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-
-
-def _json(said: Mapping[str, Any]) -> Answer:
-    return json.dumps(said).encode(), "application/json", {}
+        return picture.file.read_bytes(), picture.mime, {}
+    except OSError as error:
+        raise Refused(404, f"the picture cannot be read: {error.strerror}") from error
 
 
 def _page() -> Answer:
@@ -272,9 +145,6 @@ def _page() -> Answer:
     )
     html = environment.get_template("label.html.j2").render(nonce=nonce)
     return html.encode(), "text/html; charset=utf-8", {"Content-Security-Policy": policy}
-
-
-# ------------------------------------------------------------------------------------------------ the command
 
 
 def open_server(

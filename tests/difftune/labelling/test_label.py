@@ -4,13 +4,16 @@ import http.client
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -19,9 +22,11 @@ from PIL import Image
 
 from difftune.cli.program import cli
 from difftune.errors import RunError, UserError
+from difftune.labelling import server as label_server
 from difftune.labelling.choices import read_labels
 from difftune.labelling.label_file import LabelFile, live
-from difftune.labelling.server import Session, open_server
+from difftune.labelling.server import open_server
+from difftune.labelling.session import Session
 from difftune.labelling.tasks import pictures, tasks
 from tests.conftest import BROWSERS
 
@@ -207,7 +212,7 @@ def test_paths_are_relative_to_the_label_file_and_a_model_of_both_alone_is_named
     assert s.done() == [True]
 
 
-@pytest.mark.parametrize("choice", [0, 1, 2, 3, "tie", "skip"])
+@pytest.mark.parametrize("choice", [0, 1, 2, 3, "tie", "bad", "skip"])
 def test_a_choice_of_four_is_the_best_against_each_other(choice, tmp_path):
     s = session(sampled(tmp_path, [RED], 4), size=4)
     s.choose(0, choice)
@@ -219,9 +224,58 @@ def test_a_choice_of_four_is_the_best_against_each_other(choice, tmp_path):
         won = [(line["a"], line["b"]) if line["choice"] == "a" else (line["b"], line["a"]) for line in lines]
         assert {winner for winner, _ in won} == {task[choice].file.name}
         assert {loser for _, loser in won} == {p.file.name for p in task} - {task[choice].file.name}
-    assert s.done() == [True]
+    assert s.state == ["skipped" if choice == "skip" else "done"]
     s.undo()
     assert s.done() == [False] and live(s.labels.lines) == {}
+
+
+def test_what_was_skipped_comes_back_after_all_others_and_skipped_again_it_does_not(tmp_path):
+    s = session(sampled(tmp_path, [RED, BLUE, "a dog"]))
+    assert s.next(9) == [0, 1, 2]
+    s.choose(0, "skip")
+    assert s.next(9) == [1, 2, 0]
+    s.choose(1, 0)
+    s.choose(2, "bad")
+    assert (s.next(), s.done()) == ([0], [False, True, True])
+    s.choose(0, "skip")
+    assert s.next() == []
+    s.undo()
+    assert s.next() == [0]
+    s.choose(0, 1)
+    assert s.next() == [] and s.done() == [True] * 3
+    s.labels.close()
+    again = session(tmp_path)
+    assert again.state == s.state and again.holding == s.holding
+
+
+def test_a_session_is_what_its_lines_say_however_it_came_about(tmp_path):
+    """What is kept as choices are made is what a new start reads from the file."""
+    s, rng = session(sampled(tmp_path, [RED, BLUE], 5), size=3, rounds=2), random.Random(1)
+    for _ in range(60):
+        waiting = s.next(9)
+        if waiting and rng.random() < 0.7:
+            s.choose(rng.choice(waiting), rng.choice([0, 1, 2, "tie", "bad", "skip"]))
+        else:
+            s.undo()
+        again = Session(s.todo, s.labels)
+        assert (again.state, again.counts, again.holding) == (s.state, +s.counts, s.holding)
+        assert s.holding == live(s.labels.lines)
+
+
+def cost_of_a_choice(prompts, folder):
+    sampled(folder, [f"prompt {i}" for i in range(prompts)])
+    s = session(folder)
+    began = time.process_time()
+    for task in range(20):
+        s.choose(task, 0)
+        s.next(3)
+    return (time.process_time() - began) / 20
+
+
+def test_a_choice_costs_the_same_whatever_the_number_of_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    few, many = (cost_of_a_choice(n, tmp_path / str(n)) for n in (20, 1000))
+    assert many < 0.005 and many < 5 * few + 0.001, (few, many)
 
 
 def test_undo_takes_back_the_last_choice_that_holds_and_then_the_one_before(tmp_path):
@@ -311,6 +365,41 @@ def test_a_line_that_is_no_label_is_named_and_nothing_is_changed(line, tmp_path)
         LabelFile.open(path)
     path.write_text("")
     LabelFile.open(path).close()  # the lock was given back
+
+
+WRONG = {
+    "a picture": b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
+    "a picture of one line": b"\xff\xd8\xff\xe0JFIF",
+    "notes": b"buy milk\nand bread",
+    "a line of notes": b"buy milk",
+    "another JSON": b'{"name": "x"}\n',
+    "another JSON without an end": b'{"name": "x"}',
+    "an undo of a word": b'{"undo": "x"}\n',
+    "a number": b"7",
+    "nul": b"\x00\x00",
+    "a label, then a picture": b'{"undo": 1}\n\x89PNG',
+    "deep JSON": b"[" * 100_000 + b"\n",
+    "paths that are numbers": b'{"a": 1, "b": 2, "choice": "a"}\n',
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_another_file_is_refused_and_not_touched(what, tmp_path):
+    path = tmp_path / "mine"
+    path.write_bytes(WRONG[what])
+    before = path.stat()
+    with pytest.raises(UserError, match=r"--labels") as error:
+        LabelFile.open(path)
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == WRONG[what] and path.stat().st_mtime_ns == before.st_mtime_ns
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/null"), Path("/dev/full")):
+        with pytest.raises(UserError, match="cannot write labels to"):
+            LabelFile.open(path)
 
 
 @pytest.mark.parametrize("failing", ["short", "error"])
@@ -535,6 +624,15 @@ def labelled(page, count, total):
     page.get_by_text(f"{count} of {total} labelled", exact=True).wait_for(timeout=10_000)
 
 
+def wait_for_pictures(page):
+    page.locator("#pictures:not(.loading) img").first.wait_for(timeout=10_000)
+
+
+def pressed(page, key):
+    wait_for_pictures(page)
+    page.keyboard.press(key)
+
+
 @pytest.mark.browser
 def test_a_person_labels_pairs_by_mouse_and_keys(browser, tmp_path):
     folder = sampled(tmp_path, [f"prompt <{i}>" for i in range(6)])
@@ -547,20 +645,24 @@ def test_a_person_labels_pairs_by_mouse_and_keys(browser, tmp_path):
         prompt = server.session.todo[0][0].prompt
         assert alts == [f"{side}, for the prompt: {prompt}" for side in ("Left", "Right")]
         page.wait_for_function("[...document.images].every(i => i.complete && i.naturalWidth === 8)")
+        wait_for_pictures(page)
         page.get_by_role("button", name="Right").click()
         labelled(page, 1, 6)
-        page.keyboard.press("ArrowLeft")
+        pressed(page, "ArrowLeft")
         labelled(page, 2, 6)
-        page.keyboard.press("ArrowRight")
+        pressed(page, "ArrowRight")
         labelled(page, 3, 6)
-        page.keyboard.press("T")
+        pressed(page, "T")
         labelled(page, 4, 6)
-        page.keyboard.press("u")
+        pressed(page, "u")
         labelled(page, 3, 6)
+        wait_for_pictures(page)
         page.get_by_role("button", name="Tie").click()
         labelled(page, 4, 6)
+        wait_for_pictures(page)
         page.get_by_role("button", name="Skip").click()
-        labelled(page, 5, 6)
+        page.get_by_text("4 of 6 labelled, 1 skipped", exact=True).wait_for(timeout=10_000)
+        wait_for_pictures(page)
         page.get_by_role("button", name="Undo").click()
         labelled(page, 4, 6)
     words = [line.get("choice", line.get("undo")) for line in written(path)]
@@ -568,13 +670,16 @@ def test_a_person_labels_pairs_by_mouse_and_keys(browser, tmp_path):
     assert [line["prompt"] for line in written(path)[:3]] == [task[0].prompt for task in server.session.todo[:3]]
     with serving(folder) as server, opened(browser, server.url) as page:  # a restart goes on
         labelled(page, 4, 6)
-        page.keyboard.press("s")
-        labelled(page, 5, 6)
+        pressed(page, "s")
+        page.get_by_text("4 of 6 labelled, 1 skipped", exact=True).wait_for(timeout=10_000)
+        wait_for_pictures(page)
         page.keyboard.press("Tab")  # from the prompt to the left picture, which Enter chooses
         page.keyboard.press("Enter")
+        page.get_by_text("5 of 6 labelled, 1 skipped", exact=True).wait_for(timeout=10_000)
+        pressed(page, "b")  # the one that was skipped is back
         page.get_by_role("heading", name="All are labelled").wait_for()
         assert page.get_by_role("img").count() == 0 and page.get_by_role("button", name="Undo").is_enabled()
-    assert [line.get("choice") for line in written(path)[8:]] == ["skip", "a"]
+    assert [line.get("choice") for line in written(path)[8:]] == ["skip", "a", "bad"]
 
 
 @pytest.mark.browser
@@ -583,7 +688,7 @@ def test_a_person_picks_the_best_of_four_by_number(browser, tmp_path):
     with serving(folder, grid=4) as server, opened(browser, server.url) as page:
         labelled(page, 0, 1)
         assert page.get_by_role("img").count() == 4
-        page.keyboard.press("5")  # no picture
+        pressed(page, "5")  # no picture
         page.keyboard.press("3")
         labelled(page, 1, 1)
         best = server.session.todo[0][2].file.name
@@ -600,3 +705,97 @@ def test_a_page_says_when_the_labeller_has_ended(browser, tmp_path):
     page.get_by_role("alert").get_by_text("does not answer").wait_for(timeout=10_000)
     page.close()
     assert (tmp_path / "labels.jsonl").read_bytes() == b""
+
+
+@pytest.mark.browser
+def test_keys_count_once_both_pictures_are_seen_and_each_is_told(browser, tmp_path, monkeypatch):
+    """Pictures that come 0.5 s late, and a person who presses a key every 30 ms: no pair is labelled unseen, and no key
+    is dropped in silence."""
+    folder = sampled(tmp_path, [f"prompt {i}" for i in range(8)])
+    image = label_server._image
+    monkeypatch.setattr(label_server, "_image", lambda picture: (time.sleep(0.5), image(picture))[1])
+    with serving(folder) as server, opened(browser, server.url) as page:
+        labelled(page, 0, 8)
+        page.evaluate(WATCH)
+        for _ in range(60):
+            page.keyboard.press("ArrowLeft")
+            page.wait_for_timeout(30)
+        counted, early, unseen = page.evaluate("[counted, early, unseen]")
+    choices = [line["choice"] for line in written(folder / "labels.jsonl")]
+    assert 2 <= len(choices) <= 8 and choices == ["a"] * len(choices)
+    assert unseen == 0 and early > 0 and counted == len(choices)
+
+
+WATCH = """() => {
+  window.counted = window.early = window.unseen = 0;
+  const fetched = window.fetch;
+  window.fetch = (place, about) => {
+    if (about) unseen += [...document.querySelectorAll('#pictures img')].some(i => !i.complete || !i.naturalWidth);
+    return fetched(place, about);
+  };
+  new MutationObserver(() => {
+    const text = document.getElementById('said').textContent;
+    if (text.startsWith('Too early')) early += 1; else counted += 1;
+  }).observe(document.getElementById('said'), {childList: true});
+}"""
+
+
+@pytest.mark.browser
+def test_the_next_pictures_are_loaded_ahead_and_none_twice(browser, tmp_path):
+    folder = sampled(tmp_path, [f"prompt {i}" for i in range(5)])
+    with serving(folder) as server:
+        page, asked = browser.new_page(), []
+        page.on("request", lambda request: asked.append(request.url) if "/image/" in request.url else None)
+        page.goto(server.url)
+        labelled(page, 0, 5)
+        page.wait_for_timeout(500)
+        assert len(asked) == 6  # the pair that is shown and the two that come
+        pressed(page, "1")
+        labelled(page, 1, 5)
+        pressed(page, "2")
+        labelled(page, 2, 5)
+        page.wait_for_timeout(300)
+        assert len(asked) == len(set(asked)) == 10
+        page.close()
+
+
+@pytest.mark.browser
+def test_a_picture_is_seen_in_its_own_pixels_and_turned(browser, tmp_path):
+    folder = tmp_path / "big"
+    folder.mkdir()
+    for name in "ab":
+        Image.new("RGB", (1200, 900), (90, 40, 200)).save(folder / f"{name}.png")
+    (folder / "prompts.json").write_text(json.dumps({"a.png": RED, "b.png": RED}))
+    with serving(folder) as server, opened(browser, server.url) as page:
+        pressed(page, "z")
+        page.get_by_text("Left, 1200 × 900").wait_for()
+        assert page.locator("dialog img").evaluate("i => i.width") == 1200
+        page.keyboard.press("ArrowRight")
+        page.get_by_text("Right, 1200 × 900").wait_for()
+        page.keyboard.press("z")
+        assert not page.locator("dialog").is_visible() and written(folder / "labels.jsonl") == []
+        page.get_by_role("button", name="Full size").click()
+        page.keyboard.press("Escape")
+        assert not page.locator("dialog").is_visible()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "stacked"), [(1280, False), (390, True)])
+def test_a_page_fits_a_desk_and_a_phone(browser, tmp_path, width, stacked):
+    folder = sampled(tmp_path, [f"prompt {i}" for i in range(30)])
+    with serving(folder) as server:
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.goto(server.url)
+        for _ in range(6):
+            pressed(page, "1")
+            page.wait_for_timeout(100)
+        page.get_by_text(re.compile("s each, .* left")).wait_for(timeout=10_000)
+        wait_for_pictures(page)
+        left, right = (image.bounding_box() for image in page.get_by_role("img").all())
+        assert (right["y"] >= left["y"] + left["height"]) == stacked == (left["x"] == right["x"])
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        undo = page.get_by_role("button", name="Undo").bounding_box()
+        assert undo["y"] + undo["height"] <= 800  # all is seen without a scroll
+        if where := os.environ.get("DIFFTUNE_SCREENSHOTS"):
+            page.screenshot(path=f"{where}/label-{width}.png")
+        page.close()
