@@ -15,15 +15,11 @@ from solvers.samplers.catalogue import SAMPLERS, Step
 Thing = TypeVar("Thing")
 Rewards = Sequence[str] | Mapping[str, float] | Reward  # NAME=WEIGHT terms, weights by name, or a reward itself
 
-DEFAULTS: dict[str, dict[str, Any]] = {"cfg": {"scale": 5.0}}  # where a recipe's differs from the method's own
-
 
 def guidance_named(name: str, scale: float | None = None, options: Mapping[str, Any] | None = None) -> Guidance:
     """The method with its options, of which `scale` is one and wins; "interval:apg" is APG in an Interval."""
     kinds = guidance_kinds(name)
-    innermost = next(known for known, kind in GUIDANCE.items() if kind is kinds[-1])
     settings: list[dict[str, Any]] = [{} for _ in kinds]
-    settings[-1] |= DEFAULTS.get(innermost, {})
     for key, value in {**(options or {}), **({} if scale is None else {"scale": scale})}.items():
         depth, option = guidance_field(name, key)
         settings[depth][option] = value

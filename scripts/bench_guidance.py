@@ -31,7 +31,7 @@ from difftune.evaluation import intervals, shapeeval
 from difftune.evaluation.compare import at_cfg_scale
 from difftune.files import output
 from difftune.lookup import guidance_named, takes_scale
-from difftune.pipelines.generate import generate
+from difftune.pipelines.generate import generate_batches
 from difftune.pipelines.method_parts import TEXTS
 from difftune.pipelines.opened import opened
 from guidance.attach.handle import attach
@@ -152,7 +152,7 @@ def features(images: Tensor) -> Tensor:
 def steps_for(pipe: Any, method: Guidance, prompts: Sequence[str], size: Size) -> int:
     """As many steps as the evaluations allow, by what a pilot batch cost per step."""
     pilot = list(prompts[:8])
-    cost = next(iter(generate(pipe, pilot, range(len(pilot)), method, size.steps))).nfe / size.steps
+    cost = next(iter(generate_batches(pipe, pilot, range(len(pilot)), method, size.steps))).nfe / size.steps
     return max(1, round(size.evaluations / cost))
 
 

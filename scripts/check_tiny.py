@@ -18,7 +18,7 @@ from torch import Tensor
 from difftune import models
 from difftune.evaluation import shapeeval as evaluate
 from difftune.files import output
-from difftune.pipelines.generate import generate, pixels
+from difftune.pipelines.generate import generate_batches, pixels
 from guidance.methods.catalogue import GUIDANCE
 from rewards.registry import load
 from rewards.world import draw, grammar, reader
@@ -92,7 +92,7 @@ def grid(file: Path, scale: float) -> None:
     kinds = [[e["prompt"] for e in draw.shapeeval() if e["category"] == kind] for kind in grammar.CATEGORIES]
     prompts = [prompt for row in zip(*kinds, strict=True) for prompt in row][:64]
     seeds = [evaluate.image_seed(0, prompt, 0) for prompt in prompts]
-    made = generate(models.load("tiny"), prompts, seeds, GUIDANCE["cfg"](scale), 25, 32)
+    made = generate_batches(models.load("tiny"), prompts, seeds, GUIDANCE["cfg"](scale), 25, 32)
     file.parent.mkdir(parents=True, exist_ok=True)
     output.write(file, output.grid(pixels(torch.cat([batch.images for batch in made]))))
 

@@ -40,10 +40,12 @@ class Range:
 
     def __str__(self) -> str:
         """As a sentence ends: "it must be ..."."""
-        low = "" if self.low == -inf else f"{'above' if self.above else 'at least'} {self.low:.12g}"
-        high = "" if self.high == inf else f"{'below' if self.below else 'at most'} {self.high:.12g}"
+        if isfinite(self.low) and isfinite(self.high) and not (self.above or self.below):
+            return f"from {self.low} to {self.high}"
+        low = "" if self.low == -inf else f"{'above' if self.above else 'at least'} {self.low}"
+        high = "" if self.high == inf else f"{'below' if self.below else 'at most'} {self.high}"
         said = " and ".join(part for part in (low, high) if part)
-        return said or ("a whole number" if self.whole else "a finite number")
+        return said or ("a whole number" if self.whole else "a number" if self.infinite else "a finite number")
 
 
 Count = Annotated[int, Range(1)]

@@ -8,14 +8,19 @@ from typing import Any
 import click
 
 from difftune.cli import options as o
-from difftune.cli.command import Command
+from difftune.cli.command import Command, Flag
 from difftune.cli.config_file import CONFIG
 from difftune.cli.output import said, show, summary
 from difftune.configs.noise import RenoConfig
 from difftune.recipes import RECIPES
 
 
-@click.command(params=[o.JSON])
+@click.command(
+    cls=Command,
+    params=[o.JSON],
+    short_help="List methods, samplers, rewards and recipes.",
+    example="difftune methods --json",
+)
 def methods(as_json: bool) -> None:
     """Guidance methods, samplers, rewards and recipes, one line each."""
     found = _methods()
@@ -45,7 +50,12 @@ def _named(entries: Sequence[dict[str, Any]]) -> list[str]:
     return [f"  {entry['name']:<{width}}  {entry['summary']}" for entry in entries]
 
 
-@click.command(params=[o.JSON])
+@click.command(
+    cls=Command,
+    params=[o.JSON],
+    short_help="Show versions, devices, models and caches.",
+    example="difftune doctor",
+)
 def doctor(as_json: bool) -> None:
     """Versions, devices, attention backends, embedded models, cache."""
     with redirect_stdout(sys.stderr):
@@ -65,8 +75,17 @@ def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
     return lines
 
 
-@click.command(cls=Command, params=[CONFIG, o.SEED, o.JSON])
-@click.option("--output_dir", default="runs/demo", show_default=True, metavar="FOLDER", help="It may hold a demo.")
+@click.command(
+    cls=Command,
+    params=[
+        CONFIG,
+        o.SEED,
+        Flag(["--output_dir"], default="runs/demo", metavar="FOLDER", help="Folder of the report; it may hold a demo."),
+        o.JSON,
+    ],
+    short_help="Show the main job on the embedded models.",
+    example="difftune demo --output_dir demo",
+)
 def demo(seed: int, output_dir: str, as_json: bool) -> None:
     """The main job on the embedded models, offline: guidance, a LoRA, an optimised noise; a report with pictures."""
     with redirect_stdout(sys.stderr):

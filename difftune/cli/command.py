@@ -1,15 +1,56 @@
-"""Commands whose flags may take several values, and the settings of a method."""
+"""Commands whose flags may take several values, and stand in groups in `--help`, which ends with an example."""
 
 from collections.abc import Iterable, Sequence
+from math import isfinite
 from typing import Any
 
 import click
+
+from difftune.configs.fields import GROUP_OF, GROUPS, OWN
+from solvers.ranges import Range
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # never a value of a flag before them
 DOTTED = "--guidance."  # the key is whatever follows
 
 
-class Values(click.Option):
+class Number(click.ParamType):
+    """A number in its range, which is one of `solvers.ranges`."""
+
+    def __init__(self, within: Range):
+        self.within = within
+        self.name = "integer" if within.whole else "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            number = int(value) if self.within.whole else float(value)
+        except (ValueError, OverflowError):
+            self.fail(f"{shortened(value)!r} is no {'whole ' if self.within.whole else ''}number", param, ctx)
+        if number not in self.within:
+            finite = "" if isinstance(number, int) or isfinite(number) else ", and finite"
+            self.fail(f"{shortened(value)} is out of its range: it must be {self.within}{finite}", param, ctx)
+        return number
+
+
+def shortened(value: Any) -> str:
+    """A value as a sentence shows it."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:50]}... ({len(text)} characters)"
+
+
+class Flag(click.Option):
+    """An option that shows its default, and the range of its number."""
+
+    def __init__(self, flags: Sequence[str], **about: Any):
+        super().__init__(flags, **{"show_default": True} | about)
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        extra = super().get_help_extra(ctx)
+        if isinstance(self.type, Number):
+            extra["range"] = str(self.type.within)
+        return extra
+
+
+class Values(Flag):
     """An option that takes several values after one flag, and repeats."""
 
     def __init__(self, flags: Sequence[str], **about: Any):
@@ -19,8 +60,32 @@ class Values(click.Option):
 class Command(click.Command):
     """A command whose `Values` and `--guidance.KEY` are read, and whose defaults come from `--config`."""
 
+    def __init__(self, *args: Any, example: str = "", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.example = example
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for word in args:
+            check_text(word)
         return super().parse_args(ctx, list(self._spelled_out(args)))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The flags by their groups."""
+        rows: dict[str, list[tuple[str, str]]] = {title: [] for title in [*list(GROUPS)[:1], OWN, *GROUPS]}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and isinstance(param, click.Option):
+                group = "Files" if "--help" in param.opts else GROUP_OF.get(param.name or "", OWN)
+                rows[group].append(record)
+        for title, records in rows.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records, col_max=34)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.example:
+            with formatter.section("Example"):
+                formatter.write(f"  {self.example}\n")
 
     def _spelled_out(self, args: Sequence[str]) -> Iterable[str]:
         """The arguments as click reads them: one flag per value, the key of a setting with its value."""
@@ -41,6 +106,12 @@ class Command(click.Command):
                 yield from [word for v in given for word in (flag, v)] or [flag]
             else:
                 yield flag + equals + value
+
+
+def check_text(word: str) -> None:
+    """A usage error for what is no text: a NUL, or half of a character (bytes that were no UTF-8)."""
+    if "\0" in word or (not word.isascii() and any("\ud800" <= c <= "\udfff" for c in word)):
+        raise click.UsageError(f"{shortened(word)!a} is no text: it holds a NUL, or bytes that are no UTF-8")
 
 
 def _setting(flag: str, rest: list[str]) -> tuple[str, str]:

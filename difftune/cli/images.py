@@ -9,7 +9,7 @@ import click
 
 from difftune.cli import options as o
 from difftune.cli.checks import spoken
-from difftune.cli.command import Command
+from difftune.cli.command import Command, Flag
 from difftune.cli.config_file import CONFIG
 from difftune.cli.guidance import guidance_of
 from difftune.cli.output import show, table
@@ -17,43 +17,66 @@ from difftune.cli.output import show, table
 
 @click.command(
     cls=Command,
-    params=[CONFIG, o.MODEL, o.LORA, *o.GUIDANCE, o.PROMPT, o.STEPS, o.SEED, o.BATCH_SIZE, o.OUTPUT_DIR, o.JSON],
+    params=[
+        CONFIG,
+        o.MODEL,
+        o.LORA,
+        *o.GUIDANCE,
+        o.PROMPT,
+        o.STEPS,
+        o.SEED,
+        o.BATCH_SIZE,
+        o.count("num_images", 1, "Images of each prompt."),
+        Flag(["--eta"], type=o.NOT_NEGATIVE, default=0.0, help="Noise of DDIM's steps; 1 is DDPM."),
+        Flag(["--noise"], metavar="FILE", help="The noise.safetensors of `difftune optimize`: a noise for each image."),
+        o.OUTPUT_DIR,
+        o.JSON,
+    ],
+    short_help="Draw images under a guidance method.",
+    example='difftune sample --model tiny --prompt "a red circle" --num_images 4 --output_dir out',
 )
-@click.option("--num_images", type=o.AT_LEAST_ONE, default=1, show_default=True, help="Images of each prompt.")
-@click.option("--eta", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Noise of DDIM's steps.")
-@click.option("--noise", metavar="FILE", help="The noise.safetensors of `difftune optimize`: a noise for each image.")
 @click.pass_context
 def sample(ctx: click.Context, **flags: Any) -> None:
-    """Images under a guidance method: PNGs, a grid and sample.json.
+    """Draw images under a guidance method: PNGs, a grid and sample.json.
 
     Image i of a prompt is drawn with seed + i, whatever the batch.
     """
     with redirect_stdout(sys.stderr):
         spoken(flags["prompt"])
         name, settings = guidance_of(ctx)
-        from difftune.pipelines.generate import sample as run
+        from difftune.pipelines.generate import generate
 
         as_json = _taken(flags, "as_json", "guidance_scale")
-        found = run(**flags | {"guidance": name, "guidance_options": settings})
+        found = generate(**flags | {"guidance": name, "guidance_options": settings})
     show(found, as_json, f"{len(found['images'])} images in {flags['output_dir']}, {found['nfe']:g} NFE each")
 
 
 @click.command(
     "eval",
     cls=Command,
-    params=[CONFIG, o.MODEL, o.LORA, *o.GUIDANCE, o.STEPS, o.SEED, o.BATCH_SIZE, o.JSON],
+    params=[
+        CONFIG,
+        o.MODEL,
+        o.LORA,
+        Flag(
+            ["--prompts"],
+            metavar="FILE|NAME",
+            default="shapeeval",
+            help="Captions: shapeeval, shapeeval-hard, or a text file with a caption on each line.",
+        ),
+        Flag(["--baseline"], metavar="FILE", help="An earlier evaluation: adds the paired difference to it."),
+        *o.GUIDANCE,
+        o.STEPS,
+        o.SEED,
+        o.BATCH_SIZE,
+        o.count("images_per_prompt", 4, "Images of each prompt."),
+        o.count("prompts_per_category", None, "First prompts of each category that are used. If not given: all."),
+        Flag(["--output_dir"], metavar="FOLDER", help="Also write eval.json and grid.png to this new or empty folder."),
+        o.JSON,
+    ],
+    short_help="How often pictures show their captions.",
+    example="difftune eval --model tiny --guidance cfg --images_per_prompt 2",
 )
-@click.option("--images_per_prompt", type=o.AT_LEAST_ONE, default=4, show_default=True, help="Images of each prompt.")
-@click.option(
-    "--prompts",
-    metavar="LIST",
-    default="shapeeval",
-    show_default=True,
-    help="shapeeval, shapeeval-hard, or a text file with a caption on each line.",
-)
-@click.option("--prompts_per_category", type=o.AT_LEAST_ONE, help="Only the first prompts of each category.")
-@click.option("--baseline", metavar="FILE", help="An earlier evaluation: adds the paired difference to it.")
-@click.option("--output_dir", metavar="FOLDER", help="Also write eval.json and grid.png to this new or empty folder.")
 @click.pass_context
 def evaluate(ctx: click.Context, **flags: Any) -> None:
     """ShapeEval: how often the oracle finds in the picture what its caption says, with 95 % intervals.
@@ -72,12 +95,26 @@ def evaluate(ctx: click.Context, **flags: Any) -> None:
 
 @click.command(
     cls=Command,
-    params=[CONFIG, o.MODEL, o.LORA, o.METHODS, o.SCALES, o.PROMPT, o.REWARDS, o.STEPS, o.SEED, o.BATCH_SIZE]
-    + [o.OUTPUT_DIR, o.JSON],
+    params=[
+        CONFIG,
+        o.MODEL,
+        o.LORA,
+        o.METHODS,
+        o.SCALES,
+        o.PROMPT,
+        o.REWARDS,
+        o.STEPS,
+        o.SEED,
+        o.BATCH_SIZE,
+        o.count("num_images", 4, "Images of each prompt."),
+        o.OUTPUT_DIR,
+        o.JSON,
+    ],
+    short_help="Compare guidance methods on the same seeds.",
+    example='difftune compare --model tiny --guidance cfg apg --prompt "a red circle" --output_dir out',
 )
-@click.option("--num_images", type=o.AT_LEAST_ONE, default=4, show_default=True, help="Images of each prompt.")
 def compare(as_json: bool, **flags: Any) -> None:
-    """Guidance methods side by side on the same seeds: grid.png, compare.json and a table.
+    """Compare guidance methods on the same seeds: grid.png, compare.json and a table.
 
     A scale is CFG's; cfgpp and gfcg are given the one of their own that corresponds to it.
     """
@@ -89,11 +126,20 @@ def compare(as_json: bool, **flags: Any) -> None:
     show(found, as_json, _compare_table(found["rows"]))
 
 
-@click.command(cls=Command, params=[CONFIG, o.REWARD, o.JSON])
-@click.option("--prompt", multiple=True, metavar="TEXT", help="One for all images, or one per image.")
-@click.argument("image", nargs=-1, required=True)
+@click.command(
+    cls=Command,
+    params=[
+        CONFIG,
+        o.REWARD,
+        Flag(["--prompt"], multiple=True, metavar="TEXT", help="One for all images, or one for each, in order."),
+        o.JSON,
+        click.Argument(["image"], nargs=-1, required=True),
+    ],
+    short_help="Score image files by rewards.",
+    example='difftune score --reward tiny-clip brightness=0.5 --prompt "a red circle" a.png b.png',
+)
 def score(reward: Sequence[str], prompt: Sequence[str], image: Sequence[str], as_json: bool) -> None:
-    """Rewards of image files, and their weighted sum."""
+    """Score image files by rewards, and by their weighted sum."""
     with redirect_stdout(sys.stderr):
         from difftune.evaluation.score import run
 

@@ -9,18 +9,27 @@ from typing import Any
 import click
 
 from difftune.cli import options as o
-from difftune.cli.command import Command
+from difftune.cli.command import Command, Flag, Number
 from difftune.cli.config_file import CONFIG
+from solvers.ranges import Range, Seed
 
 
-@click.command(cls=Command, params=[CONFIG, o.JSON])
-@click.option("--images", metavar="FOLDER", required=True, help="What `difftune sample` wrote, or any with a table.")
-@click.option("--prompts", metavar="FILE", help="JSON, JSON lines or CSV that tells the prompt of each file.")
-@click.option("--labels", metavar="FILE", help="Where labels go, and went before: labels.jsonl of the folder.")
-@click.option("--grid", type=click.IntRange(2, 9), default=2, show_default=True, help="Pictures to choose from.")
-@click.option("--rounds", type=o.AT_LEAST_ONE, default=1, show_default=True, help="How often each picture is shown.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of who is shown with whom.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8766, show_default=True, help="0 takes a free one.")
+@click.command(
+    cls=Command,
+    params=[
+        CONFIG,
+        Flag(["--images"], metavar="FOLDER", required=True, help="What `difftune sample` wrote, or any with a table."),
+        Flag(["--prompts"], metavar="FILE", help="JSON, JSON lines or CSV with the prompt of each file."),
+        Flag(["--labels"], metavar="FILE", help="File of the labels. If not given: labels.jsonl of the folder."),
+        Flag(["--grid"], type=Number(Range(2, 9, whole=True)), default=2, help="Pictures to choose from."),
+        o.count("rounds", 1, "How often each picture is shown."),
+        Flag(["--seed"], type=o.number(Seed), default=0, help="Seed of which pictures are shown together."),
+        Flag(["--port"], type=o.PORT, default=8766, help="Port of the page; 0 takes a free one."),
+        o.JSON,
+    ],
+    short_help="Choose between pictures, on a local page.",
+    example="difftune label --images out",
+)
 def label(as_json: bool, **flags: Any) -> None:
     """Say which of two or more pictures of a prompt is better, on a page of this machine; Ctrl-C ends it.
 

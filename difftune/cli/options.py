@@ -1,53 +1,81 @@
 """Flags that several commands share."""
 
+from typing import Any
+
 import click
 
-from difftune.cli.command import DOTTED, Values
+from difftune.cli.command import DOTTED, Flag, Number, Values
+from solvers.ranges import Count, NotNegative, Range, Seed, Steps, range_of
 
-AT_LEAST_ONE = click.IntRange(min=1)
-MODEL = click.Option(
+
+def number(hint: Any) -> Number:
+    """What reads a number of that annotation."""
+    within = range_of(hint)
+    assert within is not None
+    return Number(within)
+
+
+AT_LEAST_ONE = number(Count)
+NOT_NEGATIVE = number(NotNegative)
+PORT = Number(Range(0, 65535, whole=True))
+MODEL = Flag(
     ["--model", "--pretrained_model_name_or_path", "model"],
     metavar="NAME|FOLDER|HUB_ID",
     required=True,
-    help="An embedded model (tiny, tiny-turbo, tiny-weak), a diffusers folder, or a Hub id.",
+    help="Model to draw with: tiny, tiny-turbo, a folder in diffusers' format, or an id on the Hub.",
 )
 LORA = Values(
-    ["--lora"], metavar="FOLDER[=SHARE] ...", help="Load what training wrote there; several LoRAs are mixed by shares."
+    ["--lora"],
+    metavar="FOLDER[=SHARE] ...",
+    help="Folder of a training run, whose LoRA is loaded; several are mixed by their shares.",
 )
 GUIDANCE: list[click.Parameter] = [
-    click.Option(
+    Flag(
         ["--guidance"],
         metavar="NAME",
         default="cfg",
-        show_default=True,
-        help="One of `difftune methods`; interval:apg is APG in an interval.",
+        help="Guidance method: one of `difftune methods`; interval:apg is APG in an interval.",
     ),
-    click.Option([DOTTED + "KEY", "guidance_options"], metavar="VALUE", multiple=True, help="One of its settings."),
-    click.Option(["--guidance_scale"], type=float, help="Short for --guidance.scale."),
+    Flag(
+        [DOTTED + "KEY", "guidance_options"],
+        metavar="VALUE",
+        multiple=True,
+        help="A setting of the guidance method, as in --guidance.eta 0.5.",
+    ),
+    Flag(
+        ["--guidance_scale"],
+        type=number(float),
+        help="Short for --guidance.scale. If not given: the method's own default.",
+    ),
 ]
 REWARD = Values(
-    ["--reward"], metavar="NAME[=WEIGHT] ...", required=True, help="Of `difftune methods`; weight 1 if not given."
+    ["--reward"],
+    metavar="NAME[=WEIGHT] ...",
+    required=True,
+    help="Rewards of `difftune rewards list`; a weight is 1 if not given.",
 )
 REWARDS = Values(
-    ["--reward"], metavar="NAME ...", help="Scores beside saturation and contrast; the oracle where it can judge."
+    ["--reward"],
+    metavar="NAME ...",
+    help="Rewards beside saturation and contrast. If not given: the oracle, where it can judge all prompts.",
 )
 METHODS = Values(
-    ["--guidance"], metavar="NAME ...", default=["cfg"], show_default=True, help="Methods of `difftune methods`."
+    ["--guidance"], metavar="NAME ...", default=["cfg"], help="Guidance methods to compare: of `difftune methods`."
 )
-SCALES = Values(["--scales"], metavar="W ...", type=float, default=[5.0], show_default=True, help="CFG scales.")
-PROMPT = Values(["--prompt"], metavar="TEXT ...", required=True, help="One prompt or several.")
-STEPS = click.Option(
+SCALES = Values(["--scales"], metavar="W ...", type=number(float), default=[7.5], help="CFG's scales to compare at.")
+PROMPT = Values(["--prompt"], metavar="TEXT ...", required=True, help="Prompts of the pictures.")
+STEPS = Flag(
     ["--num_inference_steps", "--steps", "num_inference_steps"],
-    type=AT_LEAST_ONE,
+    type=number(Steps),
     default=25,
-    show_default=True,
-    help="Sampling steps.",
+    help="Sampler steps of an image.",
 )
-SEED = click.Option(["--seed"], type=click.IntRange(min=0), default=0, show_default=True, help="Of all random numbers.")
-OUTPUT_DIR = click.Option(
-    ["--output_dir"], type=click.Path(), metavar="FOLDER", required=True, help="A new or empty folder."
-)
-BATCH_SIZE = click.Option(
-    ["--batch_size"], type=AT_LEAST_ONE, default=16, show_default=True, help="Images at a time; it changes no image."
-)
-JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print JSON alone on stdout.")
+SEED = Flag(["--seed"], type=number(Seed), default=0, help="Seed of all random numbers.")
+OUTPUT_DIR = Flag(["--output_dir"], metavar="FOLDER", required=True, help="Folder of the results: new, or empty.")
+BATCH_SIZE = Flag(["--batch_size"], type=AT_LEAST_ONE, default=16, help="Images at a time; it changes no image.")
+JSON = Flag(["--json", "as_json"], is_flag=True, show_default=False, help="Print JSON alone on stdout.")
+
+
+def count(name: str, default: int | None, doc: str) -> Flag:
+    """A flag for a whole number, at least 1."""
+    return Flag([f"--{name}"], type=AT_LEAST_ONE, default=default, help=doc)

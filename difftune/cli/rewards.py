@@ -11,15 +11,16 @@ from typing import Any
 import click
 
 from difftune.cli import options as o
+from difftune.cli.command import Command, Flag
 from difftune.cli.output import said, show, table
 
 
-@click.group()
+@click.group(short_help="List, describe, fetch and serve rewards.")
 def rewards() -> None:
-    """The rewards that there are, and what they download."""
+    """List, describe, fetch and serve rewards."""
 
 
-@rewards.command("list", params=[o.JSON])
+@rewards.command("list", cls=Command, params=[o.JSON], short_help="List every reward.", example="difftune rewards list")
 def list_rewards(as_json: bool) -> None:
     """Every reward, those of other distributions too: what it asks for and gives."""
     from rewards.registry import REWARDS, plugins
@@ -32,8 +33,13 @@ def list_rewards(as_json: bool) -> None:
     show(found, as_json, table([header, *rows]))
 
 
-@rewards.command("info", params=[o.JSON])
-@click.argument("name")
+@rewards.command(
+    "info",
+    cls=Command,
+    params=[o.JSON, click.Argument(["name"])],
+    short_help="Show all that is known of a reward.",
+    example="difftune rewards info tiny-clip",
+)
 def reward_info(name: str, as_json: bool) -> None:
     """All that is known of a reward: NAME, or module:attribute."""
     from rewards.registry import entry
@@ -44,9 +50,16 @@ def reward_info(name: str, as_json: bool) -> None:
     show(found, as_json, "\n".join(f"{key}: {_fact(value)}" for key, value in found.items()))
 
 
-@rewards.command("prefetch")
-@click.argument("name", nargs=-1, required=True)
-@click.option("--model", metavar="HUB_ID", help="The model to fetch, of rewards that take any: the option `model`.")
+@rewards.command(
+    "prefetch",
+    cls=Command,
+    params=[
+        click.Argument(["name"], nargs=-1, required=True),
+        Flag(["--model"], metavar="HUB_ID", help="Model to fetch, for rewards that take any: the option `model`."),
+    ],
+    short_help="Download all that rewards need.",
+    example="difftune rewards prefetch pickscore hps-v2.1",
+)
 def prefetch(name: Sequence[str], model: str | None) -> None:
     """Download and verify all that the rewards need: then they load with HF_HUB_OFFLINE=1.
 
@@ -63,14 +76,22 @@ def prefetch(name: Sequence[str], model: str | None) -> None:
     show(None, False, "\n".join(map(str, files)) or "nothing to download")
 
 
-@rewards.command("serve", params=[o.JSON])
-@click.argument("name")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; elsewhere needs a token.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="0 takes a free one.")
-@click.option("--token", envvar="DIFFTUNE_REWARD_TOKEN", default="", help="What clients must know.")
-@click.option("--batch_size", type=o.AT_LEAST_ONE, help="Images that the reward scores at a time.")
-@click.option("--max_images", type=o.AT_LEAST_ONE, default=64, show_default=True, help="Images of one request.")
-@click.option("--device", default="cpu", show_default=True, help="Where the reward runs.")
+@rewards.command(
+    "serve",
+    cls=Command,
+    params=[
+        click.Argument(["name"]),
+        Flag(["--host"], default="127.0.0.1", help="Where to listen; elsewhere needs a token."),
+        Flag(["--port"], type=o.PORT, default=8765, help="Port; 0 takes a free one."),
+        Flag(["--token"], metavar="TEXT", envvar="DIFFTUNE_REWARD_TOKEN", default="", help="What clients must know."),
+        o.count("batch_size", None, "Images that the reward scores at a time. If not given: all of a request."),
+        o.count("max_images", 64, "Images of one request, at most."),
+        Flag(["--device"], metavar="NAME", default="cpu", help="Where the reward runs."),
+        o.JSON,
+    ],
+    short_help="Serve a reward over HTTP.",
+    example="difftune rewards serve tiny-clip --port 8765",
+)
 def serve(
     name: str, host: str, port: int, token: str, batch_size: int | None, max_images: int, device: str, as_json: bool
 ) -> None:

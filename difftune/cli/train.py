@@ -19,28 +19,48 @@ from difftune.configs.search import SearchConfig
 from difftune.recipes import RECIPES
 
 
-@click.group()
+@click.group(short_help="Fine-tune a model on a reward.")
 def train() -> None:
     """Fine-tune a model on a reward. `accelerate launch -m difftune train ...` works too."""
 
 
-def command_of(name: str, config: type, module: str, function: str = "run") -> click.Command:
-    """The command that calls a module's function with a Config, whose fields are its flags."""
+SHORT = {  # of each recipe, what it learns from
+    "alignprop": "Reward gradient through the sampler.",
+    "draft": "Reward gradient through the last K steps.",
+    "drtune": "Reward gradient through steps all along.",
+    "refl": "Reward gradient of an early prediction.",
+    "ddpo": "Policy gradient (PPO) on any reward.",
+    "d3po": "Preferences, step by step.",
+    "dpo": "Preference pairs (Diffusion-DPO).",
+    "kto": "Good and bad images, each by itself.",
+    "dro": "Preference pairs, by denoising errors alone.",
+    "pso": "Preference pairs, for few-step models.",
+    "dragon": "Sets of better and of worse images.",
+}
+
+
+def command_of(name: str, config: type, call: str, short: str, example: str) -> click.Command:
+    """The command that calls "module:function" with a Config, whose fields are its flags."""
 
     @click.pass_context
     def run(ctx: click.Context, as_json: bool, **flags: Any) -> None:
         with redirect_stdout(sys.stderr):
+            module, _, function = call.partition(":")
             found = vars(import_module(module))[function](configured(ctx, config))
         show(found if isinstance(found, dict) else {"output_dir": flags["output_dir"]}, as_json, flags["output_dir"])
 
-    return Command(name, params=[*options_of(config), o.JSON], callback=run, help=summary(config))
+    params = [*options_of(config), o.JSON]
+    return Command(name, params=params, callback=run, help=summary(config), short_help=short, example=example)
 
 
 def _search() -> click.Command:
     """`search METHOD`: the flags are the fields of SearchConfig."""
-    command = command_of("search", SearchConfig, "difftune.search_runs.run_folder")
-    flags = [param for param in command.params if param.name != "method"]
-    command.params = [click.Argument(["method"], metavar="METHOD"), *flags]
+    example = 'difftune search dts-star --prompt "a red circle" --reward tiny-clip --output_dir out'
+    call = "difftune.search_runs.run_folder:run"
+    command = command_of("search", SearchConfig, call, "Search for images of high reward.", example)
+    (method,) = (param for param in command.params if param.name == "method")
+    flags = [param for param in command.params if param is not method]
+    command.params = [click.Argument(["method"], type=method.type), *flags]
     return command
 
 
@@ -49,7 +69,7 @@ def configured(ctx: click.Context, config: type) -> Any:
     from rewards.compose import parse_rewards
 
     flags = {f.name: ctx.params[f.name] for f in fields(config)}
-    flags |= {name: list(value) for name, value in flags.items() if isinstance(value, tuple)}
+    flags |= {f.name: list(flags[f.name]) or f.default for f in fields(config) if isinstance(flags[f.name], tuple)}
     parse_rewards(flags["reward"])
     if "prompt" in flags:
         spoken(flags["prompt"])
@@ -58,7 +78,14 @@ def configured(ctx: click.Context, config: type) -> Any:
     return config(**flags | {"guidance": name, "guidance_scale": scale, "guidance_options": settings})
 
 
-for _recipe in RECIPES.values():
-    train.add_command(command_of(_recipe.name, _recipe.config, "difftune.recipes", "train_in_folder"))
-optimize = command_of("optimize", RenoConfig, "difftune.reno.run_folder")
+for _name, _recipe in RECIPES.items():
+    _example = f"difftune train {_name} --config tiny-{_name} --output_dir out"
+    train.add_command(command_of(_name, _recipe.config, "difftune.recipes:train_in_folder", SHORT[_name], _example))
+optimize = command_of(
+    "optimize",
+    RenoConfig,
+    "difftune.reno.run_folder:run",
+    "Optimise the initial noise on a reward.",
+    'difftune optimize --prompt "a red circle" --reward tiny-clip --output_dir out',
+)
 search = _search()

@@ -16,7 +16,7 @@ from difftune.environment import versions
 from difftune.files import output
 from difftune.files.claim import fresh
 from difftune.lookup import guidance_kinds, guidance_named, reward_named, reward_weights, takes_scale
-from difftune.pipelines.generate import generate, mean_branches, mean_nfe, pixels, settings_of, watched
+from difftune.pipelines.generate import generate_batches, mean_branches, mean_nfe, pixels, settings_of, watched
 from difftune.pipelines.opened import opened
 from guidance.contract import Guidance
 from guidance.methods.cfgpp import CFGpp
@@ -66,7 +66,7 @@ def cells(
         for scale in scales if takes_scale(name) else (None,):
             method = guidance_named(name) if scale is None else at_cfg_scale(name, scale, pipe, steps)
             began = time.perf_counter()
-            made = generate(pipe, prompts, seeds, method, steps, batch_size)
+            made = generate_batches(pipe, prompts, seeds, method, steps, batch_size)
             batches = list(watched(made, len(prompts), name if scale is None else f"{name} {scale:g}"))
             images = torch.cat([batch.images for batch in batches])
             cost = mean_nfe(batches), mean_branches(batches), time.perf_counter() - began
@@ -95,7 +95,7 @@ def run(
     guidance: Sequence[str],
     prompt: Sequence[str],
     output_dir: str | Path,
-    scales: Sequence[float] = (5.0,),
+    scales: Sequence[float] = (7.5,),
     reward: Sequence[str] = (),
     num_images: int = 4,
     num_inference_steps: int = 25,

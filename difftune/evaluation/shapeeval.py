@@ -23,7 +23,7 @@ from difftune.files import output
 from difftune.files.claim import fresh
 from difftune.files.prompts import read as read_prompts
 from difftune.lookup import guidance_named
-from difftune.pipelines.generate import generate, mean_branches, mean_nfe, pixels, settings_of, watched
+from difftune.pipelines.generate import generate_batches, mean_branches, mean_nfe, pixels, settings_of, watched
 from difftune.pipelines.opened import opened
 from guidance.contract import Guidance
 from rewards.world import draw, grammar
@@ -104,7 +104,7 @@ def evaluate(
     """Images of the prompts of `entries` under `guidance`, judged."""
     began = time.perf_counter()
     texts, seeds = plan(entries, images_per_prompt, seed)
-    made = generate(pipe, texts, seeds, guidance, steps, batch_size)
+    made = generate_batches(pipe, texts, seeds, guidance, steps, batch_size)
     batches = list(watched(made, len(texts), "eval"))
     images = torch.cat([batch.images for batch in batches])
     cost = mean_nfe(batches), mean_branches(batches), time.perf_counter() - began

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def generate(
+def generate_batches(
     pipe: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -124,11 +124,11 @@ def pixels(images: Tensor) -> list[Any]:
     return list(images.permute(0, 2, 3, 1).numpy())
 
 
-def sample(
+def generate(
     model: str,
-    prompt: Sequence[str],
+    prompt: str | Sequence[str],
     output_dir: str | Path,
-    guidance: str = "cfg",
+    guidance: str | Guidance = "cfg",
     guidance_options: Mapping[str, Any] | None = None,
     num_images: int = 1,
     num_inference_steps: int = 25,
@@ -138,26 +138,31 @@ def sample(
     eta: float = 0.0,
     noise: str | None = None,
 ) -> dict[str, Any]:
-    """`difftune sample`: writes PNGs, grid.png and sample.json; returns what sample.json holds.
+    """Draw pictures, as `difftune sample` does: PNGs, grid.png and sample.json, whose contents are returned.
+
+        generate("tiny", "a red circle", "out", CFG(3.0))["nfe"]
 
     Image i of a prompt is drawn with seed + i; `noise`, a file of `difftune optimize`, holds one noise for each image
-    in place of that. Nothing is written before all images are made.
+    in place of that. guidance: a method, or its name with its options. Nothing is written before all images are made.
+    Raises UserError, before anything is loaded, for what cannot be; DiskError where the folder cannot be written.
     """
-    method = guidance_named(guidance, None, guidance_options)
+    named = isinstance(guidance, str)
+    method = guidance_named(guidance, None, guidance_options) if isinstance(guidance, str) else guidance
+    prompt = [prompt] if isinstance(prompt, str) else list(prompt)
     jobs = [(p, seed + i) for p in prompt for i in range(num_images)]
     noises = None if noise is None else noises_of(noise, len(jobs))
     with fresh(output_dir) as claim:
         pipe, began = opened(model, lora), time.perf_counter()
         texts, seeds = [p for p, _ in jobs], [s for _, s in jobs]
-        made = generate(pipe, texts, seeds, method, num_inference_steps, batch_size, eta, noises)
+        made = generate_batches(pipe, texts, seeds, method, num_inference_steps, batch_size, eta, noises)
         batches = list(watched(made, len(jobs), "sample"))
         found = {
             "settings": {
                 "model": model,
                 "lora": lora or None,
-                "guidance": guidance,
+                "guidance": guidance if named else type(method).__name__,
                 "guidance_options": settings_of(method),
-                "prompt": list(prompt),
+                "prompt": prompt,
                 "num_images": num_images,
                 "num_inference_steps": num_inference_steps,
                 "eta": eta,

@@ -181,7 +181,7 @@ def search(
     method: of `SEARCHES`; `settings` are its config's. rewards: weights by name ({"tiny-clip": 1.0}, the default), or a
     reward. budget, reward_budget: network evaluations and reward calls of each prompt, never exceeded; None is no
     limit. seed: the i-th prompt's randomness is that of seed + i, whichever run beside it. guidance: inside the search;
-    CFG(5) by default. experts: of fkc, beside "cond" and "uncond": prompts, or an `Expert` with a pipeline of its own,
+    CFG() by default. experts: of fkc, beside "cond" and "uncond": prompts, or an `Expert` with a pipeline of its own,
     by the names that `exponents` has. eta: 1 is DDPM; 0, DDIM, is for best-of-n and importance alone. memory_budget
     ("6GiB", weights included): one row is measured, and as many are run at a time as fit beside the samples that the
     budgets pay for; micro_batch sets them by hand. saved: what a state's `saved()` gave, to go on from; the budgets may
@@ -197,7 +197,7 @@ def search(
     at_least(1, num_inference_steps=num_inference_steps, budget=budget or 1, reward_budget=reward_budget or 1)
     adapter = Adapter(LatentModel(pipe), prompts, reward, height, width)
     levels = adapter.model.levels(num_inference_steps, height, width)
-    guidance = prepared(pipe, guidance or CFG(5.0), prompts, num_inference_steps)
+    guidance = prepared(pipe, guidance or CFG(), prompts, num_inference_steps)
     adapter = adapter.with_experts(named, levels)
     problem = adapter.problem(levels, guidance, negative_prompts, seed, eta)
     if eta == 0 and method not in ("best-of-n", "importance"):

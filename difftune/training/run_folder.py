@@ -252,8 +252,9 @@ def settings_yaml(config: Config) -> str:
     """The settings with the keys of the flags, as `--config` reads them."""
     settings = asdict(config)
     del settings["resume_from_checkpoint"]
-    settings |= {f"guidance.{key}": value for key, value in settings.pop("guidance_options").items()}
-    return yaml.safe_dump({key: value for key, value in settings.items() if value is not None}, sort_keys=False)
+    options = {f"guidance.{key}": value for key, value in settings.pop("guidance_options").items()}
+    given = {key: value for key, value in settings.items() if value is not None}
+    return yaml.safe_dump(given | options, sort_keys=False, allow_unicode=True)
 
 
 def report(folder: Path, metrics: dict[str, float], trackers: Sequence[Any], bar: Any) -> None:

@@ -19,7 +19,7 @@ from difftune.files.checkpoint import State
 from difftune.files.prompts import read
 from difftune.lookup import at_least, guidance_named, reward_named, reward_weights
 from difftune.pipelines import lora
-from difftune.pipelines.generate import generate, pixels
+from difftune.pipelines.generate import generate_batches, pixels
 from rewards.checks import finite
 from rewards.monitor import Monitor, Parting
 
@@ -105,7 +105,7 @@ def validate(config: TrainingConfig, pipe: Any, state: State, scores: Mapping[st
     method = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
     try:
         with _average(pipe, state):
-            batches = generate(pipe, chosen, seeds, method, config.num_inference_steps, config.train_batch_size)
+            batches = generate_batches(pipe, chosen, seeds, method, config.num_inference_steps, config.train_batch_size)
             images = torch.cat([batch.images for batch in batches])
             means = {f"{name}_mean": _mean(scorer, images.to(pipe.device), chosen) for name, scorer in scores.items()}
     finally:

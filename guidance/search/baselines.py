@@ -30,7 +30,7 @@ class Importance(Ranged):
     """
 
     particles: Count = 8
-    inverse_temperature: Annotated[float, Range(0, 1e6)] = 10.0
+    inverse_temperature: Annotated[float, Range(0, 1_000_000)] = 10.0
 
 
 def best_of_n(problem: Problem, config: BestOfN, saved: Saved | None = None) -> Iterator[State]:

@@ -51,7 +51,7 @@ class FK(Ranged):
     """
 
     particles: Count | None = None
-    inverse_temperature: Annotated[float, Range(0, 1e6)] = 10.0
+    inverse_temperature: Annotated[float, Range(0, 1_000_000)] = 10.0
     potential: Literal["difference", "max", "sum"] = "difference"
     start: Share = 0.2
     stop: Share = 0.8

@@ -117,7 +117,7 @@ class FKC(Ranged):
     centred: bool = True
     threshold: Share | None = 0.5
     resampling: str = "systematic"
-    inverse_temperature: Annotated[float, Range(0, 1e6)] = 0.0
+    inverse_temperature: Annotated[float, Range(0, 1_000_000)] = 0.0
     ramp: float = 10.0
     reads: Literal["x0", "x"] = "x0"
     tilt: Literal["free", "difference", "gradient"] = "free"

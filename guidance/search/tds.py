@@ -36,7 +36,7 @@ class TDS(Ranged):
     """
 
     particles: Count | None = None
-    inverse_temperature: Annotated[float, Range(0, 1e6)] = 10.0
+    inverse_temperature: Annotated[float, Range(0, 1_000_000)] = 10.0
     tempering: Positive | None = None
     threshold: Share | None = 0.5
     resampling: str = "systematic"

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 from difftune import models
 from difftune.evaluation import shapeeval
-from difftune.pipelines.generate import generate
+from difftune.pipelines.generate import generate_batches
 from guidance.methods.catalogue import CFG, GUIDANCE
 from rewards.registry import load
 from rewards.world import draw
@@ -81,7 +81,7 @@ def test_clip_ranks_the_true_caption_first(check):
 
 
 def test_clip_gradient_reaches_the_pixels():
-    images = next(generate(models.load("tiny-turbo"), ["a red circle"], [0], GUIDANCE["none"](), 1)).images
+    images = next(generate_batches(models.load("tiny-turbo"), ["a red circle"], [0], GUIDANCE["none"](), 1)).images
     images.requires_grad_()
     (gradient,) = torch.autograd.grad(load("tiny-clip")(images, ["a blue circle"]).sum(), images)
     assert gradient.abs().sum() > 0

@@ -28,7 +28,7 @@ WRONG = [
     ({"rank": 2.5}, "rank is 2.5: it must be at least 1, and a whole number"),
     ({"decay": 1.0}, "decay is 1.0: it must be at least 0 and below 1"),
     ({"decay": nan}, "decay is nan: it must be at least 0 and below 1, and finite"),
-    ({"share": -0.1}, "share is -0.1: it must be at least 0 and at most 1"),
+    ({"share": -0.1}, "share is -0.1: it must be from 0 to 1"),
     ({"sigma": 0.0}, "sigma is 0.0: it must be above 0"),
     ({"sigma": nan}, "sigma is nan"),
     ({"weights": (1.0, -2.0)}, "weights is -2.0: it must be above 0"),

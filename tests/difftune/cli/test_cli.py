@@ -77,14 +77,14 @@ def test_sample_writes_images_a_grid_and_its_settings(model, tmp_path):
 
 
 def test_an_image_depends_on_its_seed_alone(model):
-    from difftune.pipelines.generate import generate
+    from difftune.pipelines.generate import generate_batches
     from difftune.pipelines.opened import opened
     from guidance.methods.catalogue import CFG
 
     pipe = opened(model)
     prompts, seeds = ["a red circle", "a blue square"] * 2, [0, 1, 2, 3]
-    together = torch.cat([b.images for b in generate(pipe, prompts, seeds, CFG(5.0), 2)])
-    alone = torch.cat([b.images for b in generate(pipe, prompts, seeds, CFG(5.0), 2, batch_size=1)])
+    together = torch.cat([b.images for b in generate_batches(pipe, prompts, seeds, CFG(5.0), 2)])
+    alone = torch.cat([b.images for b in generate_batches(pipe, prompts, seeds, CFG(5.0), 2, batch_size=1)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     assert len({image.numpy().tobytes() for image in together}) == 4
 
@@ -168,7 +168,7 @@ def test_unknown_names_are_refused_with_the_nearest(model, picture, tmp_path):
     refuse(2, *base, "--guidance.scale", "high", saying=["guidance.scale", "'high'"])
     refuse(2, *base, "--guidance.scale", saying=["--guidance.scale needs a value"])
     refuse(2, *base, "--sede", 3, saying=["--sede", "--seed"])
-    refuse(2, *base, "--steps", 0, saying=["0", "x>=1"])
+    refuse(2, *base, "--steps", 0, saying=["0", "it must be from 1 to 1000"])
     refuse(2, "score", "--reward", "jpge", picture, saying=["'jpge'", "'jpeg'"])
     refuse(2, "score", "--reward", "jpeg=much", picture, saying=["jpeg=much"])
     refuse(2, "score", "--reward", "jpeg", "jpeg=2", picture, saying=["'jpeg' is given twice"])

@@ -1,0 +1,92 @@
+"""`--help` of every command: groups, ranges, choices and an example, in the words of a shell."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import difftune
+from difftune.cli.command import Command, Number
+from difftune.cli.program import cli
+from difftune.configs.fields import GROUP_OF, GROUPS, OWN
+from difftune.configs.training import Sampler
+from difftune.training.optimizers import SCHEDULES
+from guidance.search.catalogue import SEARCHES
+from solvers.ranges import choices_of, range_of
+from solvers.samplers.catalogue import SAMPLERS
+
+PYTHON_WORDS = re.compile(r"\bNone\b|\bTrue\b|\bFalse\b|\[\"|guidance_options|\bdict\b|\bfloat32 or\b\(")
+
+
+def commands(group=cli, before=()):
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*before, name))
+        else:
+            yield (*before, name), command
+
+
+ALL = list(commands())
+
+
+@pytest.mark.parametrize(("words", "command"), ALL, ids=[" ".join(words) for words, _ in ALL])
+def test_help_of_a_command(words, command):
+    text = CliRunner().invoke(cli, [*words, "--help"]).output
+    assert isinstance(command, Command)
+    assert not PYTHON_WORDS.search(text), PYTHON_WORDS.search(text)
+    *_, title, example = [line.strip() for line in text.rstrip().split("\n")]
+    assert title == "Example:" and example == command.example
+    program, *given = shlex.split(example)
+    assert program == "difftune" and tuple(given[: len(words)]) == words
+    command.make_context(words[-1], given[len(words) :])  # it can be read
+    titles = re.findall(r"^(\S.*):$", text, re.M)
+    assert titles[-1] == "Example" and set(titles[:-1]) <= {*GROUPS, OWN}
+    for option in (param for param in command.params if isinstance(param, click.Option)):
+        assert option.help and option.help.endswith("."), option.name
+        if isinstance(option.type, Number):
+            assert str(option.type.within) in " ".join(text.split()), option.name
+
+
+def test_short_helps_are_whole_sentences_of_at_most_45_characters():
+    for group in (cli, cli.commands["train"], cli.commands["rewards"]):
+        for command in group.commands.values():
+            assert command.short_help and command.short_help.endswith(".") and len(command.short_help) <= 45
+    assert "..." not in CliRunner().invoke(cli, ["--help"]).output.replace("[ARGS]...", "")
+
+
+def test_no_number_of_a_command_is_without_a_range():
+    for _, command in ALL:
+        assert not [p.name for p in command.params if p.type in (click.INT, click.FLOAT)]
+
+
+def test_choices_are_those_of_the_families():
+    assert choices_of(Sampler) == tuple(SAMPLERS)
+    search, train = cli.commands["search"], cli.commands["train"].commands["alignprop"]
+    assert next(p for p in search.params if p.name == "method").type.choices == tuple(SEARCHES)
+    assert set(next(p for p in train.params if p.name == "lr_scheduler").type.choices) == set(SCHEDULES)
+
+
+def test_every_grouped_name_is_a_flag():
+    flags = {param.name for _, command in ALL for param in command.params}
+    assert not GROUP_OF.keys() - flags
+    assert range_of(int) is not None
+
+
+def test_help_is_quick():
+    code = "import time; t = time.process_time(); from difftune.cli.program import cli; print(time.process_time() - t)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.45  # of the processor
+
+
+def test_no_folder_of_the_package_bears_an_exported_name():
+    """An imported submodule would shadow what is exported."""
+    root = next(iter(difftune.__path__))
+    from pathlib import Path
+
+    modules = {path.stem for path in Path(root).iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    same = {"models"}  # the module itself is what is exported
+    assert modules & set(difftune.__all__) <= same
