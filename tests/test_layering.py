@@ -20,7 +20,7 @@ FLOORS = {
         {"memory"},
         {"latent", "rollout"},
         {"exact", "families", "samplers"},
-        {"codec", "denoiser", "levels"},
+        {"codec", "denoiser", "levels", "ranges"},
         {"errors", "noise"},
     ],
     "guidance": [

@@ -22,7 +22,7 @@ from difftune.recipes import RECIPES
     example="difftune methods --json",
 )
 def methods(as_json: bool) -> None:
-    """Guidance methods, samplers, rewards and recipes, one line each."""
+    """List guidance methods, samplers, searches, rewards and recipes, a line each."""
     found = _methods()
     lines = [line for kind, entries in found.items() for line in (f"{kind}:", *_named(entries), "")]
     show(found, as_json, "\n".join(lines[:-1]))
@@ -30,6 +30,7 @@ def methods(as_json: bool) -> None:
 
 def _methods() -> dict[str, list[dict[str, Any]]]:
     from guidance.methods.catalogue import GUIDANCE
+    from guidance.search.catalogue import SEARCHES
     from rewards.registry import REWARDS
     from solvers.samplers.catalogue import SAMPLERS
 
@@ -37,6 +38,7 @@ def _methods() -> dict[str, list[dict[str, Any]]]:
     return {
         "guidance": [{"name": name, "summary": summary(method)} for name, method in GUIDANCE.items()],
         "samplers": [{"name": name, "summary": summary(step)} for name, step in SAMPLERS.items()],
+        "searches": [{"name": name, "summary": summary(search.config)} for name, search in SEARCHES.items()],
         "rewards": [
             {"name": name, "summary": r.summary, "differentiable": r.differentiable, "needs_prompt": r.needs_prompt}
             for name, r in REWARDS.items()

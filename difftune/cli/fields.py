@@ -24,6 +24,7 @@ METAVARS = {
     "validation_reward": "NAME",
     "held_out": "NAME",
     "guidance": "NAME",
+    "sampler": "NAME",
     "output_dir": "FOLDER",
     "labels": "FILE",
     "images": "FOLDER",

@@ -58,9 +58,8 @@ def _search() -> click.Command:
     example = 'difftune search dts-star --prompt "a red circle" --reward tiny-clip --output_dir out'
     call = "difftune.search_runs.run_folder:run"
     command = command_of("search", SearchConfig, call, "Search for images of high reward.", example)
-    (method,) = (param for param in command.params if param.name == "method")
-    flags = [param for param in command.params if param is not method]
-    command.params = [click.Argument(["method"], type=method.type), *flags]
+    flags = [param for param in command.params if param.name != "method"]
+    command.params = [click.Argument(["method"], metavar="METHOD"), *flags]
     return command
 
 

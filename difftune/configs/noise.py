@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from difftune.configs.fields import Config, documented
-from difftune.configs.training import Sampler
 from solvers.ranges import Count, NotNegative, Seed, Side, Steps
 
 
@@ -30,8 +29,9 @@ class RenoConfig(Config):
 
     num_inference_steps: Steps = 1
     """Sampler steps of an image."""
-    sampler: Sampler = "euler"
-    """Sampler that is differentiated; euler is DDIM. The noise of a stochastic one is drawn once and stays."""
+    sampler: str = "euler"
+    """Sampler that is differentiated: one of `difftune methods`; euler is DDIM. The noise of a stochastic one is drawn
+    once and stays."""
     guidance: str = "none"
     """Guidance method: one of `difftune methods`; distilled few-step models want none."""
     guidance_scale: float | None = None

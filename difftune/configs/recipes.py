@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from difftune.configs.fields import documented
-from difftune.configs.training import Sampler, TrainingConfig
+from difftune.configs.training import TrainingConfig
 from solvers.ranges import Count, NotNegative, Positive, Range, Seed, Share, Steps, Whole
 
 
@@ -15,8 +15,8 @@ class RewardGradientConfig(TrainingConfig):
 
     reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
     """Rewards to raise, as a weighted sum; a weight is 1 if not given. Each must be differentiable."""
-    sampler: Sampler = "euler"
-    """Sampler that is differentiated; euler is DDIM."""
+    sampler: str = "euler"
+    """Sampler that is differentiated: one of `difftune methods`; euler is DDIM."""
     memory_budget: str | None = None
     """Bytes of the device that the run may take, weights included, as in 6GiB: block checkpointing and the images at a
     time are chosen to fit. If not given: no limit, and nothing is measured."""

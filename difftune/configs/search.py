@@ -1,7 +1,7 @@
 """The settings of search at inference."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from difftune.configs.fields import Config, documented
 from solvers.ranges import Count, NotNegative, Seed, Steps
@@ -12,8 +12,8 @@ from solvers.ranges import Count, NotNegative, Seed, Steps
 class SearchConfig(Config):
     """Search at inference: particles or a tree that raise a reward, the model as it is."""
 
-    method: Literal["fkc", "fk", "tds", "svdd", "beam", "dts", "dts-star", "best-of-n", "importance"] = "dts-star"
-    """Search method; best-of-n and importance are the baselines."""
+    method: str = "dts-star"
+    """Search method: one of `difftune methods`, where best-of-n and importance are the baselines."""
     prompt: list[str] = field(default_factory=list)
     """Prompts, searched side by side; none changes another's result."""
     model: str = "tiny"

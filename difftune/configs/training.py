@@ -6,22 +6,6 @@ from typing import Any, Literal
 from difftune.configs.fields import Config, documented
 from solvers.ranges import Count, Decay, NotNegative, Positive, Seed, Steps, Whole
 
-Sampler = Literal[
-    "euler",
-    "heun",
-    "midpoint",
-    "rk4",
-    "dpm_2",
-    "dpm_3",
-    "dpmpp_2m",
-    "deis",
-    "ab2",
-    "unipc_1",
-    "unipc_2",
-    "ancestral",
-    "sde_dpmpp_2m",
-]
-
 
 @documented
 @dataclass(frozen=True)
@@ -48,8 +32,8 @@ class TrainingConfig(Config):
 
     num_inference_steps: Steps = 25
     """Sampler steps of an image."""
-    sampler: Sampler = "euler"
-    """Sampler of the training images; euler is DDIM."""
+    sampler: str = "euler"
+    """Sampler of the training images: one of `difftune methods`; euler is DDIM."""
     guidance: str = "cfg"
     """Guidance method, in training as in use: one of `difftune methods`."""
     guidance_scale: float | None = None

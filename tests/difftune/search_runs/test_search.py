@@ -629,7 +629,7 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(pipe, tmp_path, m
 @pytest.mark.parametrize(
     ("flags", "code", "sentence"),
     [
-        (["fkk", "--prompt", "x"], 2, "no method 'fkk'"),
+        (["fkk", "--prompt", "x"], 2, "no search method 'fkk'"),
         (["fk", "--prompt", "x", "--setting", "particles"], 2, "has no value: write it KEY=VALUE"),
         (["fk", "--prompt", "x", "--setting", "particles=few"], 2, "particles=few is no int or NoneType"),
         (["fk", "--prompt", "x", "--setting", "potential=product"], 2, "no potential 'product'"),
