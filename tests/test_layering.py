@@ -20,14 +20,14 @@ FLOORS = {
         {"memory"},
         {"latent", "rollout"},
         {"exact", "families", "samplers"},
-        {"codec", "denoiser", "levels", "ranges"},
-        {"errors", "noise"},
+        {"denoiser", "levels", "ranges"},
+        {"errors", "modules", "noise"},
     ],
     "guidance": [
         {"invert", "search"},
         {"attach", "guided", "guider"},
         {"branches", "methods"},
-        {"contract"},
+        {"codec", "contract"},
     ],
     "rewards": [
         {"learned"},

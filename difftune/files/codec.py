@@ -1,5 +1,5 @@
-"""Nested records as tensors and JSON: `solvers.codec`, which `guidance` reads too."""
+"""Nested records as tensors and JSON: `guidance.codec`, which `guidance` reads too."""
 
-from solvers.codec import apart, decode, encode
+from guidance.codec import apart, decode, encode
 
 __all__ = ["apart", "decode", "encode"]

@@ -11,7 +11,7 @@ from difftune.errors import UserError
 from difftune.files.checkpoint import State
 from difftune.reno.objective import Evaluated, Iteration
 from difftune.reno.settings import NoiseSettings
-from solvers.codec import apart, decode, encode
+from guidance.codec import apart, decode, encode
 
 
 class Made(NamedTuple):

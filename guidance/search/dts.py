@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from guidance.codec import decode, encode
 from guidance.search.problem import Graph, Problem, Saved, State, Weighted
 from guidance.search.tree import (
     BACKUPS,
@@ -30,7 +31,6 @@ from guidance.search.tree import (
     unpacked,
     visit,
 )
-from solvers.codec import decode, encode
 from solvers.denoiser import Path
 from solvers.errors import UserError
 from solvers.ranges import Count, NotNegative, Positive, Range, Ranged

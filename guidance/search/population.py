@@ -13,9 +13,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from guidance.codec import apart, decode, encode
 from guidance.search.problem import Best, Graph, Problem, Saved, Spent, State, Weighted
 from guidance.search.smc import Particles, populate, resample
-from solvers.codec import apart, decode, encode
 from solvers.denoiser import Path, Prediction
 from solvers.errors import UserError
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from guidance.codec import decode, encode
 from guidance.guided import guided
 from guidance.methods.catalogue import APG
 from guidance.search import tree
@@ -19,7 +20,6 @@ from guidance.search.dts import DTS, DTSStar, Forest, branching_levels, dts, dts
 from guidance.search.problem import Problem, RowCounter, Saved, State
 from guidance.search.saved import load, save
 from guidance.search.tree import BACKUPS, POLICIES, ROOT, Rule, Tree, back_up, descend, probabilities, visit
-from solvers.codec import decode, encode
 from solvers.denoiser import Path, Prediction
 from solvers.exact import Gaussian, Mixture, bind
 from solvers.noise import flow, grid, noise

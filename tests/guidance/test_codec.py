@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from solvers.codec import apart, decode, encode
+from guidance.codec import apart, decode, encode
 
 
 class Made(NamedTuple):
