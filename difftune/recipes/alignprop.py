@@ -15,7 +15,7 @@ from torch import Tensor
 
 from difftune.configs.recipes import AlignPropConfig, RewardGradientConfig
 from difftune.files.checkpoint import State
-from difftune.lookup import at_least, known
+from difftune.lookup import at_least
 from difftune.pipelines.engine import check_offloading, gradient_named, one_at_a_time
 from difftune.recipes.reward_gradient import Modes, check_gradient, count_carrying, divergence, plan_engine
 from difftune.rollouts.session import Session
@@ -117,14 +117,10 @@ def greatest_truncation(config: AlignPropConfig) -> int:
 
 # ------------------------------------------------------------------------------------------------ settings
 
-TRUNCATIONS = ("suffix", "bernoulli_linear")
-
 
 def check_alignprop(config: AlignPropConfig) -> None:
     """UserError for the first setting that cannot be, of those that this recipe alone has."""
     check_gradient(config)
-    known("truncation", config.truncation, TRUNCATIONS)
-    at_least(1, truncation_min=config.truncation_min)
     at_least(config.truncation_min, truncation_max=config.truncation_max)
     if config.gradient is not None:
         gradient_named(config.gradient, config.num_inference_steps, config.sampler)

@@ -20,14 +20,13 @@ from torch.nn.functional import logsigmoid
 from difftune.configs.recipes import D3POConfig
 from difftune.files.checkpoint import State
 from difftune.labelling.choices import decided
-from difftune.lookup import at_least
 from difftune.rollouts.pairs import accuracy_of
 from difftune.rollouts.policy import Policy, log_ratio
 from difftune.rollouts.replay import check_replay, open_choices
 from difftune.rollouts.rounds import repeated
 from difftune.rollouts.session import Session
 from difftune.rollouts.trajectories import Rolled, policy_of, roll_out
-from difftune.training.checks import check_groups, check_policy
+from difftune.training.checks import check_groups, check_no_dropout
 from difftune.training.state import Metrics, take_snapshot
 from difftune.training.steps import attempt_step, gather_statistics, take_step
 
@@ -114,8 +113,7 @@ def rank(rolled: Rolled, group: int) -> Ranked:
 
 def check_d3po(config: D3POConfig) -> None:
     """UserError for the first setting that cannot be, of those that this recipe alone has."""
-    check_policy(config)
-    check_groups(config, least=2)
-    at_least(0, beta=config.beta, clip_range=config.clip_range)
+    check_no_dropout(config)
+    check_groups(config)
     if config.labels is not None:
         check_replay(config, decided(config.labels))

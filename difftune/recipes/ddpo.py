@@ -21,12 +21,11 @@ from torch import Tensor
 from difftune.configs.recipes import DDPOConfig
 from difftune.errors import UserError
 from difftune.files.checkpoint import State
-from difftune.lookup import at_least
 from difftune.rollouts.policy import Policy, kl, log_prob
 from difftune.rollouts.rounds import Rounds, repeated
 from difftune.rollouts.session import Session
 from difftune.rollouts.trajectories import Rolled, policy_of, roll_out
-from difftune.training.checks import check_groups, check_policy
+from difftune.training.checks import check_groups, check_no_dropout
 from difftune.training.reward_statistics import PerPrompt
 from difftune.training.state import Metrics, take_snapshot
 from difftune.training.steps import attempt_step, statistics, take_step
@@ -132,13 +131,10 @@ def reward_history(config: DDPOConfig, seen: PerPrompt) -> PerPrompt:
 
 def check_ddpo(config: DDPOConfig) -> None:
     """UserError for the first setting that cannot be, of those that this recipe alone has."""
-    check_policy(config)
+    check_no_dropout(config)
     check_groups(config)
-    at_least(1, updates_per_round=config.updates_per_round)
     least, size = config.per_prompt_stat_tracking_min_count, config.per_prompt_stat_tracking_buffer_size
-    at_least(1, per_prompt_stat_tracking_min_count=least)
     if size < least:
         raise UserError(
             f"per_prompt_stat_tracking_buffer_size is {size}: give at least per_prompt_stat_tracking_min_count, {least}"
         )
-    at_least(0, clip_range=config.clip_range, adv_clip_max=config.adv_clip_max, kl_weight=config.kl_weight)

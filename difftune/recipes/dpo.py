@@ -16,7 +16,6 @@ from torch.nn.functional import logsigmoid
 
 from difftune.configs.recipes import DPOConfig
 from difftune.files.checkpoint import State
-from difftune.lookup import at_least
 from difftune.rollouts.pairs import Pairs, Turn, accuracy_of, check_preferences, open_pairs, pair_errors, step_draws
 from difftune.rollouts.session import Session
 from difftune.training.state import Metrics, take_snapshot
@@ -71,4 +70,3 @@ def prefer_winners(session: Session[DPOConfig], turns: Sequence[Turn[Pairs]], st
 def check_dpo(config: DPOConfig) -> None:
     """UserError for the first setting that cannot be, of those that this recipe alone has."""
     check_preferences(config)
-    at_least(0, beta=config.beta)

@@ -12,7 +12,6 @@ from functools import partial
 
 from difftune.configs.recipes import DraftConfig
 from difftune.files.checkpoint import State
-from difftune.lookup import at_least
 from difftune.pipelines.engine import gradient_named
 from difftune.recipes.alignprop import alignprop_loss, ascend
 from difftune.recipes.reward_gradient import Modes, check_gradient
@@ -35,7 +34,5 @@ def last_steps(config: DraftConfig) -> str:
 def check_draft(config: DraftConfig) -> None:
     """UserError for the first setting that cannot be, of those that this recipe alone has."""
     check_gradient(config)
-    at_least(1, truncation_steps=config.truncation_steps)
-    at_least(0, low_variance_copies=config.low_variance_copies)
     if not config.low_variance_copies:
         gradient_named(last_steps(config), config.num_inference_steps, config.sampler)

@@ -28,7 +28,6 @@ from difftune.evaluation.win_rate import win_rate
 from difftune.files import output
 from difftune.files.checkpoint import State
 from difftune.files.prompts import Prompts, listed, prompts_named
-from difftune.lookup import at_least, known
 from difftune.pipelines import lora
 from difftune.recipes.dpo import dpo_loss, dpo_margin
 from difftune.recipes.kto import kto_baseline, kto_loss
@@ -215,10 +214,6 @@ LOSSES = {"dpo": 5000.0, "kto": 1000.0}  # and their papers' beta
 
 def check_dragon(config: DragonConfig) -> None:
     """UserError for the first setting that cannot be, of those that this recipe alone has."""
-    at_least(1, updates_per_round=config.updates_per_round, sweeps=config.sweeps, feature_dims=config.feature_dims)
-    at_least(2, pairs_per_round=config.pairs_per_round)
-    at_least(0, num_win_rate_images=config.num_win_rate_images, beta=config.beta or 0)
-    known("loss", config.loss, LOSSES)
     check_objective(config)
     if config.full_finetuning and config.num_win_rate_images:
         raise UserError("full fine-tuning has no adapter to switch off for a win rate: set num_win_rate_images to 0")

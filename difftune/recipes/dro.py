@@ -15,7 +15,6 @@ from torch import Tensor
 
 from difftune.configs.recipes import DROConfig
 from difftune.files.checkpoint import State
-from difftune.lookup import at_least
 from difftune.rollouts.pairs import Pairs, Turn, check_preferences, open_pairs, pair_errors, step_draws
 from difftune.rollouts.session import Session
 from difftune.training.state import Metrics, take_snapshot
@@ -62,5 +61,3 @@ def denoise_winners(session: Session[DROConfig], turns: Sequence[Turn[Pairs]], s
 def check_dro(config: DROConfig) -> None:
     """UserError for the first setting that cannot be, of those that this recipe alone has."""
     check_preferences(config)
-    if config.max_loser_loss is not None:
-        at_least(0, max_loser_loss=config.max_loser_loss)

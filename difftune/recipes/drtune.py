@@ -12,7 +12,6 @@ from functools import partial
 
 from difftune.configs.recipes import DrtuneConfig
 from difftune.files.checkpoint import State
-from difftune.lookup import at_least
 from difftune.pipelines.engine import gradient_named
 from difftune.recipes.alignprop import alignprop_loss, ascend
 from difftune.recipes.reward_gradient import Modes, check_gradient
@@ -34,5 +33,4 @@ def spread_steps(config: DrtuneConfig) -> str:
 def check_drtune(config: DrtuneConfig) -> None:
     """UserError for the first setting that cannot be, of those that this recipe alone has."""
     check_gradient(config)
-    at_least(1, truncation_steps=config.truncation_steps)
     gradient_named(spread_steps(config), config.num_inference_steps, config.sampler)

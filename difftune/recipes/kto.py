@@ -16,7 +16,6 @@ from torch import Tensor
 from difftune.configs.recipes import KTOConfig
 from difftune.files.checkpoint import State
 from difftune.labelling.choices import Choice
-from difftune.lookup import at_least
 from difftune.rollouts.denoising import denoising_errors
 from difftune.rollouts.pairs import Turn, check_preferences, encode_files, open_turns, step_draws
 from difftune.rollouts.rounds import ScoredImages, Source, make_images, repeated
@@ -123,7 +122,4 @@ def check_kto(config: KTOConfig) -> None:
     """UserError for the first setting that cannot be, of those that this recipe alone has."""
     check_preferences(config)
     if config.labels is None:
-        check_groups(config, least=2)
-    at_least(
-        0, beta=config.beta, desirable_weight=config.desirable_weight, undesirable_weight=config.undesirable_weight
-    )
+        check_groups(config)

@@ -23,11 +23,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from difftune.configs.recipes import PSOConfig
-from difftune.errors import UserError
 from difftune.files.checkpoint import State
 from difftune.files.pictures import captioned, stack
 from difftune.files.prompts import listed
-from difftune.lookup import at_least, known
+from difftune.lookup import at_least
 from difftune.recipes.dpo import dpo_loss, dpo_margin
 from difftune.rollouts.denoising import draw
 from difftune.rollouts.pairs import Pairs, Turn, accuracy_of, extremes, pair_errors
@@ -173,16 +172,10 @@ def pair_pictures(session: Session[PSOConfig], policy: Policy) -> Pairs:
 
 def check_pso(config: PSOConfig) -> None:
     """UserError for the first setting that cannot be, of those that this recipe alone has."""
-    at_least(0, beta=beta_of(config), clip_range=config.clip_range)
-    if config.transition is not None:
-        known("transition", config.transition, TRANSITIONS)
-    if config.sampler != "ancestral":
-        raise UserError(f"sampler {config.sampler!r} is not pso's: leave it at 'ancestral', and set transition")
     if config.images is not None:
-        at_least(1, num_negatives=config.num_negatives)
         captioned(config.images, config.caption)
         return
-    check_groups(config, least=2)
+    check_groups(config)
     at_least(2, num_inference_steps=config.num_inference_steps)  # the last adds no noise, and is not trained
     check_no_dropout(config)
 

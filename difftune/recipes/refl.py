@@ -49,5 +49,4 @@ def early_prediction(config: ReflConfig) -> Modes:
 def check_refl(config: ReflConfig) -> None:
     """UserError for the first setting that cannot be, of those that this recipe alone has."""
     check_gradient(config)
-    at_least(1, truncation_min=config.truncation_min)
     at_least(config.truncation_min, truncation_max=config.truncation_max)

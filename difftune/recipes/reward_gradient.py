@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from difftune.configs.recipes import RewardGradientConfig
-from difftune.lookup import at_least
 from difftune.pipelines.engine import (
     Engine,
     bound_mode,
@@ -136,6 +135,5 @@ def count_carrying(gradient: str, steps: int) -> int:
 
 
 def check_gradient(config: RewardGradientConfig) -> None:
-    """UserError for the first setting, of those that these recipes share, that cannot be."""
-    at_least(0, kl_coeff=config.kl_coeff)
+    """UserError for a memory budget that is none."""
     check_engine(config.memory_budget, xformers=False)

@@ -16,7 +16,7 @@ from difftune.configs.recipes import DragonConfig
 from difftune.errors import UserError
 from difftune.files.pictures import pictures, stack
 from difftune.files.prompts import read
-from difftune.lookup import known, reward_named
+from difftune.lookup import reward_named
 from rewards.registry import Reward
 from rewards.sets.catalogue import MMD, Frechet, Mean, SetReward, Vendi
 from rewards.sets.exemplar import Encoder, encoder_of
@@ -139,11 +139,8 @@ def exemplars_of(config: DragonConfig) -> Path:
 
 def check_objective(config: DragonConfig) -> None:
     """One sentence for the first setting of the objective that cannot be; nothing is loaded."""
-    known("objective", config.objective, OBJECTIVES)
     if config.objective not in WITHOUT_EXEMPLARS:
         exemplars_of(config)
-    if not 0 <= config.shrinkage <= 1:
-        raise UserError(f"shrinkage is {config.shrinkage}: it must be in [0, 1]")
 
 
 def principal_directions(features: Tensor, dims: int) -> Tensor:

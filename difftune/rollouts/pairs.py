@@ -12,7 +12,6 @@ from difftune.configs.recipes import PreferenceConfig
 from difftune.files.pictures import read
 from difftune.files.prompts import listed
 from difftune.labelling.choices import Choice, decided
-from difftune.lookup import at_least
 from difftune.rollouts.denoising import Draws, denoising_errors, draw
 from difftune.rollouts.image_sampler import ImageSampler
 from difftune.rollouts.rounds import EveryStep, Rounds, ScoredImages, Source, make_images, repeated
@@ -128,8 +127,6 @@ def accuracy_of(margins: Tensor) -> Tensor:
 
 
 def check_preferences(config: PreferenceConfig) -> None:
-    """UserError for the first setting of preferences that cannot be."""
-    at_least(2, num_images_per_prompt=config.num_images_per_prompt)
-    at_least(1, updates_per_round=config.updates_per_round)
+    """UserError for labels that cannot be read."""
     if config.labels is not None:
         decided(config.labels)

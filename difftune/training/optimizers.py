@@ -73,9 +73,6 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-
-
 def learning_rates(config: TrainingConfig) -> Callable[[int], float]:
     """The learning rate's factor as a function of the step: nothing to save."""
     schedule = get_scheduler(

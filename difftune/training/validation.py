@@ -17,7 +17,7 @@ from difftune.errors import UserError
 from difftune.files import checkpoint, output, records
 from difftune.files.checkpoint import State
 from difftune.files.prompts import read
-from difftune.lookup import at_least, guidance_named, reward_named, reward_weights
+from difftune.lookup import guidance_named, reward_named, reward_weights
 from difftune.pipelines import lora
 from difftune.pipelines.generate import generate_batches, pixels
 from rewards.checks import finite
@@ -38,13 +38,11 @@ class Validation(NamedTuple):
 
 def check_validation(config: TrainingConfig) -> None:
     """UserError for the first setting of the validation that cannot be; nothing is loaded."""
-    at_least(1, num_validation_images=config.num_validation_images)
     if config.validation_steps is None:
         if config.early_stop or config.validation_reward is not None:
             wanted = "early_stop" if config.early_stop else "validation_reward"
             raise UserError(f"{wanted} needs validations: give --validation_steps, as in 50")
         return
-    at_least(1, validation_steps=config.validation_steps)
     validation_prompts(config)
     if config.validation_reward is None:
         if config.early_stop:
