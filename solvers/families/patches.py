@@ -4,7 +4,7 @@ They are found by the names of modules and undone when the context ends, also by
 of the UNets of Stable Diffusion; their default place is the middle block, and so it is in a transformer.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -59,12 +59,30 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             vars(owner)[name] = before
 
 
+ORDINARY = (  # processors that compute plain attention, each in its way
+    *("AttnProcessor", "AttnProcessor2_0", "AttnProcessorNPU", "XLAFlashAttnProcessor2_0", "XFormersAttnProcessor"),
+    *("SlicedAttnProcessor", "FusedAttnProcessor2_0", "SanaLinearAttnProcessor2_0"),
+)
+IMAGE_PROMPTS = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor")
+
+
+def check_ordinary(attention: Any, known: Sequence[str] = ORDINARY) -> None:
+    """Raises UserError where an attention has a processor whose work a patch in its place would leave out."""
+    name = type(attention.processor).__name__
+    if name not in known:
+        raise UserError(
+            f"the network attends by {name}, which this method would replace: call set_default_attn_processor() first,"
+            " or use a method without a patch"
+        )
+
+
 # ------------------------------------------------------------------------------------------------ self-attention
 @contextmanager
 def identity_attention(network: nn.Module, layers: str = "") -> Iterator[None]:
     """PAG: each token attends to itself alone, so that the output is the projected value."""
     with ExitStack() as stack:
         for attention in places(network, layers, Attention, "attn1"):
+            check_ordinary(attention)
             stack.enter_context(replaced(attention, "processor", Values()))
         yield
 
@@ -104,6 +122,8 @@ def blurred_queries(network: nn.Module, layers: str = "", sigma: str = "inf") ->
             look = transformer.register_forward_pre_hook(partial(_look, shape), with_kwargs=True)
             stack.callback(look.remove)
             for attention in places(transformer, "transformer_blocks", Attention, "attn1"):
+                if type(attention.processor).__name__.startswith("Fused"):
+                    raise UserError("SEG blurs queries, which fused projections do not tell: unfuse_qkv_projections()")
                 hook = attention.to_q.register_forward_hook(partial(_blur, shape, float(sigma)))
                 stack.callback(hook.remove)
         yield
@@ -159,33 +179,45 @@ def away_in_attention(network: nn.Module, combine: Combine) -> Iterator[None]:
         raise UserError(f"{type(network).__name__} has no cross-attention to steer away in")
     with ExitStack() as stack:
         for name, attention in found.items():
-            kind = Away(combine) if name.endswith("attn2") else Deaf(attention.processor)
+            if name.endswith("attn2"):
+                check_ordinary(attention, ORDINARY + IMAGE_PROMPTS)
+            kind = Away(combine, attention.processor) if name.endswith("attn2") else Deaf(attention.processor)
             stack.enter_context(replaced(attention, "processor", kind))
         yield
 
 
 class Away:
-    """An attention processor with a second text, `negative_hidden_states` (B, L, D)."""
+    """An attention processor with a second text, `negative_hidden_states` (B, L, D).
 
-    def __init__(self, combine: Combine):
-        self.combine = combine
+    before: the layer's own processor. What an IP-Adapter's adds to the text's attention is added to what `combine`
+    makes of both texts.
+    """
+
+    def __init__(self, combine: Combine, before: Callable[..., Tensor]):
+        self.combine, self.before = combine, before
 
     def __call__(
         self,
         attn: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | tuple[Tensor, list[Tensor]],
         attention_mask: Tensor | None = None,
         negative_hidden_states: Tensor | None = None,
         negative_scale: Tensor | None = None,
+        ip_adapter_masks: list[Tensor] | None = None,
     ) -> Tensor:
         if negative_hidden_states is None or negative_scale is None:
             raise UserError("this patch wants negative_hidden_states (B, L, D) and negative_scale (B,) as conditions")
         query = attn.to_q(hidden_states)
-        positive = _attended(attn, query, encoder_hidden_states, attention_mask)
+        images = isinstance(encoder_hidden_states, tuple)
+        text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
+        positive = _attended(attn, query, text, attention_mask)
         negative = _attended(attn, query, negative_hidden_states.to(query.dtype), None)
-        scale = negative_scale.to(query.dtype).view(-1, 1, 1)
-        return _projected(attn, self.combine(positive, negative, scale))
+        away = self.combine(positive, negative, negative_scale.to(query.dtype).view(-1, 1, 1))
+        if images:
+            asked = (hidden_states, encoder_hidden_states, attention_mask)
+            away = away + _unprojected(attn, self.before, *asked, ip_adapter_masks=ip_adapter_masks) - positive
+        return _projected(attn, away)
 
 
 class Deaf:
@@ -219,6 +251,16 @@ def _attended(attn: Any, query: Tensor, text: Tensor, mask: Tensor | None) -> Te
 
 def _heads(attn: Any, x: Tensor) -> Tensor:
     return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+
+
+def _unprojected(attn: Any, processor: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """What a processor hands to the output projection."""
+    projection = attn.to_out
+    attn.to_out = nn.ModuleList([nn.Identity(), nn.Identity()])
+    try:
+        return processor(attn, *args, **kwargs) * attn.rescale_output_factor
+    finally:
+        attn.to_out = projection
 
 
 def _projected(attn: Any, z: Tensor) -> Tensor:

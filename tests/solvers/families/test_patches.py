@@ -81,7 +81,7 @@ def test_nasa_and_nag_in_one_layer():
     stock = attn(x, TEXT)
 
     def steered(combine, scale: float, text=NEGATIVE) -> torch.Tensor:
-        return Away(combine)(attn, x, TEXT, None, text, torch.full((2,), scale))
+        return Away(combine, attn.processor)(attn, x, TEXT, None, text, torch.full((2,), scale))
 
     assert torch.equal(steered(nasa, 0.0), stock)
     bias = attn.to_out[0].bias
