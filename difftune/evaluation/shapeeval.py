@@ -23,8 +23,10 @@ from difftune.files import output
 from difftune.files.claim import fresh
 from difftune.files.prompts import read as read_prompts
 from difftune.lookup import guidance_named
+from difftune.pipelines.fingerprint import differ, digest_of
 from difftune.pipelines.generate import generate_batches, mean_branches, mean_nfe, pixels, settings_of, watched
 from difftune.pipelines.opened import opened
+from difftune.processes import shown
 from guidance.contract import Guidance
 from rewards.world import draw, grammar
 from rewards.world.oracle import Oracle
@@ -134,6 +136,12 @@ def load_results(path: str | Path) -> list[Result]:
         ) from error
 
 
+def digest_in(path: str | Path) -> str | None:
+    """The digest of the model that an evaluation, as `load_results` reads it, was made with; None if it says none."""
+    settings = json.loads(Path(path).read_text()).get("settings")
+    return settings.get("model_digest") if isinstance(settings, dict) else None
+
+
 def run(
     model: str,
     guidance: str = "cfg",
@@ -150,6 +158,7 @@ def run(
 ) -> dict[str, Any]:
     """`difftune eval`: ShapeEval of a model as one JSON object; written to output_dir/eval.json too, beside a grid."""
     before = None if baseline is None else load_results(baseline)
+    then = None if baseline is None else digest_in(baseline)
     method = guidance_named(guidance, None, guidance_options)
     chosen = entries_of(prompts_per_category, prompts)
     settings = {
@@ -166,7 +175,11 @@ def run(
         "baseline": baseline,
     }
     with nullcontext() if output_dir is None else fresh(output_dir) as claim:
-        e = evaluate(opened(model, lora), method, chosen, images_per_prompt, num_inference_steps, seed, batch_size)
+        pipe = opened(model, lora)
+        settings["model_digest"] = now = digest_of(pipe)
+        if differ(then, now):
+            shown(f"--baseline {baseline} is of a model of digest {then}, and that of {model!r} is {now}")
+        e = evaluate(pipe, method, chosen, images_per_prompt, num_inference_steps, seed, batch_size)
         found = _reported(e, before, settings)
         if claim is not None:
             grid = output.grid(pixels(e.images[::images_per_prompt]))

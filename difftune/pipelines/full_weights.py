@@ -10,6 +10,7 @@ from torch import Tensor
 
 from difftune.files.output import whole_folder
 from difftune.pipelines import lora
+from difftune.pipelines.fingerprint import KEY, digest_of
 from solvers.families.table import family_of
 
 
@@ -35,7 +36,8 @@ def save(pipe: Any, folder: str | Path, tensors: Mapping[str, Tensor]) -> Path:
     whole = {**network.state_dict(), **tensors}  # with the buffers
     with whole_folder(final) as partial:
         network.save_config(partial)
-        save_file({k: v.detach().cpu().contiguous() for k, v in whole.items()}, partial / FILE, {"format": "pt"})
+        about = {"format": "pt"} if (digest := digest_of(pipe)) is None else {"format": "pt", KEY: digest}
+        save_file({k: v.detach().cpu().contiguous() for k, v in whole.items()}, partial / FILE, about)
     return final
 
 

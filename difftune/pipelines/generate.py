@@ -17,6 +17,7 @@ from difftune.files import output
 from difftune.files.claim import fresh
 from difftune.files.noises import noises_of
 from difftune.lookup import guidance_named
+from difftune.pipelines.fingerprint import digest_of
 from difftune.pipelines.method_parts import Equipped, equip, prepared
 from difftune.pipelines.opened import opened
 from guidance.attach.handle import attach
@@ -159,6 +160,7 @@ def generate(
         found = {
             "settings": {
                 "model": model,
+                "model_digest": digest_of(pipe),
                 "lora": lora or None,
                 "guidance": guidance if named else type(method).__name__,
                 "guidance_options": settings_of(method),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from difftune.errors import UserError
 from difftune.files.output import whole_file, write
+from difftune.pipelines import fingerprint
 from solvers.families.table import family_of
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -143,7 +144,7 @@ def save(pipe: Any, folder: str | Path, tensors: Mapping[str, Tensor] | None = N
     with whole_file(Path(folder, WEIGHTS)) as partial:
         writer = type(pipe) if isinstance(pipe, LoraBaseMixin) else SD3LoraLoaderMixin
         writer.save_lora_weights(partial.parent, **layers, **settings, weight_name=WEIGHTS)
-        sort_header(partial)
+        sort_header(partial, fingerprint.digest_of(pipe))
     return Path(folder, WEIGHTS)
 
 
@@ -201,12 +202,15 @@ def attach(pipe: Any, folder: str | Path, name: str = NAME) -> None:
     set_peft_model_state_dict(network, tensors, name)
 
 
-def sort_header(file: Path) -> None:
+def sort_header(file: Path, model: str | None = None) -> None:
     """Put a safetensors file's header in order: its metadata comes in a random one, and equal weights shall be equal
-    files."""
+    files. model: the digest of the base model, to be noted there."""
     data = file.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    fields = json.loads(data[8:end])
+    if model is not None:
+        fields["__metadata__"] = {**fields.get("__metadata__", {}), fingerprint.KEY: model}
+    header = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the format's own padding
     file.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
 

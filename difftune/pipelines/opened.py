@@ -1,6 +1,6 @@
 """A pipeline, opened by name and adapted: its LoRAs, what a method makes of its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ from difftune import models
 from difftune.errors import UserError
 from difftune.lookup import model_named
 from difftune.pipelines import full_weights
+from difftune.pipelines.fingerprint import differ, digest_of, recorded
 from difftune.pipelines.lora import WEIGHTS, mix
 from difftune.pipelines.lora import attach as attach_lora
+from difftune.processes import shown
 
 
 def opened(model: str, lora: str | Sequence[str] | None = None) -> Any:
@@ -24,7 +26,18 @@ def opened(model: str, lora: str | Sequence[str] | None = None) -> Any:
     pipe = models.load(model).to("cuda" if torch.cuda.is_available() else "cpu")
     if shares:
         _adapt(pipe, model, shares)
+        _compare(pipe, model, shares)
     return pipe
+
+
+def _compare(pipe: Any, model: str, folders: Iterable[str]) -> None:
+    """Say, of each folder, whether it was trained on other weights: it fits, but it changes what it does not know."""
+    now = digest_of(pipe)
+    for folder in folders:
+        adapter = Path(folder, WEIGHTS)
+        then = recorded(adapter if adapter.is_file() else full_weights.folder_of(pipe, folder) / full_weights.FILE)
+        if differ(then, now):
+            shown(f"--lora {folder} was trained on a model of digest {then}, and that of {model!r} is {now}")
 
 
 def shares_of(loras: Sequence[str]) -> dict[str, float]:

@@ -27,6 +27,7 @@ from difftune.files.pictures import opened
 from difftune.lookup import at_least, guidance_named, model_named, reward_named, reward_weights
 from difftune.models import load as load_model
 from difftune.pipelines.engine import Engine, check_engine, kernels, offload_of
+from difftune.pipelines.fingerprint import check_resumed, digest_of
 from difftune.reno.named import needs_gradient
 from difftune.reno.optimizer import Live, ReNO, Result
 from difftune.reno.settings import NoiseSettings
@@ -189,34 +190,38 @@ def optimised(config: RenoConfig, reno: ReNO, batch: Batch, start: Tensor | None
     state = None if config.resume_from_checkpoint is None else checkpoint.resumed(folder, "latest")
     if state is not None:
         same_run(config, state)
+        check_resumed(reno.pipe, state.info.get("model_digest"))
         say(f"batch {batch.number}: resuming from iteration {state.step}")
     call: dict[str, Any] = {"iterations": config.iterations, "seed": config.seed + batch.first, "state": state}
     call["start"] = start if start is None or len(start) == 1 else start[batch.first : batch.first + len(batch.prompts)]
     frames = [] if state is None else list(state.tensors["frames"])
     lives = reno.iterate(batch.prompts, **call)
-    best = followed(config, folder, tqdm(lives, "ReNO", config.iterations, initial=len(frames), disable=None), frames)
+    shown = tqdm(lives, "ReNO", config.iterations, initial=len(frames), disable=None)
+    best = followed(config, folder, shown, frames, digest_of(reno.pipe))
     return Made(best or replace(reno, progress=False).optimize(batch.prompts, **call), torch.stack(frames))
 
 
-def followed(config: RenoConfig, folder: Path, lives: Iterable[Live], frames: list[Tensor]) -> Result | None:
+def followed(
+    config: RenoConfig, folder: Path, lives: Iterable[Live], frames: list[Tensor], model: str | None
+) -> Result | None:
     """The end of a run whose pictures are collected and whose checkpoints are saved; None if it was at its end."""
     live, steps = None, config.checkpointing_steps
     with processes.stopping() if steps else nullcontext(processes.Stop()) as stop:
         for live in lives:
             frames.append((live.images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu())
             if steps and (live.progress.iteration % steps == 0 or stop.number):
-                checkpoint.save(folder, with_frames(config, live.state, frames), limit=1)
+                checkpoint.save(folder, with_frames(config, live.state, frames, model), limit=1)
             if stop.number:
                 stop.leave(live.progress.iteration)
         if steps and live is not None:
-            checkpoint.save(folder, with_frames(config, live.state, frames), limit=1)
+            checkpoint.save(folder, with_frames(config, live.state, frames, model), limit=1)
     return None if live is None else live.best
 
 
-def with_frames(config: RenoConfig, state: State, frames: Sequence[Tensor]) -> State:
-    """The state with the pictures so far and the settings."""
+def with_frames(config: RenoConfig, state: State, frames: Sequence[Tensor], model: str | None) -> State:
+    """The state with the pictures so far, the settings and the model's digest."""
     tensors = {**state.tensors, "frames": torch.stack(list(frames))}
-    return State(state.step, tensors, {**state.info, "config": asdict(config)})
+    return State(state.step, tensors, {**state.info, "config": asdict(config), "model_digest": model})
 
 
 def same_run(config: RenoConfig, state: State) -> None:

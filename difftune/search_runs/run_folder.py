@@ -23,6 +23,7 @@ from difftune.errors import RunError, UserError
 from difftune.files.checkpoint import Say
 from difftune.files.output import grid, png, unused, write, write_json
 from difftune.lookup import at_least, guidance_named, model_named, reward_named
+from difftune.pipelines.fingerprint import check_resumed, digest_of
 from difftune.pipelines.generate import pixels
 from difftune.pipelines.opened import opened
 from difftune.search_runs.experts import experts_for
@@ -90,22 +91,23 @@ def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: 
         **settings_of(config),
     )
     if earlier is not None:
+        check_resumed(going.pipe, earlier.model)
         going.history = earlier.history
     return going
 
 
 def follow(going: Search, config: SearchConfig, folder: Path, say: Say) -> Found:
     """The end of a search whose state is saved every few seconds, and at its end."""
-    last, found = time.perf_counter(), None
+    last, found, digest = time.perf_counter(), None, digest_of(going.pipe)
     with processes.stopping() as stop:
         for number, found in enumerate(going):
             if stop.number or time.perf_counter() - last > SAVE_SECONDS:
-                write(folder / STATE, state_bytes(config, found))
+                write(folder / STATE, state_bytes(config, found, digest))
                 last = time.perf_counter()
             if stop.number:
                 stop.leave(number + 1)
     found = going.run() if found is None else found
-    write(folder / STATE, state_bytes(config, found))
+    write(folder / STATE, state_bytes(config, found, digest))
     say(f"{config.method}: mean reward {float(found.rewards.mean()):.4f}, {int(found.nfe.max())} NFEs a prompt")
     return found
 
@@ -116,13 +118,13 @@ def follow(going: Search, config: SearchConfig, folder: Path, say: Say) -> Found
 class Earlier:
     """A search that was saved."""
 
-    def __init__(self, saved: Saved, history: Sequence[Point]):
-        self.saved, self.history = saved, tuple(history)
+    def __init__(self, saved: Saved, history: Sequence[Point], model: str | None = None):
+        self.saved, self.history, self.model = saved, tuple(history), model
 
 
-def state_bytes(config: SearchConfig, found: Found) -> bytes:
+def state_bytes(config: SearchConfig, found: Found, model: str | None) -> bytes:
     tensors, info = found.state.saved()
-    about = {"settings": comparable(config), "history": found.history, "info": info}
+    about = {"settings": comparable(config), "history": found.history, "info": info, "model_digest": model}
     return save(dict(tensors), {"difftune": json.dumps(about)})
 
 
@@ -144,7 +146,9 @@ def resumed(folder: Path, config: SearchConfig) -> Earlier | None:
     tensors, about = read(folder / STATE)
     for name, value in now.items():
         same_or_larger(folder, name, about["settings"].get(name), value)
-    return Earlier(Saved(tensors, about["info"]), [Point(*point) for point in about["history"]])
+    return Earlier(
+        Saved(tensors, about["info"]), [Point(*point) for point in about["history"]], about.get("model_digest")
+    )
 
 
 def same_or_larger(folder: Path, name: str, before: Any, now: Any) -> None:

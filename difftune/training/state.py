@@ -19,7 +19,7 @@ from difftune.errors import UserError
 from difftune.files import checkpoint
 from difftune.files.checkpoint import Randomness, State
 from difftune.files.codec import decode, encode
-from difftune.pipelines import full_weights, lora
+from difftune.pipelines import fingerprint, full_weights, lora
 from difftune.training import run_folder
 from difftune.training.network import DTYPES, ReferenceNetwork, TrainedNetwork
 from difftune.training.numbering import sample_numbers
@@ -134,6 +134,7 @@ def begin_training(config: TrainingConfig, state: State | None, pipe: Any, refer
     """
     if state is not None:
         run_folder.same_run(config, state)
+        fingerprint.check_resumed(pipe, state.info.get("model_digest"))
     accelerator = make_accelerator(config.mixed_precision)
     pipe.to(accelerator.device)
     if config.mixed_precision != "no":
@@ -221,6 +222,7 @@ def take_snapshot(run: Training, step: int, metrics: Metrics, own: Kept | None =
     info = {
         "cursor": sample_numbers(run.config, step, 0, run.world)[0].start,
         "num_processes": run.world,
+        "model_digest": fingerprint.digest_of(run.pipe),
         "config": asdict(run.config),
         "metrics": metrics,
         "skipped": run.skipped,
