@@ -27,7 +27,7 @@ from difftune.errors import UserError
 from difftune.evaluation.win_rate import win_rate
 from difftune.files import output
 from difftune.files.checkpoint import State
-from difftune.files.prompts import Prompts, listed, prompts_named
+from difftune.files.prompts import Prompts, listed
 from difftune.pipelines import lora
 from difftune.recipes.dpo import dpo_loss, dpo_margin
 from difftune.recipes.kto import kto_baseline, kto_loss
@@ -166,17 +166,17 @@ NEW = 10**9  # number of the first image that no run trains on
 SUBSET = 8  # images of a set in a win rate
 
 
-def write_win_rate(config: DragonConfig, pipe: Any, reward: Reward | None = None) -> dict[str, Any]:
+def write_win_rate(config: DragonConfig, pipe: Any, prompts: Prompts, reward: Reward | None) -> dict[str, Any]:
     """Write win_rate.json into the run's folder, and return what it says: see `compare_with_base`; {} if not wanted."""
     if not config.num_win_rate_images:
         return {}
-    found = compare_with_base(config, pipe, reward)
+    found = compare_with_base(config, pipe, prompts, reward)
     output.write_json(Path(config.output_dir) / "win_rate.json", found)
     return found
 
 
 @torch.no_grad()
-def compare_with_base(config: DragonConfig, pipe: Any, reward: Reward | None = None) -> dict[str, Any]:
+def compare_with_base(config: DragonConfig, pipe: Any, prompts: Prompts, reward: Reward | None) -> dict[str, Any]:
     """How often the adapted pipeline beats the one without the adapter, on prompts and noise that no run trains on.
 
     An image is compared with the other of its prompt and noise. Where the reward is of sets, the images are parted into
@@ -186,7 +186,7 @@ def compare_with_base(config: DragonConfig, pipe: Any, reward: Reward | None = N
     network = lora.network_of(pipe)
     images = ImageSampler.of(config, pipe, TrainedNetwork(network, network.dtype))
     objective = OBJECTIVES[config.objective](config, images.model, reward)
-    prompts, numbers = prompts_named(config.prompts, config.seed), range(NEW, NEW + config.num_win_rate_images)
+    numbers = range(NEW, NEW + config.num_win_rate_images)
     with seeded_generators(seed_of(config.seed, NEW, "win rate")):
         tuned = look_at(objective, images, prompts, numbers, config).features
         with lora.off(network):

@@ -63,7 +63,7 @@ def train_saved(
         card = partial(model_card, recipe, config, parts.pipe)
         found = run_folder.run(config, steps, state, parts.pipe, card, parts.reward)
         if recipe.finish and processes.process().is_main_process:
-            found |= recipe.function(recipe.finish)(config, parts.pipe, parts.reward)
+            found |= recipe.function(recipe.finish)(config, parts.pipe, parts.prompts, parts.reward)
         return found
 
 

@@ -5,7 +5,7 @@ A recipe yields (metrics, state) after each optimiser step and knows nothing of 
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -108,7 +108,7 @@ def run(
         for name in (METRICS, validation.RECORDS):
             records.rewind(folder / name, done)
     process().wait_for_everyone()  # and sees the records as they go on
-    scorers = validation.load_scorers(config, reward) if config.validation_steps else {}
+    validator = validation.open_validator(config, reward)
     bar = tqdm(total=config.max_train_steps, initial=done, disable=not main)
     keeper = Keeper(folder, pipe, config.checkpoints_total_limit, done, main)
     with stopping() as stop, bar, keeper:
@@ -117,7 +117,7 @@ def run(
             if main:
                 report(folder, metrics, trackers, bar)
             last = now.step == config.max_train_steps
-            parting = validated(config, pipe, now, scorers, trackers, last) if scorers else None
+            parting = validated(validator, pipe, now, trackers, last) if validator else None
             ends = config.early_stop and parting is not None
             due = now.step % config.checkpointing_steps == 0 or last or ends
             asked = agreed(stop)
@@ -181,17 +181,18 @@ def save_weights(pipe: Any, state: State, folder: Path) -> None:
 
 
 def validated(
-    config: Config, pipe: Any, state: State, scorers: Mapping[str, Any], trackers: Sequence[Any], last: bool
+    validator: validation.Validator, pipe: Any, state: State, trackers: Sequence[Any], last: bool
 ) -> Parting | None:
     """A validation where one is due, in every process alike; the main one writes it. Returns what `Monitor` finds.
 
     One whose reward is not finite is skipped.
     """
-    if state.step % config.validation_steps and not last:
+    config = validator.config
+    if state.step % (config.validation_steps or 1) and not last:
         return None
     found = None
     try:
-        found = validation.validate(config, pipe, state, scorers)
+        found = validation.validate(validator, pipe, state)
     except NotFinite as error:
         shown(f"the validation at step {state.step} is skipped: {error}")
     if found is not None and process().is_main_process:

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from difftune.files.prompts import read
 from difftune.lookup import guidance_named, reward_named, reward_weights
 from difftune.pipelines import lora
 from difftune.pipelines.generate import generate_batches, pixels
+from guidance.contract import Guidance
 from rewards.checks import finite
 from rewards.monitor import Monitor, Parting
 
@@ -89,23 +90,42 @@ def load_scorers(config: TrainingConfig, reward: Scorer | None) -> dict[str, Sco
     return found
 
 
+@dataclass(frozen=True)
+class Validator:
+    """What every validation of a run draws and scores: the names of the settings, resolved once."""
+
+    config: TrainingConfig
+    prompts: list[str]  # of each image
+    method: Guidance
+    scorers: Mapping[str, Scorer]
+
+
+def open_validator(config: TrainingConfig, reward: Scorer | None) -> Validator | None:
+    """The validator of a run; None if its settings ask for no validations. `reward`: as for `load_scorers`."""
+    if config.validation_steps is None:
+        return None
+    some = validation_prompts(config)
+    prompts = [some[i % len(some)] for i in range(config.num_validation_images)]
+    method = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+    return Validator(config, prompts, method, load_scorers(config, reward))
+
+
 @torch.no_grad()
-def validate(config: TrainingConfig, pipe: Any, state: State, scores: Mapping[str, Scorer]) -> Validation:
+def validate(validator: Validator, pipe: Any, state: State) -> Validation:
     """Draw, score, and compare with the earlier validations of this run.
 
     The weights are the average's, where the run keeps one; the global generators are left as they were. Raises
     NotFinite where a score is not finite.
     """
-    random = checkpoint.randomness()
-    some = validation_prompts(config)
-    chosen = [some[i % len(some)] for i in range(config.num_validation_images)]
-    seeds = [config.seed + i for i in range(len(chosen))]
-    method = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+    random, config, prompts = checkpoint.randomness(), validator.config, validator.prompts
+    seeds = [config.seed + i for i in range(len(prompts))]
+    size = config.train_batch_size
     try:
         with _average(pipe, state):
-            batches = generate_batches(pipe, chosen, seeds, method, config.num_inference_steps, config.train_batch_size)
+            batches = generate_batches(pipe, prompts, seeds, validator.method, config.num_inference_steps, size)
             images = torch.cat([batch.images for batch in batches])
-            means = {f"{name}_mean": _mean(scorer, images.to(pipe.device), chosen) for name, scorer in scores.items()}
+            scorers = validator.scorers.items()
+            means = {f"{name}_mean": _mean(scorer, images.to(pipe.device), prompts) for name, scorer in scorers}
     finally:
         checkpoint.restore(random)
     record = {"step": state.step, **means}

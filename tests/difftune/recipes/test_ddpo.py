@@ -233,6 +233,17 @@ def test_advantages_by_each_prompts_latest_rewards_are_those_of_the_released_tra
     assert found[-1] != pytest.approx(advantages(torch.tensor(reward.met[-1][1])).tolist(), abs=1e-2)
 
 
+def test_each_step_of_a_round_is_taken_on_its_own_share_of_the_images(toy, monkeypatch):
+    """And the advantages are of the whole round."""
+    found, reward = [], Noted()
+    monkeypatch.setattr(ddpo, "ddpo_loss", lambda a, r, c: found.append(a.tolist()) or ddpo_loss(a, r, c))
+    config = replace(toy, updates_per_round=2, max_train_steps=2, num_images_per_prompt=2)
+    assert len(list(train(config, None, pipelines.sd(), reward))) == 2
+    expected = advantages(torch.tensor([score for _, scores in reward.met for score in scores]), 2).tolist()
+    first, *_, last = found
+    assert [*first, *last] == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_reward_of_the_prompt_alone_gives_no_gradient_once_the_prompts_are_known(toy):
     class Length(Brightness):
         def __call__(self, images, prompts):

@@ -295,7 +295,7 @@ def test_run_writes_the_win_rate(toy, tmp_path):
     found = train_in_folder(config, lambda line: None, pipe, BRIGHT)
     written = json.loads((tmp_path / "out" / "win_rate.json").read_text())
     assert written["win_rate"] == found["win_rate"] and written["win_rate"]["n"] == 8
-    again = compare_with_base(config, pipe, BRIGHT)
+    again = compare_with_base(config, pipe, prompts_named(config.prompts, 0), BRIGHT)
     assert again["win_rate"] == found["win_rate"] and found["reward_after"] != found["reward_before"]
     with lora.off(pipe.unet):
         chain = chain_of(config, pipe)
