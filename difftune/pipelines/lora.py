@@ -34,7 +34,7 @@ LAYOUTS = {
     "attention": ATTENTION + JOINT,
     "attention+ff+conv": ATTENTION + JOINT + FEED_FORWARD + CONVOLUTIONS,
 }
-NAME = "default"  # the adapter's, as diffusers' own scripts have it
+NAME = "default"  # of the adapter that is trained, as diffusers' own scripts have it
 
 
 def add(
@@ -132,14 +132,18 @@ def off(network: nn.Module) -> Iterator[None]:
             layer._disable_adapters = disabled
 
 
-def save(pipe: Any, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
-    """Write the adapter as `folder/pytorch_lora_weights.safetensors`, whole or not at all.
+def save(
+    pipe: Any, folder: str | Path, tensors: Mapping[str, Tensor] | None = None, adapter_name: str | None = None
+) -> Path:
+    """Write an adapter as `folder/pytorch_lora_weights.safetensors`, whole or not at all.
 
-    tensors: its weights by the names of `weights`, where they are others than the network has.
+    tensors: its weights by the names of `weights`, where they are others than the network has. adapter_name: as for
+    `chosen`.
     """
     network, kind = network_of(pipe), family_of(pipe).denoisers[0]
-    layers = {f"{kind}_lora_layers": adapter_of(network, tensors)}
-    adapter = {k: sorted(v) if isinstance(v, set) else v for k, v in network.peft_config[NAME].to_dict().items()}
+    name = chosen(network, adapter_name)
+    layers = {f"{kind}_lora_layers": adapter_of(network, name, tensors)}
+    adapter = {k: sorted(v) if isinstance(v, set) else v for k, v in network.peft_config[name].to_dict().items()}
     settings = {f"{kind}_lora_adapter_metadata": adapter}  # a set's order would differ from process to process
     with whole_file(Path(folder, WEIGHTS)) as partial:
         writer = type(pipe) if isinstance(pipe, LoraBaseMixin) else SD3LoraLoaderMixin
@@ -148,27 +152,54 @@ def save(pipe: Any, folder: str | Path, tensors: Mapping[str, Tensor] | None = N
     return Path(folder, WEIGHTS)
 
 
-def adapter_of(network: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The adapter's weights by peft's own keys: LAYER.lora_A.weight and LAYER.lora_B.weight."""
+def chosen(network: Any, name: str | None = None) -> str:
+    """The name of an adapter of the network: as given, or the only one, or the only one that is active.
+
+    Raises UserError, with their names, where there is none of that name or the choice is open.
+    """
+    names = list(vars(network).get("peft_config", {}))
+    if name is not None and name not in names:
+        raise UserError(f"no adapter {name!r} in the {type(network).__name__}: it has {', '.join(names) or 'none'}")
+    if name is not None or len(names) == 1:
+        return name or names[0]
+    layers = (module for module in network.modules() if isinstance(module, BaseTunerLayer))
+    active = list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+    if len(active) != 1:
+        had = ", ".join(names) or "none"
+        raise UserError(f"the {type(network).__name__} has the adapters {had}: give one of them as adapter_name")
+    return active[0]
+
+
+def adapter_of(network: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """An adapter's weights by peft's own keys: LAYER.lora_A.weight and LAYER.lora_B.weight."""
     state = None if tensors is None else dict(tensors)
-    return {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(network, state).items()}
+    found = get_peft_model_state_dict(network, state, adapter_name=name)
+    return {k: v.detach().cpu().contiguous() for k, v in found.items()}
 
 
-def export_kohya(pipe: Any, file: str | Path) -> Path:
-    """Write the adapter as Automatic1111, ComfyUI and kohya's scripts read it; `pipe.load_lora_weights` does too.
+def export_kohya(pipe: Any, file: str | Path, adapter_name: str | None = None) -> Path:
+    """Write an adapter as Automatic1111, ComfyUI and kohya's scripts read it; `pipe.load_lora_weights` does too.
 
-    Layer a.b.c of a UNet is lora_unet_a_b_c, with lora_down, lora_up and its alpha. Raises UserError for a denoiser
-    that is no UNet: those programs know transformers by names of their own.
+    Layer a.b.c of a UNet is lora_unet_a_b_c, with lora_down, lora_up and alpha. A layer of another alpha than the rest
+    (`alpha_pattern`) has that in its lora_up, since diffusers reads one alpha for all. adapter_name: as for `chosen`.
+    Raises UserError for a denoiser that is no UNet, which those programs know by names of their own, and for DoRA.
     """
     network, kind = network_of(pipe), family_of(pipe).denoisers[0]
     if kind != "unet":
         raise UserError(f"kohya's layout is of UNets, and this is a {type(network).__name__}: keep {WEIGHTS}")
     found: dict[str, Tensor] = {}
-    for key, value in adapter_of(network).items():
+    adapter = chosen(network, adapter_name)
+    settings = network.peft_config[adapter]
+    if settings.use_dora:
+        raise UserError(f"this layout has no magnitudes, and adapter {adapter!r} is of DoRA: keep {WEIGHTS}")
+    for key, value in adapter_of(network, adapter).items():
         layer, _, side = key.removesuffix(".weight").rpartition(".")
         name = f"lora_unet_{layer.replace('.', '_')}"
-        found[f"{name}.{KOHYA[side]}.weight"] = value
-        found[f"{name}.alpha"] = torch.tensor(float(network.peft_config[NAME].lora_alpha))
+        module = network.get_submodule(layer)
+        own = module.lora_alpha[adapter] * (module.r[adapter] ** 0.5 if settings.use_rslora else 1.0)
+        more = own / settings.lora_alpha if side == "lora_B" else 1.0
+        found[f"{name}.{KOHYA[side]}.weight"] = value if more == 1 else more * value
+        found[f"{name}.alpha"] = torch.tensor(float(settings.lora_alpha))
     write(Path(file), safetensors(found, {"format": "pt"}))
     return Path(file)
 
@@ -179,18 +210,30 @@ KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 def mix(pipe: Any, shares: Mapping[str, float]) -> None:
     """Load the adapters that training wrote to the folders, each with its share: W x + sum_i share_i delta_i(x).
 
-    Two rewards are traded off after their training by shares a and 1 - a (https://arxiv.org/abs/2310.03739).
+    Those that the pipeline has already are switched off. Two rewards are traded off after their training by shares a
+    and 1 - a (https://arxiv.org/abs/2310.03739).
     """
     if not isinstance(network_of(pipe), PeftAdapterMixin):
         raise UserError(f"diffusers cannot mix adapters of a {type(network_of(pipe)).__name__}: give one alone")
-    names = [f"{NAME}_{i}" for i in range(len(shares))]
-    for name, folder in zip(names, shares, strict=True):
-        attach(pipe, folder, name)
+    names = [attach(pipe, folder) for folder in shares]
     network_of(pipe).set_adapters(names, list(shares.values()))
 
 
-def attach(pipe: Any, folder: str | Path, name: str = NAME) -> None:
-    """Load an adapter that `save` wrote: `pipe.load_lora_weights`, also for a pipeline that has none (PixArt's)."""
+def attach(pipe: Any, folder: str | Path, name: str | None = None) -> str:
+    """Load an adapter that `save` wrote, and return its name, one that is free unless given: `pipe.load_lora_weights`,
+    also for a pipeline that has none (PixArt's)."""
+    name = name or free_name(network_of(pipe))
+    _attach(pipe, folder, name)
+    return name
+
+
+def free_name(network: Any) -> str:
+    """ "default", or "default_1" and so on where there are such adapters."""
+    taken = vars(network).get("peft_config", {})
+    return next(name for name in (NAME, *(f"{NAME}_{i + 1}" for i in range(len(taken)))) if name not in taken)
+
+
+def _attach(pipe: Any, folder: str | Path, name: str) -> None:
     if isinstance(pipe, LoraBaseMixin):
         pipe.load_lora_weights(folder, adapter_name=name)
         return

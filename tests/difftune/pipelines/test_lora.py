@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from difftune.errors import UserError
@@ -113,6 +114,69 @@ def test_adapters_are_mixed_by_shares(tmp_path):
     alone = pipelines.sd()
     lora.attach(alone, tmp_path / "0")
     assert (output(mixed) - output(alone)).abs().max() <= 1e-5
+
+
+def spread_out(pipe):
+    """An adapter of peft's own, with ranks and alphas that differ from layer to layer."""
+    patterns = {"rank_pattern": {"to_v": 3, "mid_block.*to_k": 1}, "alpha_pattern": {"to_v": 16, "to_out.0": 5}}
+    settings = LoraConfig(r=2, lora_alpha=8, target_modules=list(lora.ATTENTION), **patterns)
+    pipe.unet.add_adapter(settings, "mine")
+    for i, weight in enumerate(lora.weights(pipe.unet).values()):
+        weight.data = 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+    return pipe
+
+
+@pytest.mark.parametrize("layers", ["plain", "patterns", "rslora"])
+def test_an_adapter_of_any_name_is_saved_exported_and_mixed(tmp_path, layers):
+    """As `pipe.load_lora_weights` names it, or its maker; each layer keeps its own rank and alpha."""
+    made = perturbed(pipelines.sd(), rank=2, alpha=6) if layers == "plain" else spread_out(pipelines.sd())
+    if layers == "rslora":
+        made = pipelines.sd()
+        made.unet.add_adapter(LoraConfig(r=4, lora_alpha=6, target_modules=["to_q"], use_rslora=True), "mine")
+        for weight in lora.weights(made.unet).values():
+            weight.data += 0.2
+    expected, base = output(made), output(pipelines.sd())
+    assert (expected - base).abs().max() > 1e-3
+    lora.save(made, tmp_path / "m")
+    loaded = pipelines.sd()
+    loaded.load_lora_weights(tmp_path / "m")
+    assert list(loaded.unet.peft_config) == ["default_0"] and torch.allclose(output(loaded), expected, atol=1e-5)
+    lora.export_kohya(loaded, tmp_path / "k" / "k.safetensors")
+    exported = pipelines.sd()
+    exported.load_lora_weights(tmp_path / "k", weight_name="k.safetensors")
+    assert torch.allclose(output(exported), expected, atol=1e-5)
+    lora.save(loaded, tmp_path / "again")
+    again = pipelines.sd()
+    lora.attach(again, tmp_path / "again")
+    assert torch.allclose(output(again), expected, atol=1e-5)
+    lora.mix(loaded, {str(tmp_path / "m"): 0.0})
+    assert torch.allclose(output(loaded), base, atol=1e-5)  # what was loaded before is off
+    lora.mix(loaded, {str(tmp_path / "m"): 0.25, str(tmp_path / "again"): 0.75})
+    assert torch.allclose(output(loaded), expected, atol=1e-5) and len(loaded.unet.peft_config) == 4
+
+
+def test_an_open_choice_of_adapters_is_named(tmp_path):
+    pipe = perturbed(pipelines.sd(), rank=2)
+    lora.save(pipe, tmp_path)
+    assert [lora.attach(pipe, tmp_path), lora.attach(pipe, tmp_path)] == ["default_1", "default_2"]
+    pipe.unet.set_adapters(["default", "default_2"])
+    with pytest.raises(
+        UserError, match="has the adapters default, default_1, default_2: give one of them as adapter_n"
+    ):
+        lora.save(pipe, tmp_path / "no")
+    with pytest.raises(
+        UserError, match="no adapter 'other' in the UNet2DConditionModel: it has default, default_1, def"
+    ):
+        lora.export_kohya(pipe, tmp_path / "no.safetensors", adapter_name="other")
+    assert lora.save(pipe, tmp_path / "one", adapter_name="default_1").is_file()
+    pipe.unet.set_adapters("default_2")
+    assert lora.chosen(pipe.unet) == "default_2"
+    with pytest.raises(UserError, match="has the adapters none"):
+        lora.save(pipelines.sd(), tmp_path / "no")
+    dora = pipelines.sd()
+    dora.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], use_dora=True), "d")
+    with pytest.raises(UserError, match="has no magnitudes, and adapter 'd' is of DoRA"):
+        lora.export_kohya(dora, tmp_path / "no.safetensors")
 
 
 def test_weights_are_lent_and_come_back(tmp_path):
