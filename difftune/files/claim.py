@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,28 +28,38 @@ class Claim:
     path: Path
     descriptor: int  # of the lock file
     noted: list[str] = field(default_factory=list)  # names that are removed unless the run ends
+    ended: bool = False  # whether a run that was killed had come to its end: all it had to write is there
 
     def held(self) -> list[str]:
         """The names in the folder, without the lock."""
         return sorted(path.name for path in self.path.iterdir() if path.name != LOCK)
 
     def note(self, *names: str) -> None:
-        """Say that these are about to be written, and are worth nothing unless the run ends."""
-        if new := [name for name in names if name not in self.noted]:
+        """Say that these, so far as they are not there, are about to be written and worth nothing unless the run ends."""
+        new = [name for name in names if name not in self.noted and not (self.path / name).exists()]
+        if new:
             self._tell({"writes": new})
             self.noted += new
 
-    def keep(self) -> None:
-        """Say that what was written so far is worth keeping, whatever comes: the run can go on from it."""
-        if self.noted:
-            self._tell({"keeps": True})
-            self.noted.clear()
+    def keep(self, *names: str) -> None:
+        """Say that what was written under these names, or all of it, is worth keeping: the run can go on from it."""
+        kept = set(names or self.noted)
+        if kept & set(self.noted):
+            self._tell({"keeps": sorted(kept)})
+            self.noted = [name for name in self.noted if name not in kept]
 
     def clear(self) -> None:
         """Remove what was noted: the run begins anew."""
         for name in self.noted:
             remove(self.path / name)
         self.keep()
+
+    def end(self, *needless: str) -> None:
+        """Say that all is written, then remove what was needed until then."""
+        self._tell({"ends": list(needless)})
+        self.noted.clear()
+        for name in needless:
+            remove(self.path / name)
 
     def write(self, name: str, data: bytes | str) -> None:
         """Note a file and write it whole."""
@@ -119,10 +129,13 @@ def _made(path: Path) -> list[Path]:
 def _locked(path: Path) -> Iterator[Claim]:
     """The folder under a lock file, which is removed at the end unless what was noted could not be."""
     descriptor = _lock(path)
-    claim = Claim(path, descriptor, _noted(path))
+    needless = _needless(path)
+    claim = Claim(path, descriptor, _noted(path), needless is not None)
     try:
         try:
             claim._tell({"pid": os.getpid(), "host": socket.gethostname()})
+            for name in needless or ():
+                remove(path / name)
             yield claim
         except BaseException:
             with suppress(OSError):
@@ -175,7 +188,18 @@ def _noted(path: Path) -> list[str]:
     """The names that a killed run noted last, plain ones alone: nothing outside the folder is ever removed."""
     names: list[str] = []
     for line in _told(path):
-        names = [] if "keeps" in line else [*names, *line.get("writes", [])]
+        kept = names if "ends" in line else line.get("keeps", [])
+        names = [name for name in (*names, *line.get("writes", [])) if name not in kept]
+    return _plain(names)
+
+
+def _needless(path: Path) -> list[str] | None:
+    """The names that a run which was killed at its end had still to remove; None where it was killed before."""
+    said = [line for line in _told(path) if "pid" not in line]
+    return _plain(said[-1]["ends"]) if said and "ends" in said[-1] else None
+
+
+def _plain(names: Sequence[Any]) -> list[str]:
     return [name for name in names if isinstance(name, str) and Path(name).name == name]
 
 

@@ -1,10 +1,11 @@
 """`difftune optimize`: noise optimisation from the command line, with its files, its checkpoints and its pictures."""
 
 import io
-import shutil
+import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,12 @@ from tqdm import tqdm
 
 from difftune import processes
 from difftune.configs.noise import RenoConfig
-from difftune.errors import UserError
+from difftune.errors import DiskError, UserError
 from difftune.files import checkpoint
 from difftune.files.checkpoint import Say, State
+from difftune.files.claim import Claim, claimed
 from difftune.files.noises import NOISE, noises_of
-from difftune.files.output import grid, png, unused, write, write_json
+from difftune.files.output import as_json, grid, png, remove, sweep
 from difftune.files.pictures import opened
 from difftune.lookup import at_least, guidance_named, model_named, reward_named, reward_weights
 from difftune.models import load as load_model
@@ -36,7 +38,8 @@ from rewards.monitor import Monitor
 from rewards.registry import Reward, entry
 from solvers.latent import LatentModel
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, RESULT = "checkpoints", "optimize.json"
+OWN = re.compile(r"\d{3}-(before|after)\.png|\d{3}-path\.(gif|webp)|grid\.png|curves\.png|noise\.safetensors")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FREE = {"iterations", "checkpointing_steps", "resume_from_checkpoint", "output_dir", "animation"}  # of a resumed run
 FRAMES = 50  # of an animation, at most
@@ -58,9 +61,25 @@ def run(config: RenoConfig, show: Say | None = None, pipe: Any = None, reward: R
     `checkpointing_steps` asks for. SIGTERM and Ctrl-C save one more, and end with 143 and 130.
     """
     check(config, pipe, reward)
-    folder = prepared(config)
-    started, say = time.perf_counter(), show or processes.shown
-    reno = configured(config, pipe, reward)
+    say = show or processes.shown
+    with claimed(config.output_dir) as claim:
+        if claim.ended and config.resume_from_checkpoint:
+            say(f"{claim.path} was finished: nothing is left to do")
+            return json.loads((claim.path / RESULT).read_text("utf-8"))
+        prepare(claim, config)
+        summary, found = optimised_all(config, claim, say, pipe, reward)
+        claim.results([*files(config, found), (RESULT, as_json(summary))])
+        claim.end(CHECKPOINTS)
+    if summary.get("parting"):
+        say(f"{config.held_out} fell while the reward rose: {summary['parting']['says']}")
+    return summary
+
+
+def optimised_all(
+    config: RenoConfig, claim: Claim, say: Say, pipe: Any, reward: Reward | None
+) -> tuple[dict[str, Any], list[Made]]:
+    """What optimize.json holds, and every batch."""
+    started, reno = time.perf_counter(), configured(config, pipe, reward)
     if torch.cuda.is_available() and pipe is None:
         reno.pipe.to("cuda")
     network, exact = LatentModel(reno.pipe, reno.embedded_guidance).network, config.deterministic
@@ -72,15 +91,8 @@ def run(config: RenoConfig, show: Say | None = None, pipe: Any = None, reward: R
         for name, line in engine.items():
             say(f"{name}: {line}")
         start = None if config.start is None else start_of(config, reno)
-        found = [optimised(config, reno, batch, start, say) for batch in batches]
-    summary = {**summarised(config, found), "engine": engine, "seconds": time.perf_counter() - started}
-    for name, data in files(config, found):
-        write(folder / name, data)
-    write_json(folder / "optimize.json", summary)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    if summary.get("parting"):
-        say(f"{config.held_out} fell while the reward rose: {summary['parting']['says']}")
-    return summary
+        found = [optimised(config, reno, batch, start, claim, say) for batch in batches]
+    return {**summarised(config, found), "engine": engine, "seconds": time.perf_counter() - started}, found
 
 
 ROUGH = 0.05  # of unit noise: an error of the first step's that may turn a gradient around
@@ -174,18 +186,35 @@ def every(config: RenoConfig) -> list[str]:
     return [prompt for prompt in config.prompt for _ in range(config.seeds_per_prompt)]
 
 
-def prepared(config: RenoConfig) -> Path:
-    """The output folder: a new one, or for a resumed run the one with its checkpoints. UserError otherwise."""
-    folder = Path(config.output_dir)
-    resumable = folder.is_dir() and [path.name for path in folder.iterdir()] == [CHECKPOINTS]
+def prepare(claim: Claim, config: RenoConfig) -> None:
+    """Make the folder ready for a new run, or for one that is resumed from its checkpoints. UserError otherwise.
+
+    What a killed run left that has no whole checkpoint is removed, and so are results that are not all there.
+    """
+    places = [path for path in (claim.path / CHECKPOINTS).glob("*") if path.is_dir()]
+    for place in places:
+        sweep(place)
+    resumable, killed = any(checkpoint.checkpoints(place) for place in places), CHECKPOINTS in claim.held()
+    if resumable:
+        claim.keep(CHECKPOINTS)
+    else:
+        remove(claim.path / CHECKPOINTS)
+    claim.clear()
     if resumable and config.resume_from_checkpoint is None:
-        raise UserError(f"{folder} holds an unfinished run: go on with --resume_from_checkpoint latest")
-    return folder if resumable else unused(folder)
+        raise UserError(f"{claim.path} holds an unfinished run: go on with --resume_from_checkpoint latest")
+    held = [name for name in claim.held() if name != CHECKPOINTS]
+    if killed and RESULT not in held and all(OWN.fullmatch(name) for name in held):
+        for name in held:
+            remove(claim.path / name)
+    elif held:
+        path = claim.path
+        raise UserError(f"{path} holds another run ({held[0]}): nothing was written, choose another --output_dir")
+    claim.note(CHECKPOINTS)
 
 
-def optimised(config: RenoConfig, reno: ReNO, batch: Batch, start: Tensor | None, say: Say) -> Made:
+def optimised(config: RenoConfig, reno: ReNO, batch: Batch, start: Tensor | None, claim: Claim, say: Say) -> Made:
     """One batch, from its newest checkpoint if the run is resumed."""
-    folder = Path(config.output_dir) / CHECKPOINTS / f"{batch.number:03d}"
+    folder = claim.path / CHECKPOINTS / f"{batch.number:03d}"
     checkpoint.sort_out(folder, say)
     state = None if config.resume_from_checkpoint is None else checkpoint.resumed(folder, "latest")
     if state is not None:
@@ -195,27 +224,59 @@ def optimised(config: RenoConfig, reno: ReNO, batch: Batch, start: Tensor | None
     call: dict[str, Any] = {"iterations": config.iterations, "seed": config.seed + batch.first, "state": state}
     call["start"] = start if start is None or len(start) == 1 else start[batch.first : batch.first + len(batch.prompts)]
     frames = [] if state is None else list(state.tensors["frames"])
+    keeper = Keeper(config, claim, folder, frames, digest_of(reno.pipe))
     lives = reno.iterate(batch.prompts, **call)
-    shown = tqdm(lives, "ReNO", config.iterations, initial=len(frames), disable=None)
-    best = followed(config, folder, shown, frames, digest_of(reno.pipe))
+    best = followed(keeper, tqdm(lives, "ReNO", config.iterations, initial=len(frames), disable=None))
     return Made(best or replace(reno, progress=False).optimize(batch.prompts, **call), torch.stack(frames))
 
 
-def followed(
-    config: RenoConfig, folder: Path, lives: Iterable[Live], frames: list[Tensor], model: str | None
-) -> Result | None:
-    """The end of a run whose pictures are collected and whose checkpoints are saved; None if it was at its end."""
-    live, steps = None, config.checkpointing_steps
+@dataclass
+class Keeper:
+    """The pictures of a batch so far, and where it stands; saves that, each iteration once."""
+
+    config: RenoConfig
+    claim: Claim
+    folder: Path
+    frames: list[Tensor]
+    model: str | None  # its digest
+    live: Live | None = None
+    saved: int | None = None
+
+    def see(self, live: Live) -> None:
+        """Take an iteration into account."""
+        self.live = live
+        self.frames.append((live.images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu())
+
+    def save(self) -> None:
+        """Write the checkpoint of the last iteration, unless there is one."""
+        if self.live is not None and self.live.progress.iteration != self.saved:
+            checkpoint.save(self.folder, with_frames(self.config, self.live.state, self.frames, self.model), limit=1)
+            self.claim.keep(CHECKPOINTS)
+            self.saved = self.live.progress.iteration
+
+
+def followed(keeper: Keeper, lives: Iterable[Live]) -> Result | None:
+    """The end of a run whose pictures are collected and whose checkpoints are saved; None if it was at its end.
+
+    After an error the last whole iteration is saved, where checkpoints are.
+    """
+    steps = keeper.config.checkpointing_steps
     with processes.stopping() if steps else nullcontext(processes.Stop()) as stop:
-        for live in lives:
-            frames.append((live.images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu())
-            if steps and (live.progress.iteration % steps == 0 or stop.number):
-                checkpoint.save(folder, with_frames(config, live.state, frames, model), limit=1)
-            if stop.number:
-                stop.leave(live.progress.iteration)
-        if steps and live is not None:
-            checkpoint.save(folder, with_frames(config, live.state, frames, model), limit=1)
-    return None if live is None else live.best
+        try:
+            for live in lives:
+                keeper.see(live)
+                if steps and (live.progress.iteration % steps == 0 or stop.number):
+                    keeper.save()
+                if stop.number:
+                    stop.leave(live.progress.iteration)
+        except Exception:
+            with suppress(DiskError):
+                if steps:
+                    keeper.save()
+            raise
+        if steps:
+            keeper.save()
+    return None if keeper.live is None else keeper.live.best
 
 
 def with_frames(config: RenoConfig, state: State, frames: Sequence[Tensor], model: str | None) -> State:
@@ -226,10 +287,7 @@ def with_frames(config: RenoConfig, state: State, frames: Sequence[Tensor], mode
 
 def same_run(config: RenoConfig, state: State) -> None:
     """UserError, naming the first, where settings are not those that the state was made with."""
-    then = {**asdict(RenoConfig()), **state.info["config"]}
-    for name, value in asdict(config).items():
-        if name not in FREE and then[name] != value:
-            raise UserError(f"the checkpoint was made with {name}={then[name]!r}, not {value!r}: resume with that")
+    checkpoint.same_settings(asdict(config), {**asdict(RenoConfig()), **state.info["config"]}, FREE)
 
 
 # ------------------------------------------------------------------------------------------------ where it begins

@@ -8,6 +8,7 @@ that has ended goes on with a larger budget.
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from safetensors.torch import save
 from difftune import processes
 from difftune.configs.search import SearchConfig
 from difftune.environment import versions
-from difftune.errors import RunError, UserError
+from difftune.errors import DiskError, RunError, UserError
 from difftune.files.checkpoint import Say
-from difftune.files.output import grid, png, unused, write, write_json
+from difftune.files.claim import Claim, claimed
+from difftune.files.output import as_json, grid, png, write
 from difftune.lookup import at_least, guidance_named, model_named, reward_named
 from difftune.pipelines.fingerprint import check_resumed, digest_of
 from difftune.pipelines.generate import pixels
@@ -48,15 +50,18 @@ def run(
     SIGTERM and Ctrl-C save the state after the step that is under way, and end with 143 and 130.
     """
     check(config)
-    folder, began = Path(config.output_dir), time.perf_counter()
-    earlier = resumed(folder, config) if config.resume else None
-    if not config.resume:
-        unused(folder)
-    found = follow(started(config, earlier, pipe, reward), config, folder, show or processes.shown)
-    summary = {**summarised(config, found), "seconds": round(time.perf_counter() - began, 3), "versions": versions()}
-    for name, data in files(config, found):
-        write(folder / name, data)
-    write_json(folder / RESULT, summary)
+    say, began = show or processes.shown, time.perf_counter()
+    with claimed(config.output_dir) as claim:
+        if claim.ended and config.resume:
+            say(f"{claim.path} was finished: nothing is left to do")
+            return json.loads((claim.path / RESULT).read_text("utf-8"))
+        claim.clear()
+        earlier = resumed(claim, config)
+        found = follow(started(config, earlier, pipe, reward), config, claim.path, say)
+        summary = {**summarised(config, found), "seconds": round(time.perf_counter() - began, 3)}
+        summary["versions"] = versions()
+        claim.results([*files(config, found), (RESULT, as_json(summary))])
+        claim.end()
     return summary
 
 
@@ -97,15 +102,21 @@ def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: 
 
 
 def follow(going: Search, config: SearchConfig, folder: Path, say: Say) -> Found:
-    """The end of a search whose state is saved every few seconds, and at its end."""
+    """The end of a search whose state is saved every few seconds, at its end, and after an error."""
     last, found, digest = time.perf_counter(), None, digest_of(going.pipe)
     with processes.stopping() as stop:
-        for number, found in enumerate(going):
-            if stop.number or time.perf_counter() - last > SAVE_SECONDS:
-                write(folder / STATE, state_bytes(config, found, digest))
-                last = time.perf_counter()
-            if stop.number:
-                stop.leave(number + 1)
+        try:
+            for number, found in enumerate(going):
+                if stop.number or time.perf_counter() - last > SAVE_SECONDS:
+                    write(folder / STATE, state_bytes(config, found, digest))
+                    last = time.perf_counter()
+                if stop.number:
+                    stop.leave(number + 1)
+        except Exception:
+            with suppress(DiskError):
+                if found is not None:
+                    write(folder / STATE, state_bytes(config, found, digest))
+            raise
     found = going.run() if found is None else found
     write(folder / STATE, state_bytes(config, found, digest))
     say(f"{config.method}: mean reward {float(found.rewards.mean()):.4f}, {int(found.nfe.max())} NFEs a prompt")
@@ -132,17 +143,19 @@ def comparable(config: SearchConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in FREE}
 
 
-def resumed(folder: Path, config: SearchConfig) -> Earlier | None:
-    """What the folder's state holds; None where the search was killed before it was first saved."""
+def resumed(claim: Claim, config: SearchConfig) -> Earlier | None:
+    """What the folder's state holds; None where a search begins, or was killed before it was first saved."""
+    folder, held = claim.path, claim.held()
+    if held and not (config.resume and STATE in held):
+        raise UserError(f"{folder} holds another run ({held[0]}): nothing was written, choose another --output_dir")
+    if not held:
+        return None
     now = json.loads(json.dumps(comparable(config)))
-    if (folder / RESULT).exists() and json.loads((folder / RESULT).read_text())["settings"] == now:
+    if RESULT in held and json.loads((folder / RESULT).read_text())["settings"] == now:
         raise UserError(
             f"{folder} holds a finished search: there is nothing to resume, give a larger --budget or another "
             "--output_dir"
         )
-    if not (folder / STATE).exists():
-        unused(folder)
-        return None
     tensors, about = read(folder / STATE)
     for name, value in now.items():
         same_or_larger(folder, name, about["settings"].get(name), value)

@@ -55,7 +55,7 @@ def begun(config: Config, say: Say | None = None) -> Iterator[State | None]:
             claim.clear()
         state = starting_state(config, say)
         if claim is not None and state is None:
-            claim.note(*(name for name in OWN if not (folder / name).exists()))
+            claim.note(*OWN)
         try:
             yield state
         except BaseException:

@@ -163,7 +163,7 @@ def test_an_interrupted_run_goes_on_to_the_same_files(pipe, tmp_path, monkeypatc
 
     def breaking(*args, **kwargs):
         count.append(save(*args, **kwargs))
-        if len(count) == 4:  # after two iterations of the second batch
+        if len(count) == 3:  # after two iterations of the second batch
             raise KeyboardInterrupt
 
     monkeypatch.setattr(run_folder.checkpoint, "save", breaking)
