@@ -35,7 +35,7 @@ class Claim:
         return sorted(path.name for path in self.path.iterdir() if path.name != LOCK)
 
     def note(self, *names: str) -> None:
-        """Say that these, so far as they are not there, are about to be written and worth nothing unless the run ends."""
+        """Say that these, so far as they are not there, will be written, and are worth nothing unless the run ends."""
         new = [name for name in names if name not in self.noted and not (self.path / name).exists()]
         if new:
             self._tell({"writes": new})

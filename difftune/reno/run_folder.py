@@ -282,7 +282,12 @@ def followed(keeper: Keeper, lives: Iterable[Live]) -> Result | None:
 def with_frames(config: RenoConfig, state: State, frames: Sequence[Tensor], model: str | None) -> State:
     """The state with the pictures so far, the settings and the model's digest."""
     tensors = {**state.tensors, "frames": torch.stack(list(frames))}
-    return State(state.step, tensors, {**state.info, "config": asdict(config), "model_digest": model})
+    return State(state.step, tensors, {**state.info, "config": settings_of(config), "model_digest": model})
+
+
+def settings_of(config: RenoConfig) -> dict[str, Any]:
+    """The settings as they are written down: the same ones for a run that was resumed and for one that was not."""
+    return {**asdict(config), "resume_from_checkpoint": None}
 
 
 def same_run(config: RenoConfig, state: State) -> None:
@@ -319,7 +324,7 @@ def summarised(config: RenoConfig, found: Sequence[Made]) -> dict[str, Any]:
         "reward_after": torch.cat([r.rewards for r in results]).double().mean().item(),
     }
     both = {} if config.held_out is None else held_out_of(samples, results)
-    return {"settings": asdict(config), **mean, **both, "iterations": config.iterations, "prompts": samples}
+    return {"settings": settings_of(config), **mean, **both, "iterations": config.iterations, "prompts": samples}
 
 
 def sample_of(result: Result, row: int) -> dict[str, Any]:

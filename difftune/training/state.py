@@ -223,7 +223,7 @@ def take_snapshot(run: Training, step: int, metrics: Metrics, own: Kept | None =
         "cursor": sample_numbers(run.config, step, 0, run.world)[0].start,
         "num_processes": run.world,
         "model_digest": fingerprint.digest_of(run.pipe),
-        "config": asdict(run.config),
+        "config": {**asdict(run.config), "resume_from_checkpoint": None},  # the same bits, resumed or not
         "metrics": metrics,
         "skipped": run.skipped,
         "updates": run.average.updates if run.average is not None else 0,

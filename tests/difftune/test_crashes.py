@@ -1,0 +1,182 @@
+"""Commands that are killed just before one of their file operations, each of them in the slow tests: what goes on from
+there ends with the same bits, and leaves nothing else behind."""
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from difftune.configs.noise import RenoConfig
+from difftune.configs.recipes import AlignPropConfig
+from difftune.configs.search import SearchConfig
+from difftune.labelling.label_file import LabelFile
+from difftune.labelling.session import Session
+from difftune.labelling.tasks import pictures, tasks
+from difftune.pipelines.generate import generate
+from difftune.recipes import train_in_folder
+from difftune.reno import run_folder as reno
+from difftune.search_runs import run_folder as search
+from tests.support import pipelines
+from tests.support.crashes import crashing, killed_at, tree
+
+
+def trained(out: Path, resume: bool) -> None:
+    config = AlignPropConfig(
+        reward=["brightness"],
+        prompts="animals",
+        num_inference_steps=1,
+        train_batch_size=1,
+        max_train_steps=3,
+        checkpointing_steps=1,
+        checkpoints_total_limit=1,
+        validation_steps=2,
+        num_validation_images=1,
+        output_dir=str(out),
+        resume_from_checkpoint="latest" if resume else None,
+    )
+    train_in_folder(config, pipe=pipelines.sd(), show=quiet)
+
+
+def optimized(out: Path, resume: bool) -> None:
+    config = RenoConfig(
+        prompt=["red", "blue"],
+        reward=["brightness"],
+        batch_size=1,
+        iterations=2,
+        checkpointing_steps=1,
+        output_dir=str(out),
+        resume_from_checkpoint="latest" if resume else None,
+    )
+    reno.run(config, quiet, pipelines.sd())
+
+
+def searched(out: Path, resume: bool) -> None:
+    config = SearchConfig("best-of-n", ["red"], "tiny", ["brightness"], budget=8, num_inference_steps=2)
+    config = replace(config, output_dir=str(out), resume=resume, guidance_scale=2.0)
+    search.run(config, quiet, pipelines.sd())
+
+
+def sampled(out: Path, resume: bool) -> None:
+    generate(str(out.parent / "model"), ["red", "blue"], out, num_inference_steps=1)
+
+
+def labelled(out: Path, resume: bool) -> None:
+    todo = tasks(pictures(out.parent / "pictures"), 3)
+    session = Session(todo, LabelFile.open(out / "labels.jsonl"))
+    try:
+        for task in session.next(len(todo)):
+            session.choose(task, task % 3)
+    finally:
+        session.labels.close()
+
+
+def quiet(line: str) -> None:
+    """Say nothing."""
+
+
+@dataclass
+class Case:
+    run: Callable[[Path, bool], None]
+    few: int  # operations, at least
+    prepare: Callable[[Path], object] = lambda root: None
+    worth: tuple[str, ...] = ("checkpoint-*", "checkpoints/*/checkpoint-*", search.STATE, reno.RESULT)
+
+    def resumes(self, out: Path, k: int) -> bool:
+        """Whether the command is told to resume: it must be where there is something to go on from, else it may be."""
+        return k % 2 == 0 or any(any(out.glob(name)) for name in self.worth)
+
+
+def saved_model(root: Path) -> None:
+    pipelines.sd().save_pretrained(root / "model")
+
+
+def some_pictures(root: Path) -> None:
+    from PIL import Image
+
+    (root / "pictures").mkdir()
+    (root / "out").mkdir()
+    for i in range(6):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(root / "pictures" / f"{i}.png")
+    table = {f"{i}.png": f"prompt {i // 3}" for i in range(6)}
+    (root / "pictures" / "prompts.json").write_text(json.dumps(table))
+
+
+CASES = {
+    "train": Case(trained, 60),
+    "optimize": Case(optimized, 60),
+    "search": Case(searched, 20),
+    "sample": Case(sampled, 20, saved_model),
+    "label": Case(labelled, 4, some_pictures),
+}
+
+
+@pytest.fixture
+def still(monkeypatch):
+    """Clocks stand still, so that equal runs write equal bits; a search is saved after each step."""
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(search, "SAVE_SECONDS", -1.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def started(case: Case, out: Path, resume: bool) -> None:
+    """A new process: its global generators are as they always are."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    case.run(out, resume)
+
+
+def contents(out: Path) -> dict[str, object]:
+    """Every file of a folder; of labels, all but their times."""
+    found: dict[str, object] = dict(tree(out))
+    if "labels.jsonl" in found:
+        lines = [json.loads(line) for line in (out / "labels.jsonl").read_text().splitlines()]
+        holding = [line for i, line in enumerate(lines) if "undo" not in line and {"undo": i} not in lines]
+        found["labels.jsonl"] = [{**line, "time": ""} for line in holding]
+    return found
+
+
+def check(case: Case, root: Path, chosen: Callable[[int], list[int]]) -> int:
+    """Kill the command at each chosen operation, go on, and compare; returns how many operations there are."""
+    case.prepare(root)
+    out = root / "out"
+    there = out.exists()
+    with crashing(out) as whole:
+        started(case, out, False)
+    wanted = contents(out)
+    for k in chosen(len(whole.seen)):
+        shutil.rmtree(out)
+        if there:
+            out.mkdir()
+        assert killed_at(out, k, partial(started, case, out, False)), (k, whole.seen[k])
+        started(case, out, case.resumes(out, k))
+        found = contents(out)
+        different = [name for name in wanted.keys() | found.keys() if wanted.get(name, 0) != found.get(name, 0)]
+        assert not different, (k, whole.seen[k], sorted(different))
+    return len(whole.seen)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_command_that_is_killed_goes_on_to_the_same_bits(name, tmp_path, still):
+    draw = random.Random(f"crash {name}")
+    count = check(CASES[name], tmp_path, lambda count: sorted(draw.sample(range(count), 2)))
+    assert count >= CASES[name].few
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("name", CASES)
+def test_a_command_that_is_killed_anywhere_goes_on_to_the_same_bits(name, tmp_path, still):
+    count = check(CASES[name], tmp_path, lambda count: list(range(count)))
+    print(f"{name}: {count} operations")
