@@ -32,14 +32,6 @@ BRIGHT = Brightness()
 LN2 = log(2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def toy(tmp_path) -> D3POConfig:
     (tmp_path / "prompts.txt").write_text("red circle\nblue square\nred square\n")

@@ -22,7 +22,7 @@ from difftune.pipelines import lora
 from difftune.recipes import RECIPES, recipe_of, train, train_in_folder
 from difftune.recipes.dpo import dpo_loss, dpo_margin
 from difftune.recipes.dro import dro_loss
-from difftune.recipes.kto import above_mean, kto_baseline, kto_loss
+from difftune.recipes.kto import above_mean, kto_baseline, kto_loss, mean_over
 from difftune.rollouts.denoising import draw
 from difftune.rollouts.pairs import Pairs, best_and_worst, label_pairs, pair_errors, step_draws
 from difftune.rollouts.rounds import ScoredImages
@@ -38,14 +38,6 @@ TOYS = {
 }
 BRIGHT = Brightness()
 LN2 = log(2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=TOYS)
@@ -177,6 +169,12 @@ def test_kto_weighs_an_image_that_is_neither_as_a_bad_one_without_a_gradient():
     loss = kto_loss(gain, doubles(0), doubles(0)[0], 7.0, 2.0, 0.5)
     loss.backward()
     assert loss.item() == 0.25 and gain.grad.item() == 0
+
+
+def test_a_mean_over_some_values_is_0_without_any():
+    values = doubles(1, 2, 4)
+    assert mean_over(values, torch.tensor([True, False, True])).item() == 2.5
+    assert mean_over(values, torch.zeros(3, dtype=torch.bool)).item() == 0
 
 
 def test_images_above_the_mean_of_their_prompt_are_good():

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import islice
 from math import erf, log, sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ from difftune.training.network import TrainedNetwork
 from difftune.training.numbering import seed_of
 from guidance.guided import GuidedPredict
 from rewards.simple import Brightness
-from solvers.denoiser import Path, predicted
+from solvers.denoiser import Path as Trail
+from solvers.denoiser import predicted
 from solvers.latent import LatentModel
 from solvers.noise import noise
 from solvers.samplers.step import transition
@@ -230,7 +232,7 @@ def test_gaussian_reaches_its_closed_form():
 def test_best_and_worst_of_every_prompt():
     scores = torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 5.0])
     predict = GuidedPredict(None, {}, {"cond": {"text": torch.arange(6.0)}})
-    paths = [Path(torch.arange(6.0) + 10 * i) for i in range(2)]
+    paths = [Trail(torch.arange(6.0) + 10 * i) for i in range(2)]
     found = order(Rolled([*"aaabbb"], predict, Trajectory(paths, [scores], [torch.ones(())]), scores), 3)
     rows = [1, 3, 0, 3]
     assert found.label.tolist() == [1.0, 0.0] and torch.equal(found.scores, scores)
@@ -306,6 +308,17 @@ def test_first_offline_gradient_by_hand(toy, folder):
         torch.testing.assert_close(moment, g, atol=float(1e-4 * g.abs().max() + 1e-6), rtol=1e-3)
 
 
+def test_each_picture_is_paired_with_each_image_of_its_own_caption(toy, folder):
+    for i, caption in enumerate(("red circle", "blue square", "red square")):
+        (Path(folder) / f"{i}.txt").write_text(caption)
+    session = session_of(replace(toy, images=folder, num_negatives=2), turbo())
+    pairs = pair_pictures(session, Policy(consistency, 1.0, session.images.levels))
+    assert torch.equal(pairs.winner[::2], pairs.winner[1::2]) and not torch.equal(pairs.winner[0], pairs.winner[2])
+    assert not torch.equal(pairs.loser[0], pairs.loser[1])
+    texts = session.images.model.encode(["red circle", "blue square", "red square"])["cond"]["encoder_hidden_states"]
+    torch.testing.assert_close(pairs.cond["encoder_hidden_states"], texts.repeat_interleave(2, 0))
+
+
 def test_brightness_rises_online(toy):
     config = replace(toy, max_train_steps=10, train_batch_size=8, num_images_per_prompt=4, learning_rate=5e-2)
     pipe = turbo()
@@ -323,6 +336,7 @@ def test_pictures_are_approached_offline(toy, folder):
     records = [metrics for metrics, _ in train(config, None, pipe)]
     assert records[0]["loss"] == pytest.approx(log(2), abs=1e-4)
     assert np.mean([r["loss"] for r in records[-5:]]) < 0.6 and records[-1]["accuracy"] > 0.8
+    assert records[-1]["margin"] > 0
     assert brightness(config, pipe) > before
 
 
