@@ -43,10 +43,10 @@ class Claim:
 
     def keep(self, *names: str) -> None:
         """Say that what was written under these names, or all of it, is worth keeping: the run can go on from it."""
-        kept = set(names or self.noted)
-        if kept & set(self.noted):
+        kept = set(names or self.noted) & set(self.noted)
+        self.noted = [name for name in self.noted if name not in kept]  # even if the disk takes no word of it
+        if kept:
             self._tell({"keeps": sorted(kept)})
-            self.noted = [name for name in self.noted if name not in kept]
 
     def clear(self) -> None:
         """Remove what was noted: the run begins anew."""

@@ -21,11 +21,11 @@ def rewind(path: Path, step: int) -> None:
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl that hold a record, an object with the number `step`; others are passed over.
+    """The lines of a metrics.jsonl that hold a record, an object with the number `step`; none where there is no file.
 
-    A line may be blank, torn by a crash, or damaged: those after it are good all the same.
+    Others are passed over: a line may be blank, torn by a crash, or damaged, and those after it are good all the same.
     """
-    for line in path.read_bytes().split(b"\n"):
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             found = json.loads(line)
         except (ValueError, RecursionError):

@@ -2,6 +2,7 @@
 there ends with the same bits, and leaves nothing else behind."""
 
 import json
+import os
 import random
 import shutil
 import time
@@ -17,6 +18,8 @@ import torch
 from difftune.configs.noise import RenoConfig
 from difftune.configs.recipes import AlignPropConfig
 from difftune.configs.search import SearchConfig
+from difftune.errors import ERRORS, UserError
+from difftune.files.claim import claimed
 from difftune.labelling.label_file import LabelFile
 from difftune.labelling.session import Session
 from difftune.labelling.tasks import pictures, tasks
@@ -25,7 +28,7 @@ from difftune.recipes import train_in_folder
 from difftune.reno import run_folder as reno
 from difftune.search_runs import run_folder as search
 from tests.support import pipelines
-from tests.support.crashes import crashing, killed_at, tree
+from tests.support.crashes import crashing, failed_at, killed_at, tree
 
 
 def trained(out: Path, resume: bool) -> None:
@@ -147,8 +150,8 @@ def contents(out: Path) -> dict[str, object]:
     return found
 
 
-def check(case: Case, root: Path, chosen: Callable[[int], list[int]]) -> int:
-    """Kill the command at each chosen operation, go on, and compare; returns how many operations there are."""
+def check(case: Case, root: Path, chosen: Callable[[int], list[int]], fault: str = "killed") -> int:
+    """Stop the command at each chosen operation, go on, and compare; returns how many operations there are."""
     case.prepare(root)
     out = root / "out"
     there = out.exists()
@@ -159,12 +162,23 @@ def check(case: Case, root: Path, chosen: Callable[[int], list[int]]) -> int:
         shutil.rmtree(out)
         if there:
             out.mkdir()
-        assert killed_at(out, k, partial(started, case, out, False)), (k, whole.seen[k])
+        stop(case, out, k, fault)
         started(case, out, case.resumes(out, k))
         found = contents(out)
         different = [name for name in wanted.keys() | found.keys() if wanted.get(name, 0) != found.get(name, 0)]
         assert not different, (k, whole.seen[k], sorted(different))
     return len(whole.seen)
+
+
+def stop(case: Case, out: Path, k: int, fault: str) -> None:
+    """Run the command until its k-th operation; where the disk failed it says so in one sentence, and what it could not
+    clear up is cleared up by the next."""
+    run = partial(started, case, out, False)
+    if fault == "killed":
+        assert killed_at(out, k, run), k
+    elif (error := failed_at(out, k, fault, run)) is not None:
+        assert isinstance(error, ERRORS) and "\n" not in str(error), (k, error)
+        assert any(words in str(error) for words in ("No space left", "Read-only", "disk is full")), (k, error)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -180,3 +194,26 @@ def test_a_command_that_is_killed_goes_on_to_the_same_bits(name, tmp_path, still
 def test_a_command_that_is_killed_anywhere_goes_on_to_the_same_bits(name, tmp_path, still):
     count = check(CASES[name], tmp_path, lambda count: list(range(count)))
     print(f"{name}: {count} operations")
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_disk_that_fails_half_way_is_one_sentence_and_the_command_goes_on(name, fault, tmp_path, still):
+    draw = random.Random(f"{fault} {name}")
+    check(CASES[name], tmp_path, lambda count: [draw.randrange(count)], fault)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_disk_that_fails_anywhere_is_one_sentence_and_the_command_goes_on(name, fault, tmp_path, still):
+    check(CASES[name], tmp_path, lambda count: list(range(0, count, 3)), fault)
+
+
+@pytest.mark.parametrize("name", ["train", "optimize", "search", "sample"])
+def test_a_second_run_in_a_folder_is_refused_before_it_begins(name, tmp_path, still, monkeypatch):
+    monkeypatch.setattr(pipelines, "sd", lambda: None)
+    with claimed(tmp_path / "out"), pytest.raises(UserError, match=f"in use by process {os.getpid()}") as error:
+        started(CASES[name], tmp_path / "out", False)
+    assert error.value.exit_code == 2

@@ -1,6 +1,8 @@
-"""A process that is killed just before one of its file operations, played inside this one."""
+"""A process that is killed just before one of its file operations, or whose disk fails from one on, played inside this
+one."""
 
 import builtins
+import errno
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -19,24 +21,33 @@ class Killed(BaseException):
     """Nobody catches it, and nothing that is done on the way out reaches the disk."""
 
 
-class Crash:
-    """Counts the file operations below a folder, and from the k-th on, none is done."""
+FAULTS: dict[str, Callable[[str], BaseException | None]] = {
+    "killed": lambda name: Killed(),
+    "full": lambda name: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if name in FILLS else None,
+    "read-only": lambda name: OSError(errno.EROFS, os.strerror(errno.EROFS)),
+}
+FILLS = {"open", "fill", "write", "fsync", "mkdir"}  # what a full disk refuses
 
-    def __init__(self, root: Path, k: int | None):
-        self.root, self.k, self.seen = str(root), k, []
+
+class Crash:
+    """Counts the file operations below a folder; from the k-th on they meet a fault of `FAULTS`."""
+
+    def __init__(self, root: Path, k: int | None, fault: str):
+        self.root, self.k, self.fault, self.seen = str(root), k, FAULTS[fault], []
 
     def step(self, name: str, path: str) -> None:
-        """Count an operation that is about to be done; raise Killed in place of the k-th and of all after it."""
+        """Count an operation that is about to be done, or raise the fault in its place."""
         if path.startswith(self.root):
-            if self.k is not None and len(self.seen) >= self.k:
-                raise Killed
+            found = self.fault(name) if self.k is not None and len(self.seen) >= self.k else None
+            if found is not None:
+                raise found
             self.seen.append(f"{name} {path.removeprefix(self.root)}")
 
 
 @contextmanager
-def crashing(root: Path, k: int | None = None) -> Iterator[Crash]:
-    """Inside, the k-th file operation below `root`, counted from 0, kills; None only counts them."""
-    crash = Crash(root, k)
+def crashing(root: Path, k: int | None = None, fault: str = "killed") -> Iterator[Crash]:
+    """Inside, the k-th file operation below `root`, counted from 0, meets a fault; None only counts them."""
+    crash = Crash(root, k, fault)
     with pytest.MonkeyPatch.context() as patch:
         for name in BY_PATH:
             patch.setattr(os, name, _by_path(crash, name, getattr(os, name)))
@@ -58,6 +69,16 @@ def killed_at(root: Path, k: int, run: Callable[[], object]) -> bool:
         except Killed:
             return True
     return False
+
+
+def failed_at(root: Path, k: int, fault: str, run: Callable[[], object]) -> Exception | None:
+    """What a run raised whose disk failed from its k-th operation on; None where it came to its end."""
+    with crashing(root, k, fault):
+        try:
+            run()
+        except Exception as error:
+            return error
+    return None
 
 
 def _place(path: object, dir_fd: int | None = None) -> str:
