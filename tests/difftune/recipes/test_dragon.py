@@ -290,20 +290,20 @@ def test_resumed_within_a_round_equals_uninterrupted_bit_for_bit(toy, tmp_path):
 
 
 def test_run_writes_the_win_rate(toy, tmp_path):
-    config = replace(toy, output_dir=str(tmp_path / "out"), max_train_steps=1, num_win_rate_images=8)
+    config = replace(toy, output_dir=str(tmp_path / "out"), max_train_steps=2, num_win_rate_images=9)
     pipe = pipelines.sd()
     found = train_in_folder(config, lambda line: None, pipe, BRIGHT)
     written = json.loads((tmp_path / "out" / "win_rate.json").read_text())
-    assert written["win_rate"] == found["win_rate"] and written["win_rate"]["n"] == 8
+    assert written["win_rate"] == found["win_rate"] and written["win_rate"]["n"] == 9
     again = compare_with_base(config, pipe, prompts_named(config.prompts, 0), BRIGHT)
     assert again["win_rate"] == found["win_rate"] and found["reward_after"] != found["reward_before"]
     with lora.off(pipe.unet):
         chain = chain_of(config, pipe)
         objective = OBJECTIVES["instance"](config, chain.model, BRIGHT)
         prompts = prompts_named(config.prompts, 0)
-        base = look_at(objective, chain, prompts, range(dragon.NEW, dragon.NEW + 8), config).features
-    tuned = look_at(objective, chain, prompts, range(dragon.NEW, dragon.NEW + 8), config).features
-    assert found["win_rate"]["rate"] == win_rate(int((tuned > base).sum()), int((tuned == base).sum()), 8).rate
+        base = look_at(objective, chain, prompts, range(dragon.NEW, dragon.NEW + 9), config).features
+    tuned = look_at(objective, chain, prompts, range(dragon.NEW, dragon.NEW + 9), config).features
+    assert found["win_rate"]["rate"] == win_rate(int((tuned > base).sum()), int((tuned == base).sum()), 9).rate
     pipelines.sd().load_lora_weights(tmp_path / "out")
     assert "DRAGON" in (tmp_path / "out" / run_folder.CARD).read_text()
 
