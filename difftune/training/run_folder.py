@@ -21,10 +21,12 @@ from difftune.files import checkpoint, records
 from difftune.files.checkpoint import Say, State
 from difftune.files.claim import LOCK, Claim, claimed
 from difftune.files.output import sweep, write
+from difftune.lookup import guidance_kinds
 from difftune.pipelines import full_weights, lora
 from difftune.processes import agreed, process, shown, stopping
 from difftune.training import trackers as log
 from difftune.training import validation
+from guidance.methods.catalogue import GUIDANCE
 from rewards.errors import NotFinite
 from rewards.monitor import Parting
 
@@ -230,10 +232,18 @@ def starting_state(config: Config, say: Say | None = None) -> State | None:
 def same_run(config: Config, state: State) -> None:
     """UserError, naming the first, where settings are not those that the state was made with."""
     older = asdict(type(config)()) | state.info["config"]  # a setting that is newer than the checkpoint had its default
+    older |= earlier_defaults(state)
     then = {**json.loads(json.dumps(older)), "num_processes": state.info["num_processes"]}
     checkpoint.same_settings(asdict(config) | {"num_processes": process().num_processes}, then, FREE)
     if config.max_train_steps < state.step:
         raise UserError(f"the checkpoint is at step {state.step}, beyond max_train_steps={config.max_train_steps}")
+
+
+def earlier_defaults(state: State) -> dict[str, Any]:
+    """What a checkpoint of 0.1 leaves unsaid and would mean otherwise today: its CFG had scale 5 if none was given."""
+    made = state.info["config"]
+    said = made["guidance_scale"] is not None or "scale" in made["guidance_options"] or "model_digest" in state.info
+    return {} if said or guidance_kinds(made["guidance"])[-1] is not GUIDANCE["cfg"] else {"guidance_scale": 5.0}
 
 
 def resolving(config: Config, show: Say | None) -> Say:

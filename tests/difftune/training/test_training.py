@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from difftune.pipelines import full_weights, lora
 from difftune.pipelines.generate import generate_batches
 from difftune.recipes import running, train, train_in_folder
 from difftune.rollouts.image_sampler import ImageSampler
+from difftune.training import run_folder
 from difftune.training.checks import check_training
 from difftune.training.network import TrainedNetwork
 from difftune.training.numbering import seed_of
@@ -233,6 +235,20 @@ def test_a_state_of_another_kind_is_refused(tmp_path):
     with pytest.raises(UserError, match="full_finetuning=False, not True"):
         next(train(other, state, pipelines.sd(), Brightness()))
     assert processes.process().num_processes == 1
+
+
+@pytest.mark.parametrize("name", ["cfg", "interval", "interval:cfg", "cfgpp"])
+def test_a_checkpoint_of_0_1_goes_on_under_the_scale_that_it_was_made_with(name, tmp_path):
+    """CFG's was 5 if none was given; today's 7.5 would be another run."""
+    config = toy("alignprop", tmp_path, guidance=name)
+    ((_, state),) = islice(train(config, None, pipelines.sd(), Brightness()), 1)
+    run_folder.same_run(config, state)
+    info = {key: value for key, value in state.info.items() if key != "model_digest"}  # which 0.1 did not write
+    if name == "cfgpp":
+        return run_folder.same_run(config, state._replace(info=info))
+    with pytest.raises(UserError, match="made with guidance_scale=5.0, not None: resume with that"):
+        run_folder.same_run(config, state._replace(info=info))
+    run_folder.same_run(replace(config, guidance_scale=5.0), state._replace(info=info))
 
 
 DIVIDED = """
