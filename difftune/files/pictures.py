@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
 from difftune.errors import RunError, UserError
+from difftune.files.text import read_text
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 METADATA, SAMPLES = "metadata.jsonl", "sample.json"
@@ -78,8 +79,10 @@ def _sampled(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     try:
-        return {image["file"]: str(image["prompt"]) for image in json.loads(file.read_text("utf-8"))["images"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {
+            image["file"]: str(image["prompt"]) for image in json.loads(read_text(file, "the pictures of"))["images"]
+        }
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is not what `difftune sample` writes: {error!r}; rename or remove it") from error
 
 
@@ -87,22 +90,22 @@ def _captions(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     try:
-        lines = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in read_text(file, "the captions of").split("\n") if line.strip()]
         return {line["file_name"]: str(line["text"]).strip() for line in lines}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'{file} wants lines of {{"file_name": ..., "text": ...}}: {error!r}') from error
 
 
 def _beside(path: Path) -> str | None:
     file = path.with_suffix(".txt")
-    return file.read_text("utf-8").strip() or None if file.is_file() else None
+    return read_text(file, "the caption").strip() or None if file.is_file() else None
 
 
 def opened(path: str | Path) -> Tensor:
-    """The picture of a file, (3, H, W) in [0, 1]."""
+    """The picture of a file, (3, H, W) in [0, 1], upright as its camera noted it."""
     try:
         with Image.open(path) as image:
-            x = np.asarray(image.convert("RGB"), np.float32) / 255
+            x = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), np.float32) / 255
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
         raise RunError(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from error
     return torch.from_numpy(x).permute(2, 0, 1)

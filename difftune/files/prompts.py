@@ -8,6 +8,7 @@ from typing import TypeVar
 import numpy as np
 
 from difftune.errors import UserError
+from difftune.files.text import read_text
 from rewards.registry import unknown
 
 Prompts = Callable[[int], str]  # index -> prompt
@@ -108,8 +109,8 @@ FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 def read(path: str | Path, instead: str = "shapes") -> list[str]:
     """The lines of a text file that are not blank. instead: a name that may be given in the file's place."""
     try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in read_text(path, "the prompts of").split("\n")]
+    except UserError as error:
         raise UserError(f"cannot read the prompts of {str(path)!r}: give a UTF-8 text file, or {instead!r}") from error
     prompts = [line for line in lines if line]
     if not prompts:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from difftune.errors import UserError
+from difftune.files.text import read_text
 
 CHOICES = ("a", "b", "tie", "skip", "bad")
 
@@ -50,9 +51,10 @@ def read_labels(file: str | Path) -> list[Choice]:
     """
     file = Path(file)
     try:
-        lines = file.read_text("utf-8").removesuffix("\n").split("\n")  # splitlines would end one at U+2028 too
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the labels of {str(file)!r}: give a file that difftune label wrote") from error
+        text = read_text(file, "the labels of")
+    except UserError as error:
+        raise UserError(f"{error}; give a file that difftune label wrote") from error
+    lines = text.removesuffix("\n").split("\n")  # splitlines would end one at U+2028 too
     found: dict[int, Choice] = {}
     for number, text in enumerate(lines if lines != [""] else []):
         where = f"{file}, line {number}"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from difftune.errors import UserError
+from difftune.files.text import read_text
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what every browser shows
 
@@ -70,9 +71,10 @@ def _listed(table: tuple[Path, Path]) -> Iterator[Picture]:
 def _records(path: Path) -> list[Mapping[str, Any]]:
     """[{"file", "prompt", ...}] of a table, of the file's own kind."""
     try:
-        text = path.read_text("utf-8-sig")
-        found = _parsed(path.suffix.lower(), text)
-    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        found = _parsed(path.suffix.lower(), read_text(path, "the prompts of"))
+    except UserError:
+        raise
+    except (ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"cannot read the prompts of {path}: {' '.join(str(error).split())}") from error
     if not isinstance(found, list) or not found or not all(isinstance(record, dict) for record in found):
         raise UserError(f"{path} lists no pictures: it holds entries with the keys file and prompt")

@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 
 from difftune.errors import UserError
-from difftune.files.pictures import captioned, pictures, read, stack
+from difftune.files import prompts
+from difftune.files.pictures import captioned, opened, pictures, read, stack
+from difftune.labelling import tasks
+from difftune.labelling.choices import read_labels
 
 
 def draw(path, width: int = 8, height: int = 8, color=(255, 0, 0)) -> None:
@@ -73,3 +76,50 @@ def test_what_cannot_be_read_is_one_sentence(folder, tmp_path_factory, text):
         pictures(empty)
     with pytest.raises(UserError, match="there is no folder of pictures '/nowhere'"):
         pictures("/nowhere")
+
+
+def test_a_picture_stands_as_its_camera_noted_it(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 7, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the first row is the right side
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    expected = torch.from_numpy(np.rot90(pixels, -1).copy()).permute(2, 0, 1) / 255
+    torch.testing.assert_close(opened(tmp_path / "turned.png"), expected, rtol=0, atol=1e-6)
+    with Image.open(tmp_path / "turned.png") as picture:
+        assert picture.size == (7, 4)
+
+
+LINES = "a red circle\nein grüner Kreis\n\na line\u2028within\n"
+WRITTEN = {
+    "plain": LINES.encode(),
+    "with a mark": LINES.encode("utf-8-sig"),
+    "of Windows": LINES.replace("\n", "\r\n").encode("utf-8-sig"),
+    "of old Macs": LINES.replace("\n", "\r").encode(),
+    "of Notepad": LINES.replace("\n", "\r\n").encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+def test_texts_are_read_whatever_wrote_them(tmp_path, how):
+    """Prompts, captions beside pictures and in tables, and the prompts of pictures to label."""
+    (tmp_path / "prompts.txt").write_bytes(WRITTEN[how])
+    assert prompts.read(tmp_path / "prompts.txt") == [line for line in LINES.split("\n") if line]
+    draw(tmp_path / "a.png", 4, 4, (0, 0, 0))
+    coding = "utf-16" if how == "of Notepad" else "utf-8-sig" if "mark" in how or "Windows" in how else "utf-8"
+    (tmp_path / "a.txt").write_bytes("ein grüner Kreis\r\n".encode(coding))
+    assert pictures(tmp_path)[0].caption == "ein grüner Kreis"
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "a.png", "text": "grün"}\r\n\r\n'.encode(coding))
+    assert pictures(tmp_path)[0].caption == tasks.pictures(tmp_path)[0].prompt == "grün"
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfea", b"gr\xfcn", b"\x00\x01"])
+def test_what_is_no_text_is_one_sentence(tmp_path, data):
+    draw(tmp_path / "a.png", 4, 4, (0, 0, 0))
+    (tmp_path / "a.txt").write_bytes(data)
+    (tmp_path / "prompts.jsonl").write_bytes(data)
+    for read_it in (pictures, tasks.pictures, lambda folder: prompts.read(folder / "a.txt"),
+                    lambda folder: read_labels(folder / "a.txt")):  # fmt: skip
+        with pytest.raises(UserError, match="cannot read the") as error:
+            read_it(tmp_path)
+        assert "\n" not in str(error.value)
