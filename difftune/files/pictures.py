@@ -78,10 +78,9 @@ def _sampled(file: Path) -> dict[str, str]:
     """The prompts of the pictures that `difftune sample` wrote, by their names; {} without its file."""
     if not file.is_file():
         return {}
+    text = read_text(file, "the pictures of")
     try:
-        return {
-            image["file"]: str(image["prompt"]) for image in json.loads(read_text(file, "the pictures of"))["images"]
-        }
+        return {image["file"]: str(image["prompt"]) for image in json.loads(text)["images"]}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is not what `difftune sample` writes: {error!r}; rename or remove it") from error
 
@@ -89,8 +88,9 @@ def _sampled(file: Path) -> dict[str, str]:
 def _captions(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
+    text = read_text(file, "the captions of")
     try:
-        lines = [json.loads(line) for line in read_text(file, "the captions of").split("\n") if line.strip()]
+        lines = [json.loads(line) for line in text.split("\n") if line.strip()]
         return {line["file_name"]: str(line["text"]).strip() for line in lines}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'{file} wants lines of {{"file_name": ..., "text": ...}}: {error!r}') from error

@@ -19,6 +19,7 @@ from difftune.configs.noise import RenoConfig
 from difftune.configs.recipes import AlignPropConfig
 from difftune.configs.search import SearchConfig
 from difftune.errors import ERRORS, UserError
+from difftune.evaluation import compare, shapeeval
 from difftune.files.claim import claimed
 from difftune.labelling.label_file import LabelFile
 from difftune.labelling.session import Session
@@ -27,6 +28,7 @@ from difftune.pipelines.generate import generate
 from difftune.recipes import train_in_folder
 from difftune.reno import run_folder as reno
 from difftune.search_runs import run_folder as search
+from rewards.errors import Unreachable
 from tests.support import pipelines
 from tests.support.crashes import crashing, failed_at, killed_at, tree
 
@@ -209,6 +211,37 @@ def test_a_disk_that_fails_half_way_is_one_sentence_and_the_command_goes_on(name
 @pytest.mark.parametrize("name", CASES)
 def test_a_disk_that_fails_anywhere_is_one_sentence_and_the_command_goes_on(name, fault, tmp_path, still):
     check(CASES[name], tmp_path, lambda count: list(range(0, count, 3)), fault)
+
+
+class Fails:
+    """A reward that is out of reach."""
+
+    differentiable = True
+
+    def __call__(self, images, prompts):
+        raise Unreachable("no scores")
+
+
+@pytest.mark.parametrize("deep", [True, False])
+@pytest.mark.parametrize("name", ["train", "optimize", "search", "sample", "eval", "compare"])
+def test_a_command_that_fails_before_it_has_something_leaves_nothing(name, deep, tmp_path):
+    out = tmp_path / "a" / "out" if deep else tmp_path / "out"
+    nothing, pipe = str(tmp_path / "nothing"), pipelines.sd() if name in ("train", "optimize") else None
+    commands = {
+        "train": lambda: train_in_folder(short(AlignPropConfig, out), quiet, pipe, Fails()),
+        "optimize": lambda: reno.run(short(RenoConfig, out, prompt=["red"]), quiet, pipe, Fails()),
+        "search": lambda: search.run(SearchConfig("fk", ["red"], nothing, budget=8, output_dir=str(out)), quiet),
+        "sample": lambda: generate(nothing, ["red"], out),
+        "eval": lambda: shapeeval.run(nothing, output_dir=str(out)),
+        "compare": lambda: compare.run(nothing, ["cfg"], ["red"], out),
+    }
+    with pytest.raises(ERRORS):
+        commands[name]()
+    assert tree(tmp_path) == {}
+
+
+def short(kind: type, out: Path, **more: object) -> object:
+    return kind(reward=["brightness"], num_inference_steps=1, output_dir=str(out), checkpointing_steps=1, **more)
 
 
 @pytest.mark.parametrize("name", ["train", "optimize", "search", "sample"])
