@@ -107,6 +107,8 @@ def test_consistency_is_ddim_without_fresh_noise():
     said = predicted("eps", scalar(1.0), now, scalar(0.4))
     mean, std = consistency(said, now, then, 0.0)
     assert std == 0 and mean.item() == pytest.approx((0.8 * said.x0 + 0.6 * said.eps).item())
+    mean, std = consistency(said, now, then, 0.6)  # of which sqrt(1 - .6^2) = .8 of the noise is the old one
+    assert std == 0.6 * then.sigma and mean.item() == pytest.approx((0.8 * said.x0 + 0.8 * 0.6 * said.eps).item())
     mean, std = consistency(said, now, then)
     assert std == then.sigma and mean.item() == pytest.approx(0.8 * said.x0.item())
 

@@ -139,6 +139,14 @@ def test_divergence_is_zero_at_the_start_and_its_gradient_reaches_the_weights(tm
         assert all(w.grad is not None for w in session.run.weights.values())
 
 
+def test_the_loss_that_is_reported_is_the_rewards_alone(tmp_path):
+    found = [
+        metrics for metrics, _ in train(toy("alignprop", tmp_path, kl_coeff=1e3), None, pipelines.sd(), Brightness())
+    ]
+    assert [m["loss"] for m in found] == pytest.approx([-m["reward_mean"] for m in found])
+    assert found[0]["kl"] == 0 < found[-1]["kl"]
+
+
 def test_divergence_of_gaussians_is_the_closed_form():
     """Two models that are exact for N(m, s^2) and N(m', s^2): KL = (m - m')^2 / (2 s^2), from their samples."""
     s, means = 0.7, (1.3, 0.9)

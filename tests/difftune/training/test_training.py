@@ -29,6 +29,7 @@ from difftune.training.numbering import seed_of
 from difftune.training.optimizers import OPTIMIZERS
 from difftune.training.reward_statistics import PerPrompt
 from difftune.training.state import Average, begin_training
+from difftune.training.steps import take_step
 from rewards.simple import Brightness
 from tests.support import dits, pipelines
 from tests.support.toys import toy
@@ -308,3 +309,20 @@ def test_full_fine_tuning_has_a_reference_only_where_it_was_asked_for(tmp_path):
             weight += 1
     assert run.reference.prepared is run.base
     assert all(torch.equal(a, b) for a, b in zip(before, run.base.parameters(), strict=True))
+
+
+def test_a_step_is_the_mean_of_its_batches_by_their_sizes(tmp_path):
+    """Of the loss 'mean of b, times all weights' the gradient in each weight is the mean of all b."""
+    batches = [torch.tensor([1.0, 2.0]), torch.tensor([6.0])]
+    for sizes, mean in (([2, 1], 3.0), (None, 3.75)):
+        run = begin_training(toy("alignprop", tmp_path, max_grad_norm=1e9), None, pipelines.sd())
+
+        def loss_of(b, run=run):
+            return b.mean() * sum(weight.sum() for weight in run.weights.values()), {"b": b.mean(), "loss": -b.mean()}
+
+        found = take_step(run, batches, loss_of, sizes)
+        assert (found["b"], found["loss"]) == (pytest.approx(mean), pytest.approx(-mean))
+        count = sum(weight.numel() for weight in run.weights.values())
+        assert found["grad_norm"] == pytest.approx(mean * count**0.5, rel=1e-5)
+        for weight in run.weights.values():
+            torch.testing.assert_close(run.optimizer.state[weight]["exp_avg"], torch.full_like(weight, 0.1 * mean))
