@@ -311,18 +311,29 @@ def test_full_fine_tuning_has_a_reference_only_where_it_was_asked_for(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, run.base.parameters(), strict=True))
 
 
-def test_a_step_is_the_mean_of_its_batches_by_their_sizes(tmp_path):
-    """Of the loss 'mean of b, times all weights' the gradient in each weight is the mean of all b."""
-    batches = [torch.tensor([1.0, 2.0]), torch.tensor([6.0])]
-    for sizes, mean in (([2, 1], 3.0), (None, 3.75)):
-        run = begin_training(toy("alignprop", tmp_path, max_grad_norm=1e9), None, pipelines.sd())
+def linear_step(folder, sizes=None, **more):
+    """A step of the loss 'mean of b, times the sum of all weights', on two batches: what is reported, and the run."""
+    run = begin_training(toy("alignprop", folder, **more), None, pipelines.sd())
 
-        def loss_of(b, run=run):
-            return b.mean() * sum(weight.sum() for weight in run.weights.values()), {"b": b.mean(), "loss": -b.mean()}
+    def loss_of(b):
+        return b.mean() * sum(weight.sum() for weight in run.weights.values()), {"b": b.mean(), "loss": -b.mean()}
 
-        found = take_step(run, batches, loss_of, sizes)
-        assert (found["b"], found["loss"]) == (pytest.approx(mean), pytest.approx(-mean))
-        count = sum(weight.numel() for weight in run.weights.values())
-        assert found["grad_norm"] == pytest.approx(mean * count**0.5, rel=1e-5)
-        for weight in run.weights.values():
-            torch.testing.assert_close(run.optimizer.state[weight]["exp_avg"], torch.full_like(weight, 0.1 * mean))
+    return take_step(run, [torch.tensor([1.0, 2.0]), torch.tensor([6.0])], loss_of, sizes), run
+
+
+@pytest.mark.parametrize(("sizes", "mean"), [([2, 1], 3.0), (None, 3.75)])
+def test_a_step_is_the_mean_of_its_batches_by_their_sizes(sizes, mean, tmp_path):
+    """The gradient in each weight is the mean of all b."""
+    found, run = linear_step(tmp_path, sizes, max_grad_norm=1e9)
+    assert (found["b"], found["loss"]) == (pytest.approx(mean), pytest.approx(-mean))
+    count = sum(weight.numel() for weight in run.weights.values())
+    assert found["grad_norm"] == pytest.approx(mean * count**0.5, rel=1e-5)
+    for weight in run.weights.values():
+        torch.testing.assert_close(run.optimizer.state[weight]["exp_avg"], torch.full_like(weight, 0.1 * mean))
+        assert weight.grad is None
+
+
+def test_a_gradient_is_clipped_to_its_norm_and_the_norm_before_is_reported(tmp_path):
+    found, run = linear_step(tmp_path, max_grad_norm=0.5)
+    moments = torch.cat([run.optimizer.state[weight]["exp_avg"].flatten() for weight in run.weights.values()])
+    assert found["grad_norm"] > 1 and moments.norm().item() == pytest.approx(0.1 * 0.5, rel=1e-4)
