@@ -68,9 +68,20 @@ def _locked(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         flush(path.parent)
     except BlockingIOError as error:
+        by = f"another `difftune label`{_holder(descriptor)}"
         os.close(descriptor)
-        raise UserError(f"{path} is written by another `difftune label`: end that, or give another --labels") from error
+        raise UserError(f"{path} is written by {by}: end that, or give another --labels") from error
     return descriptor
+
+
+def _holder(descriptor: int) -> str:
+    """Which process has the lock of an open file, so far as the system tells."""
+    inode, table = str(os.fstat(descriptor).st_ino), Path("/proc/locks")
+    for line in table.read_text().splitlines() if table.exists() else ():
+        words = line.split()  # 1: FLOCK ADVISORY WRITE 4711 00:2b:123456 0 EOF
+        if words[1] == "FLOCK" and words[5].rpartition(":")[2] == inode:
+            return f", process {words[4]}"
+    return ""
 
 
 def _content(path: Path, descriptor: int) -> bytes:

@@ -103,24 +103,55 @@ def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: 
 
 def follow(going: Search, config: SearchConfig, folder: Path, say: Say) -> Found:
     """The end of a search whose state is saved every few seconds, at its end, and after an error."""
-    last, found, digest = time.perf_counter(), None, digest_of(going.pipe)
+    found, keeper = None, Keeper(config, folder / STATE, digest_of(going.pipe))
     with processes.stopping() as stop:
         try:
             for number, found in enumerate(going):
-                if stop.number or time.perf_counter() - last > SAVE_SECONDS:
-                    write(folder / STATE, state_bytes(config, found, digest))
-                    last = time.perf_counter()
+                keeper.see(found)
+                if stop.number or time.perf_counter() - keeper.saved > SAVE_SECONDS:
+                    keeper.save(found)
                 if stop.number:
                     stop.leave(number + 1)
         except Exception:
-            with suppress(DiskError):
-                if found is not None:
-                    write(folder / STATE, state_bytes(config, found, digest))
+            keeper.rescue()
             raise
     found = going.run() if found is None else found
-    write(folder / STATE, state_bytes(config, found, digest))
+    keeper.save(found)
     say(f"{config.method}: mean reward {float(found.rewards.mean()):.4f}, {int(found.nfe.max())} NFEs a prompt")
     return found
+
+
+class Keeper:
+    """Saves where a search stands.
+
+    A tree changes in place, so that a step which fails spoils it: what is saved after an error was taken before that
+    step, or before an earlier one where taking it costs more than a twentieth of the time.
+    """
+
+    def __init__(self, config: SearchConfig, file: Path, model: str | None):
+        self.config, self.file, self.model = config, file, model
+        self.saved = self.taken = time.perf_counter()
+        self.cost, self.data = 0.0, b""
+
+    def see(self, found: Found) -> None:
+        """Take the state between two steps."""
+        began = time.perf_counter()
+        if began - self.taken >= 20 * self.cost:
+            self.data = state_bytes(self.config, found, self.model)
+            self.taken = time.perf_counter()
+            self.cost = self.taken - began
+
+    def save(self, found: Found) -> None:
+        """Write the state, which no step has changed since."""
+        self.data = state_bytes(self.config, found, self.model)
+        write(self.file, self.data)
+        self.saved = time.perf_counter()
+
+    def rescue(self) -> None:
+        """After an error, write the state that was taken last; the error may be a full disk."""
+        with suppress(DiskError):
+            if self.data:
+                write(self.file, self.data)
 
 
 # ------------------------------------------------------------------------------------------------ the state on disk

@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -198,8 +199,7 @@ def test_a_command_that_is_killed_anywhere_goes_on_to_the_same_bits(name, tmp_pa
     print(f"{name}: {count} operations")
 
 
-@pytest.mark.parametrize("fault", ["full", "read-only"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "fault"), zip(CASES, ["full", "read-only"] * 3, strict=False))
 def test_a_disk_that_fails_half_way_is_one_sentence_and_the_command_goes_on(name, fault, tmp_path, still):
     draw = random.Random(f"{fault} {name}")
     check(CASES[name], tmp_path, lambda count: [draw.randrange(count)], fault)
@@ -211,6 +211,53 @@ def test_a_disk_that_fails_half_way_is_one_sentence_and_the_command_goes_on(name
 @pytest.mark.parametrize("name", CASES)
 def test_a_disk_that_fails_anywhere_is_one_sentence_and_the_command_goes_on(name, fault, tmp_path, still):
     check(CASES[name], tmp_path, lambda count: list(range(0, count, 3)), fault)
+
+
+@dataclass
+class Stays:
+    """Brightness, from a server that is out of reach from the n-th call on."""
+
+    calls: float
+    differentiable = True
+
+    def __call__(self, images, prompts):
+        if self.calls <= 0:
+            raise Unreachable("no scores")
+        self.calls -= 1
+        return images.mean(dim=(1, 2, 3))
+
+
+def rewarded(name: str, out: Path, reward: Stays, resume: bool) -> None:
+    """A command with that reward, which saves nothing by itself but at its end."""
+    word = "latest" if resume else None
+    if name == "train":
+        config = AlignPropConfig(reward=["brightness"], prompts="animals", num_inference_steps=1, max_train_steps=3)
+        config = replace(config, train_batch_size=1, output_dir=str(out), resume_from_checkpoint=word)
+        train_in_folder(config, quiet, pipelines.sd(), reward)
+    if name == "optimize":
+        config = RenoConfig(["red"], reward=["brightness"], iterations=3, checkpointing_steps=50, output_dir=str(out))
+        reno.run(replace(config, resume_from_checkpoint=word), quiet, pipelines.sd(), reward)
+    if name == "search":
+        config = SearchConfig("dts", ["red"], "tiny", ["brightness"], budget=40, num_inference_steps=5)
+        search.run(replace(config, output_dir=str(out), resume=resume), quiet, pipelines.sd(), reward)
+
+
+@pytest.mark.parametrize("name", ["train", "optimize", "search"])
+def test_after_an_error_the_last_whole_step_is_there_to_go_on_from(name, tmp_path, still, monkeypatch):
+    monkeypatch.setattr(search, "SAVE_SECONDS", 5.0)
+    out, wanted = tmp_path / "out", {}
+    for calls, resume in ((9e9, False), (2, False), (9e9, True)):
+        with pytest.raises(Unreachable) if calls < 9 else nullcontext():
+            started(Case(lambda out, resume, calls=calls: rewarded(name, out, Stays(calls), resume), 0), out, resume)
+        if not wanted:
+            wanted = contents(out)
+            shutil.rmtree(out)
+        elif not resume:
+            assert any(out.glob("checkpoint-2")) or any(out.glob("checkpoints/*/checkpoint-2")) or name == "search"
+            assert (out / search.STATE).exists() == (name == "search")
+    found = contents(out)
+    assert found.keys() - wanted.keys() == {n for n in found if n.startswith("checkpoint-2")}  # which was not due
+    assert all(found[n] == wanted[n] for n in wanted)
 
 
 class Fails:

@@ -351,7 +351,7 @@ def test_a_choice_of_four_cut_anywhere_holds_whole_or_not_at_all(tmp_path, monke
 
 def test_a_file_is_written_by_one_process(tmp_path):
     first = LabelFile.open(tmp_path / "labels.jsonl")
-    with pytest.raises(UserError, match="written by another"):
+    with pytest.raises(UserError, match=f"written by another `difftune label`, process {os.getpid()}: end that"):
         LabelFile.open(tmp_path / "labels.jsonl")
     first.close()
     LabelFile.open(tmp_path / "labels.jsonl").close()
