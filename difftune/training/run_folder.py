@@ -102,35 +102,10 @@ def run(
     done = 0 if state is None else state.step
     metrics: dict[str, float] = {} if state is None else dict(state.info["metrics"])
     started = time.perf_counter()
-    process().wait_for_everyone()  # every process has seen the folder as it was
-    if main:
-        write(folder / CONFIG, settings_yaml(config))
-        for place in (folder / validation.BEST, folder / validation.GRIDS):
-            sweep(place)
-        for name in (METRICS, validation.RECORDS):
-            records.rewind(folder / name, done)
-    process().wait_for_everyone()  # and sees the records as they go on
+    rewind(config, done)
     validator = validation.open_validator(config, reward)
-    bar = tqdm(total=config.max_train_steps, initial=done, disable=not main)
     keeper = Keeper(folder, pipe, config.checkpoints_total_limit, done, main)
-    with stopping() as stop, bar, keeper:
-        for metrics, now in steps:
-            state = keeper.state = now
-            if main:
-                report(folder, metrics, trackers, bar)
-            last = now.step == config.max_train_steps
-            parting = validated(validator, pipe, now, trackers, last) if validator else None
-            ends = config.early_stop and parting is not None
-            due = now.step % config.checkpointing_steps == 0 or last or ends
-            asked = agreed(stop)
-            if due or asked:
-                keeper.save()
-            if asked:
-                process().wait_for_everyone()  # the main one has saved
-                stop.leave(now.step)
-            if ends:
-                shown(f"stopped at step {now.step}: {parting}")
-                break
+    metrics, state = follow(config, steps, keeper, validator, trackers) or (metrics, state)
     if main and state is not None:
         checkpoint.prune(folder, config.checkpoints_total_limit, state.step)  # of a run that was resumed at its end
         save_weights(pipe, state, folder)
@@ -144,6 +119,48 @@ def run(
         "reward_last": metrics.get("reward_mean"),
         "seconds": time.perf_counter() - started,
     }
+
+
+def rewind(config: Config, done: int) -> None:
+    """Write the settings, and drop what records say of later steps than those that are done."""
+    folder = Path(config.output_dir)
+    process().wait_for_everyone()  # every process has seen the folder as it was
+    if process().is_main_process:
+        write(folder / CONFIG, settings_yaml(config))
+        for place in (folder / validation.BEST, folder / validation.GRIDS):
+            sweep(place)
+        for name in (METRICS, validation.RECORDS):
+            records.rewind(folder / name, done)
+    process().wait_for_everyone()  # and sees the records as they go on
+
+
+def follow(
+    config: Config, steps: Steps, keeper: "Keeper", validator: Any, trackers: Sequence[Any]
+) -> tuple[dict[str, float], State] | None:
+    """The last of the steps, each reported, validated and saved where that is due; None if none was left.
+
+    They end by themselves, by an early stop, or by a signal.
+    """
+    metrics: dict[str, float] = {}
+    bar = tqdm(total=config.max_train_steps, initial=keeper.saved, disable=not keeper.main)
+    with stopping() as stop, bar, keeper:
+        for metrics, now in steps:
+            keeper.state = now
+            if keeper.main:
+                report(keeper.folder, metrics, trackers, bar)
+            last = now.step == config.max_train_steps
+            parting = validated(validator, keeper.pipe, now, trackers, last) if validator else None
+            ends = config.early_stop and parting is not None
+            asked = agreed(stop)
+            if now.step % config.checkpointing_steps == 0 or last or ends or asked:
+                keeper.save()
+            if asked:
+                process().wait_for_everyone()  # the main one has saved
+                stop.leave(now.step)
+            if ends:
+                shown(f"stopped at step {now.step}: {parting}")
+                break
+    return None if keeper.state is None else (metrics, keeper.state)
 
 
 @dataclass
