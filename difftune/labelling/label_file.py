@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from difftune.errors import RunError, UserError
-from difftune.files.output import append, append_to, flush
+from difftune.files.output import append, append_to, flush, written
 
 STARTS = (b'{"prompt": ', b'{"undo": ')  # how the lines begin that we write
 
@@ -34,11 +34,13 @@ class LabelFile:
         """
         descriptor = _locked(path)
         try:
-            data = _content(path, descriptor)
-            whole, torn = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
-            lines = _lines(whole, path)
-            labels = cls(path, descriptor, lines + _mended(descriptor, path, torn, len(whole), len(lines)))
-            labels.append([{"undo": i} for i in _halves(labels.lines)])
+            with written(path):
+                flush(path.parent)  # which may know of the file from now on
+                data = _content(path, descriptor)
+                whole, torn = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
+                lines = _lines(whole, path)
+                labels = cls(path, descriptor, lines + _mended(descriptor, path, torn, len(whole), len(lines)))
+                labels.append([{"undo": i} for i in _halves(labels.lines)])
         except BaseException:
             os.close(descriptor)
             raise
@@ -66,11 +68,14 @@ def _locked(path: Path) -> int:
         raise UserError(f"cannot write labels to {path}: {error.strerror}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        flush(path.parent)
-    except BlockingIOError as error:
-        by = f"another `difftune label`{_holder(descriptor)}"
+    except OSError as error:
+        by, why = _holder(descriptor), error.strerror
         os.close(descriptor)
-        raise UserError(f"{path} is written by {by}: end that, or give another --labels") from error
+        if not isinstance(error, BlockingIOError):
+            raise UserError(f"cannot write labels to {path}: {why}") from error
+        raise UserError(
+            f"{path} is written by another `difftune label`{by}: end that, or give another --labels"
+        ) from error
     return descriptor
 
 
