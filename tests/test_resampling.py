@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from difftune.files.pictures import read
+from difftune.files.pictures import read_fitted
 from guidance.methods.frequency import low
 from rewards.learned.preprocess import Preprocess
 from rewards.world.oracle import _seen
@@ -14,7 +14,7 @@ def picture(tmp_path):
     def reading(x: torch.Tensor) -> torch.Tensor:
         pixels = (x[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
         Image.fromarray(pixels).save(tmp_path / "it.png")
-        return read(tmp_path / "it.png", 24, 32)[None]
+        return read_fitted(tmp_path / "it.png", 24, 32)[None]
 
     return reading
 

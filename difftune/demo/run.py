@@ -22,7 +22,7 @@ from difftune.demo import report
 from difftune.evaluation.intervals import Result, differences
 from difftune.evaluation.shapeeval import Evaluation, entries_of, evaluate, judged, scores
 from difftune.files import output, records
-from difftune.files.pictures import opened as opened_image
+from difftune.files.pictures import read_picture
 from difftune.lookup import guidance_named
 from difftune.pipelines.generate import pixels
 from difftune.pipelines.opened import opened
@@ -227,7 +227,7 @@ def _overall(results: Sequence[Result]) -> float:
 
 
 def _read(folder: Path, when: str, count: int) -> Tensor:
-    return torch.stack([opened_image(folder / f"{i:03d}-{when}.png") for i in range(count)])
+    return torch.stack([read_picture(folder / f"{i:03d}-{when}.png") for i in range(count)])
 
 
 def _say(text: str) -> None:

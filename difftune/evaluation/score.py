@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from difftune.errors import UserError
-from difftune.files.pictures import opened
+from difftune.files.pictures import read_picture
 from difftune.lookup import reward_named, reward_weights
 from rewards.registry import entry
 
@@ -19,7 +19,7 @@ def run(rewards: Sequence[str], prompts: Sequence[str], images: Sequence[str]) -
     """
     weights = reward_weights(rewards)
     texts = _one_each(prompts, images, [name for name in weights if entry(name).needs_prompt])
-    pictures = [opened(path) for path in images]
+    pictures = [read_picture(path) for path in images]
     reward = reward_named(weights, gradient=False)
     found = []
     for path, text, picture in zip(images, texts, pictures, strict=True):

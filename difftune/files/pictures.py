@@ -30,7 +30,7 @@ class Picture:
     caption: str | None = None
 
 
-def pictures(folder: str | Path, caption: str | None = None) -> list[Picture]:
+def list_pictures(folder: str | Path, caption: str | None = None) -> list[Picture]:
     """The pictures of a folder by their names; `caption` is that of those which have none.
 
     Raises UserError for what is no folder, has no picture, or has a metadata.jsonl or sample.json that cannot be read.
@@ -47,9 +47,9 @@ def pictures(folder: str | Path, caption: str | None = None) -> list[Picture]:
     return [Picture(path, captions.get(path.name) or _beside(path) or caption) for path in files]
 
 
-def captioned(folder: str | Path, caption: str | None = None) -> list[Picture]:
+def list_captioned(folder: str | Path, caption: str | None = None) -> list[Picture]:
     """`pictures`, each of which has a caption; UserError, which names the first that has none."""
-    found = pictures(folder, caption)
+    found = list_pictures(folder, caption)
     for picture in found:
         if picture.caption is None:
             raise UserError(
@@ -59,9 +59,9 @@ def captioned(folder: str | Path, caption: str | None = None) -> list[Picture]:
     return found
 
 
-def read(path: Path, height: int, width: int) -> Tensor:
+def read_fitted(path: Path, height: int, width: int) -> Tensor:
     """The picture (3, height, width) in [0, 1]: resized (antialiased bicubic) until it covers that, and its centre."""
-    image = opened(path)[None]
+    image = read_picture(path)[None]
     scale = max(height / image.shape[2], width / image.shape[3])
     size = [max(side, round(scale * of)) for side, of in zip((height, width), image.shape[2:], strict=True)]
     covering = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -69,9 +69,9 @@ def read(path: Path, height: int, width: int) -> Tensor:
     return covering[0, :, top : top + height, left : left + width]
 
 
-def stack(found: list[Picture], size: tuple[int, int]) -> Tensor:
+def read_all(found: list[Picture], size: tuple[int, int]) -> Tensor:
     """All pictures (N, 3, height, width) in [0, 1]."""
-    return torch.stack([read(picture.path, *size) for picture in found])
+    return torch.stack([read_fitted(picture.path, *size) for picture in found])
 
 
 def _sampled(file: Path) -> dict[str, str]:
@@ -101,7 +101,7 @@ def _beside(path: Path) -> str | None:
     return read_text(file, "the caption").strip() or None if file.is_file() else None
 
 
-def opened(path: str | Path) -> Tensor:
+def read_picture(path: str | Path) -> Tensor:
     """The picture of a file, (3, H, W) in [0, 1], upright as its camera noted it."""
     try:
         with Image.open(path) as image:

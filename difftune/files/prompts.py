@@ -36,7 +36,7 @@ def prompts_named(name: str, seed: int = 0) -> Prompts:
         return shapes(seed, rest)
     if source == "dataset":
         return listed(column(rest), seed)
-    return listed(ANIMALS if name == "animals" else read(name), seed)
+    return listed(ANIMALS if name == "animals" else read_prompts(name), seed)
 
 
 def shapes(seed: int = 0, category: str = "") -> Prompts:
@@ -106,7 +106,7 @@ def column(name: str) -> list[str]:
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def read(path: str | Path, instead: str = "shapes") -> list[str]:
+def read_prompts(path: str | Path, instead: str = "shapes") -> list[str]:
     """The lines of a text file that are not blank. instead: a name that may be given in the file's place."""
     try:
         lines = [line.strip() for line in read_text(path, "the prompts of").split("\n")]

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from difftune.errors import RunError
 from difftune.labelling.label_file import LabelFile
 from difftune.labelling.session import WORDS, Session
-from difftune.labelling.tasks import Picture, pictures, tasks
+from difftune.labelling.tasks import Picture, draw_tasks, pictures_to_label
 from rewards import http
 from rewards.http import Answer, Refused
 
@@ -160,7 +160,7 @@ def open_server(
 
     Raises UserError, before the label file is touched, where there is nothing to choose.
     """
-    todo = tasks(pictures(images, prompts), grid, rounds, seed)
+    todo = draw_tasks(pictures_to_label(images, prompts), grid, rounds, seed)
     file = LabelFile.open(Path(images, "labels.jsonl") if labels is None else Path(labels))
     try:
         return Server(Session(todo, file), port)

@@ -32,7 +32,7 @@ class Picture(NamedTuple):
 Task = tuple[Picture, ...]  # pictures of one prompt, in the order in which they are shown
 
 
-def pictures(folder: str | Path, table: str | Path | None = None) -> list[Picture]:
+def pictures_to_label(folder: str | Path, table: str | Path | None = None) -> list[Picture]:
     """The pictures of a folder and their prompts, from a `table` of `file` and `prompt` (JSON, JSON lines or CSV).
 
     Without one, they are those of the sample.json of `difftune sample`, in the folder or in folders in it, else of a
@@ -124,7 +124,7 @@ def _mime(file: Path) -> str:
         ) from error
 
 
-def tasks(found: Sequence[Picture], size: int = 2, rounds: int = 1, seed: int = 0) -> list[Task]:
+def draw_tasks(found: Sequence[Picture], size: int = 2, rounds: int = 1, seed: int = 0) -> list[Task]:
     """What is shown: `size` pictures of one prompt at a time, so that each picture is shown once in a round.
 
     The order of the tasks and of the pictures in one is random, and a function of the seed and the pictures alone. A

@@ -24,7 +24,7 @@ from torch.nn.functional import logsigmoid
 
 from difftune.configs.recipes import PSOConfig
 from difftune.files.checkpoint import State
-from difftune.files.pictures import captioned, stack
+from difftune.files.pictures import list_captioned, read_all
 from difftune.files.prompts import listed
 from difftune.lookup import at_least
 from difftune.recipes.dpo import dpo_loss, dpo_margin
@@ -153,9 +153,9 @@ def pair_pictures(session: Session[PSOConfig], policy: Policy) -> Pairs:
     Their noise depends on the seed alone: a resumed run makes them again.
     """
     config, images = session.config, session.images
-    found, model = captioned(config.images or "", config.caption), images.model
+    found, model = list_captioned(config.images or "", config.caption), images.model
     texts = [str(picture.caption) for picture in found for _ in range(config.num_negatives)]
-    winner = [model.encode_images(stack([picture], model.size()).to(model.device)) for picture in found]
+    winner = [model.encode_images(read_all([picture], model.size()).to(model.device)) for picture in found]
     losers = []
     for first in range(0, len(texts), config.train_batch_size):
         numbers = range(first, min(first + config.train_batch_size, len(texts)))
@@ -173,7 +173,7 @@ def pair_pictures(session: Session[PSOConfig], policy: Policy) -> Pairs:
 def check_pso(config: PSOConfig) -> None:
     """UserError for the first setting that cannot be, of those that this recipe alone has."""
     if config.images is not None:
-        captioned(config.images, config.caption)
+        list_captioned(config.images, config.caption)
         return
     check_groups(config)
     at_least(2, num_inference_steps=config.num_inference_steps)  # the last adds no noise, and is not trained

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from difftune.configs.recipes import DragonConfig
 from difftune.errors import UserError
-from difftune.files.pictures import pictures, stack
-from difftune.files.prompts import read
+from difftune.files.pictures import list_pictures, read_all
+from difftune.files.prompts import read_prompts
 from difftune.lookup import reward_named
 from rewards.registry import Reward
 from rewards.sets.catalogue import MMD, Frechet, Mean, SetReward, Vendi
@@ -55,7 +55,7 @@ def item_frechet(config: DragonConfig, model: LatentModel, reward: Reward | None
 
     The VAE is the encoder: an image of h x w places is a set of so many features of as many dimensions as channels.
     """
-    images = stack(pictures(exemplars_of(config)), model.size())
+    images = read_all(list_pictures(exemplars_of(config)), model.size())
     places = torch.cat([_places(model.encode_images(image[None].to(model.device))) for image in images])
     target = moments(places.flatten(0, 1), config.shrinkage)
     root = square_root(target.covariance)
@@ -119,9 +119,9 @@ def load_exemplars(config: DragonConfig, model: LatentModel) -> tuple[Encoder, T
     """The encoder, and the features (M, D) of the exemplars: of a folder's pictures, or of a file's lines of text."""
     encoder, source = encoder_of(config.encoder), exemplars_of(config)
     if source.is_dir():
-        images = stack(pictures(source), model.size()).to(model.device)
+        images = read_all(list_pictures(source), model.size()).to(model.device)
         return encoder, torch.cat([encoder.image_features(part) for part in images.split(32)])
-    return encoder, encoder.text_features(read(source), model.device)
+    return encoder, encoder.text_features(read_prompts(source), model.device)
 
 
 def exemplars_of(config: DragonConfig) -> Path:
@@ -131,7 +131,7 @@ def exemplars_of(config: DragonConfig) -> Path:
     source = Path(config.exemplars)
     if config.objective == "item-frechet" and source.is_file():
         raise UserError(f"objective 'item-frechet' compares places of latents: {source} must be a folder of pictures")
-    count = len(read(source)) if source.is_file() else len(pictures(source))
+    count = len(read_prompts(source)) if source.is_file() else len(list_pictures(source))
     if count < 2:
         raise UserError(f"{source} holds {count} exemplar: a distribution wants at least 2")
     return source

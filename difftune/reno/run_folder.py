@@ -25,7 +25,7 @@ from difftune.files.checkpoint import Say, State
 from difftune.files.claim import Claim, claimed
 from difftune.files.noises import NOISE, noises_of
 from difftune.files.output import as_json, grid, png, remove, sweep
-from difftune.files.pictures import opened
+from difftune.files.pictures import read_picture
 from difftune.lookup import at_least, guidance_named, model_named, reward_named, reward_weights
 from difftune.models import load as load_model
 from difftune.pipelines.engine import Engine, check_engine, kernels, offload_of
@@ -304,7 +304,7 @@ def start_of(config: RenoConfig, reno: ReNO) -> Tensor:
     if config.start.endswith(".safetensors"):
         return noises_of(config.start)
     height, width = LatentModel(reno.pipe).size(*reno.size)
-    picture = opened(config.start)
+    picture = read_picture(config.start)
     if picture.shape[1:] != (height, width):
         size = f"{picture.shape[1]} x {picture.shape[2]}"
         raise UserError(f"--start {config.start} is {size} pixels, and the model makes {height} x {width}: resize it")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from difftune.configs.recipes import PreferenceConfig
-from difftune.files.pictures import read
+from difftune.files.pictures import read_fitted
 from difftune.files.prompts import listed
 from difftune.labelling.choices import Choice, decided
 from difftune.rollouts.denoising import Draws, denoising_errors, draw
@@ -80,7 +80,7 @@ def label_pairs(session: Session[PreferenceConfig], choices: Sequence[Choice]) -
 
 def encode_files(model: LatentModel, files: Sequence[Path]) -> Tensor:
     """Latents (B, C, h, w) of image files, which are cropped and resized to the model's size."""
-    return model.encode_images(torch.stack([read(file, *model.size()) for file in files]).to(model.device))
+    return model.encode_images(torch.stack([read_fitted(file, *model.size()) for file in files]).to(model.device))
 
 
 def best_and_worst(made: ScoredImages, group: int) -> Pairs:

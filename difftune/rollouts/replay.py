@@ -14,7 +14,7 @@ from torch import Tensor
 
 from difftune.configs.recipes import D3POConfig
 from difftune.errors import RunError, UserError
-from difftune.files.pictures import opened
+from difftune.files.pictures import read_picture
 from difftune.files.prompts import listed
 from difftune.labelling.choices import Choice, decided
 from difftune.lookup import guidance_named
@@ -101,7 +101,7 @@ def replay(session: Session[D3POConfig], policy: Policy, choices: Sequence[Choic
 
 
 def check_same(choice: Choice, picture: Path, image: Tensor) -> None:
-    seen, made = opened(picture), image.float().cpu()
+    seen, made = read_picture(picture), image.float().cpu()
     if seen.shape != made.shape or (seen - made).abs().mean() > TOLERANCE:
         raise RunError(
             f"labels, line {choice.line}: {picture} is not what its seed makes with the settings of {SETTINGS}; "

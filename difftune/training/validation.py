@@ -16,7 +16,7 @@ from difftune.configs.training import TrainingConfig
 from difftune.errors import UserError
 from difftune.files import checkpoint, output, records
 from difftune.files.checkpoint import State
-from difftune.files.prompts import read
+from difftune.files.prompts import read_prompts
 from difftune.lookup import guidance_named, reward_named, reward_weights
 from difftune.pipelines import lora
 from difftune.pipelines.generate import generate_batches, pixels
@@ -69,7 +69,7 @@ def rewarded(config: TrainingConfig) -> bool:
 def validation_prompts(config: TrainingConfig) -> list[str]:
     """The validation's prompts: the lines of a file, or ShapeEval's, category after category."""
     if config.validation_prompts != "shapeeval":
-        return read(config.validation_prompts, "shapeeval")
+        return read_prompts(config.validation_prompts, "shapeeval")
     from rewards.world.draw import shapeeval
     from rewards.world.grammar import CATEGORIES
 

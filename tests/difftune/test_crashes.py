@@ -24,7 +24,7 @@ from difftune.evaluation import compare, shapeeval
 from difftune.files.claim import claimed
 from difftune.labelling.label_file import LabelFile
 from difftune.labelling.session import Session
-from difftune.labelling.tasks import pictures, tasks
+from difftune.labelling.tasks import draw_tasks, pictures_to_label
 from difftune.pipelines.generate import generate
 from difftune.recipes import train_in_folder
 from difftune.reno import run_folder as reno
@@ -75,7 +75,7 @@ def sampled(out: Path, resume: bool) -> None:
 
 
 def labelled(out: Path, resume: bool) -> None:
-    todo = tasks(pictures(out.parent / "pictures"), 3)
+    todo = draw_tasks(pictures_to_label(out.parent / "pictures"), 3)
     session = Session(todo, LabelFile.open(out / "labels.jsonl"))
     try:
         for task in session.next(len(todo)):

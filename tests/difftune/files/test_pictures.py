@@ -9,7 +9,7 @@ from PIL import Image
 
 from difftune.errors import UserError
 from difftune.files import prompts
-from difftune.files.pictures import captioned, opened, pictures, read, stack
+from difftune.files.pictures import list_captioned, list_pictures, read_all, read_fitted, read_picture
 from difftune.labelling import tasks
 from difftune.labelling.choices import read_labels
 
@@ -30,25 +30,25 @@ def test_captions_are_of_the_metadata_then_of_a_file_beside_then_of_all(folder):
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "red circle"}\n\n')
     (folder / "a.txt").write_text("not this one")
     (folder / "b.txt").write_text(" blue square\n")
-    found = pictures(folder, "anything")
+    found = list_pictures(folder, "anything")
     assert [(p.path.name, p.caption) for p in found] == [
         ("a.png", "red circle"),
         ("b.png", "blue square"),
         ("c.PNG", "anything"),
     ]
     with pytest.raises(UserError, match=r"c\.PNG has no caption: write it into c\.txt or metadata\.jsonl"):
-        captioned(folder)
+        list_captioned(folder)
 
 
 def test_a_folder_of_samples_is_its_pictures_with_their_prompts_and_without_the_grid(folder):
     draw(folder / "grid.png")
     images = [{"file": "a.png", "prompt": "red circle"}, {"file": "b.png", "prompt": "blue square"}]
     (folder / "sample.json").write_text(json.dumps({"images": images}))
-    found = [(p.path.name, p.caption) for p in captioned(folder, "anything")]
+    found = [(p.path.name, p.caption) for p in list_captioned(folder, "anything")]
     assert found == [("a.png", "red circle"), ("b.png", "blue square")]
     (folder / "sample.json").write_text("{}")
     with pytest.raises(UserError, match=r"sample\.json is not what `difftune sample` writes"):
-        pictures(folder)
+        list_pictures(folder)
 
 
 def test_picture_covers_and_is_centred(tmp_path):
@@ -56,11 +56,11 @@ def test_picture_covers_and_is_centred(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 12, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     expected = torch.from_numpy(pixels[:, 3:9]).permute(2, 0, 1) / 255
-    torch.testing.assert_close(read(tmp_path / "wide.png", 6, 6), expected, rtol=0, atol=1e-6)
-    assert read(tmp_path / "wide.png", 5, 7).shape == (3, 5, 7)
+    torch.testing.assert_close(read_fitted(tmp_path / "wide.png", 6, 6), expected, rtol=0, atol=1e-6)
+    assert read_fitted(tmp_path / "wide.png", 5, 7).shape == (3, 5, 7)
     draw(tmp_path / "plain.png", 5, 9, (51, 102, 255))
     for size in ((4, 4), (20, 10)):
-        found = stack(pictures(tmp_path)[:1], size)
+        found = read_all(list_pictures(tmp_path)[:1], size)
         assert found.shape == (1, 3, *size)
         torch.testing.assert_close(found.mean((0, 2, 3)), torch.tensor([0.2, 0.4, 1.0]), atol=1e-3, rtol=0)
 
@@ -69,13 +69,13 @@ def test_picture_covers_and_is_centred(tmp_path):
 def test_what_cannot_be_read_is_one_sentence(folder, tmp_path_factory, text):
     (folder / "metadata.jsonl").write_text(text)
     with pytest.raises(UserError, match="metadata.jsonl wants lines of") as error:
-        pictures(folder)
+        list_pictures(folder)
     assert "\n" not in str(error.value)
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(UserError, match=r"has no picture: it must hold files that end in \.bmp, \.jpeg"):
-        pictures(empty)
+        list_pictures(empty)
     with pytest.raises(UserError, match="there is no folder of pictures '/nowhere'"):
-        pictures("/nowhere")
+        list_pictures("/nowhere")
 
 
 def test_a_picture_stands_as_its_camera_noted_it(tmp_path):
@@ -84,7 +84,7 @@ def test_a_picture_stands_as_its_camera_noted_it(tmp_path):
     exif[0x0112] = 6  # the first row is the right side
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     expected = torch.from_numpy(np.rot90(pixels, -1).copy()).permute(2, 0, 1) / 255
-    torch.testing.assert_close(opened(tmp_path / "turned.png"), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(read_picture(tmp_path / "turned.png"), expected, rtol=0, atol=1e-6)
     with Image.open(tmp_path / "turned.png") as picture:
         assert picture.size == (7, 4)
 
@@ -103,14 +103,14 @@ WRITTEN = {
 def test_texts_are_read_whatever_wrote_them(tmp_path, how):
     """Prompts, captions beside pictures and in tables, and the prompts of pictures to label."""
     (tmp_path / "prompts.txt").write_bytes(WRITTEN[how])
-    assert prompts.read(tmp_path / "prompts.txt") == [line for line in LINES.split("\n") if line]
+    assert prompts.read_prompts(tmp_path / "prompts.txt") == [line for line in LINES.split("\n") if line]
     draw(tmp_path / "a.png", 4, 4, (0, 0, 0))
     coding = "utf-16" if how == "of Notepad" else "utf-8-sig" if "mark" in how or "Windows" in how else "utf-8"
     (tmp_path / "a.txt").write_bytes("ein grüner Kreis\r\n".encode(coding))
-    assert pictures(tmp_path)[0].caption == "ein grüner Kreis"
+    assert list_pictures(tmp_path)[0].caption == "ein grüner Kreis"
     (tmp_path / "a.txt").unlink()
     (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "a.png", "text": "grün"}\r\n\r\n'.encode(coding))
-    assert pictures(tmp_path)[0].caption == tasks.pictures(tmp_path)[0].prompt == "grün"
+    assert list_pictures(tmp_path)[0].caption == tasks.pictures_to_label(tmp_path)[0].prompt == "grün"
 
 
 @pytest.mark.parametrize("data", [b"\xff\xfea", b"gr\xfcn", b"\x00\x01"])
@@ -118,7 +118,7 @@ def test_what_is_no_text_is_one_sentence(tmp_path, data):
     draw(tmp_path / "a.png", 4, 4, (0, 0, 0))
     (tmp_path / "a.txt").write_bytes(data)
     (tmp_path / "prompts.jsonl").write_bytes(data)
-    for read_it in (pictures, tasks.pictures, lambda folder: prompts.read(folder / "a.txt"),
+    for read_it in (list_pictures, tasks.pictures_to_label, lambda folder: prompts.read_prompts(folder / "a.txt"),
                     lambda folder: read_labels(folder / "a.txt")):  # fmt: skip
         with pytest.raises(UserError, match="cannot read the") as error:
             read_it(tmp_path)

@@ -27,7 +27,7 @@ from difftune.labelling.choices import read_labels
 from difftune.labelling.label_file import LabelFile, live
 from difftune.labelling.server import open_server
 from difftune.labelling.session import Session
-from difftune.labelling.tasks import pictures, tasks
+from difftune.labelling.tasks import draw_tasks, pictures_to_label
 from tests.conftest import BROWSERS
 
 RED, BLUE = "a red circle", "a blue square"
@@ -56,7 +56,7 @@ def written(path):
 
 
 def test_a_folder_of_sample_is_read_with_seeds_and_model(tmp_path):
-    found = pictures(sampled(tmp_path))
+    found = pictures_to_label(sampled(tmp_path))
     assert [(p.prompt, p.seed, p.model, p.mime) for p in found] == [
         (prompt, seed, "tiny", "image/png") for prompt in (RED, BLUE) for seed in (7, 8)
     ]
@@ -70,7 +70,7 @@ def test_what_the_sample_command_writes_is_read(tmp_path):
     flags = ["--model", tmp_path / "model", "--prompt", RED, BLUE, "--num_images", 2, "--seed", 5, "--steps", 1]
     result = CliRunner().invoke(cli, [str(a) for a in ["sample", *flags, "--output_dir", tmp_path / "out"]])
     assert result.exit_code == 0, result.stderr
-    found = pictures(tmp_path / "out")
+    found = pictures_to_label(tmp_path / "out")
     assert [(p.prompt, p.seed, p.model) for p in found] == [
         (prompt, seed, str(tmp_path / "model")) for prompt in (RED, BLUE) for seed in (5, 6)
     ]
@@ -79,7 +79,7 @@ def test_what_the_sample_command_writes_is_read(tmp_path):
 def test_folders_of_several_samples_are_read_together(tmp_path):
     sampled(tmp_path / "base", [RED], 1, "tiny")
     sampled(tmp_path / "tuned", [RED], 1, "other")
-    (task,) = tasks(pictures(tmp_path))
+    (task,) = draw_tasks(pictures_to_label(tmp_path))
     assert {p.model for p in task} == {"tiny", "other"}
 
 
@@ -100,7 +100,7 @@ def test_a_table_tells_the_prompts(name, given, tmp_path):
     table = tmp_path / "elsewhere.x" if given else tmp_path / "images" / name
     table = table.with_suffix(os.path.splitext(name)[1])
     table.write_text(TABLES[name])
-    found = pictures(tmp_path / "images", table if given else None)
+    found = pictures_to_label(tmp_path / "images", table if given else None)
     assert [(p.file.name, p.prompt, p.seed, p.model, p.mime) for p in found] == [
         ("a.png", RED, None, None, "image/png"),
         ("b.jpg", RED, 3, "m", "image/jpeg"),
@@ -110,7 +110,7 @@ def test_a_table_tells_the_prompts(name, given, tmp_path):
 def test_a_mapping_from_file_to_prompt_is_a_table(tmp_path):
     drawn(tmp_path, ["a.png", "b.png"])
     (tmp_path / "prompts.json").write_text(json.dumps({"a.png": RED, "b.png": BLUE}))
-    assert [(p.file.name, p.prompt) for p in pictures(tmp_path)] == [("a.png", RED), ("b.png", BLUE)]
+    assert [(p.file.name, p.prompt) for p in pictures_to_label(tmp_path)] == [("a.png", RED), ("b.png", BLUE)]
 
 
 @pytest.mark.parametrize(
@@ -139,44 +139,44 @@ def test_a_table_that_is_wrong_is_one_sentence(name, table, saying, tmp_path):
     drawn(tmp_path / "images", ["a.png"])
     (tmp_path / "images" / name).write_text(table)
     with pytest.raises(UserError, match=saying) as error:
-        pictures(tmp_path / "images")
+        pictures_to_label(tmp_path / "images")
     assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_pictures_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="is no folder"):
-        pictures(tmp_path / "absent")
+        pictures_to_label(tmp_path / "absent")
     with pytest.raises(UserError, match="say with --prompts"):
-        pictures(tmp_path)
+        pictures_to_label(tmp_path)
     with pytest.raises(UserError, match="it is no .json"):
         (tmp_path / "p.txt").write_text("x")
-        pictures(tmp_path, tmp_path / "p.txt")
+        pictures_to_label(tmp_path, tmp_path / "p.txt")
     with pytest.raises(UserError, match="no prompt has two pictures"):
-        tasks(pictures(sampled(tmp_path / "one", count=1)))
+        draw_tasks(pictures_to_label(sampled(tmp_path / "one", count=1)))
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_round_shows_each_picture_and_a_task_one_prompt(count, size, tmp_path):
-    found = pictures(sampled(tmp_path, count=count))
-    todo = tasks(found, size)
+    found = pictures_to_label(sampled(tmp_path, count=count))
+    todo = draw_tasks(found, size)
     assert {p for task in todo for p in task} == set(found)
     for task in todo:
         assert len(set(task)) == len(task) == min(size, count)
         assert len({p.prompt for p in task}) == 1
     assert len(todo) == 2 * -(-count // size)
-    assert todo == tasks(found, size) != tasks(found, size, seed=1)
+    assert todo == draw_tasks(found, size) != draw_tasks(found, size, seed=1)
 
 
 def test_rounds_bring_new_pairs_and_none_twice(tmp_path):
-    found = pictures(sampled(tmp_path, [RED], 4))
-    pairs = [frozenset(task) for task in tasks(found, 2, rounds=40)]
+    found = pictures_to_label(sampled(tmp_path, [RED], 4))
+    pairs = [frozenset(task) for task in draw_tasks(found, 2, rounds=40)]
     assert len(pairs) == len(set(pairs)) == 6  # all of 4 pictures
 
 
 def test_left_and_right_are_drawn(tmp_path):
-    found = pictures(sampled(tmp_path, [f"prompt {i}" for i in range(100)]))
-    lefts = sum(task[0].seed == 7 for task in tasks(found))
+    found = pictures_to_label(sampled(tmp_path, [f"prompt {i}" for i in range(100)]))
+    lefts = sum(task[0].seed == 7 for task in draw_tasks(found))
     assert 30 < lefts < 70  # 4 standard deviations
 
 
@@ -184,7 +184,7 @@ def test_left_and_right_are_drawn(tmp_path):
 
 
 def session(folder, size=2, rounds=1):
-    return Session(tasks(pictures(folder), size, rounds), LabelFile.open(folder / "labels.jsonl"))
+    return Session(draw_tasks(pictures_to_label(folder), size, rounds), LabelFile.open(folder / "labels.jsonl"))
 
 
 def test_a_choice_of_two_is_the_agreed_line(tmp_path):
@@ -204,7 +204,7 @@ def test_a_choice_of_two_is_the_agreed_line(tmp_path):
 def test_paths_are_relative_to_the_label_file_and_a_model_of_both_alone_is_named(tmp_path):
     sampled(tmp_path / "x" / "base", [RED], 1, "tiny")
     sampled(tmp_path / "x" / "tuned", [RED], 1, "other")
-    s = Session(tasks(pictures(tmp_path / "x")), LabelFile.open(tmp_path / "y" / "labels.jsonl"))
+    s = Session(draw_tasks(pictures_to_label(tmp_path / "x")), LabelFile.open(tmp_path / "y" / "labels.jsonl"))
     s.choose(0, 0)
     (line,) = written(tmp_path / "y" / "labels.jsonl")
     assert {line["a"], line["b"]} == {"../x/base/00000-seed7.png", "../x/tuned/00000-seed7.png"}

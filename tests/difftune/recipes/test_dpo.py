@@ -15,7 +15,7 @@ from difftune.configs.recipes import DPOConfig, DROConfig, KTOConfig
 from difftune.errors import RunError
 from difftune.files import checkpoint, output
 from difftune.files.checkpoint import State
-from difftune.files.pictures import read
+from difftune.files.pictures import read_fitted
 from difftune.files.prompts import listed
 from difftune.labelling.choices import decided
 from difftune.pipelines import lora
@@ -247,13 +247,13 @@ def test_a_picture_is_cropped_in_its_middle_and_resized(tmp_path):
     picture[:, :4] = picture[:, -4:] = 1  # what a square in the middle leaves out
     picture[:16, 4:-4, 0] = 0.6
     output.write(tmp_path / "a.png", output.png(picture))
-    found = read(tmp_path / "a.png", 16, 16)
+    found = read_fitted(tmp_path / "a.png", 16, 16)
     assert found.shape == (3, 16, 16)
     assert found[0, :6].numpy() == pytest.approx(0.6, abs=0.1)  # the filter sees a little of what is cut off
     assert max(found[0, 10:].max(), found[1:].max()) < 0.1
     (tmp_path / "b.png").write_bytes(b"no picture")
     with pytest.raises(RunError, match=r"cannot read image .*b\.png"):
-        read(tmp_path / "b.png", 16, 16)
+        read_fitted(tmp_path / "b.png", 16, 16)
 
 
 @torch.no_grad()
@@ -262,7 +262,7 @@ def test_labelled_pictures_are_encoded_with_their_prompts(labels):
     model, pairs = session.images.model, label_pairs(session, choices)
     for side, latents in (("bright", pairs.winner), ("dark", pairs.loser)):
         files = [choice.a.parent / f"{i}-{side}.png" for i, choice in enumerate(choices)]
-        images = torch.stack([read(file, 16, 16) for file in files])
+        images = torch.stack([read_fitted(file, 16, 16) for file in files])
         expected = model.pipe.vae.encode(2 * images - 1).latent_dist.mode() * model.pipe.vae.config.scaling_factor
         assert torch.allclose(latents, expected, atol=1e-6)
     assert torch.equal(

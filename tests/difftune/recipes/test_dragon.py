@@ -115,9 +115,9 @@ def dragon_encoder():
 
 
 def picture(folder: str, i: int) -> torch.Tensor:
-    from difftune.files.pictures import opened
+    from difftune.files.pictures import read_picture
 
-    return opened(f"{folder}/{i}.png")
+    return read_picture(f"{folder}/{i}.png")
 
 
 def by_places(model: LatentModel, latents: torch.Tensor, exemplars: torch.Tensor) -> torch.Tensor:

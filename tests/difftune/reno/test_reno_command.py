@@ -13,7 +13,7 @@ from difftune.cli.program import cli
 from difftune.configs.noise import RenoConfig
 from difftune.errors import UserError
 from difftune.files.output import png
-from difftune.files.pictures import opened
+from difftune.files.pictures import read_picture
 from difftune.reno import optimizer, run_folder
 from difftune.reno.paper import PAPER, Setting
 from difftune.reno.settings import NoiseSettings
@@ -222,9 +222,9 @@ def test_a_search_needs_no_gradient_on_the_command_line(model, tmp_path):
     done = CliRunner().invoke(cli, ["sample", *base, *flags, "--output_dir", str(again)])
     assert done.exit_code == 0, done.stderr
     for i in range(2):
-        made = opened(again / f"0000{i}-seed0.png")
-        assert (made - opened(out / f"{i:03d}-after.png")).abs().max() <= 2 / 255
-        assert (made - opened(out / f"{i:03d}-before.png")).abs().max() > 2 / 255
+        made = read_picture(again / f"0000{i}-seed0.png")
+        assert (made - read_picture(out / f"{i:03d}-after.png")).abs().max() <= 2 / 255
+        assert (made - read_picture(out / f"{i:03d}-before.png")).abs().max() > 2 / 255
 
 
 def test_a_noise_that_does_not_fit_is_named(model, tmp_path):
@@ -268,7 +268,9 @@ def test_a_run_begins_with_a_picture_or_with_a_noise(pipe, tmp_path):
                       max_distance=0.1, variables="both", num_inference_steps=2)  # fmt: skip
     run_folder.run(config, [].append, pipe)
     first = load_file(tmp_path / "a" / "noise.safetensors")
-    expected = run_folder.configured(config, pipe, None).inverted(opened(tmp_path / "picture.png")[None], PROMPTS[0], 3)
+    expected = run_folder.configured(config, pipe, None).inverted(
+        read_picture(tmp_path / "picture.png")[None], PROMPTS[0], 3
+    )
     assert torch.allclose(first["noise_before"][0], expected[0], atol=1e-5)
     assert first["embedding"].shape == (2, 16, 16)
     plain = settings(tmp_path / "b", iterations=2)
