@@ -15,7 +15,9 @@ from difftune.recipes.refl import refl_loss
 from difftune.recipes.reward_gradient import count_carrying, divergence, kl_rate, level_between
 from difftune.rollouts.image_sampler import ImageSampler
 from difftune.training.network import ReferenceNetwork, TrainedNetwork
+from difftune.training.numbering import seed_of
 from rewards.simple import Brightness, Contrast
+from solvers.denoiser import Path as Trail
 from solvers.noise import Noise
 from solvers.samplers.catalogue import SAMPLERS
 from tests.support import pipelines
@@ -137,6 +139,26 @@ def test_divergence_is_zero_at_the_start_and_its_gradient_reaches_the_weights(tm
         assert found.item() == again.item()  # the same level and noise
         (drawn.path.x.sum() + found).backward()
         assert all(w.grad is not None for w in session.run.weights.values())
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_divergence_by_hand(tmp_path, copies):
+    """The samples' own latents, noised to one level by noise of their own; draft_lv's copies count once."""
+    session = session_of(toy("alignprop", tmp_path, kl_coeff=1.0), pipelines.sd())
+    with torch.no_grad():
+        for i, weight in enumerate(session.run.weights.values()):
+            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+    images, reference, numbers = session.images, session.run.reference, range(4, 6)
+    drawn = images.draw(session.prompts, numbers, "full" if copies == 1 else f"truncated:{copies}:draft_lv")
+    assert len(drawn.path.x) == 2 * copies
+    generators = [torch.Generator().manual_seed(seed_of(0, i, "kl")) for i in numbers]
+    at, width = level_between(images.levels, torch.rand((), generator=generators[0]).item())
+    noise = torch.stack([torch.randn(drawn.path.x.shape[1:], generator=generator) for generator in generators])
+    with torch.no_grad():
+        x = Trail(at.alpha * drawn.path.x[:2] + at.sigma * noise)
+        eps, before = (of.predict(drawn.conds)(x, at).eps for of in (images, images.with_network(reference)))
+    found = divergence(images, reference, drawn, numbers)
+    assert found.item() == pytest.approx(width * (eps - before).square().mean().item(), rel=1e-5)
 
 
 def test_the_loss_that_is_reported_is_the_rewards_alone(tmp_path):

@@ -22,6 +22,7 @@ from difftune.pipelines import full_weights, lora
 from difftune.pipelines.generate import generate_batches
 from difftune.recipes import running, train, train_in_folder
 from difftune.rollouts.image_sampler import ImageSampler
+from difftune.rollouts.rounds import repeated
 from difftune.training import run_folder
 from difftune.training.checks import check_training
 from difftune.training.network import TrainedNetwork
@@ -337,3 +338,14 @@ def test_a_gradient_is_clipped_to_its_norm_and_the_norm_before_is_reported(tmp_p
     found, run = linear_step(tmp_path, max_grad_norm=0.5)
     moments = torch.cat([run.optimizer.state[weight]["exp_avg"].flatten() for weight in run.weights.values()])
     assert found["grad_norm"] > 1 and moments.norm().item() == pytest.approx(0.1 * 0.5, rel=1e-4)
+
+
+def test_the_learning_rate_of_a_step_is_the_schedules(tmp_path):
+    config = toy("draft", tmp_path, max_train_steps=3, lr_warmup_steps=2, learning_rate=1e-3)
+    found = [metrics["lr"] for metrics, _ in train(config, None, pipelines.sd(), Brightness())]
+    assert found == [0.0, pytest.approx(5e-4), pytest.approx(1e-3)]
+
+
+def test_repeated_prompts_come_in_a_row():
+    prompts = repeated(["a", "b"].__getitem__, 3)
+    assert [prompts(i) for i in range(6)] == ["a"] * 3 + ["b"] * 3
