@@ -30,6 +30,7 @@ TOY = AlignPropConfig(
     train_batch_size=2,
     num_inference_steps=3,
     truncation_max=3,
+    guidance_scale=5.0,
     learning_rate=1e-2,
     max_skipped_steps=0,
 )
