@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from difftune.errors import RunError, UserError
-from difftune.files.output import remove, whole_folder
+from difftune.files.output import remove, whole_folder, written
 
 TENSORS, INFO, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 DAMAGED = ".damaged"
@@ -86,7 +86,8 @@ def set_aside(path: Path) -> Path:
     aside = path.with_name(path.name + DAMAGED)
     if aside.exists():
         remove(aside)
-    return path.rename(aside)
+    with written(aside):
+        return path.rename(aside)
 
 
 def resumed(folder: str | Path, wanted: str | None) -> State | None:

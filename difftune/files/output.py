@@ -132,12 +132,13 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, which leaves its name at once, and the disk after that."""
-    if path.is_dir() and not path.is_symlink():
-        doomed = path if path.name.endswith(f".{PARTIAL}") else path.rename(beside(path))
-        shutil.rmtree(doomed)
-    else:
-        path.unlink(missing_ok=True)
+    """Remove a file or a folder, which leaves its name at once, and the disk after that. DiskError where it refuses."""
+    with written(path):
+        if path.is_dir() and not path.is_symlink():
+            doomed = path if path.name.endswith(f".{PARTIAL}") else path.rename(beside(path))
+            shutil.rmtree(doomed)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
@@ -145,7 +146,8 @@ def sweep(folder: Path) -> None:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         found = TEMPORARY.fullmatch(path.name)
         if found and found[2] == OLD and not (folder / found[1]).exists():
-            os.rename(path, folder / found[1])
+            with written(folder):
+                os.rename(path, folder / found[1])
         elif found:
             remove(path)
 
