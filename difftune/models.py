@@ -31,6 +31,7 @@ class Model:
 MODELS: dict[str, Model] = {
     "tiny": Model("difftune/weights/tiny", "a small Stable Diffusion of the world of shapes, 64x64"),
     "tiny-turbo": Model("difftune/weights/tiny-turbo", "tiny, distilled to 1-4 steps", base="tiny"),
+    "tiny-flow": Model("difftune/weights/tiny-flow", "tiny's UNet under flow matching", base="tiny"),
     "tiny-weak": Model("difftune/weights/tiny-weak", "a smaller UNet stopped early, for autoguidance", base="tiny"),
     "tiny-clip": Model("rewards/weights/tiny-clip", "an open_clip model: text-image reward", pipeline=False),
     "tiny-classifier": Model(

@@ -3,8 +3,9 @@
     python scripts/check_tiny.py [--images_per_prompt 4] [--grid docs/images/tiny.png]
 
 Prints one JSON object: the oracle on fresh scenes, drawn, through the VAE and under noise; ShapeEval of `tiny` with and
-without guidance and of `tiny-turbo` in 1 to 4 steps; how often `tiny-clip` ranks the true caption first; the
-classifier's accuracy.
+without guidance and of `tiny-turbo` in 1 to 4 steps, ShapeEval-hard of `tiny`, and how many of the pictures are scenes;
+how often `tiny-clip` ranks the true caption first, its AUC for the oracle's verdict on drawn pictures, and by how much
+small changes move it; the classifier's accuracy.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from difftune import models
@@ -23,6 +25,7 @@ from guidance.methods.catalogue import GUIDANCE
 from rewards.registry import load
 from rewards.world import draw, grammar, reader
 from rewards.world.classifier import CLASSES, load_classifier
+from rewards.world.oracle import SCENE_COVERAGE, Coverage, Oracle
 from rewards.world.render import render
 
 STREAM = 99  # of random scenes; training uses others
@@ -60,11 +63,15 @@ def oracle(count: int = 2000) -> dict[str, dict[str, float]]:
     return {name: accepts(part, captions, truths) for name, part in seen.items()}
 
 
-def shapeeval(model: str, guidance: str, options: dict, steps: int, images_per_prompt: int) -> dict[str, float]:
-    method = GUIDANCE[guidance](**options)
-    pipe = models.load(model)
-    found = evaluate.evaluate(pipe, method, draw.shapeeval(), images_per_prompt, steps, 0, 30)
-    return {name: round(e.score, 4) for name, e in evaluate.scores(found.results).items()} | {"nfe": found.nfe}
+def shapeeval(
+    model: str, guidance: str, options: dict, steps: int, images_per_prompt: int, prompts: str = "shapeeval"
+) -> dict[str, float]:
+    """The scores of a list of prompts, and the share of pictures that are scenes."""
+    method, entries = GUIDANCE[guidance](**options), evaluate.entries_of(None, prompts)
+    found = evaluate.evaluate(models.load(model), method, entries, images_per_prompt, steps, 0, 30)
+    whole = Coverage()(found.images, [""] * len(found.images)) >= SCENE_COVERAGE
+    scores = {name: round(e.score, 4) for name, e in evaluate.scores(found.results).items()}
+    return scores | {"nfe": found.nfe, "scenes": round(whole.float().mean().item(), 4)}
 
 
 @torch.no_grad()
@@ -77,6 +84,60 @@ def ranked_first(count: int = 1000, edits: int = 7) -> float:
         scores = reward(image.expand(len(wrong) + 1, -1, -1, -1), [str(caption), *wrong])
         first.append(bool(scores[0] > scores[1:].max()))
     return float(np.mean(first))
+
+
+def auc(scores: np.ndarray, holds: np.ndarray) -> float | None:
+    """The chance that a picture whose caption holds scores above one whose caption does not, ties halved; None where
+    all hold, or none."""
+    yes, no = scores[holds], scores[~holds]
+    if not len(yes) or not len(no):
+        return None
+    return float(
+        (rankdata(np.concatenate([yes, no]))[: len(yes)].sum() - len(yes) * (len(yes) + 1) / 2) / len(yes) / len(no)
+    )
+
+
+DRAWN = (("tiny", "none", {}, 25), ("tiny", "cfg", {"scale": 3.0}, 25), ("tiny", "cfg", {"scale": 6.0}, 25))
+DRAWN += (("tiny-turbo", "none", {}, 2),)
+
+
+@torch.no_grad()
+def judges_drawn(count: int = 2000) -> dict[str, float | None]:
+    """The AUC of `tiny-clip` for the oracle's verdict on pictures that models drew, overall and in each category."""
+    rng, reward, scores, holds, kinds = np.random.default_rng(5), load("tiny-clip"), [], [], []
+    for model, guidance, options, steps in DRAWN:
+        prompts = [str(draw_training(rng, grammar.CATEGORIES[i % 6])) for i in range(count // len(DRAWN))]
+        made = generate_batches(
+            models.load(model), prompts, list(range(len(prompts))), GUIDANCE[guidance](**options), steps, 50
+        )
+        images = torch.cat([batch.images for batch in made])
+        scores += reward(images, prompts).tolist()
+        holds += Oracle()(images, prompts).bool().tolist()
+        kinds += [grammar.category(grammar.parse(prompt)) for prompt in prompts]
+    score, held, kind = np.array(scores), np.array(holds), np.array(kinds)
+    each = {name: auc(score[kind == name], held[kind == name]) for name in grammar.CATEGORIES}
+    return {"overall": auc(score, held), "holds": float(held.mean())} | each
+
+
+def draw_training(rng: np.random.Generator, kind: str) -> grammar.Caption:
+    """A caption that no list of prompts holds."""
+    while True:
+        caption = draw.draw_caption(rng, kind)
+        if grammar.content(caption) not in draw.held_out():
+            return caption
+
+
+@torch.no_grad()
+def steadiness(count: int = 200) -> dict[str, float]:
+    """By how much a pixel's move and noise of .02 change `tiny-clip`'s score, in parts of the spread of a caption's
+    score over pictures of its kind."""
+    images, captions, _ = scenes(count, STREAM + 3)
+    reward, texts = load("tiny-clip"), [str(caption) for caption in captions]
+    scores = reward(images, texts)
+    others = torch.stack([reward(images, [text] * count).std() for text in texts[:20]]).mean()
+    noise = 0.02 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    changed = {"moved": images.roll((1, 1), (2, 3)), "noised": (images + noise).clamp(0, 1)}
+    return {name: ((reward(x, texts) - scores).abs().mean() / others).item() for name, x in changed.items()}
 
 
 @torch.no_grad()
@@ -104,10 +165,14 @@ if __name__ == "__main__":
     parser.add_argument("--grid", type=Path)
     options = parser.parse_args()
     n = options.images_per_prompt
-    found = {"oracle": oracle(), "tiny-clip": {"ranked_first": ranked_first()}}
+    found = {"oracle": oracle()}
+    found["tiny-clip"] = {"ranked_first": ranked_first(), "auc": judges_drawn(), "change": steadiness()}
     found["tiny-classifier"] = {"accuracy": classified()}
     found["tiny"] = {"none": shapeeval("tiny", "none", {}, 25, n)}
     found["tiny"] |= {f"cfg {w}": shapeeval("tiny", "cfg", {"scale": w}, 25, n) for w in options.scales}
+    found["tiny, hard"] = {
+        f"cfg {w}": shapeeval("tiny", "cfg", {"scale": w}, 25, n, "shapeeval-hard") for w in options.scales
+    }
     found["tiny-turbo"] = {f"{k} steps": shapeeval("tiny-turbo", "none", {}, k, n) for k in (1, 2, 4)}
     if options.grid:
         best = max(options.scales, key=lambda w: found["tiny"][f"cfg {w}"]["overall"])

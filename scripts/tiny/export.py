@@ -42,7 +42,7 @@ def tiny_turbo(setup: Setup, folder: Path) -> None:
 def tiny_flow(setup: Setup, folder: Path) -> None:
     _unet(flow.trained(setup), folder)
     scheduler = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow.SHIFT
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow.SHIFT, steps_offset=1
     )
     scheduler.save_pretrained(folder / "scheduler")
 

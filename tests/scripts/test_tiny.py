@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -11,9 +12,11 @@ from diffusers import StableDiffusionPipeline
 from difftune import models
 from difftune.evaluation import shapeeval
 from difftune.pipelines.generate import generate_batches
+from guidance.attach import attach
 from guidance.methods.catalogue import CFG, GUIDANCE
 from rewards.registry import load
 from rewards.world import draw
+from solvers.levels import levels_of
 
 ROOT = Path(__file__).parents[2]
 SCALE = 3.0
@@ -49,7 +52,7 @@ def test_every_word_of_the_grammar_is_one_token():
 
 def test_the_weights_stay_small():
     files = [f for folder in ("difftune/weights", "rewards/weights") for f in (ROOT / folder).rglob("*")]
-    assert sum(f.stat().st_size for f in files if f.is_file()) < 24e6
+    assert sum(f.stat().st_size for f in files if f.is_file()) < 40e6
 
 
 def test_text_encoder_is_told_to_load_in_float32():
@@ -76,8 +79,33 @@ def test_turbo_follows_captions_in_four_steps():
     assert score("tiny-turbo", GUIDANCE["none"](), 4, 10)["overall"] >= 0.4
 
 
+def test_flow_follows_captions_and_its_levels_go_from_noise_to_data():
+    pipe = models.load("tiny-flow")
+    first, *_, last = levels_of(pipe.scheduler, 10)
+    assert (float(first.alpha), float(first.sigma)) == pytest.approx((0, 1), abs=1e-3)
+    assert (float(last.alpha), float(last.sigma)) == (1, 0)
+    assert score("tiny-flow", CFG(2.0), 15, 5)["overall"] >= 0.6
+
+
+def test_attached_cfg_is_the_stock_pipeline_of_a_flow_model():
+    pipe = models.load("tiny-flow")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "a red circle", "num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "pt"}
+    stock = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    with attach(pipe, CFG(2.0)):
+        guided = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    assert torch.equal(guided, stock)
+
+
 def test_clip_ranks_the_true_caption_first(check):
     assert check.ranked_first(100) >= 0.85
+
+
+def test_auc_is_the_chance_of_the_right_order(check):
+    scores, holds = np.array([0.1, 0.4, 0.4, 0.9]), np.array([False, False, True, True])
+    assert check.auc(scores, holds) == 3.5 / 4
+    assert check.auc(-scores, holds) == 0.5 / 4
+    assert check.auc(scores, np.array([True] * 4)) is None
 
 
 def test_clip_gradient_reaches_the_pixels():
