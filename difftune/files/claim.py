@@ -140,13 +140,10 @@ def _locked(path: Path) -> Iterator[Claim]:
         except BaseException:
             with suppress(OSError):
                 claim.clear()
+                os.unlink(path / LOCK)
             raise
-        else:
-            claim.noted.clear()  # they are whole once the lock is gone
-        finally:
-            if not claim.noted:
-                with suppress(OSError):
-                    os.unlink(path / LOCK)
+        with written(path):
+            (path / LOCK).unlink(missing_ok=True)  # what was noted is whole once it is gone
     finally:
         os.close(descriptor)
 

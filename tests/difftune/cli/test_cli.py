@@ -250,7 +250,7 @@ def test_a_reward_that_is_not_finite_is_named(model, picture, tmp_path, monkeypa
 def test_an_unexpected_error_keeps_its_traceback(monkeypatch, picture):
     import difftune.evaluation.score
 
-    monkeypatch.setattr(difftune.evaluation.score, "opened", lambda path: {}[path])
+    monkeypatch.setattr(difftune.evaluation.score, "read_picture", lambda path: {}[path])
     assert isinstance(call("score", "--reward", "brightness", picture).exception, KeyError)
 
 
@@ -260,7 +260,7 @@ def test_ctrl_c_exits_with_130(monkeypatch, picture):
     def interrupted(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(difftune.evaluation.score, "opened", interrupted)
+    monkeypatch.setattr(difftune.evaluation.score, "read_picture", interrupted)
     refuse(130, "score", "--reward", "brightness", picture, saying=["interrupted"])
 
 
