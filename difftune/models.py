@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from difftune.errors import DiskError, UserError
@@ -67,14 +68,94 @@ def load(name_or_path: str | Path, **options: Any) -> "DiffusionPipeline":
     from diffusers import DiffusionPipeline
 
     where = source(name_or_path)
-    options = {"torch_dtype": torch.float32} | options
+    options = {"torch_dtype": torch.float32, "use_safetensors": True} | options
     if isinstance(where, Path):
-        return DiffusionPipeline.from_pretrained(where, **options)
+        check_folder(where)
     try:
-        return DiffusionPipeline.from_pretrained(where, **options)
-    except OSError as error:  # huggingface_hub's and requests' errors are
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load {where!r} from the Hub: {reason}; embedded: {_pipelines()}") from error
+        pipe = DiffusionPipeline.from_pretrained(where, **options)
+    except Exception as error:  # whatever three libraries raise at a folder or a Hub name that is not as it should be
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        if isinstance(where, Path):
+            raise UserError(f"cannot load {str(name_or_path)!r}: {why}") from error
+        raise UserError(f"cannot load {where!r} from the Hub: {why}; embedded: {_pipelines()}") from error
+    if isinstance(where, Path):
+        _check_complete(where, pipe)
+    return pipe
+
+
+def check_folder(folder: Path) -> None:
+    """UserError where the index, or the head of a file of weights, cannot be read, and where weights are pickled or
+    quantised. Nothing is loaded: this takes milliseconds."""
+    for part in _parts_of(folder):
+        if (folder / part).is_dir():
+            tensors_of(folder / part)
+
+
+def _parts_of(folder: Path) -> list[str]:
+    """The parts that model_index.json names."""
+    index = read_json(folder / "model_index.json")
+    for part, kind in index.items():
+        if not part.startswith("_") and isinstance(kind, list) and not _names(kind):
+            raise UserError(f"{folder}/model_index.json: {part} is {kind}, not the names of a library and a class")
+    return [part for part, kind in index.items() if isinstance(kind, list) and not part.startswith("_") and all(kind)]
+
+
+def _names(kind: list[Any]) -> bool:
+    return len(kind) == 2 and (kind == [None, None] or all(isinstance(name, str) for name in kind))
+
+
+def tensors_of(part: Path) -> dict[str, str]:
+    """Names and dtypes of the tensors in a part's folder, by the heads of its safetensors files."""
+    files = sorted(part.glob("*.safetensors"))
+    pickled = sorted(p.name for p in part.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickled and not files:
+        raise UserError(
+            f"{part} holds pickled weights alone ({pickled[0]}), which can run code when they are read: load the model "
+            "where you trust it, and write it anew by pipe.save_pretrained(folder, safe_serialization=True)"
+        )
+    found: dict[str, str] = {}
+    for file in files:
+        found |= _head(file)
+    if quantised := [name for name, dtype in found.items() if dtype in ("I8", "U8")]:
+        raise UserError(f"{part} is quantised ({quantised[0]} is of 8 bits): give a model in float16 or more")
+    return found
+
+
+def _head(file: Path) -> dict[str, str]:
+    """Names and dtypes of a safetensors file, whose length must be what its head says."""
+    try:
+        with file.open("rb") as data:
+            size = int.from_bytes(data.read(8), "little")
+            head = json.loads(data.read(min(size, 100 << 20)))
+        tensors = {name: about for name, about in head.items() if name != "__metadata__"}
+        end = max((about["data_offsets"][1] for about in tensors.values()), default=0)
+        if 8 + size + end != file.stat().st_size:
+            raise UserError(f"{file} is cut off, or longer than it says: copy it again")
+        return {name: about["dtype"] for name, about in tensors.items()}
+    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} is no safetensors file: copy it again") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object of a model's file."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as JSON: copy it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds no JSON object: copy it again")
+    return found
+
+
+def _check_complete(folder: Path, pipe: Any) -> None:
+    """UserError for a part whose file has fewer tensors than the part has weights: the rest would be random."""
+    for part, module in pipe.components.items():
+        if (folder / part).is_dir() and isinstance(vars(type(module)).get("forward"), FunctionType):
+            wanted, have = len(list(module.named_parameters())), len(tensors_of(folder / part))
+            if have < wanted:
+                raise UserError(f"{folder / part} holds {have} of {wanted} tensors: without the others it is random")
 
 
 def source(name_or_path: str | Path) -> Path | str:
@@ -103,8 +184,12 @@ def scheduler_of(name_or_path: str | Path) -> Any:
     where = source(name_or_path)
     if not isinstance(where, Path):
         return None
-    _, kind = json.loads((where / "model_index.json").read_text())["scheduler"]
-    return getattr(diffusers, kind).from_pretrained(where, subfolder="scheduler")
+    kind = read_json(where / "model_index.json").get("scheduler")
+    try:
+        return getattr(diffusers, kind[1]).from_pretrained(where, subfolder="scheduler")  # type: ignore[index]
+    except Exception as error:  # whatever diffusers raises at a file that is not as it should be
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"cannot load the scheduler of {str(name_or_path)!r}: {why}") from error
 
 
 def _pipelines() -> str:

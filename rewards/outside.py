@@ -68,6 +68,8 @@ def _stated(kind: type, name: str) -> bool:
 
 def _found(name: str) -> Any:
     module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise RewardError(f"cannot read the reward {name!r}: write MODULE:ATTRIBUTE, as in my_rewards:red")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a console script does not look there
     try:

@@ -15,6 +15,7 @@ from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from rewards.errors import RewardError
 
@@ -409,6 +410,7 @@ def entry(name: str) -> Entry:
     """
     name, _ = spelled(name)
     if name.startswith(("http://", "https://")):
+        _check_url(name)
         return replace(REWARDS["remote"], make=partial(imported("rewards.remote:Remote"), name))
     if name not in REWARDS and ":" in name:
         return imported("rewards.outside:described")(name)
@@ -417,6 +419,15 @@ def entry(name: str) -> Entry:
     if name not in REWARDS:
         raise RewardError(unknown("reward", name, REWARDS))
     return REWARDS[name]
+
+
+def _check_url(url: str) -> None:
+    try:
+        host = urlsplit(url).hostname if urlsplit(url).port != 0 and url.isprintable() and " " not in url else None
+    except ValueError:  # brackets that are not closed, or a port that is none
+        host = None
+    if not host:
+        raise RewardError(f"{url[:200]!r} is no address of a reward server: write http://HOST:PORT")
 
 
 @cache

@@ -68,6 +68,9 @@ class Ranged:
             if vars(self)[name] is not None and vars(self)[name] not in known:
                 raise UserError(_unknown(name, vars(self)[name], known))
         for name, within in ranges(type(self)).items():  # type: ignore[arg-type]
+            kinds = numbers_alone(type(self)).get(name)  # type: ignore[arg-type]
+            if kinds and not isinstance(vars(self)[name], kinds):
+                raise UserError(f"{name} is {str(vars(self)[name])[:60]!r}: it must be a number")
             check(name, vars(self)[name], within)
 
 
@@ -91,6 +94,18 @@ def ranges(kind: type) -> dict[str, Range]:
     hints = get_type_hints(kind, include_extras=True)
     found = {f.name: range_of(hints[f.name]) for f in fields(kind)}  # type: ignore[arg-type]
     return {name: within for name, within in found.items() if within is not None}
+
+
+@cache
+def numbers_alone(kind: type) -> dict[str, tuple[type, ...]]:
+    """What may stand in each field that holds one number, or none: no tensor, function or list."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = {}
+    for f in fields(kind):  # type: ignore[arg-type]
+        parts = {part for part in _parts(hints[f.name]) if not isinstance(part, Range)}
+        if parts <= {int, float, type(None)} and get_origin(hints[f.name]) not in (tuple, list):
+            found[f.name] = (int, float, *(parts & {type(None)}))
+    return found
 
 
 @cache

@@ -23,14 +23,14 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
     options = [p for p in ctx.command.params if isinstance(p, click.Option)]
     names: dict[str, click.Parameter] = {flag.lstrip("-"): p for p in options for flag in p.opts}
     names |= {p.name: p for p in ctx.command.params if isinstance(p, click.Argument) and p.nargs == 1 and p.name}
-    for other in ("config", "guidance.KEY"):
-        names.pop(other, None)
+    dotted = names.pop("guidance.KEY", None) is not None
+    names.pop("config", None)
     defaults: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for key, value in _mapping(path).items():
-        if key == "guidance_options" and "guidance" in names:
+        if key == "guidance_options" and dotted:
             settings |= _options(path, value)
-        elif key.startswith("guidance.") and "guidance" in names:
+        elif key.startswith("guidance.") and dotted:
             settings[key.removeprefix("guidance.")] = value
         elif key not in names:
             raise click.UsageError(f"{path}: {unknown('key', key, names)}")

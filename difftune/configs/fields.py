@@ -6,6 +6,7 @@ from dataclasses import fields
 from itertools import pairwise
 from types import MappingProxyType
 
+from solvers.errors import UserError
 from solvers.ranges import Ranged
 
 GROUPS = {  # title: the fields and the flags of all commands that stand there
@@ -31,6 +32,11 @@ OWN = "Settings of its own"  # where every other field stands
 
 class Config(Ranged):
     """The settings of a command. UserError for a number that is out of its range, and for an unknown choice."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not vars(self)["output_dir"].strip():
+            raise UserError("the output folder has no name: give --output_dir one")
 
 
 def documented(config: type) -> type:

@@ -130,10 +130,9 @@ def load_results(path: str | Path) -> list[Result]:
     try:
         images = json.loads(Path(path).read_text())["images"]
         return [Result(i["prompt"], i["category"], int(i["seed"]), bool(i["holds"])) for i in images]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is no evaluation ({error}): give the file that `difftune eval --json` printed"
-        ) from error
+    except (OSError, RecursionError, ValueError, KeyError, TypeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is no evaluation ({why}): give what `difftune eval --json` printed") from error
 
 
 def digest_in(path: str | Path) -> str | None:

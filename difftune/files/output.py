@@ -29,9 +29,13 @@ TEMPORARY = re.compile(rf"\.(.+)\.[0-9a-f]{{8}}\.({PARTIAL}|{OLD})")
 def unused(folder: str | Path) -> Path:
     """The folder, if it is absent or empty: nothing of another run is ever overwritten."""
     folder = Path(folder)
+    try:
+        there = folder.exists()
+    except OSError as error:
+        raise UserError(f"cannot use {str(folder)[:60]}...: {error.strerror}; choose another --output_dir") from error
     if folder.is_dir() and not any(folder.iterdir()):
         return folder
-    if folder.exists():
+    if there:
         held = f"holds another run ({min(p.name for p in folder.iterdir())})" if folder.is_dir() else "is a file"
         raise UserError(f"{folder} {held}: nothing was written, choose another --output_dir")
     return folder

@@ -77,7 +77,7 @@ def decided(file: str | Path) -> list[Choice]:
 def _object(text: str, where: str) -> Mapping[str, Any]:
     try:
         about = json.loads(text)
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise UserError(f"{where} is no JSON ({text[:40]!r}): correct it, or delete it") from error
     if not isinstance(about, dict):
         raise UserError(f"{where} is {text[:40]!r}, not an object with prompt, a, b and choice: correct it")

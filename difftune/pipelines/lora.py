@@ -15,7 +15,7 @@ from diffusers.loaders import PeftAdapterMixin, SD3LoraLoaderMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors
 from torch import Tensor, nn
@@ -221,10 +221,35 @@ def mix(pipe: Any, shares: Mapping[str, float]) -> None:
 
 def attach(pipe: Any, folder: str | Path, name: str | None = None) -> str:
     """Load an adapter that `save` wrote, and return its name, one that is free unless given: `pipe.load_lora_weights`,
-    also for a pipeline that has none (PixArt's)."""
+    also for a pipeline that has none (PixArt's). Raises UserError where the pipeline uses not all of its tensors."""
     name = name or free_name(network_of(pipe))
+    wanted = check_head(Path(folder, WEIGHTS))
     _attach(pipe, folder, name)
+    if (used := _used(pipe, name)) < wanted:
+        raise UserError(
+            f"the LoRA of {folder} does not fit this {type(network_of(pipe)).__name__}: {used} of its {wanted} tensors "
+            "were used; give one that was trained on a model of this architecture"
+        )
     return name
+
+
+def check_head(file: Path) -> int:
+    """The number of tensors of an adapter's file, its alphas not counted. Raises UserError where it cannot be read."""
+    try:
+        with safe_open(file, "pt") as found:
+            names = [name for name in found.keys() if not name.endswith(".alpha")]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is no safetensors file: {' '.join(str(error).split())}") from error
+    if not names:
+        raise UserError(f"{file} holds no tensor: give the folder of a training run that has ended")
+    return len(names)
+
+
+def _used(pipe: Any, name: str) -> int:
+    """The tensors of an adapter in all parts of the pipeline."""
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    with_it = [part for part in parts if name in vars(part).get("peft_config", {})]
+    return sum(len(get_peft_model_state_dict(part, adapter_name=name)) for part in with_it)
 
 
 def free_name(network: Any) -> str:

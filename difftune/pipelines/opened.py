@@ -1,6 +1,7 @@
 """A pipeline, opened by name and adapted: its LoRAs, what a method makes of its own."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from difftune.errors import UserError
 from difftune.lookup import model_named
 from difftune.pipelines import full_weights
 from difftune.pipelines.fingerprint import differ, digest_of, recorded
-from difftune.pipelines.lora import WEIGHTS, mix
+from difftune.pipelines.lora import WEIGHTS, check_head, mix
 from difftune.pipelines.lora import attach as attach_lora
 from difftune.processes import shown
 
@@ -48,6 +49,10 @@ def shares_of(loras: Sequence[str]) -> dict[str, float]:
         networks = [name for name in ("unet", "transformer") if Path(folder, name).is_dir()]
         if not Path(folder, WEIGHTS).is_file() and not networks:
             raise UserError(f"--lora {folder} holds no {WEIGHTS}: give the --output_dir of a training run")
+        if Path(folder, WEIGHTS).is_file():
+            check_head(Path(folder, WEIGHTS))
+        if folder in shares:
+            raise UserError(f"--lora {folder} is given twice: give it once, with one share")
         if networks and (len(loras) > 1 or share != 1):
             raise UserError(f"--lora {folder} holds a whole network, which cannot be mixed: give it alone")
         shares[folder] = share
@@ -60,9 +65,12 @@ def _divided(term: str) -> tuple[str, float]:
     if not equals or Path(term).is_dir():
         return term, 1.0
     try:
-        return folder, float(number)
-    except ValueError as error:
-        raise UserError(f"--lora {term}: the share after '=' is a number, as in out=0.5") from error
+        share = float(number)
+    except ValueError:
+        share = nan
+    if not isfinite(share):
+        raise UserError(f"--lora {term}: the share after '=' is a finite number, as in out=0.5")
+    return folder, share
 
 
 def _adapt(pipe: Any, model: str, shares: Mapping[str, float]) -> None:
@@ -74,6 +82,8 @@ def _adapt(pipe: Any, model: str, shares: Mapping[str, float]) -> None:
             attach_lora(pipe, first)
         else:
             mix(pipe, shares)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except UserError:
+        raise
+    except Exception as error:  # whatever diffusers and peft raise at tensors that are not the model's
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"the LoRA of {first} does not fit model {model!r}: {reason}") from error

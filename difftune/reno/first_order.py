@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from solvers.ranges import Count, Decay, NotNegative, Positive, Ranged, Share
+
 Memory = Mapping[str, Tensor]  # each (B, ...)
 
 
@@ -24,16 +26,16 @@ class FirstOrder(Protocol):
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Ranged):
     """SGD with Nesterov momentum on the clipped gradient, as ReNO's own (https://arxiv.org/abs/2406.04312).
 
     v <- momentum v + g,  z <- z - learning_rate (g + momentum v). With a clip c, no update is longer than
     learning_rate c / (1 - momentum), and the first is learning_rate c (1 + momentum) at most.
     """
 
-    learning_rate: float | None = None  # None: 5 sqrt(D / 16384), the paper's 5 at its D
-    momentum: float = 0.9
-    grad_clip: float | None = 0.1  # of a sample's gradient norm; None: no clip
+    learning_rate: NotNegative | None = None  # None: 5 sqrt(D / 16384), the paper's 5 at its D
+    momentum: Decay = 0.9
+    grad_clip: NotNegative | None = 0.1  # of a sample's gradient norm; None: no clip
 
     def start(self, z: Tensor) -> Memory:
         return {"velocity": torch.zeros_like(z)}
@@ -45,18 +47,18 @@ class SGD:
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(Ranged):
     """Adam (https://arxiv.org/abs/1412.6980): a step is about learning_rate in each element, whatever D is.
 
     The reference code of ReNO has it with epsilon 0.01, which after its clip makes SGD of it; the defaults here are
     Adam's own, without a clip.
     """
 
-    learning_rate: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    grad_clip: float | None = None
+    learning_rate: NotNegative = 0.05
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    epsilon: Positive = 1e-8
+    grad_clip: NotNegative | None = None
 
     def start(self, z: Tensor) -> Memory:
         return {"mean": torch.zeros_like(z), "square": torch.zeros_like(z), "steps": torch.zeros(len(z)).to(z)}
@@ -71,7 +73,7 @@ class Adam:
 
 
 @dataclass(frozen=True)
-class LBFGS:
+class LBFGS(Ranged):
     """L-BFGS (Nocedal & Wright, algorithms 7.4 and 3.1): one evaluation an iteration, each sample at its own pace.
 
     The direction is the two-loop recursion over the last `history` pairs; the first is the gradient's, `first_step`
@@ -79,11 +81,11 @@ class LBFGS:
     as far from the point before (backtracking), and no pair is made of it. A pair without curvature is not kept.
     """
 
-    learning_rate: float = 1.0  # of the direction, before backtracking
-    history: int = 10
-    first_step: float = 1.0  # length
-    max_step: float = 10.0  # length of any step
-    decrease: float = 1e-4  # Armijo's constant
+    learning_rate: NotNegative = 1.0  # of the direction, before backtracking
+    history: Count = 10
+    first_step: Positive = 1.0  # length
+    max_step: Positive = 10.0  # length of any step
+    decrease: Share = 1e-4  # Armijo's constant
 
     def start(self, z: Tensor) -> Memory:
         pairs = z.new_zeros(len(z), self.history, z.shape[1])

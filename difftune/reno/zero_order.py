@@ -11,13 +11,14 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from difftune.errors import UserError
 from difftune.reno.first_order import clipped, rate
+from solvers.ranges import Count, Decay, NotNegative, Positive, Range, Ranged
 
 Search = Generator[Tensor, Tensor, None]
 Normal = Callable[[int, int], Tensor]  # (N, D) -> that many unit normals
@@ -32,15 +33,15 @@ class ZeroOrder(Protocol):
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbours(Ranged):
     """Zero-order search (https://arxiv.org/abs/2501.09732): the pivot moves to the best of its neighbours, if better.
 
     n' = |n| (c u + sqrt(1 - c^2) w), u = n / |n|, w a random unit vector across it: of the same norm, at cosine c. The
     rule for a neighbour is that of a public port; c = 0.95 and four neighbours are its defaults.
     """
 
-    candidates: int = 4
-    cosine: float = 0.95
+    candidates: Count = 4
+    cosine: Annotated[float, Range(-1, 1)] = 0.95
 
     def search(self, z: Tensor, normal: Normal) -> Search:
         pivot, best = z, (yield z[None])[0]
@@ -60,19 +61,20 @@ def neighbours(pivot: Tensor, cosine: float, draws: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SPSA:
+class SPSA(Ranged):
     """Simultaneous perturbation (Spall 1992): a gradient from pairs z +- radius d, d of random signs, then SGD's step.
 
     g = mean over pairs of (f(z + radius d) - f(z - radius d)) / (2 radius) d. The best candidate is kept, as always.
     """
 
-    candidates: int = 4  # two for each pair
-    radius: float = 0.1  # of each element
-    learning_rate: float | None = None  # None: 5 sqrt(D / 16384)
-    momentum: float = 0.9
-    grad_clip: float | None = 0.1
+    candidates: Count = 4  # two for each pair
+    radius: Positive = 0.1  # of each element
+    learning_rate: NotNegative | None = None  # None: 5 sqrt(D / 16384)
+    momentum: Decay = 0.9
+    grad_clip: NotNegative | None = 0.1
 
     def __post_init__(self):
+        super().__post_init__()
         if self.candidates % 2:
             raise UserError(f"candidates is {self.candidates}: optimizer 'spsa' takes pairs, so give an even number")
 
@@ -90,18 +92,17 @@ class SPSA:
 
 
 @dataclass(frozen=True)
-class CMA:
+class CMA(Ranged):
     """CMA-ES with a diagonal covariance, by the library `cma` (https://arxiv.org/abs/1604.00772; `difftune[cma]`).
 
     Diagonal (Ros & Hansen 2008), since D^2 numbers are too many for a noise.
     """
 
-    candidates: int = 16
-    sigma: float = 0.3  # the first step's, of each element
+    candidates: Annotated[int, Range(4)] = 16
+    sigma: Positive = 0.3  # the first step's, of each element
 
     def __post_init__(self):
-        if self.candidates < 4:
-            raise UserError(f"candidates is {self.candidates}: optimizer 'cma' needs at least 4")
+        super().__post_init__()
         library()
 
     def search(self, z: Tensor, normal: Normal) -> Search:

@@ -48,7 +48,7 @@ def refuse(*arguments, saying):
 def test_a_method_inside_a_method():
     method = guidance_named("interval:apg", 4.0, {"low": 0.1, "method.eta": 0.5, "momentum": -0.25})
     assert method == Interval(APG(4.0, eta=0.5, momentum=-0.25), low=0.1)
-    assert guidance_named("rescale") == Rescale(CFG(5.0)) and guidance_named("interval:rescale", 3.0) == Interval(
+    assert guidance_named("rescale") == Rescale(CFG(7.5)) and guidance_named("interval:rescale", 3.0) == Interval(
         Rescale(CFG(3.0))
     )
     assert guidance_named("rescale:cfgpp", 0.4, {"phi": 0.2}) == Rescale(CFGpp(0.4), 0.2)
