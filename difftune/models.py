@@ -106,7 +106,7 @@ def _names(kind: list[Any]) -> bool:
 
 def tensors_of(part: Path) -> dict[str, str]:
     """Names and dtypes of the tensors in a part's folder, by the heads of its safetensors files."""
-    files = sorted(part.glob("*.safetensors"))
+    files = sorted(file for file in part.glob("*.safetensors") if len(file.name.split(".")) == 2)  # of no variant
     pickled = sorted(p.name for p in part.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickled and not files:
         raise UserError(
