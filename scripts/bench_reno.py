@@ -142,7 +142,7 @@ def best_time(part: Part, run: Run, folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def dts_star(part: Part, run: Run, folder: Path) -> dict[str, Any]:
-    """DTS* with branches at five levels, narrow: with the paper's widening its first 36 rollouts are best-of-n."""
+    """DTS* with branches at five levels."""
     model, reward = LatentModel(pipeline(part.model)), load("tiny-clip")
     conds, method = model.encode(run.prompts), CFG(part.scale or 1.0)
 
@@ -164,7 +164,7 @@ def dts_star(part: Part, run: Run, folder: Path) -> dict[str, Any]:
         device=model.device,
     )
     entry = SEARCHES[run.method]
-    *_, state = entry.search(problem, entry.config(branches=min(5, part.steps), widening=1.0, growth=0.5))
+    *_, state = entry.search(problem, entry.config(branches=min(5, part.steps)))
     return found(model.decode(state.x0), state.reward, float(state.reward_calls.double().mean()))
 
 

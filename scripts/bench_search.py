@@ -53,9 +53,9 @@ from solvers.exact import Mixture, bind
 from solvers.latent import LatentModel
 from solvers.noise import noise
 
-METHODS = ("cfg", "importance", "best-of-n", "fkc", "fk", "tds", "svdd", "dts", "dts-star")
+METHODS = ("cfg", "importance", "best-of-n", "fkc", "fk", "tds", "svdd", "dts", "dts-star", "dts-star-paper")
 INDEPENDENT = ("cfg", "importance", "best-of-n")  # one run, three ways to answer
-ANYTIME = ("samples", "dts", "dts-star")  # runs that know no budget: a shorter one is the beginning of a longer one
+ANYTIME = ("samples", "dts", "dts-star", "dts-star-paper")  # without a budget: a shorter run begins a longer one
 COSTS = {"nfe": 0, "calls": 1}  # where a point holds the cost of that kind
 
 Point = tuple[int, int, float, float]  # evaluations and reward calls so far; the reward and the oracle of the best
@@ -67,7 +67,7 @@ class Setting(NamedTuple):
     steps: int = 25
     scale: float = 5.0  # of CFG
     inverse_temperature: float = 10.0  # of all methods that tilt by the reward; fkc only chooses by it
-    exploration: float | None = None  # of dts-star
+    exploration: float | None = None  # of dts-star; None is its own
     widening: float = 1.0  # of both trees: with the paper's 2 and 0.8, the first 36 rollouts are best-of-N
     growth: float = 0.5
     micro_batch: int = 64
@@ -127,7 +127,8 @@ def config_of(method: str, setting: Setting) -> Any:
     known = {field.name for field in dataclasses.fields(kind)}
     options: dict[str, Any] = {} if method == "fkc" else {"inverse_temperature": setting.inverse_temperature}
     options |= {"widening": setting.widening, "growth": setting.growth}
-    options |= {"exploration": setting.exploration} if method == "dts-star" else {}
+    if method.startswith("dts-star") and setting.exploration is not None:
+        options["exploration"] = setting.exploration
     return kind(**{name: value for name, value in options.items() if name in known})
 
 
@@ -444,7 +445,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=Setting._field_defaults["steps"])
     parser.add_argument("--scale", type=float, default=Setting._field_defaults["scale"])
     parser.add_argument("--inverse_temperature", type=float, default=Setting._field_defaults["inverse_temperature"])
-    parser.add_argument("--exploration", type=float, default=None, help="of dts-star; by default 1 / lambda")
+    parser.add_argument("--exploration", type=float, default=None, help="of dts-star; its own by default")
     parser.add_argument("--widening", type=float, default=Setting._field_defaults["widening"], help="of dts, dts-star")
     parser.add_argument("--growth", type=float, default=Setting._field_defaults["growth"], help="of dts, dts-star")
     parser.add_argument("--output", default="runs/bench_search.jsonl")

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from guidance.search.baselines import BestOfN, Importance, best_of_n, importance
-from guidance.search.dts import DTS, DTSStar, dts, dts_star
+from guidance.search.dts import DTS, DTSStar, DTSStarPaper, dts, dts_star
 from guidance.search.fk import FK, fk
 from guidance.search.fkc import FKC, fkc
 from guidance.search.problem import Search
@@ -26,6 +26,7 @@ SEARCHES: dict[str, Method] = {
     "beam": Method(beam, Beam),
     "dts": Method(dts, DTS),
     "dts-star": Method(dts_star, DTSStar),
+    "dts-star-paper": Method(dts_star, DTSStarPaper),
     "best-of-n": Method(best_of_n, BestOfN),
     "importance": Method(importance, Importance),
 }

@@ -7,8 +7,8 @@ rollouts that are there make one batch.
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -27,7 +27,9 @@ from guidance.search.tree import (
     descend,
     packed,
     probabilities,
+    revalue,
     select,
+    spread,
     unpacked,
     visit,
 )
@@ -36,6 +38,9 @@ from solvers.errors import UserError
 from solvers.ranges import Count, NotNegative, Positive, Range, Ranged
 
 EDGE, SELECT, DESCEND = 1, 2, 3  # what the noise is for: the first number of its key
+UNITS = ("reward", "sd")
+NARROW, WIDE = (1.0, 0.5), (2.0, 0.8)  # widening and growth: ours, and the paper's
+MANY = 1000  # images of a tree, below which the paper's mostly draws new noise
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,10 @@ class DTS(Ranged):
 
     inverse_temperature: lambda in the target p(x0) e^(lambda r(x0)). policy: the child a rollout follows, "boltzmann"
     (the paper's), "uct", or "uniform" (ours: e^(lambda v) of the root is then unbiased). backup: "soft" or "max".
-    widening, growth: a node visited N times may have widening * N^growth children. exploration: c of "uct", in units of
-    the reward; None is 1 / lambda.
+    widening, growth: a node visited N times may have widening * N^growth children; None is 1 and 0.5 where the budget
+    pays for fewer than 1,000 images of each tree or there is none, and the paper's 2 and 0.8 above. exploration: c of
+    "uct"; None is 1 / lambda. unit: what lambda and c are given in: "reward", the reward's own unit, or "sd" (ours),
+    the standard deviation of the tree's rewards so far, so that the search is the same whatever the reward's scale.
     branches: levels at which trees branch, pure noise among them, equally spaced. parallel: rollouts of a tree at once.
     return_best_seen: a state's sample is the leaf of the largest reward; False: the one that a descent by the values
     ends in, drawn from the target ("uct": of the largest values).
@@ -56,30 +63,54 @@ class DTS(Ranged):
     inverse_temperature: Positive = 10.0
     policy: str = "boltzmann"
     backup: str = "soft"
-    widening: Positive = 2.0
-    growth: Annotated[float, Range(0, 1, above=True)] = 0.8
+    widening: Positive | None = WIDE[0]
+    growth: Annotated[float, Range(0, 1, above=True)] | None = WIDE[1]
     exploration: NotNegative | None = None
     branches: Count = 5
     parallel: Count = 1
     return_best_seen: bool = True
+    unit: str = "reward"
 
     def __post_init__(self):
         super().__post_init__()
-        for kind, name, known in (("policy", self.policy, POLICIES), ("backup", self.backup, BACKUPS)):
-            if name not in known:
+        families: dict[str, Collection[str]] = {"policy": POLICIES, "backup": BACKUPS, "unit": UNITS}
+        for kind, known in families.items():
+            if (name := getattr(self, kind)) not in known:
                 raise UserError(f"no {kind} {name!r}; known: {', '.join(known)}")
 
-    @property
-    def rule(self) -> Rule:
+    def rule(self, tree: Tree) -> Rule:
+        """How a tree grows on, with lambda and c in the reward's own unit."""
+        assert self.widening is not None and self.growth is not None, "`shaped` was not applied"
         exploration = 1 / self.inverse_temperature if self.exploration is None else self.exploration
-        return Rule(self.policy, self.inverse_temperature, self.widening, self.growth, exploration)
+        unit = spread(tree) if self.unit == "sd" else 1.0
+        return Rule(self.policy, self.inverse_temperature / unit, self.widening, self.growth, exploration * unit)
 
 
 @dataclass(frozen=True)
 class DTSStar(DTS):
-    """Diffusion tree search, DTS*: it looks for the largest reward, where DTS draws samples. The fields are DTS's."""
+    """Diffusion tree search, DTS*: it looks for the largest reward, where DTS draws samples. The fields are DTS's.
+
+    The defaults are ours: the largest reward below a node is its value, c is half the standard deviation of the rewards
+    so far, and a tree of fewer than 1,000 images is narrow. `DTSStarPaper` has the paper's.
+    """
 
     policy: str = "uct"
+    backup: str = "max"
+    widening: Positive | None = None
+    growth: Annotated[float, Range(0, 1, above=True)] | None = None
+    exploration: NotNegative | None = 0.5
+    unit: str = "sd"
+
+
+@dataclass(frozen=True)
+class DTSStarPaper(DTSStar):
+    """Diffusion tree search, DTS*, with the paper's soft values and widening, lambda and c in the reward's own unit."""
+
+    backup: str = "soft"
+    widening: Positive | None = WIDE[0]
+    growth: Annotated[float, Range(0, 1, above=True)] | None = WIDE[1]
+    exploration: NotNegative | None = None
+    unit: str = "reward"
 
 
 def dts(problem: Problem, config: DTS | None = None, saved: Saved | None = None) -> Iterator[State]:
@@ -96,7 +127,7 @@ def dts(problem: Problem, config: DTS | None = None, saved: Saved | None = None)
     problem.needs_noise("a tree")
     if config.branches > problem.steps:
         raise UserError(f"{config.branches} branches and {problem.steps} steps: a tree branches once a step at most")
-    check_budget(problem, config)
+    check_budget(problem, shaped(problem, config))
     return _grown(Forest(problem, config), saved)
 
 
@@ -105,13 +136,26 @@ def dts_star(problem: Problem, config: DTSStar | None = None, saved: Saved | Non
     return dts(problem, config or DTSStar(), saved)
 
 
+def images(problem: Problem) -> int | None:
+    """The whole rollouts of each tree that the budgets pay for; None without a budget."""
+    budgets = ((problem.budget, problem.cost()), (problem.reward_budget, 1))
+    return min((budget // cost for budget, cost in budgets if budget is not None), default=None)
+
+
+def shaped(problem: Problem, config: DTS) -> DTS:
+    """The settings with the widening and the growth that the budget asks for, where they are None."""
+    paid = images(problem)
+    widening, growth = WIDE if paid is not None and paid >= MANY else NARROW
+    given = (config.widening, config.growth)
+    return replace(config, widening=given[0] or widening, growth=given[1] or growth)
+
+
 def check_budget(problem: Problem, config: DTS) -> None:
     """Warns where every rollout that the budgets pay for starts at the root: such a tree is best-of-n."""
-    budgets = ((problem.budget, problem.cost()), (problem.reward_budget, 1))
-    paid = min((budget // cost for budget, cost in budgets if budget is not None), default=None)
-    if paid and all(n < config.widening * (n + 1) ** config.growth for n in range(paid)):
+    paid, widening, growth = images(problem), config.widening or 1, config.growth or 1
+    if paid and all(n < widening * (n + 1) ** growth for n in range(paid)):
         warnings.warn(
-            f"the budget pays for {paid} rollouts, and with widening {config.widening:g} and growth {config.growth:g} "
+            f"the budget pays for {paid} rollouts, and with widening {widening:g} and growth {growth:g} "
             "all of them start from new noise, as those of best-of-n do: raise it, or take widening 1 and growth 0.5",
             stacklevel=3,
         )
@@ -166,7 +210,7 @@ class Forest:
     """The trees of a search, one for each group."""
 
     def __init__(self, problem: Problem, config: DTS):
-        self.problem, self.config = problem, config
+        self.problem, self.given, self.config = problem, config, shaped(problem, config)
         self.stops = branching_levels(problem.steps, config.branches)
         self.trees = [Tree(len(self.stops)) for _ in problem.seeds]
         self.best: list[int | None] = [None] * len(self.trees)
@@ -184,10 +228,10 @@ class Forest:
     def planned(self, group: int) -> list[Rollout]:
         """The group's next rollouts, as far as its budget goes. One that ends in a leaf costs nothing."""
         tree, nfe = self.trees[group], 0
-        found: list[Rollout] = []
+        rule, found = self.config.rule(tree), list[Rollout]()
         for _ in range(self.config.parallel):
             uniforms = self.problem.uniform(group, SELECT, tree.rollouts, n=tree.depth).tolist()
-            node = select(tree, self.config.rule, uniforms)
+            node = select(tree, rule, uniforms)
             if not tree.is_leaf(node):
                 nfe += self.problem.cost(self.stops[max(tree.depths[node] - 1, 0)])
                 if not self.problem.affords(nfe, len(found) + 1)[group]:
@@ -221,10 +265,16 @@ class Forest:
         leaves = joined([leaf_of(r.tree, r.node) for r in rollouts], self.problem.device).x
         rewards = self.problem.score(leaves, groups_of(rollouts)).tolist()
         for r, reward in zip(rollouts, rewards, strict=True):
-            back_up(r.tree, r.node, reward, self.config.backup, self.config.inverse_temperature)
+            self.back_up(r.tree, r.node, reward)
             best = self.best[r.group]
             if best is None or reward > r.tree.values[best]:
                 self.best[r.group] = r.node
+
+    def back_up(self, tree: Tree, leaf: int, reward: float) -> None:
+        """The values of all nodes with one more reward; in units of a spread that it changed, each is made anew."""
+        back_up(tree, leaf, reward, self.config.backup, self.config.rule(tree).lam)
+        if self.config.unit == "sd" and self.config.backup == "soft":
+            revalue(tree, self.config.backup, self.config.rule(tree).lam)
 
     # ------------------------------------------------------------------------------------------ what is told
 
@@ -243,18 +293,21 @@ class Forest:
             return self.best[group]
         tree = self.trees[group]
         uniforms = self.problem.uniform(group, DESCEND, tree.rollouts, n=tree.depth).tolist()
-        return descend(tree, math.inf if self.config.policy == "uct" else self.config.inverse_temperature, uniforms)
+        return descend(tree, math.inf if self.config.policy == "uct" else self.config.rule(tree).lam, uniforms)
 
     def weighted(self) -> Weighted:
         """All leaves, weighted by the probability that a descent ends in them."""
-        lam = math.inf if self.config.backup == "max" else self.config.inverse_temperature
-        found = [(tree, group, probabilities(tree, lam)) for group, tree in enumerate(self.trees) if tree.leaves]
+        found = [(tree, group, self.shares(tree)) for group, tree in enumerate(self.trees) if tree.leaves]
         x = [leaf_of(tree, leaf).x for tree, _, shares in found for leaf in shares]
         groups = [group for _, group, shares in found for _ in shares]
         weights = torch.tensor([share for *_, shares in found for share in shares.values()], dtype=torch.float64)
         rewards = [tree.values[leaf] for tree, _, shares in found for leaf in shares]
         x0 = torch.cat(x) if x else torch.zeros(0, *self.problem.shape)
         return Weighted(x0, torch.tensor(groups), weights.log(), torch.tensor(rewards, dtype=torch.float64))
+
+    def shares(self, tree: Tree) -> dict[int, float]:
+        """The probability that a descent ends in each leaf."""
+        return probabilities(tree, math.inf if self.config.backup == "max" else self.config.rule(tree).lam)
 
     def graph(self) -> Graph:
         """All nodes but the roots, which stand for no state."""
@@ -275,9 +328,12 @@ class Forest:
         return {"seeds": list(map(int, self.problem.seeds)), "levels": len(self.problem.levels), **asdict(self.config)}
 
     def restore(self, saved: Saved) -> None:
+        before = {"unit": "reward", **saved.info["search"]}  # the one unit there was at first
+        open_ones = {name: before[name] for name in ("widening", "growth") if getattr(self.given, name) is None}
+        self.config = replace(self.config, **open_ones)  # a larger budget does not change the shape of a tree
         for name, value in self.settings.items():
-            if saved.info["search"].get(name) != value:
-                raise UserError(f"the saved tree has {name} {saved.info['search'].get(name)}, this search {value}")
+            if before.get(name) != value:
+                raise UserError(f"the saved tree has {name} {before.get(name)}, this search {value}")
         for group, found in decode(dict[str, Packed], saved.tensors).items():
             self.trees[int(group)] = unpacked(found, len(self.stops))
         self.best = list(saved.info["best"])

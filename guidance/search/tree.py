@@ -114,6 +114,25 @@ def back_up(tree: Tree, leaf: int, reward: float, backup: str, lam: float) -> No
         tree.values[n] = BACKUPS[backup]([tree.values[c] for c in tree.valued(n)], lam)
 
 
+def revalue(tree: Tree, backup: str, lam: float) -> None:
+    """The values of all nodes above the leaves, from the leaves up."""
+    for node in reversed(range(len(tree))):  # children come after their parents
+        if not tree.is_leaf(node) and (valued := tree.valued(node)):
+            tree.values[node] = BACKUPS[backup]([tree.values[child] for child in valued], lam)
+
+
+def spread(tree: Tree) -> float:
+    """The standard deviation of the leaves' rewards; 1 where no two differ, so that no scale is known.
+
+    Its sums are rounded once, so that it does not depend on the leaves' order.
+    """
+    rewards = [tree.values[leaf] for leaf in tree.leaves]
+    if len(set(rewards)) < 2:
+        return 1.0
+    mean = math.fsum(rewards) / len(rewards)
+    return math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))
+
+
 # ------------------------------------------------------------------------------------------------ which child
 @dataclass(frozen=True)
 class Rule:

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from guidance.search import baselines, fk, population, selection, tds
 from guidance.search.baselines import BestOfN, Importance, best_of_n_kl
 from guidance.search.catalogue import SEARCHES
-from guidance.search.dts import DTS, DTSStar
+from guidance.search.dts import DTS, DTSStar, DTSStarPaper
 from guidance.search.fk import FK, scheduled
 from guidance.search.problem import Saved, Spent
 from guidance.search.selection import SVDD
@@ -31,7 +31,8 @@ SETTINGS = {  # where a method's defaults do not suit a problem of four steps an
     "importance": Importance(particles=3, inverse_temperature=2.0),
     "best-of-n": BestOfN(particles=3),
     "dts": DTS(branches=4, inverse_temperature=2.0, widening=1.0, growth=0.5),
-    "dts-star": DTSStar(branches=4, widening=1.0, growth=0.5),
+    "dts-star": DTSStar(branches=4),
+    "dts-star-paper": DTSStarPaper(branches=4, widening=1.0, growth=0.5),
 }
 DETERMINISTIC = {"best-of-n", "importance"}  # take eta = 0
 

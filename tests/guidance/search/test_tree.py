@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import random
+import statistics
 import time
 import warnings
 from dataclasses import replace
@@ -16,11 +17,12 @@ from guidance.codec import decode, encode
 from guidance.guided import guided
 from guidance.methods.catalogue import APG
 from guidance.search import tree
-from guidance.search.dts import DTS, DTSStar, Forest, branching_levels, dts, dts_star
+from guidance.search.dts import DTS, DTSStar, DTSStarPaper, Forest, branching_levels, dts, dts_star
 from guidance.search.problem import Problem, RowCounter, Saved, State
 from guidance.search.saved import load, save
 from guidance.search.tree import BACKUPS, POLICIES, ROOT, Rule, Tree, back_up, descend, probabilities, visit
 from solvers.denoiser import Path, Prediction
+from solvers.errors import UserError
 from solvers.exact import Gaussian, Mixture, bind
 from solvers.noise import flow, grid, noise
 from tests.support import toy
@@ -447,6 +449,100 @@ def same(a: Tree, b: Tree) -> bool:
     return x.keys() == y.keys() and all(x[name].equal(y[name]) for name in x)
 
 
+# ------------------------------------------------------------------------------------------------ the reward's scale
+def scaled(problem: Problem, factor: float, constant: float) -> Problem:
+    """The same with the reward factor r + constant."""
+    reward = problem.reward
+    problem.reward = lambda x, groups: factor * reward(x, groups) + constant
+    return problem
+
+
+SOFT = DTSStar(backup="soft", inverse_temperature=6.0)
+
+
+@pytest.mark.parametrize("config", [DTSStar(), SOFT, DTS(6.0, widening=1.0, growth=0.5, unit="sd")])
+def test_in_units_of_its_spread_the_reward_s_scale_changes_nothing(config):
+    """Rewards times 1000 plus a constant: the same trees, and values to the rounding."""
+    for make in (chain, line):
+        one = trees_of(run(make(4), config, 60), 6)
+        other = trees_of(run(scaled(make(4), 1000.0, 3.0), config, 60), 6)
+        for a, b in zip(one, other, strict=True):
+            assert (a.parents, a.visits) == (b.parents, b.visits)
+            assert [1000 * v + 3 for v in a.values] == pytest.approx(b.values, rel=1e-9, nan_ok=True)
+
+
+def test_in_the_reward_s_own_units_its_scale_changes_the_search():
+    config = DTSStarPaper(widening=1.0, growth=0.5)
+    one, other = (trees_of(run(scaled(line(4), factor, 0.0), config, 60), 6) for factor in (1.0, 0.01))
+    assert [t.parents for t in one] != [t.parents for t in other]
+
+
+def test_soft_values_are_of_the_spread_that_all_rewards_have():
+    """A reward that widens the spread changes lambda / sd, and with it the value of every node."""
+    for t in grown(SOFT, 40, groups=3):
+        lam = 6 / statistics.pstdev(t.values[leaf] for leaf in t.leaves)
+        for node in range(len(t)):
+            if not t.is_leaf(node):
+                below = torch.tensor([t.values[c] for c in t.valued(node)], dtype=torch.float64)
+                want = ((lam * below).logsumexp(0) - math.log(len(below))) / lam
+                assert t.values[node] == pytest.approx(float(want), rel=1e-9)
+
+
+def test_rewards_that_are_all_equal_have_no_spread():
+    """Of equal children the least visited is followed, as under any unit."""
+    flat = run(scaled(line(2), 0.0, 0.1), DTSStar(), 30)
+    assert [t.visits for t in trees_of(flat, 6)] == [
+        t.visits for t in trees_of(run(scaled(line(2), 0.0, 0.1), DTSStar(unit="reward"), 30), 6)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("budget", "shape"),
+    [
+        ({}, (1.0, 0.5)),
+        ({"budget": 999 * TURNS}, (1.0, 0.5)),
+        ({"budget": 1000 * TURNS}, (2.0, 0.8)),
+        ({"budget": 1000 * TURNS, "reward_budget": 999}, (1.0, 0.5)),
+    ],
+)
+def test_a_tree_of_few_images_is_narrow(budget, shape):
+    for config, want in ((DTSStar(), shape), (DTSStarPaper(), (2.0, 0.8)), (DTSStar(widening=3.0), (3.0, shape[1]))):
+        found = Forest(chain(**budget), config).config
+        assert (found.widening, found.growth) == want
+
+
+def test_a_larger_budget_leaves_a_tree_s_shape():
+    kept = run(chain(budget=60), DTSStar(), 8).saved()
+    forest = Forest(chain(budget=2000 * TURNS), DTSStar())
+    forest.restore(kept)
+    assert (forest.config.widening, forest.config.growth) == (1.0, 0.5)
+    with pytest.raises(UserError, match="the saved tree has widening 1.0, this search 2.0"):
+        Forest(chain(budget=2000 * TURNS), DTSStar(widening=2.0)).restore(kept)
+
+
+def test_a_tree_that_was_saved_before_there_were_units_goes_on():
+    kept = run(budgeted(), CONFIG, 3).saved()
+    kept = kept._replace(info={**kept.info, "search": {k: v for k, v in kept.info["search"].items() if k != "unit"}})
+    assert identical(finished(budgeted(), kept), finished(budgeted()))
+    with pytest.raises(UserError, match="the saved tree has unit reward, this search sd"):
+        list(dts(budgeted(), replace(CONFIG, unit="sd"), kept))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [1.0, 0.001])
+def test_dts_star_beats_best_of_n_whatever_the_reward_s_scale(factor):
+    """On the Gaussian chain, in standard deviations of its images; the best of n normals is 1.87, 2.16 and 2.51."""
+    trees = 150
+    problem = scaled(line(trees, budget=100 * len(LINE[1:])), factor, 0.0)
+    at: dict[int, float] = {}
+    for state in dts_star(problem, DTSStar()):
+        images = float(state.nfe.double().mean()) / len(LINE[1:])
+        for n in (20, 40, 100):
+            if images <= n:
+                at[n] = float((state.reward / factor - 0.49505).mean()) / 0.58119**0.5
+    assert at[20] > 1.87 + 0.2 and at[40] > 2.16 + 0.3 and at[100] > 2.51 + 0.5
+
+
 # ------------------------------------------------------------------------------------------------ stopping and going on
 CONFIG = DTS(SCALE, widening=1.5, growth=0.6, parallel=2)
 ROUNDS = 12
@@ -593,12 +689,12 @@ def test_costs_are_the_remaining_steps_and_one_reward_call_each(parallel):
     assert all(100 - TURNS < spent <= 100 for spent in rows)
 
 
-@pytest.mark.parametrize(("shape", "full"), [({}, 36), ({"widening": 1.0, "growth": 0.5}, 2)])
-def test_a_budget_that_ends_before_the_root_is_full_is_told(shape, full):
+@pytest.mark.parametrize(("config", "full"), [(DTSStarPaper(), 36), (DTSStar(), 2)])
+def test_a_budget_that_ends_before_the_root_is_full_is_told(config, full):
     """All rollouts then start from new noise, as those of best-of-n do; with one more the tree branches."""
 
     def roots(**budget: int) -> tuple[int, int]:
-        *_, state = dts_star(chain(**budget), DTSStar(**shape))
+        *_, state = dts_star(chain(**budget), config)
         return int((state.graph().parent == -1).sum()), int(state.reward_calls)
 
     for budget in ({"budget": TURNS * full}, {"reward_budget": full}):
