@@ -17,15 +17,15 @@ odeint_adjoint (Euler) on the probability flow dw/dtau = eps - x0 of the same sa
 import argparse
 import gc
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import benching
 import torch
+from benching import median_seconds, peak_memory, reset_peak
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torchdiffeq import odeint_adjoint
@@ -161,36 +161,17 @@ def loss(x: Tensor) -> Tensor:
     return (x.sin() + x.square() / 2).mean()
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds(function: Callable[[], Any], repeats: int) -> float:
-    """The median, after one run that is not counted; on a CPU of this process's own time, whatever else runs."""
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    times = []
-    for _ in range(repeats + 1):
-        synchronize()
-        started = clock()
-        function()
-        synchronize()
-        times.append(clock() - started)
-    return statistics.median(times[1:])
-
-
 def memory(run: Run, job: Job) -> tuple[float, float]:
     """(kept, peak) in MB; the peak is the allocator's on a GPU, that of live tensors on a CPU."""
     gc.collect()
     cuda = job.x.is_cuda
-    before = torch.cuda.memory_allocated() if cuda else 0
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    before = reset_peak()
     with LiveBytes() as live:
         value = loss(run(job))
         kept = live.now
         torch.autograd.grad(value, [job.x, *job.weights], allow_unused=True)
-    peak = torch.cuda.max_memory_allocated() - before if cuda else live.peak
+    most = peak_memory()
+    peak = most - before if cuda and most is not None else live.peak
     return kept / 1e6, peak / 1e6
 
 
@@ -200,7 +181,7 @@ def measured(name: str, run: Run, job: Job, repeats: int, base: float, exact: Te
     rows = job.predict.nfe
     found = gradient(run, job)
     calls = (job.predict.nfe - rows) / (2 * len(job.x) * steps)
-    row = Row(name, steps, kept, peak, seconds(lambda: gradient(run, job), repeats) / base, calls)
+    row = Row(name, steps, kept, peak, median_seconds(lambda: gradient(run, job), repeats) / base, calls)
     if exact is not None:
         difference = (found - exact).norm() / exact.norm()
         cosine = torch.nn.functional.cosine_similarity(found, exact, dim=0)
@@ -217,7 +198,7 @@ def table(jobs: Sequence[Job], wanted: Sequence[str], repeats: int) -> Iterator[
     """The rows, as they are measured. A mode that refuses (a setting that would be wrong) says so in its row."""
     for job in jobs:
         steps = len(job.levels) - 1
-        base, exact = seconds(lambda job=job: sampling(job), repeats), None
+        base, exact = median_seconds(lambda job=job: sampling(job), repeats), None
         if job.x.dtype == torch.float64:
             exact = gradient(ours("full"), job)
         runs = {**{mode: ours(mode) for mode in modes(steps)}, **PEERS}
@@ -299,28 +280,24 @@ def large(steps: Sequence[int], backend: str, blocks: bool) -> Iterator[list[Job
 # ------------------------------------------------------------------------------------------------ the table
 
 
-HEADER = "mode | steps | kept, MB | peak, MB | time / sampling | calls / N | error | cosine"
+HEADER = ("mode", "steps", "kept, MB", "peak, MB", "time / sampling", "calls / N", "error", "cosine")
 
 
 def line(row: Row) -> str:
     if row.note:
-        return f"| {row.name} | {row.steps} | {row.note} | | | | | |"
+        return benching.row([row.name, row.steps, row.note, *[""] * 5])
     quality = ["", ""] if row.error is None else [f"{row.error:.1e}", f"{row.cosine:.6f}"]
     numbers = [f"{row.kept:.2f}", f"{row.peak:.1f}", f"{row.time:.2f}", f"{row.calls:.2f}"]
-    return f"| {' | '.join([row.name, str(row.steps), *numbers, *quality])} |"
+    return benching.row([row.name, row.steps, *numbers, *quality])
 
 
 def show(title: str, rows: Iterator[Row]) -> list[Row]:
-    print(f"\n{title}\n\n| {HEADER} |\n|{'---|' * len(HEADER.split(' | '))}", flush=True)
+    print(f"\n{title}\n\n{benching.heading(HEADER)}", flush=True)
     found = []
     for row in rows:
         found.append(row)
         print(line(row), flush=True)
     return found
-
-
-def hardware() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
 
 def main() -> None:
@@ -334,7 +311,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     rows: dict[str, list[Row]] = {}
-    where = f"{hardware()}, torch {torch.__version__}"
+    where = benching.hardware()
     if args.large:
         rows = on_gpu(args, where)
     else:

@@ -8,28 +8,27 @@ classes    the same on the prompts of the classifier's classes, for GFCG
 adaptive   adaptive guidance against CFG, paired: score, evaluations, seconds of the denoising loop
 inversion  PSNR of rendered pictures after inversion and sampling, CFG against CFG++ at paired scales
 
-Every result is a file of --output_dir, and one that is there is not measured again, so that a run can go on; --quick is
-a smoke test of all parts. All intervals are 95 %, over prompts (over pictures for PSNR).
+Every result is a line of --output_dir/results.jsonl, and one that is there is not measured again, so that a run can go
+on; --quick is a smoke test of all parts. All intervals are 95 %, over prompts (over pictures for PSNR).
 """
 
 import argparse
 import json
-import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from benching import Store, hardware, paired, ratios
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
 from difftune.evaluation import intervals, shapeeval
 from difftune.evaluation.compare import at_cfg_scale
-from difftune.files import output
 from difftune.lookup import guidance_named, takes_scale
 from difftune.pipelines.generate import generate_batches
 from difftune.pipelines.method_parts import TEXTS
@@ -75,32 +74,14 @@ QUICK = Size((2.0,), 4, 2, 1, 2, 1, 2, 2, 1, 16, 20)
 
 def cell(folder: File, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of that name: read, or measured and written."""
-    file = folder / f"{name}.json"
-    if not file.is_file():
-        output.write_json(file, measure())
-    found = json.loads(file.read_text())
+    found = Store(folder / "results.jsonl").measured(name, measure)
     print(name, json.dumps({key: value for key, value in found.items() if key != "holds"}), flush=True)
     return found
 
 
 # ------------------------------------------------------------------------------------------------ overhead
-def timed(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each; the runs take turns, in an order of each turn's own, so that a drift of the machine and what one
-    leaves behind for the next fall on all. The first turn warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name in random.Random(turn).sample(list(runs), len(runs)):
-            began = time.perf_counter()
-            runs[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
 @torch.no_grad()
-def overhead(size: Size, batch: int = 4) -> dict[str, Any]:
+def overhead(size: Size, batch: int) -> dict[str, Any]:
     pipe = _pipe()
     prompts, latent = ["a red circle left of a blue square"] * batch, LatentModel(pipe)
 
@@ -116,13 +97,13 @@ def overhead(size: Size, batch: int = 4) -> dict[str, Any]:
         *_, path = sample(euler, predict, Path(latent.noise(batch)), latent.levels(size.steps))
         return latent.decode(path.x)
 
-    found = timed({"stock": stock, "attached": attached, "own": own}, size.repeats)
-    ratios = {name: [a / b for a, b in zip(found[name], found["stock"], strict=True)] for name in ("attached", "own")}
+    seconds = paired({"stock": stock, "attached": attached, "own": own}, size.repeats)
     return {
         "batch": batch,
         "pairs": size.repeats,
-        "ms_per_image": {name: 1000 * statistics.median(s) / batch for name, s in found.items()},
-        "median_ratio": {name: statistics.median(values) for name, values in ratios.items()},
+        "on": hardware(),
+        "ms_per_image": {name: 1000 * statistics.median(values) / batch for name, values in seconds.items()},
+        "ratio": {name: found._asdict() for name, found in ratios(seconds, "stock").items()},
     }
 
 
@@ -218,7 +199,7 @@ def adaptive(size: Size, ag: AdaptiveGuidance, spacing: str | None) -> dict[str,
         for n, m in methods.items()
     }
     change = intervals.differences(made["ag"].results, made["cfg"].results)["overall"]
-    seconds = timed({n: lambda m=m: _loop(pipe, m, size.steps) for n, m in methods.items()}, size.repeats)  # type: ignore[misc]
+    seconds = paired({n: lambda m=m: _loop(pipe, m, size.steps) for n, m in methods.items()}, size.repeats)  # type: ignore[misc]
     return {
         **asdict(ag),
         "steps": size.steps,
@@ -269,13 +250,22 @@ def _pipe() -> Any:
 
 
 def main(
-    parts: Sequence[str], quick: bool, output_dir: str, ag: AdaptiveGuidance, spacing: str | None, size: Size
+    parts: Sequence[str],
+    quick: bool,
+    output_dir: str,
+    ag: AdaptiveGuidance,
+    spacing: str | None,
+    size: Size,
+    batches: Sequence[int],
 ) -> None:
     folder = File(output_dir)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, results in {folder}")
+    print(f"{hardware()}, results in {folder}")
     label = f"adaptive-{ag.scale:g}-{ag.threshold:g}-{ag.min_cfg_steps}-{size.steps}-{spacing or 'uniform'}"
     todo: dict[str, Callable[[], object]] = {
-        "overhead": lambda: cell(folder, "overhead", lambda: overhead(size)),
+        "overhead": lambda: [
+            cell(folder, f"overhead-{batch}-{size.steps}-{size.repeats}", partial(overhead, size, batch))
+            for batch in batches
+        ],
         "sweep": lambda: sweep(folder, size, "shapeeval", METHODS),
         "classes": lambda: sweep(folder, size, "classes", ("none", "cfg", "gfcg")),
         "adaptive": lambda: cell(folder, label, lambda: adaptive(size, ag, spacing)),
@@ -294,6 +284,8 @@ if __name__ == "__main__":
     parser.add_argument("--evaluations", type=int, help="of an image in `sweep` and `classes`")
     parser.add_argument("--images", type=int, help="of a prompt in `sweep` and `classes`")
     parser.add_argument("--prompts", type=int, help="of each category; all without it")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="of `overhead`")
+    parser.add_argument("--repeats", type=int, help="paired rounds of `overhead` and `adaptive`, 30 without it")
     parser.add_argument("--scale", type=float, default=3.0, help="of `adaptive`")
     parser.add_argument("--threshold", type=float, default=AdaptiveGuidance.threshold, help="of `adaptive`")
     parser.add_argument("--min_cfg_steps", type=int, default=1, help="of `adaptive`")

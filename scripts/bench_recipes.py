@@ -30,9 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import benching
 import numpy as np
 import torch
 import yaml
+from benching import Store
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -221,8 +223,7 @@ def run(job: Job, results: Path) -> None:
         points.append({"step": step, **cost, **compared(job, measured(job, settings, path), then)})
     curve = [[line["forward_equivalents"], line.get("reward_mean")] for line in spent.values()]
     found = {"recipe": job.recipe, "seed": job.seed, "ended": ended, "settings": settings}
-    lines = [*finished(results).values(), {"run": job.folder.name, **found, "points": points, "curve": curve}]
-    write(results, "".join(json.dumps(line) + "\n" for line in lines))
+    Store(results).write(job.folder.name, {**found, "points": points, "curve": curve})
 
 
 def chosen(paths: Sequence[Path], count: int) -> list[Path]:
@@ -240,8 +241,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     head = ["recipe", "reward", "seeds", "reward before", "reward after", "difference", "oracle"]
     head += ["difference of the oracle", "Vendi", "difference of Vendi", "drift", "seconds", "forward-equivalents"]
     recipes = list(dict.fromkeys(line["recipe"] for line in lines))
-    rows = [row([line for line in lines if line["recipe"] == recipe]) for recipe in recipes]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+    return benching.table(head, [row([line for line in lines if line["recipe"] == recipe]) for recipe in recipes])
 
 
 def row(lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -271,35 +271,31 @@ def change(mean: Mapping[str, Any], name: str, digits: int) -> str:
     return f"{e.score:+.{digits}f} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
 
 
-def reached(line: Mapping[str, Any], level: float) -> str:
+def reached(line: Mapping[str, Any], level: float) -> list[str]:
     """When a run's held-out reward first was at the level, among the checkpoints that were measured."""
     for point in line["points"]:
         if np.mean(point["reward_after"]) >= level:
-            return f"{point['forward_equivalents']:.0f} | {point['seconds']:.0f}"
-    return "not reached | not reached"
+            return [f"{point['forward_equivalents']:.0f}", f"{point['seconds']:.0f}"]
+    return ["not reached"] * 2
 
 
 def duel(lines: Mapping[str, Mapping[str, Any]]) -> str:
     """Forward-equivalents and seconds of alignprop and ddpo to the best held-out reward of each."""
-    rows = ["| held-out reward | of | forward-equivalents | seconds |", "| --- | --- | --- | --- |"]
+    rows: list[list[str]] = []
     for owner, line in lines.items():
         level = max(float(np.mean(point["reward_after"])) for point in line["points"])
-        rows += [f"| {level:.4f}, the best of {owner} | {name} | {reached(of, level)} |" for name, of in lines.items()]
+        rows += [[f"{level:.4f}, the best of {owner}", name, *reached(of, level)] for name, of in lines.items()]
     start = float(np.mean(next(iter(lines.values()))["points"][0]["reward_before"]))
-    return "\n".join([*rows, f"\nBefore training the held-out reward is {start:.4f}."])
+    head = ["held-out reward", "of", "forward-equivalents", "seconds"]
+    return f"{benching.table(head, rows)}\n\nBefore training the held-out reward is {start:.4f}."
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def finished(results: Path) -> dict[str, dict[str, Any]]:
-    """The lines of whole runs, by run."""
-    return {line["run"]: line for line in records.records(results)} if results.exists() else {}
-
-
 def follow(job: Job, results: Path) -> None:
     """Run the job, unless its line is there, in a process of its own that is ended where it hangs."""
-    if job.folder.name in finished(results):
+    if job.folder.name in Store(results).read():
         return
     print(f"{job.folder.name}: training", file=sys.stderr, flush=True)
     work = multiprocessing.get_context("spawn").Process(target=run, args=(job, results))
@@ -330,9 +326,9 @@ def against(given: argparse.Namespace) -> None:
     sizes: dict[str, Any] = {"points": POINTS, "flags": flags, "per_category": 1 if given.quick else 5}
     cap, most = (20, 240) if given.quick else (180, 3 * 3600)
     follow(Job("alignprop", 0, given.folder / "against-alignprop", cap=cap, **sizes), results)
-    spent = finished(results)["against-alignprop"]["points"][-1]["forward_equivalents"]
+    spent = Store(results).read()["against-alignprop"]["points"][-1]["forward_equivalents"]
     follow(Job("ddpo", 0, given.folder / "against-ddpo", cap=most, forwards=10 * spent, **sizes), results)
-    print(duel({name: finished(results)[f"against-{name}"] for name in ("alignprop", "ddpo")}))
+    print(duel({name: Store(results).read()[f"against-{name}"] for name in ("alignprop", "ddpo")}))
 
 
 def main() -> None:
@@ -354,7 +350,7 @@ def main() -> None:
         return against(given)
     for job in jobs(given):
         follow(job, given.folder / "results.jsonl")
-    lines = [line for job in jobs(given) if (line := finished(given.folder / "results.jsonl").get(job.folder.name))]
+    lines = [line for job in jobs(given) if (line := Store(given.folder / "results.jsonl").read().get(job.folder.name))]
     if not lines:
         parser.exit(1, "no run came to its end\n")
     write(given.folder / "table.md", table(lines) + "\n")

@@ -13,14 +13,13 @@ best-time   best of as many fresh noises as fit into ReNO's wall time for the sa
 neighbours, spsa, cma   without a gradient, with as many reward calls (the next whole iteration)
 dts-star    DTS* (widening 1, growth 0.5), with as many reward calls; of `tiny` alone, for a tree branches at steps
 
-Prompts are run eight at a time, and every such run is a file of --output_dir; one that is there is not made again, so
-that a bench can go on. --part 1/4 makes the first quarter of the runs. What is there is then told as a table: the
-oracle's score by category with 95 % intervals over prompts, the paired difference of `reno` to each other, the mean
-reward, reward calls and seconds of a prompt.
+Prompts are run eight at a time, and every such run is a line of --output_dir/results.jsonl; one that is there is not
+made again, so that a bench can go on. --part 1/4 makes the first quarter of the runs. What is there is then told as a
+table: the oracle's score by category with 95 % intervals over prompts, the paired difference of `reno` to each other,
+the mean reward, reward calls and seconds of a prompt.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benching import Store, hardware, table
 from torch import Tensor
 
 from difftune import models
 from difftune.evaluation import intervals, shapeeval
-from difftune.files import output
 from difftune.reno.optimizer import ReNO
 from guidance.guided import guided
 from guidance.methods.catalogue import CFG
@@ -87,8 +86,8 @@ class Run:
     def prompts(self) -> list[str]:
         return [entry["prompt"] for entry in self.entries]
 
-    def file(self, folder: Path, method: str | None = None) -> Path:
-        return folder / f"{self.part}-{method or self.method}-{self.first:04d}.json"
+    def key(self, method: str | None = None) -> str:
+        return f"{self.part}-{method or self.method}-{self.first:04d}"
 
 
 # ------------------------------------------------------------------------------------------------ methods
@@ -96,17 +95,17 @@ def found(images: Tensor, rewards: Tensor, calls: float) -> dict[str, Any]:
     return {"images": images.float().cpu(), "rewards": rewards.tolist(), "calls": calls}
 
 
-def none(part: Part, run: Run, folder: Path) -> dict[str, Any]:
+def none(part: Part, run: Run, store: Store) -> dict[str, Any]:
     result = part.reno().optimize(run.prompts, 1, run.first)
     return found(result.images, result.rewards, 1)
 
 
-def reno(part: Part, run: Run, folder: Path) -> dict[str, Any]:
+def reno(part: Part, run: Run, store: Store) -> dict[str, Any]:
     result = part.reno().optimize(run.prompts, part.iterations, run.first)
     return found(result.images, result.rewards, float(result.reward_calls.double().mean()))
 
 
-def searched(part: Part, run: Run, folder: Path) -> dict[str, Any]:
+def searched(part: Part, run: Run, store: Store) -> dict[str, Any]:
     candidates = {"cma": 8}.get(run.method, 4)
     settings = part.reno(optimizer=f"{run.method}[candidates={candidates}]")
     result = settings.optimize(run.prompts, 1 + ceil((part.iterations - 1) / candidates), run.first)
@@ -127,21 +126,21 @@ def best_of(part: Part, run: Run, goes_on: Callable[[int], bool]) -> dict[str, A
     return found(*best, count)
 
 
-def best_calls(part: Part, run: Run, folder: Path) -> dict[str, Any]:
+def best_calls(part: Part, run: Run, store: Store) -> dict[str, Any]:
     return best_of(part, run, lambda count: count < part.iterations)
 
 
-def best_time(part: Part, run: Run, folder: Path) -> dict[str, Any]:
+def best_time(part: Part, run: Run, store: Store) -> dict[str, Any]:
     """Until ReNO's time for these prompts is over; what began in it counts, in favour of best-of-n."""
-    file, began = run.file(folder, "reno"), time.perf_counter()
-    if not file.is_file():
-        raise SystemExit(f"best-time needs {file}: run the method reno first")
-    seconds = json.loads(file.read_text())["seconds"]
+    reno, began = store.read().get(run.key("reno")), time.perf_counter()
+    if reno is None:
+        raise SystemExit(f"best-time needs {run.key('reno')} in {store.file}: run the method reno first")
+    seconds = reno["seconds"]
     return best_of(part, run, lambda count: count == 0 or time.perf_counter() - began < seconds)
 
 
 @torch.no_grad()
-def dts_star(part: Part, run: Run, folder: Path) -> dict[str, Any]:
+def dts_star(part: Part, run: Run, store: Store) -> dict[str, Any]:
     """DTS* with branches at five levels."""
     model, reward = LatentModel(pipeline(part.model)), load("tiny-clip")
     conds, method = model.encode(run.prompts), CFG(part.scale or 1.0)
@@ -168,7 +167,7 @@ def dts_star(part: Part, run: Run, folder: Path) -> dict[str, Any]:
     return found(model.decode(state.x0), state.reward, float(state.reward_calls.double().mean()))
 
 
-METHODS: dict[str, Callable[[Part, Run, Path], dict[str, Any]]] = {
+METHODS: dict[str, Callable[[Part, Run, Store], dict[str, Any]]] = {
     "none": none,
     "reno": reno,
     "best-calls": best_calls,
@@ -184,10 +183,10 @@ def has(part: str, method: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ runs
-def measured(part: Part, run: Run, folder: Path) -> dict[str, Any]:
+def measured(part: Part, run: Run, store: Store) -> dict[str, Any]:
     """One run, judged by the oracle; its seconds are those of the method alone."""
     began = time.perf_counter()
-    made = METHODS[run.method](part, run, folder)
+    made = METHODS[run.method](part, run, store)
     seconds = time.perf_counter() - began
     holds = [r.holds for r in shapeeval.judged(made.pop("images"), run.prompts, range(len(run.entries)))]
     return {"prompts": run.prompts, "holds": holds, **made, "seconds": seconds}
@@ -206,18 +205,18 @@ def warm(part: Part) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ tables
-def told(part: str, folder: Path, methods: Sequence[str]) -> str:
+def told(part: str, store: Store, methods: Sequence[str]) -> str:
     """What is there of a part, as Markdown."""
-    results = {method: results_of(part, folder, method) for method in methods}
-    lines = ["| method | prompts | " + " | ".join(CATEGORIES) + " | reward | calls | seconds |"]
-    lines.append("| --- " * (len(CATEGORIES) + 5) + "|")
+    results = {method: results_of(part, store, method) for method in methods}
+    lines = []
     for method, found in ((m, f) for m, f in results.items() if f):
         scores = shapeeval.scores([r for r, *_ in found])
         cells = [str(scores[name]) if name in scores else "" for name in CATEGORIES]
         means = [sum(row[i] for row in found) / len(found) for i in (1, 2, 3)]
         numbers = [f"{means[0]:.4f}", f"{means[1]:.1f}", f"{means[2]:.2f}"]
-        lines.append(f"| {method} | {len(found)} | " + " | ".join([*cells, *numbers]) + " |")
-    return "\n".join([f"## {part}", "", *lines, "", *differences(results)])
+        lines.append([method, len(found), *cells, *numbers])
+    columns = ["method", "prompts", *CATEGORIES, "reward", "calls", "seconds"]
+    return "\n".join([f"## {part}", "", table(columns, lines), "", *differences(results)])
 
 
 CATEGORIES = ("overall", *grammar.CATEGORIES)
@@ -232,12 +231,11 @@ def differences(results: dict[str, list[tuple[intervals.Result, float, float, fl
             yield f"reno minus {method}: {change}, {'counts' if change.excludes_zero else 'does not count'}"
 
 
-def results_of(part: str, folder: Path, method: str) -> list[tuple[intervals.Result, float, float, float]]:
+def results_of(part: str, store: Store, method: str) -> list[tuple[intervals.Result, float, float, float]]:
     """(the oracle's word, reward, reward calls, seconds) of each prompt."""
     kinds = {entry["prompt"]: entry["category"] for entry in shapeeval.entries_of()}
     rows = []
-    for file in sorted(folder.glob(f"{part}-{method}-[0-9][0-9][0-9][0-9].json")):
-        run = json.loads(file.read_text())
+    for _, run in sorted((k, run) for k, run in store.read().items() if k.rpartition("-")[0] == f"{part}-{method}"):
         for prompt, holds, reward in zip(run["prompts"], run["holds"], run["rewards"], strict=True):
             each = run["seconds"] / len(run["prompts"])
             rows.append((intervals.Result(prompt, kinds[prompt], 0, holds), reward, run["calls"], each))
@@ -252,7 +250,8 @@ def smaller(part: Part) -> Part:
 def main(
     parts: Sequence[str], methods: Sequence[str], prompts: int | None, part: str, quick: bool, output_dir: str
 ) -> None:
-    folder, (index, of) = Path(output_dir), map(int, part.split("/"))
+    store, (index, of) = Store(Path(output_dir) / "results.jsonl"), map(int, part.split("/"))
+    print(hardware())
     for name in parts or PARTS:
         settings = smaller(PARTS[name]) if quick else replace(PARTS[name], prompts=prompts)
         chosen = [method for method in methods if has(name, method)]
@@ -261,13 +260,14 @@ def main(
         todo = list(runs(name, settings, chosen))
         firsts = sorted({run.first for run in todo})
         mine = {first for i, first in enumerate(firsts) if i * of // len(firsts) == index - 1}
-        left_over = [run for run in todo if run.first in mine and not run.file(folder).is_file()]
+        done = store.read()
+        left_over = [run for run in todo if run.first in mine and run.key() not in done]
         if left_over:
             warm(settings)
         for run in left_over:
-            output.write_json(run.file(folder), measured(settings, run, folder))
-            print(run.file(folder).name, flush=True)
-        print(told(name, folder, chosen), flush=True)
+            store.write(run.key(), measured(settings, run, store))
+            print(run.key(), flush=True)
+        print(told(name, store, chosen), flush=True)
 
 
 if __name__ == "__main__":

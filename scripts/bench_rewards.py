@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from benching import hardware
 from open_clip import SimpleTokenizer
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPConfig, CLIPModel
 from transformers import CLIPVisionModelWithProjection as CLIPVision
@@ -115,7 +116,7 @@ if __name__ == "__main__":
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=2, help="After a first run; 0 counts the first.")
     given = parser.parse_args()
-    print(f"batch {given.batch}, {given.side} x {given.side}, float32, {torch.get_num_threads()} threads")
+    print(f"batch {given.batch}, {given.side} x {given.side}, float32, {hardware()}")
     for name in given.reward:
         work = multiprocessing.get_context("spawn").Process(
             target=measure, args=(name, given.batch, given.side, given.repeats)

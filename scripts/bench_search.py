@@ -32,6 +32,7 @@ from pathlib import Path as File
 from typing import Any, NamedTuple
 
 import torch
+from benching import Store, hardware, heading, row
 from torch import Tensor
 
 from difftune import models
@@ -198,18 +199,6 @@ def judged(prompt: str, found: Sequence[Found], reward: str) -> list[Point]:
 
 
 # ------------------------------------------------------------------------------------------------ the file
-def recorded(file: File) -> dict[str, dict[str, Any]]:
-    """What has been measured, by its key; a line that was cut off counts as not measured."""
-    found = {}
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        found[entry["key"]] = entry
-    return found
-
-
 def key_of(run: Run, prompts: Sequence[str], setting: Setting) -> str:
     return json.dumps([*run, len(prompts), *setting, weights()])
 
@@ -222,16 +211,11 @@ def weights() -> str:
 
 
 def measure_all(runs: Sequence[Run], prompts: Sequence[str], setting: Setting, file: File) -> dict[Run, Any]:
-    done = recorded(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    store, found = Store(file), {}
     for run in runs:
-        key = key_of(run, prompts, setting)
-        if key not in done:
-            done[key] = {"key": key, **measured(run, prompts, setting)}
-            with file.open("a") as out:  # on a line of its own, also after one that was cut off
-                out.write("\n" + json.dumps(done[key]) + "\n")
-        print(*run, done[key].get("refused") or f"{done[key]['seconds']} s", flush=True)
-    return {run: done[key_of(run, prompts, setting)] for run in runs}
+        found[run] = store.measured(key_of(run, prompts, setting), lambda run=run: measured(run, prompts, setting))
+        print(*run, found[run].get("refused") or f"{found[run]['seconds']} s", flush=True)
+    return found
 
 
 def planned(args: argparse.Namespace) -> list[Run]:
@@ -288,7 +272,7 @@ class Reader(NamedTuple):
         if any("refused" in entry for entry in entries):
             return None
         answers = [[answer(method, p, kind, budget, self.setting) for p in entry["points"]] for entry in entries]
-        if any(a is None for row in answers for a in row):
+        if any(a is None for each in answers for a in each):
             return None
         return [Answer(*mean) for mean in torch.tensor(answers, dtype=torch.float64).mean(0).tolist()]
 
@@ -303,11 +287,10 @@ def table(reader: Reader, methods: Sequence[str], reward: str, kind: str) -> Ite
     judges = dict.fromkeys((reward, "oracle"))
     unit = {"nfe": "NFE", "calls": "reward calls"}[kind]
     columns = [f"{judge}, {budget} {unit}" for budget in reader.budgets[kind] for judge in judges]
-    yield f"| method | {' | '.join(columns)} |"
-    yield "|---" * (len(columns) + 1) + "|"
+    yield heading(["method", *columns])
     for method in methods:
         found = [reader.per_prompt(method, reward, kind, budget) for budget in reader.budgets[kind]]
-        yield f"| {method} | {' | '.join(cell(f, judge, reward) for f in found for judge in judges)} |"
+        yield row([method, *(cell(f, judge, reward) for f in found for judge in judges)])
 
 
 def cell(found: Sequence[Answer] | None, judge: str, reward: str) -> str:
@@ -319,11 +302,10 @@ def cell(found: Sequence[Answer] | None, judge: str, reward: str) -> str:
 def curve(reader: Reader, methods: Sequence[str], reward: str, ticks: int = 20) -> Iterator[str]:
     """The best reward so far, mean over prompts and seeds, against the evaluations."""
     longest = max(reader.budgets["nfe"])
-    yield f"| NFE | {' | '.join(methods)} |"
-    yield "|---" * (len(methods) + 1) + "|"
+    yield heading(["NFE", *methods])
     for tick in range(1, ticks + 1):
         means = [mean_at(reader, method, reward, longest * tick // ticks) for method in methods]
-        yield f"| {longest * tick // ticks} | {' | '.join('-' if m is None else f'{m:.4f}' for m in means)} |"
+        yield row([longest * tick // ticks, *("-" if m is None else f"{m:.4f}" for m in means)])
 
 
 def mean_at(reader: Reader, method: str, reward: str, nfe: int) -> float | None:
@@ -395,19 +377,17 @@ def variations(name: str, seeds: Sequence[int], budget: int) -> Tensor:
 
 
 def mixture_table(seeds: Sequence[int], budgets: Sequence[int]) -> Iterator[str]:
-    yield f"| method | {' | '.join(f'{budget} NFE' for budget in budgets)} |"
-    yield "|---" * (len(budgets) + 1) + "|"
+    yield heading(["method", *(f"{budget} NFE" for budget in budgets)])
     for name in SAMPLED:
         found = [variations(name, seeds, budget) for budget in budgets]
-        cells = (f"{float(f.mean()):.3f} +- {float(f.std()) / len(f) ** 0.5:.3f}" for f in found)
-        yield f"| {name} | {' | '.join(cells)} |"
+        yield row([name, *(f"{float(f.mean()):.3f} +- {float(f.std()) / len(f) ** 0.5:.3f}" for f in found)])
 
 
 def hard_prompts(count: int) -> list[str]:
     """ShapeEval's first prompts of its four compositional categories."""
     each = shapeeval.entries_of(-(-count // len(COMPOSITIONAL)))
     by_kind = [[e["prompt"] for e in each if e["category"] == name] for name in COMPOSITIONAL]
-    return [prompt for row in zip(*by_kind, strict=True) for prompt in row][:count]
+    return [prompt for kinds in zip(*by_kind, strict=True) for prompt in kinds][:count]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -416,7 +396,7 @@ def main(args: argparse.Namespace) -> None:
         return
     setting = Setting(**{name: value for name, value in vars(args).items() if name in Setting._fields})
     prompts, file = hard_prompts(args.prompts), File(args.output)
-    print(f"{len(prompts)} prompts, {setting}, {torch.get_num_threads()} threads, torch {torch.__version__}, {file}")
+    print(f"{len(prompts)} prompts, {setting}, {hardware()}, {file}")
     print(f"weights {weights()}", *settings_of(args.methods, setting), sep="\n", flush=True)
     found = measure_all(planned(args), prompts, setting, file)
     reader = Reader(found, args.seeds, {"nfe": args.budgets, "calls": args.calls}, setting)

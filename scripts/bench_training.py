@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from benching import hardware, heading, peak_memory, reset_peak, row, synchronize
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -76,16 +77,13 @@ def setting(recipe: str, steps: int, small: bool) -> Any:
 
 def timed(pipe: Any, config: Any) -> tuple[float, float]:
     """(seconds of a step, peak memory in GB); a number that was not finite ends the run with an error."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak()
     seconds, began = [], time.perf_counter()
     for _ in train(replace(config, max_skipped_steps=0), pipe=pipe, reward=load("saturation")):
-        if cuda:
-            torch.cuda.synchronize()
+        synchronize()
         seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
-    return median(seconds[1:]), torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
+    return median(seconds[1:]), (peak_memory() or float("nan")) / 1e9
 
 
 def variants() -> Iterator[tuple[str, bool]]:
@@ -100,10 +98,9 @@ def variants() -> Iterator[tuple[str, bool]]:
 
 
 def measure(recipes: Sequence[str], steps: int, small: bool) -> None:
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{where}, torch {torch.__version__}")
+    print(hardware())
     chosen, usual = list(variants()), engine.verdict
-    print("\n| recipe | attention | blocks | seconds a step | peak, GB |\n|---|---|---|---|---|", flush=True)
+    print("\n" + heading(["recipe", "attention", "blocks", "seconds a step", "peak, GB"]), flush=True)
     for recipe in recipes:
         for backend, blocks in chosen:
             pipe = models.load("tiny") if small else random_sd15("cuda")
@@ -113,10 +110,8 @@ def measure(recipes: Sequence[str], steps: int, small: bool) -> None:
                     seconds, peak = timed(pipe, setting(recipe, steps, small))
             finally:
                 engine.verdict = usual
-            print(f"| {recipe} | {backend} | {'yes' if blocks else 'no'} | {seconds:.2f} | {peak:.1f} |", flush=True)
+            print(row([recipe, backend, "yes" if blocks else "no", f"{seconds:.2f}", f"{peak:.1f}"]), flush=True)
             del pipe
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -104,10 +104,12 @@ def test_checkpoints_are_chosen_evenly_with_the_last(count, steps, bench):
 
 def test_a_finished_run_is_not_run_again(bench, tmp_path, monkeypatch):
     results = tmp_path / "results.jsonl"
-    results.write_text(json.dumps(line("alignprop", 0, [1.0] * 3, 1)) + "\n" + '{"run": "torn')
+    bench.Store(results).write("alignprop-0", line("alignprop", 0, [1.0] * 3, 1))
+    with results.open("a") as out:
+        out.write('{"key": "torn')
     monkeypatch.setattr(bench, "run", lambda job, results: pytest.fail("it was"))
     bench.follow(bench.Job("alignprop", 0, tmp_path / "alignprop-0"), results)
-    assert list(bench.finished(results)) == ["alignprop-0"]
+    assert list(bench.Store(results).read()) == ["alignprop-0"]
 
 
 def test_training_lines_tell_the_cost_and_a_stop_is_no_failure(bench, tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 """ReNO's bench on a random network: equal budgets, the best of fresh noises, a bench that goes on, its table."""
 
-import json
-
 import pytest
 import torch
 
@@ -54,7 +52,7 @@ def test_a_method_calls_the_reward_as_often_as_it_says(bench, method, tmp_path):
     part = "tiny" if method == "dts-star" else "turbo"
     run = run_of(bench, method, part)
     Left.seen.clear()
-    found = bench.METHODS[method](bench.PARTS[part], run, tmp_path)
+    found = bench.METHODS[method](bench.PARTS[part], run, bench.Store(tmp_path / "results.jsonl"))
     assert found["calls"] == len(Left.seen) / len(run.prompts)
     more = {"none": (1, 1), "neighbours": (5, 8), "spsa": (5, 8), "cma": (5, 12)}.get(method, (5, 5))
     assert more[0] <= found["calls"] <= more[1]
@@ -76,14 +74,14 @@ def test_the_best_of_fresh_noises_is_each_prompts_own(bench):
 
 
 def test_equal_time_is_renos_for_the_same_prompts(bench, tmp_path, monkeypatch):
-    part, run = bench.PARTS["turbo"], run_of(bench, "best-time")
+    part, run, store = bench.PARTS["turbo"], run_of(bench, "best-time"), bench.Store(tmp_path / "results.jsonl")
     with pytest.raises(SystemExit, match="run the method reno first"):
-        bench.best_time(part, run, tmp_path)
-    run.file(tmp_path, "reno").write_text(json.dumps({"seconds": 10.0}))
+        bench.best_time(part, run, store)
+    store.write(run.key("reno"), {"seconds": 10.0})
     clock = iter([0.0, 4.0, 8.0, 12.0])  # when it began, and after each noise
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(bench, "best_of", counted)
-    assert bench.best_time(part, run, tmp_path) == 3
+    assert bench.best_time(part, run, store) == 3
 
 
 def counted(part, run, goes_on):
@@ -96,7 +94,7 @@ def counted(part, run, goes_on):
 def test_parts_are_all_runs_once_and_a_bench_goes_on(bench, tmp_path, monkeypatch, capsys):
     made, measured = [], bench.measured
     monkeypatch.setattr(bench, "BATCH", 2)
-    monkeypatch.setattr(bench, "measured", lambda part, run, folder: made.append(run) or measured(part, run, folder))
+    monkeypatch.setattr(bench, "measured", lambda part, run, store: made.append(run) or measured(part, run, store))
     methods = ["none", "reno"]
     for count, n in enumerate((3, 1, 2), 1):
         bench.main(["turbo"], methods, 1, f"{n}/3", False, str(tmp_path))
@@ -108,9 +106,9 @@ def test_parts_are_all_runs_once_and_a_bench_goes_on(bench, tmp_path, monkeypatc
     assert "turbo: without dts-star" in said
     table = said[said.rindex("## turbo") :].splitlines()
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in table if line.startswith("| ")}
-    assert rows.keys() == {"method", "---", *methods} and rows["reno"][1] == "6" and rows["reno"][-2] == "5.0"
+    assert rows.keys() == {"method", *methods} and rows["reno"][1] == "6" and rows["reno"][-2] == "5.0"
     means = {name: float(rows[name][-3]) for name in methods}
     assert means["reno"] > means["none"]
-    files = [json.loads(file.read_text()) for file in tmp_path.glob("turbo-reno-*.json")]
-    assert means["reno"] == pytest.approx(sum(sum(file["rewards"]) for file in files) / 6, abs=1e-4)
+    found = [run["rewards"] for key, run in bench.Store(tmp_path / "results.jsonl").read().items() if "-reno-" in key]
+    assert means["reno"] == pytest.approx(sum(map(sum, found)) / 6, abs=1e-4)
     assert [line.split(":")[0] for line in table if line.startswith("reno minus")] == ["reno minus none"]

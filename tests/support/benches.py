@@ -17,8 +17,10 @@ def script(name: str) -> Iterator[ModuleType]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look there
+    sys.path.insert(0, str(SCRIPTS))  # where python puts a script's own folder
     try:
         spec.loader.exec_module(module)
         yield module
     finally:
+        sys.path.remove(str(SCRIPTS))
         del sys.modules[name]
