@@ -35,7 +35,8 @@ class Batched:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         paired(images, prompts)
         size = self.batch_size or len(images)
-        return torch.cat([self._part(images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)])
+        parts = enumerate(images.split(size))  # not images[i : i + size], whose backward pass fills a batch for each
+        return torch.cat([self._part(part, prompts[i * size : (i + 1) * size]) for i, part in parts])
 
     def _part(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         if self.gradient_checkpointing and images.requires_grad and torch.is_grad_enabled():

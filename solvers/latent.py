@@ -4,10 +4,10 @@ Everything is autograd-connected to latents, conditions and parameters; nothing 
 mode or `requires_grad` changes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -80,14 +80,25 @@ class LatentModel:
     """A pipeline of `FAMILIES`. Components are read anew at each use, so a replaced scheduler or network is followed.
 
     `embedded_guidance` is the guidance scale told to a network distilled over scales (LCM, FLUX.1 dev); no other takes
-    one. Raises ValueError for an unknown pipeline, a family that only `attach` knows, a pipeline with a ControlNet, and
-    a network that takes more than latents.
+    one. `decode_batch` images are decoded at a time, so that the decoder's memory does not grow with the batch; `tiled`
+    decodes an image larger than the VAE's tile in overlapping tiles, whose seams are blended.
+
+    Raises ValueError for an unknown pipeline, a family that only `attach` knows, a pipeline with a ControlNet, a
+    network that takes more than latents, and a VAE that is to use tiles and has none.
     """
 
     pipe: Any
     embedded_guidance: float | None = None
+    decode_batch: int = 1
+    tiled: bool = False
 
     def __post_init__(self):
+        if self.decode_batch < 1:
+            raise UserError(
+                f"decode_batch is {self.decode_batch}: give the images that are decoded at a time, 1 or more"
+            )
+        if self.tiled and "use_tiling" not in vars(self.pipe.vae):
+            raise UserError(f"{_name(self.pipe.vae)} cannot decode in tiles: leave enable_vae_tiling out")
         if self.family.encode is None:
             raise UserError(f"LatentModel does not know {_name(self.pipe)} (family {self.family.name}); use attach")
         if "controlnet" in self.pipe.components:
@@ -185,12 +196,14 @@ class LatentModel:
     def decode(self, latents: Tensor, checkpointed: bool = False) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], float32 or better, of latents (B, C, h, w).
 
-        `checkpointed`: the backward pass recomputes the decoder instead of storing its activations.
+        `checkpointed`: the backward pass recomputes the decoder instead of storing its activations, `decode_batch`
+        images at a time (of a tiled image, tile by tile), and what it holds does not grow with the batch.
         """
         mean, std, scale = self._statistics(latents)
         z = widen(latents) * std / scale + mean
-        pixels = checkpoint(self._decode, z, use_reentrant=False) if checkpointed else self._decode(z)
-        return (widen(pixels) / 2 + 0.5).clamp(0, 1)
+        decode = partial(checkpoint, self._decode, use_reentrant=False) if checkpointed else self._decode
+        images = [decode(part) for part in z.split(self.decode_batch)]
+        return images[0] if len(images) == 1 else torch.cat(images)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, C, h, w), the mode of the VAE's posterior, of images (B, 3, H, W) in [0, 1]."""
@@ -199,7 +212,9 @@ class LatentModel:
         return (z - mean) * scale / std
 
     def _decode(self, z: Tensor) -> Tensor:
-        return self._vae(lambda vae, z: vae.decode(z, return_dict=False)[0], z)
+        with _tiles(self.pipe.vae, again=not self._upcast) if self.tiled else nullcontext():
+            pixels = self._vae(lambda vae, z: vae.decode(z, return_dict=False)[0], z)
+        return (widen(pixels) / 2 + 0.5).clamp(0, 1)
 
     def _statistics(self, z: Tensor) -> tuple[Tensor | float, Tensor | float, float]:
         """(mean, std, scale) with vae latents = latents * std / scale + mean."""
@@ -212,11 +227,33 @@ class LatentModel:
 
     def _vae(self, function: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
         """function(vae, x) in the VAE's dtype, or in float32 where its float16 overflows (SDXL)."""
-        vae, dtype = self.pipe.vae, dtype_of(self.pipe.vae)
-        if self.family.upcast_vae and dtype == torch.float16 and vae.config.force_upcast:
+        vae = self.pipe.vae
+        if self._upcast:
             weights = {f"vae.{name}": weight.float() for name, weight in vae.named_parameters()}
             return functional_call(_Holder(vae), weights, (function, x.float()))
-        return function(vae, x.to(dtype))
+        return function(vae, x.to(dtype_of(vae)))
+
+    @property
+    def _upcast(self) -> bool:
+        """Whether the VAE runs in float32 because its float16 overflows."""
+        vae = self.pipe.vae
+        return self.family.upcast_vae and bool(vae.config.force_upcast) and dtype_of(vae) == torch.float16
+
+
+@contextmanager
+def _tiles(vae: Any, again: bool) -> Iterator[None]:
+    """Within, the VAE decodes by tiles, each recomputed on the way back if `again`: not with weights that are lent to
+    it, which are gone by then."""
+    before, own = vae.use_tiling, vars(vae.decoder).get("forward")
+    vae.use_tiling, forward = True, vae.decoder.forward
+    vae.decoder.forward = partial(checkpoint, forward, use_reentrant=False) if again else forward
+    try:
+        yield
+    finally:
+        vae.use_tiling = before
+        del vae.decoder.forward
+        if own is not None:
+            vae.decoder.forward = own
 
 
 def _name(pipe: Any) -> str:

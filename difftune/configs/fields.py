@@ -21,7 +21,8 @@ GROUPS = {  # title: the fields and the flags of all commands that stand there
     "Optimiser": """optimizer learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay
         adam_epsilon max_grad_norm grad_clip ema_decay""",
     "Validation": "validation_steps validation_prompts num_validation_images early_stop num_win_rate_images",
-    "Memory and speed": """mixed_precision gradient memory_budget offload enable_xformers_memory_efficient_attention
+    "Memory and speed": """mixed_precision gradient memory_budget offload decode_batch
+        enable_vae_tiling enable_xformers_memory_efficient_attention
         deterministic device max_images""",
     "Files": """output_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to animation
         as_json""",

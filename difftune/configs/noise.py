@@ -46,6 +46,12 @@ class RenoConfig(Config):
     images at a time are chosen to fit. If not given: no limit, and nothing is measured."""
     offload: bool = False
     """Keep the latents that wait for the backward pass in the host's memory; on a CPU they are there in any case."""
+    decode_batch: Count = 1
+    """Images that are decoded, and rewarded under a gradient, at a time: the decoder's memory does not grow with the
+    batch."""
+    enable_vae_tiling: bool = False
+    """Decode a picture larger than the VAE's tile in overlapping tiles, whose seams are blended: less memory, and not
+    quite the same picture."""
     enable_xformers_memory_efficient_attention: bool = False
     """Attend by xformers, if a probe on this GPU shows that it is no slower than torch's own attention."""
     deterministic: bool = False

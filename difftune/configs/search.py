@@ -48,6 +48,12 @@ class SearchConfig(Config):
     memory_budget: str | None = None
     """Bytes of the device that the search may take, weights included, as in 6GiB. If not given: all rows run at
     once."""
+    decode_batch: Count = 1
+    """Images that are decoded at a time: the decoder's memory does not grow with the
+    batch."""
+    enable_vae_tiling: bool = False
+    """Decode a picture larger than the VAE's tile in overlapping tiles, whose seams are blended: less memory, and not
+    quite the same picture."""
     resume: bool = False
     """Go on with the search that the output folder holds, exactly as if it had not been interrupted; the budgets may be
     larger than they were."""

@@ -40,6 +40,12 @@ class TrainingConfig(Config):
     """Short for --guidance.scale. If not given: the method's own default."""
     guidance_options: dict[str, Any] = field(default_factory=dict)
     """A setting of the guidance method, as in --guidance.eta 0.5."""
+    decode_batch: Count = 1
+    """Images that are decoded, and rewarded under a gradient, at a time: the decoder's memory does not grow with the
+    batch."""
+    enable_vae_tiling: bool = False
+    """Decode a picture larger than the VAE's tile in overlapping tiles, whose seams are blended: less memory, and not
+    quite the same picture."""
     enable_xformers_memory_efficient_attention: bool = False
     """Attend by xformers, if a probe on this GPU shows that it is no slower than torch's own attention."""
     deterministic: bool = False

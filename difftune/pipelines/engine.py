@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from difftune.errors import UserError
-from rewards.compose import Recomputed, WeightedSum
+from rewards.batched import Batched
+from rewards.compose import WeightedSum
 from solvers.denoiser import Path, Prediction, predicted
 from solvers.families.attention import Verdict, attention, choose, deterministic, obstacle
 from solvers.latent import LatentModel
@@ -107,18 +108,23 @@ def kernels(xformers: bool, exact: bool, network: Any) -> Iterator[Verdict]:
 
 
 def plan_for(
-    memory_budget: str | None, gradient: str | None, steps: int, batch: int, measure: Callable[[int | None], Probe]
+    memory_budget: str | None,
+    gradient: str | None,
+    steps: int,
+    batch: int,
+    decode_batch: int,
+    measure: Callable[[int | None], Probe],
 ) -> Plan:
     """The plan within the budget; without one, the whole batch at once, and "checkpoint" where no mode is given.
 
     measure(limit) probes within a limit, or without one: where nothing fits, the least that would is to be named.
     """
     if memory_budget is None:
-        return Plan(gradient or "checkpoint", batch, batch)
+        return Plan(gradient or "checkpoint", batch, batch, decode_batch=decode_batch)
     try:
-        return planned(measure(parse_size(memory_budget)), memory_budget, steps, batch, gradient)
+        return planned(measure(parse_size(memory_budget)), memory_budget, steps, batch, gradient, decode_batch)
     except ValueError:
-        return _worded(lambda: planned(measure(None), memory_budget, steps, batch, gradient))
+        return _worded(lambda: planned(measure(None), memory_budget, steps, batch, gradient, decode_batch))
 
 
 def probe_step(gradient: str | None, step: Step) -> Step:
@@ -144,10 +150,14 @@ def scores_of(reward: Any, prompts: Sequence[str]) -> list[Callable[[Tensor], Te
 
 
 def one_at_a_time(reward: Any, plan: Plan) -> Any:
-    """The reward, each member of a sum recomputed on the way back if that is planned."""
-    if not plan.rewards_apart:
+    """The reward on a few images at a time, as they are decoded: each part, and each member of a sum, is recomputed on
+    the way back. The reward itself where that would save nothing."""
+    if not (plan.rewards_apart or plan.in_parts):
         return reward
-    return replace(reward, rewards={name: Recomputed(member) for name, member in reward.rewards.items()})
+    part = partial(Batched, batch_size=plan.decode_batch, gradient_checkpointing=True)
+    if not isinstance(reward, WeightedSum):
+        return part(reward)
+    return replace(reward, rewards={name: part(member) for name, member in reward.rewards.items()})
 
 
 def _worded(function: Callable[[], Any]) -> Any:

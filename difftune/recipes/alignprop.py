@@ -50,7 +50,8 @@ def ascend(session: Session[RewardGradientConfig], modes: Modes, loss: Loss) -> 
 def ascend_once(session: Session[RewardGradientConfig], plan: Plan, gradient: str, loss: Loss, step: int) -> Metrics:
     """One optimiser step: images, their rewards, the loss, its gradient through the sampler, and the update."""
     config, run = session.config, session.run
-    images = replace(session.images, offload=config.offload)
+    model = replace(session.images.model, decode_batch=plan.decode_batch)
+    images = replace(session.images, model=model, offload=config.offload)
     reward = one_at_a_time(session.reward, plan)
     scores: list[Tensor] = []
 

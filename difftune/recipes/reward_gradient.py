@@ -120,7 +120,8 @@ def measure_plan(session: Session[RewardGradientConfig], gradient: str | None) -
         model.network.eval()
         return found
 
-    return plan_for(config.memory_budget, gradient, config.num_inference_steps, config.train_batch_size, measure)
+    steps, batch = config.num_inference_steps, config.train_batch_size
+    return plan_for(config.memory_budget, gradient, steps, batch, config.decode_batch, measure)
 
 
 def count_carrying(gradient: str, steps: int) -> int:

@@ -234,7 +234,7 @@ class Objective:
                     limit=limit,
                 )
 
-        return plan_for(settings.memory_budget, bound, steps, self.plan.batch, measure)
+        return plan_for(settings.memory_budget, bound, steps, self.plan.batch, settings.decode_batch, measure)
 
     def _results(self) -> int:
         """Bytes of z, what its optimiser keeps of it, and of the first, the best and the present images."""

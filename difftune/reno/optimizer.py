@@ -218,7 +218,7 @@ class ReNO(NoiseSettings):
 
     @torch.no_grad()
     def _made(self, prompts: list[str], generator: Generators, start: Tensor | None) -> Objective:
-        model = LatentModel(self.pipe, self.embedded_guidance)
+        model = LatentModel(self.pipe, self.embedded_guidance, self.decode_batch, self.enable_vae_tiling)
         conds = model.encode(prompts, height=self.height, width=self.width)
         noise = model.noise(len(prompts), generator, self.height, self.width)
         levels = self.levels(model)
@@ -231,11 +231,12 @@ class ReNO(NoiseSettings):
         reward = weights_over_ranges(self.rewards) if self.normalize else reward_named(self.rewards, gradient=False)
         watched = None if self.held_out is None else reward_named(self.held_out, gradient=False)
         batch = len(prompts) * self.candidates
-        whole = Plan(self.gradient or "checkpoint", batch, batch)
+        whole = Plan(self.gradient or "checkpoint", batch, batch, decode_batch=self.decode_batch)
         objective = Objective(self, model, reward, watched, prompts, conds, unknowns, fixed, levels, scale, whole)
         with torch.enable_grad():
             plan = objective.planned()
-        return replace(objective, plan=plan, reward=one_at_a_time(reward, plan))
+        reward = one_at_a_time(reward, plan) if needs_gradient(self.update) else reward
+        return replace(objective, model=replace(model, decode_batch=plan.decode_batch), plan=plan, reward=reward)
 
     def levels(self, model: LatentModel) -> list[Noise]:
         """The noise levels of a run: at the timesteps given or the paper's, or as the scheduler lays them out."""

@@ -26,6 +26,8 @@ class NoiseSettings:
     included) has room for: one step is measured, and mode, block checkpointing and the samples at a time are chosen to
     fit.
     offload: the latents that wait for the backward pass do so in the host's memory, which on a CPU changes nothing.
+    decode_batch, enable_vae_tiling: images that are decoded and rewarded at a time, and whether a large one is decoded
+    in tiles.
 
     Raises UserError for a setting that is unknown or cannot be.
     """
@@ -51,6 +53,8 @@ class NoiseSettings:
     gradient: str | None = None
     memory_budget: str | None = None
     offload: bool = False
+    decode_batch: int = 1
+    enable_vae_tiling: bool = False
 
     def __post_init__(self):
         sampler_named(self.sampler)
@@ -58,7 +62,7 @@ class NoiseSettings:
         known("choice of variables", self.variables, ("noise", "prompt", "both"))
         if self.setting is not None:
             known("setting of ReNO's paper", self.setting, PAPER)
-        at_least(1, num_inference_steps=self.num_inference_steps)
+        at_least(1, num_inference_steps=self.num_inference_steps, decode_batch=self.decode_batch)
         for name in ("patience", "height", "width"):
             at_least(1, **{name: 1 if getattr(self, name) is None else getattr(self, name)})
         at_least(0, learning_rate=self.learning_rate or 0, regularization_weight=self.regularization_weight)

@@ -1,5 +1,6 @@
 """From prompts and numbered noise to images, under a recipe's guidance and sampler."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -41,6 +42,33 @@ class Drawn(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Prompts' conditions, each encoded once while there is room for it: the text encoders are frozen.
+
+    A prompt is encoded alone, so that its bits depend on nothing that is encoded beside it or was before.
+    """
+
+    room: int = 2**26  # bytes
+    known: OrderedDict[str, dict[str, Cond]] = field(default_factory=OrderedDict)  # the latest used last
+
+    @torch.no_grad()
+    def __call__(self, model: LatentModel, texts: Sequence[str]) -> dict[str, Cond]:
+        """{"cond": Cond, "uncond": Cond} of these prompts, one row for each."""
+        rows = [self._row(model, text) for text in texts]
+        return {
+            name: {key: torch.cat([row[name][key] for row in rows]) for key in cond} for name, cond in rows[0].items()
+        }
+
+    def _row(self, model: LatentModel, text: str) -> dict[str, Cond]:
+        row = self.known.pop(text, None) or model.encode(text)
+        self.known[text] = row
+        size = sum(value.nbytes for cond in row.values() for value in cond.values())
+        while len(self.known) * size > self.room and len(self.known) > 1:
+            self.known.popitem(last=False)
+        return row
+
+
+@dataclass(frozen=True)
 class ImageSampler:
     """From prompts and noise to images, differentiable in the network's weights."""
 
@@ -52,11 +80,12 @@ class ImageSampler:
     seed: int
     offload: bool = False  # the latents of a run that wait for its backward pass
     others: Mapping[str, NetworkDenoiser] = field(default_factory=dict)  # that the method evaluates beside the network
+    texts: Texts = field(default_factory=Texts, repr=False, compare=False)
 
     @classmethod
     def of(cls, config: TrainingConfig, pipe: Any, network: TrainedNetwork) -> "ImageSampler":
         """The sampler that config names, of the pipeline with `network` as its denoiser."""
-        model = LatentModel(pipe)
+        model = LatentModel(pipe, decode_batch=config.decode_batch, tiled=config.enable_vae_tiling)
         named = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
         guidance, networks = trainable(pipe, named)
         denoiser = replace(model.denoiser, network=network)
@@ -78,7 +107,7 @@ class ImageSampler:
         texts = [prompts(i) for i in numbers]
         generators = [torch.Generator().manual_seed(seed_of(self.seed, i)) for i in numbers]
         with torch.no_grad():
-            conds = self.model.encode(texts)
+            conds = self.texts(self.model, texts)
             x = self.model.start_scale(self.levels) * self.model.noise(len(texts), generators)
             drawn, steps = wants_noise(gradient, self.step), len(self.levels) - 1
             noise = [gaussian(x, generators) for _ in range(steps)] if drawn else None

@@ -92,6 +92,8 @@ def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: 
         eta=config.eta,
         reward_budget=config.reward_budget,
         memory_budget=config.memory_budget,
+        decode_batch=config.decode_batch,
+        enable_vae_tiling=config.enable_vae_tiling,
         saved=None if earlier is None else earlier.saved,
         **settings_of(config),
     )

@@ -168,6 +168,8 @@ def search(
     eta: float = 1.0,
     reward_budget: int | None = None,
     memory_budget: str | None = None,
+    decode_batch: int = 1,
+    enable_vae_tiling: bool = False,
     micro_batch: int | None = None,
     negative_prompts: str | Sequence[str] | None = None,
     height: int | None = None,
@@ -184,7 +186,8 @@ def search(
     CFG() by default. experts: of fkc, beside "cond" and "uncond": prompts, or an `Expert` with a pipeline of its own,
     by the names that `exponents` has. eta: 1 is DDPM; 0, DDIM, is for best-of-n and importance alone. memory_budget
     ("6GiB", weights included): one row is measured, and as many are run at a time as fit beside the samples that the
-    budgets pay for; micro_batch sets them by hand. saved: what a state's `saved()` gave, to go on from; the budgets may
+    budgets pay for; micro_batch sets them by hand. decode_batch, enable_vae_tiling: images that are decoded at a time,
+    and whether a large one is in tiles. saved: what a state's `saved()` gave, to go on from; the budgets may
     have grown.
     Raises UserError, before anything runs, for what is unknown or cannot be.
     """
@@ -195,7 +198,8 @@ def search(
     named = experts_for(method, config, experts)
     reward = reward_named({"tiny-clip": 1.0} if rewards is None else rewards, gradient=method in GRADIENTS)
     at_least(1, num_inference_steps=num_inference_steps, budget=budget or 1, reward_budget=reward_budget or 1)
-    adapter = Adapter(LatentModel(pipe), prompts, reward, height, width)
+    model = LatentModel(pipe, decode_batch=decode_batch, tiled=enable_vae_tiling)
+    adapter = Adapter(model, prompts, reward, height, width)
     levels = adapter.model.levels(num_inference_steps, height, width)
     guidance = prepared(pipe, guidance or CFG(), prompts, num_inference_steps)
     adapter = adapter.with_experts(named, levels)

@@ -6,14 +6,17 @@ keeps (its latents), P' the peak of recomputing it, D and R those of the decoder
     peak(full)       = H + b max(N G + P - G,  N G + D,  N G + R)
     peak(checkpoint) = H + b max(N S + P',     N S + D,  N S + R)        revolve:k and truncated:k: k in place of N
 
-where H, what is there anyhow, is the weights, their gradients and the optimiser's state. Of what fits, the cheapest is
-taken: the fewest network calls, then the fewest other calls, then the most images at a time.
+With `decode_batch` images decoded and rewarded at a time, D and R are those of so many, and what is kept of the other
+images and of their gradients is counted beside. H, what is there anyhow, is the weights, their gradients and the
+optimiser's state. Of what fits, the cheapest is taken: the fewest network calls, then the fewest other calls, then the
+most images at a time.
 """
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from math import ceil
 from typing import Any
 
@@ -146,6 +149,7 @@ class Plan:
     blocks: bool = False  # the network's blocks are recomputed
     decoder_blocks: bool = False  # the decoder's are
     rewards_apart: bool = False  # each reward of a sum is recomputed by itself
+    decode_batch: int = 1  # images that are decoded, and rewarded, at a time
     peak: int = 0  # predicted, in bytes; 0: not asked for
     calls: float = 0.0  # forwards of the network per step and image, a backward counted as one
     why: str = ""
@@ -155,6 +159,7 @@ class Plan:
             "network blocks recomputed": self.blocks,
             "decoder blocks recomputed": self.decoder_blocks,
             "rewards one at a time": self.rewards_apart,
+            f"{self.decode_batch} decoded at a time": self.decode_batch > 1,
         }
         how = ", ".join([self.gradient, *(what for what, on in extras.items() if on)])
         return f"{how}, {self.micro_batch} of {self.batch} images at a time{self.why}"
@@ -164,18 +169,32 @@ class Plan:
         models = [model for model, on in ((network, self.blocks), (decoder, self.decoder_blocks)) if on]
         return block_checkpointing(*models) if models else nullcontext()
 
+    @property
+    def images(self) -> int:
+        """That the loop has at once."""
+        return self.micro_batch * copies_of(self.gradient)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether those are decoded and rewarded part by part."""
+        return self.images > self.decode_batch
+
     def split(self, rows: Sequence[Any]) -> list[Any]:
         """The rows of a batch, `micro_batch` at a time."""
         return [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)]
 
 
-def planned(found: Probe, budget: str | int, steps: int, batch: int, gradient: str | None = None) -> Plan:
+def planned(
+    found: Probe, budget: str | int, steps: int, batch: int, gradient: str | None = None, decode_batch: int = 1
+) -> Plan:
     """The cheapest setting whose predicted peak is within the budget; of mode `gradient` alone, if one is given.
+
+    decode_batch: images that are decoded at a time, if there is room for them.
 
     Raises ValueError, naming the smallest budget that would do, where none is.
     """
     limit = parse_size(budget)
-    plans = sorted(candidates(found, steps, batch, gradient), key=cost)
+    plans = sorted(candidates(found, steps, batch, gradient, decode_batch), key=cost)
     fits = [plan for plan in plans if plan.peak <= limit]
     if not fits:
         least = min(plans, key=lambda plan: (plan.peak, cost(plan)))
@@ -184,36 +203,45 @@ def planned(found: Probe, budget: str | int, steps: int, batch: int, gradient: s
     return replace(fits[0], why=_reason(fits[0], plans[0], budget))
 
 
-def cost(plan: Plan) -> tuple[float, int, int]:
-    """Network calls, then whether anything else is recomputed, then passes over the batch."""
-    return plan.calls, plan.decoder_blocks + plan.rewards_apart, ceil(plan.batch / plan.micro_batch)
+def cost(plan: Plan) -> tuple[float, int, int, int]:
+    """Network calls, then whether anything else is recomputed, then passes over the batch, then through the decoder."""
+    passes = ceil(plan.batch / plan.micro_batch)
+    return plan.calls, plan.decoder_blocks + plan.rewards_apart, passes, -plan.decode_batch
 
 
-def candidates(found: Probe, steps: int, batch: int, gradient: str | None = None) -> Iterator[Plan]:
+def candidates(
+    found: Probe, steps: int, batch: int, gradient: str | None = None, decode_batch: int = 1
+) -> Iterator[Plan]:
     """Every setting there is, with its predicted peak; what the probe did not measure is left out."""
-    sizes = sorted({ceil(batch / parts) for parts in range(1, batch + 1)})
     flags = (False, True)
-    for mode in [gradient] if gradient else _modes(steps):
-        for blocks in flags if found.blocks and mode != "full" else (False,):
-            for decoder in flags if found.decode_blocks else (False,):
-                for rewards in flags if found.rewards_apart else (False,):
-                    for size in sizes:
-                        yield with_peak(found, Plan(mode, size, batch, blocks, decoder, rewards), steps)
+    for mode, size, at_once in product([gradient] if gradient else _modes(steps), _parts(batch), _parts(decode_batch)):
+        blocks = flags if found.blocks and mode != "full" else (False,)
+        decoder = flags if found.decode_blocks else (False,)
+        rewards = flags if found.rewards_apart else (False,)
+        for chosen in product(blocks, decoder, rewards):
+            yield with_peak(found, Plan(mode, size, batch, *chosen, decode_batch=at_once), steps)
+
+
+def _parts(batch: int) -> list[int]:
+    """The sizes of equal parts of a batch."""
+    return sorted({ceil(batch / parts) for parts in range(1, batch + 1)})
 
 
 def with_peak(found: Probe, plan: Plan, steps: int) -> Plan:
     """The plan with its peak and its calls."""
-    name, kept, copies = plan.gradient.partition(":")[0], kept_steps(plan.gradient, steps), copies_of(plan.gradient)
+    name, kept = plan.gradient.partition(":")[0], kept_steps(plan.gradient, steps)
     call = _measure(found.blocks if plan.blocks else found.checkpoint)
     decode = _measure(found.decode_blocks if plan.decoder_blocks else found.decode)
-    reward = _measure(found.rewards_apart if plan.rewards_apart else found.reward)
+    apart = found.rewards_apart if plan.rewards_apart or plan.in_parts else None
+    reward = _measure(apart or found.reward)
     if name == "full":
         graph, work = kept * found.full.kept, found.full.peak - found.full.kept
     else:
         graph, work = kept * call.kept, call.peak
-    at_once = found.inputs + graph + copies * decode.kept + max(work, copies * max(decode.peak, reward.peak))
+    beside = plan.micro_batch * (found.inputs + graph) + 3 * plan.images * decode.kept  # images, gradient, its parts
+    most = max(plan.micro_batch * work, min(plan.images, plan.decode_batch) * max(decode.peak, reward.peak))
     calls = calls_of(plan.gradient, steps) + plan.blocks
-    return replace(plan, peak=found.held + plan.micro_batch * at_once, calls=calls)
+    return replace(plan, peak=found.held + beside + most, calls=calls)
 
 
 def kept_steps(gradient: str, steps: int) -> int:

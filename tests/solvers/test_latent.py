@@ -7,13 +7,17 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, EulerDiscreteScheduler, StableDiffusionControlNetPipeline
 from torch import nn
+from torch.nn.functional import conv2d
 
+from difftune import models
 from guidance.guided import guided
 from guidance.methods.catalogue import Plain
+from rewards.batched import Batched
 from solvers.denoiser import SPACES, Path, Prediction, lines, predicted
 from solvers.families.family import keywords
 from solvers.families.table import FAMILIES, family_of
 from solvers.latent import LatentModel
+from solvers.memory.live import LiveBytes
 from solvers.modules import dtype_of, execution_device
 from solvers.noise import Noise, flow, noise, normalised
 from solvers.samplers.catalogue import euler, sample
@@ -348,3 +352,65 @@ def test_a_level_with_a_gradient_or_one_per_sample_is_not_kept():
     assert slope.abs() > 0
     each = torch.tensor([[0.6], [0.8]], dtype=torch.float64)
     assert predicted("eps", x, Noise(each, 1 - each), x).x0.shape == (2, 1)
+
+
+def test_images_are_decoded_one_at_a_time_to_the_same_gradient():
+    """Of one image and of the batch: a convolution of a batch is that of its images, so the bits are the same here; a
+    reward with a matrix product over the batch may differ in the last one."""
+    model, z = LatentModel(sd()), torch.randn(3, 4, 8, 8)
+    seen = []
+    model.pipe.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    found = []
+    for size in (1, 2, 3):
+        x = z.clone().requires_grad_()
+        images = replace(model, decode_batch=size).decode(x, checkpointed=True)
+        found.append((images.detach(), *torch.autograd.grad(images.square().sum(), x)))
+    assert seen == [1, 1, 1] * 2 + [2, 1] + [1, 2] + [3] * 2  # there, and last part first on the way back
+    for images, gradient in found[1:]:
+        assert torch.allclose(images, found[0][0], atol=1e-6) and torch.allclose(gradient, found[0][1], atol=1e-5)
+    with pytest.raises(ValueError, match="decode_batch is 0"):
+        LatentModel(sd(), decode_batch=0)
+
+
+def peak_of(model, reward, batch):
+    """Most live bytes of decoding and rewarding, and of the way back."""
+    x = torch.randn(batch, 4, 16, 16).requires_grad_()
+    with LiveBytes() as live:
+        torch.autograd.grad(reward(model.decode(x, checkpointed=True), ["a"] * batch).sum(), x)
+    return live.peak
+
+
+def test_the_peak_of_decoding_and_rewarding_does_not_grow_with_the_batch():
+    pipe, weights = models.load("tiny"), torch.randn(8, 3, 5, 5)
+    whole = lambda images, prompts: conv2d(images, weights).tanh().mean((1, 2, 3))  # noqa: E731
+    parts = Batched(whole, 1, gradient_checkpointing=True)
+    one, eight = (peak_of(LatentModel(pipe), parts, batch) for batch in (1, 8))
+    assert eight / one <= 1.2, (one, eight)
+    assert peak_of(LatentModel(pipe, decode_batch=8), whole, 8) > 4 * one  # what it was
+
+
+def test_a_large_image_is_decoded_in_tiles_that_are_recomputed_one_by_one():
+    pipe = models.load("tiny")
+    vae = pipe.vae
+    vae.tile_latent_min_size, vae.tile_sample_min_size = 16, 64
+    model, x = LatentModel(pipe, tiled=True), torch.randn(1, 4, 40, 40)
+    found = model.decode(x)
+    vae.enable_tiling()
+    with torch.no_grad():
+        stock = vae.decode(x / vae.config.scaling_factor, return_dict=False)[0]
+    vae.disable_tiling()
+    assert torch.equal(found.detach(), (stock / 2 + 0.5).clamp(0, 1))
+    peaks, gradients = [], []
+    for recomputed in (True, False):
+        z = x.clone().requires_grad_()
+        with LiveBytes() as live:
+            gradients += torch.autograd.grad(model.decode(z, checkpointed=recomputed).square().sum(), z)
+        peaks.append(live.peak)
+    assert torch.equal(*gradients) and not vae.use_tiling and "forward" not in vars(vae.decoder)
+    z = x.clone().requires_grad_()
+    with LiveBytes() as live:
+        torch.autograd.grad(LatentModel(pipe).decode(z, checkpointed=True).square().sum(), z)
+    assert max(peaks) < 0.4 * live.peak
+    pipe.vae.__dict__.pop("use_tiling")
+    with pytest.raises(ValueError, match="cannot decode in tiles: leave enable_vae_tiling out"):
+        LatentModel(pipe, tiled=True)

@@ -119,7 +119,7 @@ class Watching(Contrast):
 @pytest.mark.parametrize("on", [False, True])
 def test_deterministic_holds_during_the_run_alone(toy, tmp_path, on):
     reward = Watching([])
-    list(train(replace(toy, deterministic=on), None, pipelines.sd(), reward))
+    list(train(replace(toy, deterministic=on, decode_batch=8), None, pipelines.sd(), reward))
     config = RenoConfig(prompt=PROMPTS[:1], iterations=1, deterministic=on, output_dir=str(tmp_path / "reno"))
     reno_folder.run(config, [].append, pipelines.sd(), reward)
     assert set(reward.seen) == {on} and len(reward.seen) == 2

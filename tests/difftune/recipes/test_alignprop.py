@@ -297,7 +297,7 @@ class Broken(Brightness):
 )
 def test_what_is_not_finite_ends_the_run_and_the_last_checkpoint_stays(toy, tmp_path, how, gradient, what):
     out = tmp_path / "out"
-    config = replace(toy, output_dir=str(out), checkpointing_steps=1, gradient=gradient)
+    config = replace(toy, output_dir=str(out), checkpointing_steps=1, gradient=gradient, decode_batch=8)
     Path(toy.prompts).write_text("red circle\n")
     with pytest.raises(RunError, match=rf"step 3: .*{what}.*checkpoints are as they were"):
         train_in_folder(config, pipe=pipelines.sd(), reward=Broken(how))

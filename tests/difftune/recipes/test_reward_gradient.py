@@ -54,7 +54,7 @@ def test_each_recipe_is_its_mode_of_the_engine(tmp_path):
 
 
 def test_draft_lv_scores_every_copy(tmp_path):
-    config = toy("draft", tmp_path, low_variance_copies=3, max_train_steps=1)
+    config = toy("draft", tmp_path, low_variance_copies=3, max_train_steps=1, decode_batch=24)
     seen = []
 
     class Counting(Brightness):

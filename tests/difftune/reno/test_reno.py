@@ -397,11 +397,11 @@ class Counting(Linear):
 
 def test_a_sample_that_is_done_leaves_the_batch(pipe):
     reward = Counting()
-    free = quiet(pipe, reward, learning_rate=2.0).optimize(PROMPTS, 6)
+    free = quiet(pipe, reward, learning_rate=2.0, decode_batch=2).optimize(PROMPTS, 6)
     target = sorted(free.curve("total", 0))[3]
     reward.seen.clear()
     assert target > max(free.curve("total", 1))  # the other one does not reach it
-    result = quiet(pipe, reward, learning_rate=2.0, target=target).optimize(PROMPTS, 6)
+    result = quiet(pipe, reward, learning_rate=2.0, target=target, decode_batch=2).optimize(PROMPTS, 6)
     stays = len(result.curve("total", 0))
     assert reward.seen == [PROMPTS] * stays + [PROMPTS[1:]] * (6 - stays) and stays < 6
     assert result.stopped == ["target", ""] and result.rewards[0] >= target
@@ -441,7 +441,7 @@ class Breaking(Linear):
 
 @pytest.mark.parametrize("name", ["sgd", "neighbours"])
 def test_a_sample_that_becomes_not_finite_leaves_with_what_it_has(pipe, name):
-    result = quiet(pipe, Breaking(), optimizer=name).optimize(PROMPTS, 5)
+    result = quiet(pipe, Breaking(), optimizer=name, decode_batch=2).optimize(PROMPTS, 5)
     clean = quiet(pipe, optimizer=name).optimize(PROMPTS, 5)
     assert result.stopped == ["not finite", ""]
     assert result.rewards.isfinite().all() and result.images.isfinite().all()
@@ -462,7 +462,7 @@ class Bending(Breaking):
 @pytest.mark.parametrize("gradient", ["checkpoint", "revolve:1", "adjoint:heun", "reversible:bdia"])
 def test_a_sample_whose_gradient_becomes_not_finite_leaves_alone(pipe, gradient):
     """In every mode: a sweep that goes over the whole batch, too, gives the others theirs."""
-    options = {"num_inference_steps": 2, "gradient": gradient}
+    options = {"num_inference_steps": 2, "gradient": gradient, "decode_batch": 2}
     result = quiet(pipe, Bending(), **options).optimize(PROMPTS, 5)
     clean = quiet(pipe, **options).optimize(PROMPTS, 5)
     assert result.stopped == ["not finite", ""] and result.rewards.isfinite().all()

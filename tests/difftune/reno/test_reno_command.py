@@ -43,7 +43,7 @@ OTHER = {"num_inference_steps": 3, "sampler": "ancestral", "guidance": "cfg", "e
          "width": 16, "setting": "sd-turbo", "variables": "both", "optimizer": "adam", "learning_rate": 0.3,
          "grad_clip": 0.7, "regularizer": "spectral", "regularization_weight": 0.2, "normalize": True, "patience": 4,
          "target": 0.9, "max_distance": 0.4, "gradient": "checkpoint", "memory_budget": "3GiB",
-         "offload": True}  # fmt: skip
+         "offload": True, "decode_batch": 2, "enable_vae_tiling": True}  # fmt: skip
 
 
 def test_each_setting_of_a_noise_has_its_flag_and_reaches_it_by_name(pipe):

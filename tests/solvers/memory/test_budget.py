@@ -8,6 +8,7 @@ import torch
 
 from guidance.guided import guided
 from guidance.methods.catalogue import CFG
+from rewards.batched import Batched
 from solvers.latent import LatentModel
 from solvers.memory.budget import (
     Plan,
@@ -62,15 +63,24 @@ def test_a_size_that_is_said_does(size):
 def test_cheapest_that_fits_wins():
     choose = lambda size: planned(MEASURED, size, STEPS, BATCH)  # noqa: E731
     everything = choose(10**6)
-    assert (everything.gradient, everything.micro_batch, everything.peak) == ("full", 4, 100 + 4 * (15007 + 2800))
+    assert (everything.gradient, everything.micro_batch) == ("full", 4)
+    assert everything.peak == 100 + 4 * (15001 + 3 * 6) + 2800
     assert choose(everything.peak - 1).micro_batch == 2
-    one = choose(100 + 15007 + 500)
+    one = choose(100 + 15001 + 18 + 500)
     assert (one.gradient, one.micro_batch, one.decoder_blocks, one.rewards_apart) == ("full", 1, True, False)
     kept = choose(15000)
     assert (kept.gradient, kept.micro_batch, kept.blocks, kept.decoder_blocks) == ("checkpoint", 4, False, False)
-    assert choose(100 + 1617).gradient == "checkpoint" and not choose(100 + 1617).blocks
-    last = choose(100 + 517)
+    assert choose(100 + 1629).gradient == "checkpoint" and not choose(100 + 1629).blocks
+    last = choose(100 + 529)
     assert (last.blocks, last.decoder_blocks, last.micro_batch) == (True, True, 1)
+
+
+def test_as_many_images_are_decoded_at_a_time_as_are_asked_for_and_fit():
+    large = planned(MEASURED, 10**6, STEPS, BATCH, decode_batch=4)
+    assert (large.decode_batch, large.peak) == (4, 100 + 4 * (15001 + 3 * 6) + 4 * 2800)
+    assert "4 decoded at a time" in str(large)
+    assert planned(MEASURED, large.peak - 1, STEPS, BATCH, decode_batch=4).decode_batch == 2
+    assert planned(MEASURED, 10**6, STEPS, BATCH).decode_batch == 1
 
 
 def test_cost_falls_as_the_budget_grows_and_the_peak_stays_within():
@@ -94,11 +104,11 @@ def test_the_least_budget_is_named_and_does(gradient):
 
 def test_a_plan_is_one_line_that_says_why():
     assert str(planned(MEASURED, "100000B", STEPS, BATCH)) == (
-        "full, 4 of 4 images at a time (predicted peak 69.66KiB of 100000B; nothing is faster)"
+        "full, 4 of 4 images at a time (predicted peak 61.5KiB of 100000B; nothing is faster)"
     )
     assert str(planned(MEASURED, "1KiB", STEPS, BATCH)) == (
-        "checkpoint, network blocks recomputed, decoder blocks recomputed, 1 of 4 images at a time"
-        " (predicted peak 617B of 1KiB; the fastest, full, 4 of 4 images at a time, needs 69.66KiB)"
+        "checkpoint, network blocks recomputed, decoder blocks recomputed, 2 of 4 images at a time"
+        " (predicted peak 958B of 1KiB; the fastest, full, 4 of 4 images at a time, needs 61.5KiB)"
     )
 
 
@@ -120,6 +130,13 @@ def pipe():
 
 
 REWARDS = (lambda images: images.sin().square().mean((1, 2, 3)), lambda images: images.exp().amax((1, 2, 3)))
+
+
+def rewards_of(plan):
+    """As functions of images and prompts, in the parts that are planned."""
+    whole = [lambda images, prompts, f=f: f(images) for f in REWARDS]
+    parts = plan.in_parts or plan.rewards_apart
+    return [Batched(f, plan.decode_batch, gradient_checkpointing=True) for f in whole] if parts else whole
 
 
 class Job:
@@ -153,8 +170,8 @@ class Job:
                 x = self.x[list(rows)].requires_grad_()
                 conds = {k: {n: v[list(rows)] for n, v in c.items()} for k, c in self.conds.items()}
                 path = rollout(euler, guided(self.model.denoiser, CFG(5.0), conds), x, self.levels, plan.gradient)
-                images = self.model.decode(path.x, checkpointed=True)
-                found += torch.autograd.grad(sum(f(images).sum() for f in REWARDS), x)
+                images = replace(self.model, decode_batch=plan.decode_batch).decode(path.x, checkpointed=True)
+                found += torch.autograd.grad(sum(f(images, rows).sum() for f in rewards_of(plan)), x)
         return torch.cat(found)
 
 
@@ -178,6 +195,8 @@ KINDS = [  # mode, images at a time, network's blocks, decoder's, rewards one at
     ("checkpoint", 3, False, False, True),
     ("checkpoint", 2, True, False, False),
     ("checkpoint", 1, True, True, True),
+    ("checkpoint", 3, False, False, False, 2),
+    ("full", 3, False, True, False, 3),
 ]
 
 
