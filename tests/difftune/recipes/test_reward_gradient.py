@@ -10,7 +10,7 @@ from torch.distributions import Normal, kl_divergence
 from difftune.configs.recipes import AlignPropConfig, DraftConfig, DrtuneConfig, ReflConfig
 from difftune.pipelines import lora
 from difftune.recipes import check_recipe, train
-from difftune.recipes.alignprop import draw_mask, truncation
+from difftune.recipes.alignprop import alignprop_loss, ascend_once, draw_mask, truncation
 from difftune.recipes.refl import refl_loss
 from difftune.recipes.reward_gradient import count_carrying, divergence, kl_rate, level_between
 from difftune.rollouts.image_sampler import ImageSampler
@@ -18,6 +18,7 @@ from difftune.training.network import ReferenceNetwork, TrainedNetwork
 from difftune.training.numbering import seed_of
 from rewards.simple import Brightness, Contrast
 from solvers.denoiser import Path as Trail
+from solvers.memory.budget import Plan
 from solvers.noise import Noise
 from solvers.samplers.catalogue import SAMPLERS
 from tests.support import pipelines
@@ -139,6 +140,19 @@ def test_divergence_is_zero_at_the_start_and_its_gradient_reaches_the_weights(tm
         assert found.item() == again.item()  # the same level and noise
         (drawn.path.x.sum() + found).backward()
         assert all(w.grad is not None for w in session.run.weights.values())
+
+
+def test_parts_of_unlike_sizes_give_the_gradient_of_the_whole_batch(tmp_path):
+    """As a plan for a memory budget cuts three images into two and one."""
+    found = []
+    for micro in (3, 2):
+        config = toy("alignprop", tmp_path, train_batch_size=3, max_grad_norm=1e9)
+        session = session_of(config, pipelines.sd(), Brightness())
+        metrics = ascend_once(session, Plan("full", micro, 3), "full", alignprop_loss, 0)
+        assert metrics["loss"] == pytest.approx(-metrics["reward_mean"])
+        run = session.run
+        found.append(torch.cat([run.optimizer.state[weight]["exp_avg"].flatten() for weight in run.weights.values()]))
+    assert (found[0] - found[1]).abs().max() <= 1e-5 * found[0].abs().max()
 
 
 @pytest.mark.parametrize("copies", [1, 3])
