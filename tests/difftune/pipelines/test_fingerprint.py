@@ -14,6 +14,7 @@ from difftune.configs.noise import RenoConfig
 from difftune.configs.search import SearchConfig
 from difftune.errors import UserError
 from difftune.evaluation import shapeeval
+from difftune.files.claim import claimed
 from difftune.pipelines import fingerprint
 from difftune.pipelines.fingerprint import digest_of
 from difftune.pipelines.opened import opened
@@ -102,12 +103,14 @@ def test_noise_optimisation_is_not_resumed_on_other_weights(model, tmp_path):
     )
     noise = reno.configured(config, models.load(model), None)
     batch = reno.Batch(0, ["red circle"], 0)
-    reno.optimised(config, noise, batch, None, [].append)
-    again = replace(config, resume_from_checkpoint="latest", iterations=2)
-    reno.optimised(again, noise, batch, None, [].append)
-    retrain(model)
-    with pytest.raises(UserError, match=OTHER):
-        reno.optimised(again, reno.configured(config, models.load(model), None), batch, None, [].append)
+    again = replace(config, resume_from_checkpoint="latest")
+    with claimed(config.output_dir) as claim:
+        reno.optimised(config, noise, batch, None, claim, [].append)
+        reno.optimised(again, noise, batch, None, claim, [].append)
+        retrain(model)
+        other = reno.configured(config, models.load(model), None)
+        with pytest.raises(UserError, match=OTHER):
+            reno.optimised(again, other, batch, None, claim, [].append)
 
 
 def test_a_search_is_not_resumed_on_other_weights(model, tmp_path):
