@@ -51,7 +51,7 @@ def test_each_setting_of_a_noise_has_its_flag_and_reaches_it_by_name(pipe):
     assert names == OTHER.keys() and all(getattr(RenoConfig(), name) != OTHER[name] for name in names)
     reno = run_folder.configured(RenoConfig(reward=["brightness"], **OTHER), pipe, None)
     found = {name: getattr(reno, name) for name in names}
-    assert found == {**OTHER, "guidance": CFG(5.0)}
+    assert found == {**OTHER, "guidance": CFG(7.5)}
     assert run_folder.noise_settings(RenoConfig()) == NoiseSettings(guidance=Plain())
 
 
@@ -253,9 +253,9 @@ def test_a_noise_that_does_not_fit_is_named(model, tmp_path):
 
 
 def test_a_picture_has_the_size_of_the_papers_setting(pipe, tmp_path, monkeypatch):
-    monkeypatch.setitem(PAPER, "larger", Setting((), 24, 5.0))
+    monkeypatch.setitem(PAPER, "sd-turbo", Setting((), 24, 5.0))
     (tmp_path / "picture.png").write_bytes(png(torch.rand(24, 24, 3).numpy()))
-    config = settings(tmp_path / "out", start=str(tmp_path / "picture.png"), setting="larger", inversion_steps=2,
+    config = settings(tmp_path / "out", start=str(tmp_path / "picture.png"), setting="sd-turbo", inversion_steps=2,
                       iterations=1)  # fmt: skip
     run_folder.run(config, [].append, pipe)
     assert load_file(tmp_path / "out" / "noise.safetensors")["noise_before"].shape == (2, 4, 12, 12)

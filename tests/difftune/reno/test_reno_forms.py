@@ -328,7 +328,7 @@ def test_an_extra_that_is_missing_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setattr(zero_order, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"optimizer 'cma' needs the package cma: pip install 'difftune\[cma\]'"):
         optimizer_named("cma")
-    with pytest.raises(ValueError, match="candidates is 3: optimizer 'cma' needs at least 4"):
+    with pytest.raises(ValueError, match="candidates is 3: it must be at least 4"):
         zero_order.CMA(3)
 
 

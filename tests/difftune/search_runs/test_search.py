@@ -60,6 +60,7 @@ PARTICLES = {
     "tds": {"inverse_temperature": 0.01},
     "svdd": {"candidates": 2},
     "dts": {"branches": 3, "inverse_temperature": 0.1, "widening": 1.0, "growth": 0.5},
+    "dts-star-paper": {"branches": 3},
     "dts-star": {"branches": 3, "widening": 1.0, "growth": 0.5},  # the third rollout starts below the root
 }
 
@@ -149,7 +150,7 @@ def test_a_prompt_is_searched_the_same_alone_and_beside_another(pipe, method):
 def test_best_of_one_is_the_pipelines_sampler(pipe):
     model = LatentModel(pipe)
     with torch.no_grad():
-        predict = guided(model.denoiser, CFG(5.0), model.encode(PROMPTS[:1]))
+        predict = guided(model.denoiser, CFG(7.5), model.encode(PROMPTS[:1]))
         for eta, step in {0.0: euler, 1.0: partial(ancestral, eta=1.0)}.items():
             found = searched(pipe, PROMPTS[:1], "best-of-n", 6, eta=eta, num_inference_steps=3)
             problem = found.problem

@@ -788,7 +788,7 @@ def test_resumes(stop):
         ({"particles": 0}, "particles is 0"),
         ({"inverse_temperature": -1.0}, "inverse_temperature is -1.0"),
         ({"ramp": 0.0}, "ramp is 0.0"),
-        ({"reads": "z"}, "the tilt reads 'z'; known: x0, x"),
+        ({"reads": "z"}, "no reads 'z'; known: x0, x"),
         ({"tilt": "gradient"}, "no tilt 'gradient' that reads 'x0'; take free or difference"),
         ({"resampling": "best"}, "no resampling 'best'"),
         ({"threshold": 2.0}, "threshold is 2.0"),

@@ -78,7 +78,7 @@ def test_kid_is_the_mean_over_subsets_of_equal_size():
     torch.testing.assert_close(kid(A, A[order], subsets=3, size=7), mmd(A, A))
     far, near = (kid(A, A + by, 20, 5, torch.Generator().manual_seed(0)) for by in (2.0, 0.5))
     assert far > near
-    with pytest.raises(ValueError, match="KID draws subsets of 8 items, and a set has 7: give a smaller size"):
+    with pytest.raises(ValueError, match="KID draws subsets of 8 items, a set has 7: give a smaller size"):
         kid(A, B, size=8)
 
 
