@@ -118,15 +118,13 @@ class FKC(Ranged):
     threshold: Share | None = 0.5
     resampling: str = "systematic"
     inverse_temperature: Annotated[float, Range(0, 1_000_000)] = 0.0
-    ramp: float = 10.0
+    ramp: Positive = 10.0
     reads: Literal["x0", "x"] = "x0"
     tilt: Literal["free", "difference", "gradient"] = "free"
 
     def __post_init__(self):
         super().__post_init__()
         check_resampling(self.resampling, self.threshold)
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"no sampler {self.sampler!r}; known: {', '.join(SAMPLERS)}")
         if self.start > self.stop:
             raise UserError(f"weights from {self.start} to {self.stop} of the run: start must be at most stop")
         _check_tilt(self)
@@ -137,12 +135,6 @@ TILTS = {"x0": ("free", "difference"), "x": ("free", "difference", "gradient")}
 
 
 def _check_tilt(config: FKC) -> None:
-    if config.inverse_temperature < 0:
-        raise UserError(f"inverse_temperature is {config.inverse_temperature}: it must be at least 0")
-    if config.ramp <= 0:
-        raise UserError(f"ramp is {config.ramp}: the k = sigma / alpha below which the tilt begins must be above 0")
-    if config.reads not in TILTS:
-        raise UserError(f"the tilt reads {config.reads!r}; known: {', '.join(TILTS)}")
     if config.tilt not in TILTS[config.reads]:
         raise UserError(f"no tilt {config.tilt!r} that reads {config.reads!r}; take {' or '.join(TILTS[config.reads])}")
 

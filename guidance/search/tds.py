@@ -29,9 +29,10 @@ from solvers.ranges import Count, Positive, Range, Ranged, Share
 class TDS(Ranged):
     """Twisted diffusion sampling: the reward's gradient moves the proposals, and the weights correct for it exactly.
 
-    With the twist phi_i(x) = exp(lambda_i r(x0(x))), proposals are N(mean + std^2 grad log phi_i, std^2), and weights
-    p(x'|x) phi_{i+1}(x') / (phi_i(x) proposal(x'|x)); their product telescopes to exp(lambda r).
-    https://arxiv.org/abs/2306.17775. tempering: the gamma of DAS, lambda_i = lambda min((1 + gamma)^i - 1, 1) after i
+    With the twist phi_i(x) = exp(lambda_i r(x0(x))), proposals are N(mean + std^2 lambda_{i+1} grad r(x0(x)), std^2),
+    and weights p(x'|x) phi_{i+1}(x') / (phi_i(x) proposal(x'|x)); their product telescopes to exp(lambda r).
+    https://arxiv.org/abs/2306.17775.
+    tempering: the gamma of DAS, lambda_i = lambda min((1 + gamma)^i - 1, 1) after i
     steps (https://arxiv.org/abs/2501.05803); None does not temper. At 100 steps DAS takes 0.008.
     """
 
