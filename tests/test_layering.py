@@ -43,7 +43,7 @@ FLOORS = {
         {"recipes"},
         {"rollouts"},
         {"evaluation", "reno", "search_runs", "training"},
-        {"labelling", "pipelines"},
+        {"labelling", "pipelines", "reports"},
         {"environment", "files", "lookup"},
         {"models", "processes"},
         {"configs", "errors", "signals"},

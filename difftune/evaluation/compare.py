@@ -1,15 +1,12 @@
 """Guidance methods side by side: the same prompts and seeds under each method and scale, as a grid and a table."""
 
-import io
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from difftune.environment import versions
@@ -18,6 +15,7 @@ from difftune.files.claim import fresh
 from difftune.lookup import guidance_kinds, guidance_named, reward_named, reward_weights, takes_scale
 from difftune.pipelines.generate import generate_batches, mean_branches, mean_nfe, pixels, settings_of, watched
 from difftune.pipelines.opened import opened
+from difftune.reports import sheets
 from guidance.contract import Guidance
 from guidance.methods.cfgpp import CFGpp
 from guidance.methods.classifier import GFCG
@@ -26,7 +24,6 @@ from rewards.world import grammar
 from solvers.levels import levels_of
 
 MEASURES = ("saturation", "contrast")
-MARGIN, LINE = 110, 14  # of the labels, in pixels
 
 
 @dataclass(frozen=True)
@@ -139,20 +136,28 @@ def run(
 
 
 def labelled(made: Sequence[Cell], scales: Sequence[float], columns: int) -> bytes:
-    """Rows of methods and columns of scales, each cell a block of its images `columns` wide, as PNG."""
-    blocks = {(c.guidance, c.scale): Image.open(io.BytesIO(output.grid(pixels(c.images), columns))) for c in made}
-    width, height = next(iter(blocks.values())).size
-    names = list(dict.fromkeys(c.guidance for c in made))
-    shape = (MARGIN + len(scales) * (width + LINE), LINE + len(names) * (height + LINE))
-    sheet = Image.new("RGB", shape, "white")
-    draw = ImageDraw.Draw(sheet)
-    for j, scale in enumerate(scales):
-        draw.text((MARGIN + j * (width + LINE), 1), f"scale {scale:g}", fill="black")
-    for i, name in enumerate(names):
-        y = LINE + i * (height + LINE)
-        draw.text((2, y + height // 2 - LINE // 2), name, fill="black")
-        for j, scale in enumerate(scales):
-            block = blocks.get((name, scale), blocks.get((name, None)) if j == 0 else None)
-            if block is not None:
-                sheet.paste(block, (MARGIN + j * (width + LINE), y))
-    return output.png(np.asarray(sheet) / 255)
+    """Rows of methods and columns of scales, each cell a block of its images `columns` wide under the method's own
+    scale and its NFE, as PNG."""
+    rows: dict[str, list[sheets.Cell | None]] = {}
+    for cell in made:
+        place = 0 if cell.scale is None else list(scales).index(cell.scale)
+        row = rows.setdefault(cell.guidance, [None] * len(scales))
+        row[place] = sheets.Cell(pixels(cell.images), caption(cell), columns)
+    return sheets.sheet(rows)
+
+
+def caption(cell: Cell) -> str:
+    """The method's own scale, CFG's beside it where they differ, and the evaluations of an image."""
+    own, nfe = own_scale(cell.method), f"{cell.nfe:g} NFE"
+    if cell.scale is None or own is None:
+        return nfe
+    as_cfg = "" if abs(own - cell.scale) < 1e-6 else f" (CFG {cell.scale:g})"
+    return f"scale {own:.3g}{as_cfg}, {nfe}"
+
+
+def own_scale(method: Any) -> float | None:
+    """The scale of a method, or of the one that it holds, where it is a number."""
+    found = getattr(method, "scale", None)
+    if found is None and hasattr(method, "method"):
+        return own_scale(method.method)
+    return float(found) if isinstance(found, int | float) else None

@@ -11,10 +11,11 @@ from difftune.files.checkpoint import Say, State
 from difftune.files.prompts import Prompts, prompts_named
 from difftune.lookup import reward_named
 from difftune.models import load as load_model
-from difftune.recipes.card import model_card
+from difftune.recipes.card import model_card, trained_on
 from difftune.recipes.catalogue import Recipe
 from difftune.rollouts.session import open_session
 from difftune.training import run_folder, validation
+from difftune.training.report import write_report
 from difftune.training.state import Metrics
 from rewards.registry import Reward
 
@@ -62,6 +63,8 @@ def train_saved(
         steps = train_steps(recipe, config, state, parts, run_folder.resolving(config, show))
         card = partial(model_card, recipe, config, parts.pipe)
         found = run_folder.run(config, steps, state, parts.pipe, card, parts.reward)
+        if processes.process().is_main_process:
+            write_report(recipe.name, config, parts.pipe, trained_on(config), found["seconds"])
         if recipe.finish and processes.process().is_main_process:
             found |= recipe.function(recipe.finish)(config, parts.pipe, parts.prompts, parts.reward)
         return found

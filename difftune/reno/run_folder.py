@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
@@ -33,6 +32,7 @@ from difftune.pipelines.fingerprint import check_resumed, digest_of
 from difftune.reno.named import needs_gradient
 from difftune.reno.optimizer import Live, ReNO, Result
 from difftune.reno.settings import NoiseSettings
+from difftune.reports import figures
 from rewards.compose import parse_rewards
 from rewards.monitor import Monitor
 from rewards.registry import Reward, entry
@@ -417,17 +417,16 @@ def animation(frames: Tensor, kind: str) -> bytes:
 
 
 def curves_of(results: Sequence[Result]) -> bytes:
-    """A panel for each reward, the total, the regularizer and the held-out reward: each sample, and their mean."""
+    """A panel for each reward, the total, the regularizer and the held-out reward over one axis, as PNG: the mean, and
+    the band in which four of five samples lie. Shaded: from where the held-out reward no longer follows."""
     first = results[0].history[0]
-    names = [*first.parts, "total", "regularizer", *(["held_out"] if first.held_out is not None else [])]
-    figure = Figure(figsize=(6, 2.2 * len(names)), layout="constrained")
-    for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
-        for result in results:
-            for row in range(len(result.images)):
-                axes.plot(result.curve(name, row), color="#94a3b8", linewidth=0.7)
-        axes.plot(weighted_mean([(r.curve(name), len(r.images)) for r in results]), color="#2563eb")
-        axes.set(xlabel="iteration", ylabel=name)
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    held = ["held_out"] if first.held_out is not None else []
+    names = [*first.parts, "total", *held, "regularizer"]
+    made, axes = figures.panels([name.replace("_", " ") for name in names], "iteration")
+    for each, name in zip(axes, names, strict=True):
+        samples = [result.curve(name, row) for result in results for row in range(len(result.images))]
+        figures.draw_samples(each, samples, figures.HELD if name == "held_out" else figures.MAIN)
+    partings = [found for result in results if held and (found := result.parting()) is not None]
+    if partings:
+        figures.shade(axes, min(found.best for found in partings), len(results[0].history) - 1)
+    return figures.as_png(made)

@@ -30,14 +30,15 @@ from difftune.pipelines.generate import pixels
 from difftune.pipelines.opened import opened
 from difftune.search_runs.experts import experts_for
 from difftune.search_runs.flags import experts_of, settings_of
-from difftune.search_runs.lineage_plot import picture
-from difftune.search_runs.search import GRADIENTS, Found, Point, Search, configured, search
-from guidance.search.problem import Saved
+from difftune.search_runs.lineage_plot import picture, shown_leaves
+from difftune.search_runs.search import GRADIENTS, Found, Point, Search, configured, decoded, search
+from guidance.search.problem import Graph, Saved
 from rewards.registry import Reward
 
 STATE, RESULT = "state.safetensors", "search.json"
 SAVE_SECONDS = 5.0  # between two savings
 DRAWN = 8  # prompts whose lineage is drawn
+THUMBNAILS = 8  # of finished samples below it
 FREE = {"output_dir", "resume"}  # what may differ between a search and its resumption
 BUDGETS = {"budget", "reward_budget"}  # what may grow
 
@@ -255,7 +256,20 @@ def files(config: SearchConfig, found: Found) -> Iterator[tuple[str, bytes]]:
     yield "grid.png", grid(pictures)
     graph = found.state.graph()
     for i in range(min(len(config.prompt), DRAWN)):
-        yield f"{i:05d}-lineage.png", picture(graph, i)
+        yield f"{i:05d}-lineage.png", picture(graph, i, thumbnails(found, graph, i))
     weighted = found.state.weighted()
     samples = {name: value.cpu().contiguous() for name, value in weighted._asdict().items()}
     yield "samples.safetensors", save({**samples, "best": found.latents.cpu().contiguous()})
+
+
+def thumbnails(found: Found, graph: Graph, group: int) -> dict[int, Any]:
+    """Pictures of some finished samples of a prompt by their nodes: none where nodes and samples cannot be paired."""
+    weighted = found.state.weighted()
+    own = weighted.groups == group
+    finished = (graph.groups == group) & (graph.level == graph.level[graph.groups == group].max())
+    values = graph.value[finished & ~graph.value.isnan()]
+    if len(values) != int(own.sum()) or not torch.allclose(values.double(), weighted.reward[own].double().cpu()):
+        return {}
+    shown = shown_leaves(graph, group, THUMBNAILS)
+    images = decoded(found.decode, weighted.x0[own][list(shown.values())])
+    return dict(zip(shown, pixels(images), strict=True))

@@ -31,6 +31,7 @@ from rewards.errors import NotFinite
 from rewards.monitor import Parting
 
 CONFIG, METRICS, CARD = "config.yaml", "metrics.jsonl", "README.md"
+REPORT = "report.html"
 Config = Any  # a recipe's dataclass: output_dir, max_train_steps, checkpointing_steps, checkpoints_total_limit, ...
 Steps = Iterator[tuple[dict[str, float], State]]
 
@@ -39,7 +40,7 @@ FREE = {"max_train_steps", "checkpointing_steps", "checkpoints_total_limit"}
 FREE |= {"output_dir", "report_to", "resume_from_checkpoint"}
 
 # What a run without a checkpoint leaves behind: nothing to go on from.
-OWN = (CONFIG, METRICS, CARD, validation.RECORDS, validation.GRIDS, validation.BEST, log.FOLDER, lora.WEIGHTS)
+OWN = (CONFIG, METRICS, CARD, REPORT, validation.RECORDS, validation.GRIDS, validation.BEST, log.FOLDER, lora.WEIGHTS)
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from PIL import Image
 
 from difftune.cli.program import cli
 from difftune.errors import UserError
-from difftune.evaluation.compare import Cell, labelled
+from difftune.evaluation.compare import Cell, caption, labelled
 from difftune.lookup import guidance_named, takes_scale
 from difftune.pipelines import method_parts
 from difftune.pipelines.method_parts import TEXTS, equip, targets
+from difftune.reports.sheets import SIDE
 from guidance.methods.catalogue import APG, CFG, GUIDANCE, AdaptiveGuidance, CFGpp, Interval, Rescale
 from tests.support.pipelines import ddim, sd
 
@@ -171,8 +172,8 @@ def test_compare_writes_a_grid_and_a_table(model, tmp_path):
     for score in ("brightness", "saturation", "contrast"):  # CFG of scale 1 is no guidance
         assert rows["cfg", 1.0][score] == pytest.approx(rows["none", None][score], abs=1e-3)
     assert rows["cfgpp", 3.0]["options"]["scale"] < 3 and rows["cfg", 3.0]["options"] == {"scale": 3.0}
-    width = 110 + 2 * (2 * 16 + 2 + 14)
-    assert Image.open(tmp_path / "a" / "grid.png").size == (width, 14 + 4 * (2 * 16 + 2 + 14))
+    width, height = Image.open(tmp_path / "a" / "grid.png").size
+    assert width > 2 * (2 * SIDE + 2) and 4 * (2 * SIDE + 2) < height < 5 * (2 * SIDE + 2)
     table = succeed(*base, "--output_dir", tmp_path / "b").stdout.splitlines()
     assert table[0].split() == ["guidance", "scale", "oracle", "saturation", "contrast", "NFE", "seconds"]
     assert len(table) == 8
@@ -186,7 +187,13 @@ def test_the_images_of_a_cell_lie_under_its_labels():
 
     picture = labelled([cell("none", None, 0.2), cell("cfg", 1.0, 0.4), cell("cfg", 2.0, 0.6)], [1.0, 2.0], 1)
     pixels = np.asarray(Image.open(BytesIO(picture)))
-    for i, j, gray in ((0, 0, 0.2), (1, 0, 0.4), (1, 1, 0.6)):
-        y, x = 14 + i * 22, 110 + j * 22
-        assert (pixels[y : y + 8, x : x + 8] == round(255 * gray)).all()
-    assert (pixels[14:22, 132:140] == 255).all() and (pixels[:, :110] < 128).any()
+    corners = {}
+    for gray in (0.2, 0.4, 0.6):
+        flat = (pixels == round(255 * gray)).all(2)
+        y = np.nonzero(flat.sum(1) >= SIDE)[0].min()
+        corners[gray] = y, np.nonzero(flat[y])[0].min()
+        y, x = corners[gray]
+        assert (pixels[y : y + SIDE, x : x + SIDE] == round(255 * gray)).all()  # enlarged 16 times
+        assert (pixels[max(y - 18, 0) : y, x : x + SIDE] < 128).any() and (pixels[y : y + SIDE, :x] < 128).any()
+    assert caption(cell("cfg", 2.0, 0.1)) == "scale 7.5 (CFG 2), 1 NFE" and caption(cell("none", None, 0.1)) == "1 NFE"
+    assert corners[0.2][1] == corners[0.4][1] < corners[0.6][1] and corners[0.2][0] < corners[0.4][0] == corners[0.6][0]

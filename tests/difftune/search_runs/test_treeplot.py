@@ -8,9 +8,10 @@ from itertools import pairwise
 import pytest
 import torch
 from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.offsetbox import AnnotationBbox
 from PIL import Image
 
-from difftune.search_runs.lineage_plot import best_way, figure, layout, picture
+from difftune.search_runs.lineage_plot import best_way, figure, layout, picture, shown_leaves
 from guidance.search.problem import Graph
 
 #        0       1
@@ -62,3 +63,19 @@ def test_picture_is_a_png():
 def test_a_group_without_nodes_is_refused():
     with pytest.raises(ValueError, match="group 2 has no node"):
         figure(GRAPH, 2)
+
+
+def test_the_best_leaf_is_among_those_shown_and_they_go_from_left_to_right():
+    parents = [-1, *[0] * 9]
+    values = [math.nan, 0.1, 0.2, 0.9, 0.3, 0.4, 0.1, 0.2, math.nan, 0.3]
+    graph = Graph(*map(torch.tensor, (parents, [0] + [5] * 9, [0] * 10)), torch.tensor(values))
+    shown = shown_leaves(graph, 0, 4)
+    assert list(shown) == sorted(shown) and len(shown) == 4 and 3 in shown and 8 not in shown
+    assert shown[3] == 2 and shown[9] == 7  # numbers among the leaves that have a value
+
+
+def test_thumbnails_stand_below_the_tree():
+    axes = figure(GRAPH, 0, {5: torch.zeros(8, 8, 3).numpy()}).axes[0]
+    [thumbnail] = [child for child in axes.get_children() if isinstance(child, AnnotationBbox)]
+    assert thumbnail.xybox[1] > 10 and axes.get_ylim()[0] > thumbnail.xybox[1]
+    assert [text.get_text() for text in axes.texts] == ["0.3"]

@@ -1,0 +1,1 @@
+"""How results look: figures, labelled pictures and HTML pages of one style."""
