@@ -421,7 +421,8 @@ def curves_of(results: Sequence[Result]) -> bytes:
     the band in which four of five samples lie. Shaded: from where the held-out reward no longer follows."""
     first = results[0].history[0]
     held = ["held_out"] if first.held_out is not None else []
-    names = [*first.parts, "total", *held, "regularizer"]
+    total = ["total"] if len(first.parts) > 1 else []  # of one reward it is the same curve
+    names = [*first.parts, *total, *held, "regularizer"]
     made, axes = figures.panels([name.replace("_", " ") for name in names], "iteration")
     for each, name in zip(axes, names, strict=True):
         samples = [result.curve(name, row) for result in results for row in range(len(result.images))]

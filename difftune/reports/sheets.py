@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 128  # pixels of a picture's shorter side, at least: smaller ones are enlarged without smoothing
 GAP = 2  # between the pictures of a cell
+MARGIN = 8  # around the sheet
 SMALLEST, LARGEST = 12, 24  # sizes of a label, in pixels
 INK, FAINT = "#111827", "#4b5563"
 
@@ -33,16 +34,16 @@ def sheet(rows: Mapping[str, Sequence[Cell | None]]) -> bytes:
     captions = [cell.caption for cells in rows.values() for cell in cells if cell is not None]
     letters = fitting(captions, width)
     names = font(letters.size, bold=True)
-    left = round(max(map(names.getlength, rows)) + letters.size) if any(rows) else 0
+    left = MARGIN + (round(max(map(names.getlength, rows)) + letters.size) if any(rows) else 0)
     line = round(1.5 * letters.size) if any(captions) else 0
     gap = letters.size
     across, down = max(map(len, rows.values())), len(rows)
-    whole = (left + across * (width + gap) - gap, down * (line + height + gap) - gap)
+    whole = (left + across * (width + gap) - gap + MARGIN, down * (line + height + gap) - gap + 2 * MARGIN)
     made = Image.new("RGB", whole, "white")
     pen = ImageDraw.Draw(made)
     for i, (name, cells) in enumerate(rows.items()):
-        y = i * (line + height + gap)
-        pen.text((0, y + line + height // 2), name, INK, names, anchor="lm")
+        y = MARGIN + i * (line + height + gap)
+        pen.text((MARGIN, y + line + height // 2), name, INK, names, anchor="lm")
         for j, cell in enumerate(cells):
             picture = blocks[name][j]
             if cell is not None and picture is not None:

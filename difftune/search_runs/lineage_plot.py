@@ -12,7 +12,8 @@ from difftune.errors import UserError
 from difftune.reports import figures
 from guidance.search.problem import Graph
 
-THUMBNAIL = 0.75  # inches across
+THUMBNAIL = 0.62  # inches across
+TICKS = 12  # at most, on the axis of levels
 
 
 def picture(graph: Graph, group: int = 0, thumbnails: Mapping[int, Any] | None = None) -> bytes:
@@ -105,8 +106,10 @@ def _drawn(at: Sequence[tuple[float, int]], parents: Sequence[int], values: Sequ
         x, y = zip(*(at[n] for n in known), strict=True)
         dots = axes.scatter(x, y, s=size, c=[values[n] for n in known], cmap="viridis", zorder=4)
         made.colorbar(dots, ax=axes, label="reward, and its estimate")
-    axes.set(ylabel="sampler step", xticks=[], yticks=sorted({level for _, level in at}))
+    steps = sorted({level for _, level in at})
+    axes.set(ylabel="sampler step", xticks=[], yticks=steps[:: -(-len(steps) // TICKS)])
     axes.invert_yaxis()
+    axes.spines["left"].set_bounds(steps[0], steps[-1])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     return made
 

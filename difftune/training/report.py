@@ -14,7 +14,7 @@ from difftune.files import output, records
 from difftune.lookup import guidance_named
 from difftune.pipelines import lora
 from difftune.pipelines.generate import generate_batches, pixels
-from difftune.reports import figures, pages, sheets
+from difftune.reports import figures, pages
 from difftune.training import validation
 from difftune.training.run_folder import CONFIG, METRICS, REPORT
 from rewards.monitor import Monitor, Parting
@@ -33,14 +33,13 @@ def write_report(name: str, config: TrainingConfig, pipe: Any, trained_on: str, 
     prompts = shown_prompts(config)
     page = pages.render(
         "training.html.j2",
-        title=f"{name}: {config.model} on {trained_on}",
+        title=f"{name}: {config.model} on {trained_on.removesuffix('=1.0')}",
         about=f"{len(steps)} optimiser steps of {images_of_a_step(config)} images, "
         f"{'all weights' if config.full_finetuning else f'a LoRA of rank {config.rank}'}, seed {config.seed}.",
         numbers=numbers(steps, checks, seconds),
         curves=curves(steps, checks, parting),
         parting=parting and f"from step {checks[parting.best]['step']} on, the held-out reward fell.",
-        pictures=before_and_after(config, pipe, prompts) if prompts else None,
-        prompts=prompts,
+        pictures=before_and_after(config, pipe, prompts) if prompts else [],
         command=f"difftune train {name} --config {folder / CONFIG} --output_dir NEW",
         settings=settings(config),
         versions=versions(),
@@ -114,13 +113,11 @@ def points(some: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], 
     return [record["step"] for record in found], [record[key] for record in found]
 
 
-def before_and_after(config: TrainingConfig, pipe: Any, prompts: Sequence[str]) -> bytes:
-    """The prompts drawn from the validation's seeds without the adapter and with it, as a sheet in PNG."""
+def before_and_after(config: TrainingConfig, pipe: Any, prompts: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Each prompt with its picture, drawn from the validation's seeds, without the adapter and with it."""
     with lora.off(lora.network_of(pipe)):
         before = draw(config, pipe, prompts)
-    rows = {"before": before, "after": draw(config, pipe, prompts)}
-    numbered = {name: [sheets.Cell([p], str(i + 1)) for i, p in enumerate(pixels(made))] for name, made in rows.items()}
-    return sheets.sheet(numbered)
+    return list(zip(prompts, pixels(before), pixels(draw(config, pipe, prompts)), strict=True))
 
 
 def draw(config: TrainingConfig, pipe: Any, prompts: Sequence[str]) -> Tensor:
@@ -137,6 +134,7 @@ def settings(config: TrainingConfig) -> list[tuple[str, str, bool]]:
     for field in fields(config):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         value = getattr(config, field.name)
-        if value is not None and field.name != "resume_from_checkpoint":
-            found.append((field.name, str(value), value != default))
+        if value not in (None, {}) and field.name != "resume_from_checkpoint":
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            found.append((field.name, text, value != default))
     return sorted(found, key=lambda entry: not entry[2])

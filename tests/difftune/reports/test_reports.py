@@ -34,7 +34,7 @@ def test_an_empty_place_stays_white_and_each_row_has_its_name():
     made = np.asarray(
         Image.open(BytesIO(sheets.sheet({"cfg": [Cell([picture(0.5)], "one"), None], "apg": [None, None]})))
     )
-    left = made.shape[1] - 2 * SIDE - LARGEST
+    left = made.shape[1] - sheets.MARGIN - 2 * SIDE - LARGEST
     assert (made[:SIDE, left + SIDE :] == 255).all()
     assert (made[:SIDE, :left] < 128).any() and (made[SIDE + 2 * LARGEST :, :left] < 128).any()
 
