@@ -45,6 +45,9 @@ class SearchConfig(Config):
     """Short for --guidance.scale. If not given: the method's own default."""
     guidance_options: dict[str, Any] = field(default_factory=dict)
     """A setting of the guidance method, as in --guidance.eta 0.5."""
+    embedded_guidance: float | None = None
+    """Guidance scale that is told to a network distilled over scales (FLUX.1-dev, LCM), which needs one; no other takes
+    it."""
     memory_budget: str | None = None
     """Bytes of the device that the search may take, weights included, as in 6GiB. If not given: all rows run at
     once."""

@@ -40,6 +40,9 @@ class TrainingConfig(Config):
     """Short for --guidance.scale. If not given: the method's own default."""
     guidance_options: dict[str, Any] = field(default_factory=dict)
     """A setting of the guidance method, as in --guidance.eta 0.5."""
+    embedded_guidance: float | None = None
+    """Guidance scale that is told to a network distilled over scales (FLUX.1-dev, LCM), which needs one; no other takes
+    it."""
     decode_batch: Count = 1
     """Images that are decoded, and rewarded under a gradient, at a time: the decoder's memory does not grow with the
     batch."""

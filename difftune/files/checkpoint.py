@@ -9,12 +9,14 @@ import json
 import random
 import re
 import warnings
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -162,3 +164,14 @@ def restore(state: Randomness) -> None:
     random.setstate((version, tuple(internal), gauss))
     numpy = state.info["numpy"]
     np.random.set_state({**numpy, "state": {**numpy["state"], "key": np.array(numpy["state"]["key"], np.uint32)}})
+
+
+@contextmanager
+def seeded_generators(seed: int) -> Iterator[None]:
+    """The global generators begin at this seed; afterwards they are as they were."""
+    before = randomness()
+    try:
+        set_seed(seed % 2**32)
+        yield
+    finally:
+        restore(before)

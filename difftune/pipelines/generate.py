@@ -48,11 +48,13 @@ def generate_batches(
     batch_size: int = 16,
     eta: float = 0.0,
     noises: Tensor | None = None,
+    embedded_guidance: float | None = None,
 ) -> Iterator[Batch]:
     """One image per (prompt, seed), batch by batch. An image's noise is that of its own seed, whatever the batch, or of
     `noises` (B, C, h, w) its own.
 
-    eta: the noise of DDIM's steps, 1 is DDPM; UserError where the scheduler takes none.
+    eta: the noise of DDIM's steps, 1 is DDPM; UserError where the scheduler takes none. embedded_guidance: the scale
+    told to a network distilled over scales; the pipeline's own default if None.
     What a method needs and only names (a classifier, a weaker network, a negative prompt) is found by
     `difftune.pipelines.method_parts`.
     """
@@ -63,6 +65,7 @@ def generate_batches(
     for start in range(0, len(prompts), batch_size):
         chosen = slice(start, start + batch_size)
         given: dict[str, Any] = {"eta": eta} if eta else {}
+        given |= {} if embedded_guidance is None else {"guidance_scale": embedded_guidance}
         if noises is not None:
             given |= for_pipeline(pipe, noises[chosen])
         yield _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), equipped, steps, given)

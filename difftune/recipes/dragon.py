@@ -26,7 +26,7 @@ from difftune.configs.recipes import DragonConfig
 from difftune.errors import UserError
 from difftune.evaluation.win_rate import win_rate
 from difftune.files import output
-from difftune.files.checkpoint import State
+from difftune.files.checkpoint import State, seeded_generators
 from difftune.files.prompts import Prompts, listed
 from difftune.pipelines import lora
 from difftune.recipes.dpo import dpo_loss, dpo_margin
@@ -34,7 +34,7 @@ from difftune.recipes.kto import kto_baseline, kto_loss
 from difftune.recipes.set_objectives import OBJECTIVES, SetObjective, check_objective
 from difftune.rollouts.image_sampler import ImageSampler
 from difftune.rollouts.pairs import PairErrors, Pairs, Turn, accuracy_of, pair_errors, step_draws
-from difftune.rollouts.rounds import Rounds, repeated, seeded_generators
+from difftune.rollouts.rounds import Rounds, repeated
 from difftune.rollouts.session import Session
 from difftune.training.network import TrainedNetwork
 from difftune.training.numbering import seed_of

@@ -85,7 +85,7 @@ class ImageSampler:
     @classmethod
     def of(cls, config: TrainingConfig, pipe: Any, network: TrainedNetwork) -> "ImageSampler":
         """The sampler that config names, of the pipeline with `network` as its denoiser."""
-        model = LatentModel(pipe, decode_batch=config.decode_batch, tiled=config.enable_vae_tiling)
+        model = LatentModel(pipe, config.embedded_guidance, config.decode_batch, config.enable_vae_tiling)
         named = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
         guidance, networks = trainable(pipe, named)
         denoiser = replace(model.denoiser, network=network)

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import torch
-from accelerate.utils import set_seed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from difftune.files.checkpoint import randomness, restore
+from difftune.files.checkpoint import seeded_generators
 from difftune.files.prompts import Prompts
 from difftune.rollouts.session import Session
 from difftune.training.numbering import seed_of
@@ -94,17 +93,6 @@ def set_weights(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> 
     for name, weight in weights.items():
         value = values[name]
         weight.copy_(value if isinstance(value, DTensor) else place_like(weight, name, value))
-
-
-@contextmanager
-def seeded_generators(seed: int) -> Iterator[None]:
-    """The global generators begin at this seed; afterwards they are as they were."""
-    before = randomness()
-    try:
-        set_seed(seed % 2**32)
-        yield
-    finally:
-        restore(before)
 
 
 # ------------------------------------------------------------------------------------------------ images of the model

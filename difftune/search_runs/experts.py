@@ -71,7 +71,7 @@ def fitting(name: str, pipe: Any, own: LatentModel, size: tuple[int, int], level
     Raises ValueError for one that `LatentModel` does not know, of another latent space or on another device, and for a
     network that was not trained at some of the levels: its clock would tell it the nearest one instead.
     """
-    other = LatentModel(pipe)
+    other = LatentModel(pipe, own.embedded_guidance)
     mine, its = traits(own, size), traits(other, size)
     for trait in mine:
         if its[trait] != mine[trait]:

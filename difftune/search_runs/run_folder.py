@@ -91,6 +91,7 @@ def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: 
         experts=experts_of(config),
         num_inference_steps=config.num_inference_steps,
         eta=config.eta,
+        embedded_guidance=config.embedded_guidance,
         reward_budget=config.reward_budget,
         memory_budget=config.memory_budget,
         decode_batch=config.decode_batch,

@@ -166,6 +166,7 @@ def search(
     experts: Experts | None = None,
     num_inference_steps: int = 25,
     eta: float = 1.0,
+    embedded_guidance: float | None = None,
     reward_budget: int | None = None,
     memory_budget: str | None = None,
     decode_batch: int = 1,
@@ -184,7 +185,8 @@ def search(
     reward. budget, reward_budget: network evaluations and reward calls of each prompt, never exceeded; None is no
     limit. seed: the i-th prompt's randomness is that of seed + i, whichever run beside it. guidance: inside the search;
     CFG() by default. experts: of fkc, beside "cond" and "uncond": prompts, or an `Expert` with a pipeline of its own,
-    by the names that `exponents` has. eta: 1 is DDPM; 0, DDIM, is for best-of-n and importance alone. memory_budget
+    by the names that `exponents` has. eta: 1 is DDPM; 0, DDIM, is for best-of-n and importance alone.
+    embedded_guidance: the scale told to a network distilled over scales (FLUX.1-dev, LCM). memory_budget
     ("6GiB", weights included): one row is measured, and as many are run at a time as fit beside the samples that the
     budgets pay for; micro_batch sets them by hand. decode_batch, enable_vae_tiling: images that are decoded at a time,
     and whether a large one is in tiles. saved: what a state's `saved()` gave, to go on from; the budgets may
@@ -198,7 +200,7 @@ def search(
     named = experts_for(method, config, experts)
     reward = reward_named({"tiny-clip": 1.0} if rewards is None else rewards, gradient=method in GRADIENTS)
     at_least(1, num_inference_steps=num_inference_steps, budget=budget or 1, reward_budget=reward_budget or 1)
-    model = LatentModel(pipe, decode_batch=decode_batch, tiled=enable_vae_tiling)
+    model = LatentModel(pipe, embedded_guidance, decode_batch, enable_vae_tiling)
     adapter = Adapter(model, prompts, reward, height, width)
     levels = adapter.model.levels(num_inference_steps, height, width)
     guidance = prepared(pipe, guidance or CFG(), prompts, num_inference_steps)

@@ -22,7 +22,7 @@ from difftune.files.codec import decode, encode
 from difftune.pipelines import fingerprint, full_weights, lora
 from difftune.training import run_folder
 from difftune.training.network import DTYPES, ReferenceNetwork, TrainedNetwork
-from difftune.training.numbering import sample_numbers
+from difftune.training.numbering import sample_numbers, seed_of
 from difftune.training.optimizers import OPTIMIZERS, learning_rates
 from difftune.training.reward_statistics import PerPrompt
 from solvers.rollout.run import unchecked_gradients, watch_gradients, watching
@@ -58,7 +58,7 @@ class Training:
     skipped: int = 0  # of them and since, how many were not finite
     seen: PerPrompt = field(default_factory=PerPrompt)  # the rewards of each prompt, in all processes
     own: Kept = field(default_factory=keep_nothing)  # what a recipe gave `take_snapshot`, of the resumed state
-    generators: Randomness | None = None  # with which the first step of a resumed run begins
+    generators: Randomness | None = None  # with which the first step that is left begins
 
     @property
     def reference(self) -> ReferenceNetwork:
@@ -150,9 +150,17 @@ def begin_training(config: TrainingConfig, state: State | None, pipe: Any, refer
     average = None if config.ema_decay is None else Average(config.ema_decay, copy_tensors(weights))
     called, rate = TrainedNetwork(prepared, dtype), learning_rates(config)
     run = Training(config, pipe, accelerator, called, weights, optimizer, rate, average, base)
-    if state is not None:
+    if state is None:
+        run.generators = first_generators(config.seed, run.rank)
+    else:
         resume_training(run, state)
     return run
+
+
+def first_generators(seed: int, rank: int) -> Randomness:
+    """The global generators of a process before its first step: dropout and DRaFT-LV draw from them."""
+    with checkpoint.seeded_generators(seed_of(seed, rank, "generators")):
+        return checkpoint.randomness()
 
 
 def make_accelerator(mixed_precision: str) -> Accelerator:

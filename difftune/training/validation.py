@@ -122,7 +122,8 @@ def validate(validator: Validator, pipe: Any, state: State) -> Validation:
     size = config.train_batch_size
     try:
         with _average(pipe, state):
-            batches = generate_batches(pipe, prompts, seeds, validator.method, config.num_inference_steps, size)
+            steps, told = config.num_inference_steps, config.embedded_guidance
+            batches = generate_batches(pipe, prompts, seeds, validator.method, steps, size, embedded_guidance=told)
             images = torch.cat([batch.images for batch in batches])
             scorers = validator.scorers.items()
             means = {f"{name}_mean": _mean(scorer, images.to(pipe.device), prompts) for name, scorer in scorers}

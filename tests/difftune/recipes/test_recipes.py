@@ -41,6 +41,10 @@ NO_ROUNDS = ("alignprop", "draft", "refl", "drtune", "d3po", "pso")  # every ste
 NO_DROPOUT = ("ddpo", "d3po", "pso")  # a ratio of probabilities refuses it
 
 
+def dropout_of(name: str) -> float:
+    return 0.0 if name in NO_DROPOUT else 0.3
+
+
 def rounds(name: str, length: int) -> dict[str, int]:
     return {} if name in NO_ROUNDS else {"updates_per_round": length}
 
@@ -51,8 +55,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(name, tmp_path):
 
     A round of images is under way at the checkpoint, and another is made afterwards.
     """
-    dropout = 0.0 if name in NO_DROPOUT else 0.3
-    config = toy(name, tmp_path, max_train_steps=4, lora_dropout=dropout, ema_decay=0.9, **rounds(name, 3))
+    config = toy(name, tmp_path, max_train_steps=4, lora_dropout=dropout_of(name), ema_decay=0.9, **rounds(name, 3))
     torch.manual_seed(5)
     whole = final(name, config)
     torch.manual_seed(5)
@@ -65,6 +68,17 @@ def test_resumed_equals_uninterrupted_bit_for_bit(name, tmp_path):
     assert not different(whole, resumed)
     times = {"metrics": {}}
     assert {**json.loads(json.dumps(resumed.info)), **times} == {**json.loads(json.dumps(whole.info)), **times}
+
+
+@pytest.mark.parametrize("more", [{"low_variance_copies": 2}, {"lora_dropout": 0.3}], ids=["draft_lv", "dropout"])
+def test_the_seed_decides_what_the_global_generators_draw(more, tmp_path):
+    """They begin at the seed, whatever was drawn before, and another seed is another run."""
+    ends = []
+    for before, seed in ((1, 0), (2, 0), (1, 1)):
+        torch.manual_seed(before)
+        random.seed(before)
+        ends.append(final("draft", toy("draft", tmp_path, max_train_steps=1, seed=seed, **more)))
+    assert not different(ends[0], ends[1]) and different(ends[0], ends[2])
 
 
 LOADS: dict[str, dict[str, Any]] = {"alignprop": {}, "pso": {}, "dragon": {"objective": "vendi"}}
@@ -147,6 +161,38 @@ train_in_folder(RECIPES[name].config(**settings), pipe=pipelines.sd(), reward=Br
 """
 ROOT = str(Path(__file__).parents[3])
 ENVIRONMENT = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+TWICE = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from difftune.recipes import RECIPES, train
+from tests.support import pipelines
+from tests.support.toys import Bright
+for name, settings in json.loads(sys.argv[1]).items():
+    *_, (_, state) = train(RECIPES[name].config(**settings), None, pipelines.sd(), Bright())
+    torch.save(dict(state.tensors), f"{sys.argv[2]}/{name}.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_runs_from_nothing_in_two_processes_are_equal_bit_for_bit(tmp_path):
+    """Processes of other hashes and times; the rewards, dropout and DRaFT-LV draw from the global generators."""
+    more = {"draft": {"low_variance_copies": 2}}
+    settings = {
+        name: asdict(toy(name, tmp_path, max_train_steps=2, lora_dropout=dropout_of(name), **more.get(name, {})))
+        for name in RECIPES
+    }
+    for run in ("1", "2"):
+        (tmp_path / run).mkdir()
+        command = [sys.executable, "-c", TWICE, json.dumps(settings), str(tmp_path / run)]
+        subprocess.run(command, check=True, env=ENVIRONMENT | {"PYTHONHASHSEED": run}, stderr=subprocess.DEVNULL)
+    for name in RECIPES:
+        first, second = (torch.load(tmp_path / run / f"{name}.pt") for run in ("1", "2"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), name
 
 
 def command(name: str, config) -> list[str]:
