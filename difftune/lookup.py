@@ -67,24 +67,24 @@ def sampler_named(name: str) -> Step:
     return member("sampler", name, SAMPLERS)
 
 
-def reward_named(rewards: Rewards, gradient: bool = True) -> WeightedSum:
+def reward_named(reward: Rewards, gradient: bool = True) -> WeightedSum:
     """The rewards as one weighted sum, loaded: of ["NAME=WEIGHT", ...] or {name: weight}; a reward itself is a sum of
     one, under its class's name. Raises RewardError or UserError as `reward_weights` does."""
-    weights = reward_weights(rewards, gradient)
-    if isinstance(rewards, Sequence | Mapping):
+    weights = reward_weights(reward, gradient)
+    if isinstance(reward, Sequence | Mapping):
         return weighted(weights)
-    name = type(rewards).__name__
-    return rewards if isinstance(rewards, WeightedSum) else WeightedSum({name: rewards}, {name: 1.0})
+    name = type(reward).__name__
+    return reward if isinstance(reward, WeightedSum) else WeightedSum({name: reward}, {name: 1.0})
 
 
-def reward_weights(rewards: Rewards, gradient: bool = False) -> dict[str, float]:
+def reward_weights(reward: Rewards, gradient: bool = False) -> dict[str, float]:
     """The weights by name, if all are known, and differentiable if a `gradient` is needed; nothing is loaded. A reward
     itself has no name: {}."""
-    if not isinstance(rewards, Sequence | Mapping):
+    if not isinstance(reward, Sequence | Mapping):
         if gradient:
-            _refuse(type(rewards).__name__, rewards.differentiable)
+            _refuse(type(reward).__name__, reward.differentiable)
         return {}
-    weights = dict(rewards) if isinstance(rewards, Mapping) else parse_rewards(rewards)
+    weights = dict(reward) if isinstance(reward, Mapping) else parse_rewards(reward)
     for name in weights:
         able = entry(name).differentiable
         if gradient:

@@ -96,7 +96,7 @@ def budgets_of(run: Run, cost: int) -> dict[str, Any]:
     """What stops a run by itself; dts and dts-star are stopped by `improvements`."""
     if run.method == "samples":
         return {"reward_budget": max((run.nfe or 0) // cost, run.calls or 0)}
-    return {} if run.method in ANYTIME else {"budget": run.nfe, "reward_budget": run.calls}
+    return {} if run.method in ANYTIME else {"nfe_budget": run.nfe, "reward_budget": run.calls}
 
 
 def problem_of(run: Run, prompts: Sequence[str], setting: Setting) -> Problem:
@@ -360,7 +360,7 @@ def ring(seeds: Sequence[int], budget: int, steps: int = 20) -> Problem:
     def reward(x: Tensor, groups: Tensor) -> Tensor:
         return tilted.log_prob(x) - base.log_prob(x)
 
-    return Problem(levels, lambda groups: bind(base, {}), reward, (2,), seeds, budget=budget)
+    return Problem(levels, lambda groups: bind(base, {}), reward, (2,), seeds, nfe_budget=budget)
 
 
 def variations(name: str, seeds: Sequence[int], budget: int) -> Tensor:

@@ -105,6 +105,6 @@ class RenoConfig(Config):
     """How the path of each picture is shown."""
     checkpointing_steps: Count | None = None
     """Iterations between checkpoints. If not given: nothing is written before the end."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: Literal["latest"] | None = None
     """Go on from the output folder's newest checkpoint, exactly as if the run had not been interrupted: the word
     latest."""

@@ -1,7 +1,7 @@
 """The settings of search at inference."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from difftune.configs.fields import Config, documented
 from solvers.ranges import Count, NotNegative, Seed, Steps
@@ -24,7 +24,7 @@ class SearchConfig(Config):
     """Rewards to raise, as a weighted sum; a weight is 1 if not given. tds needs differentiable ones."""
     output_dir: str = "runs/search"
     """Folder of the result. It must be empty, unless the search is resumed."""
-    budget: Count = 800
+    nfe_budget: Count = 800
     """Network evaluations of each prompt, never exceeded; under CFG a step costs two."""
     reward_budget: Count | None = None
     """Reward calls of each prompt, never exceeded. If not given: no limit."""
@@ -52,11 +52,10 @@ class SearchConfig(Config):
     """Bytes of the device that the search may take, weights included, as in 6GiB. If not given: all rows run at
     once."""
     decode_batch: Count = 1
-    """Images that are decoded at a time: the decoder's memory does not grow with the
-    batch."""
+    """Images that are decoded at a time: the decoder's memory does not grow with the batch."""
     enable_vae_tiling: bool = False
     """Decode a picture larger than the VAE's tile in overlapping tiles, whose seams are blended: less memory, and not
     quite the same picture."""
-    resume: bool = False
-    """Go on with the search that the output folder holds, exactly as if it had not been interrupted; the budgets may be
-    larger than they were."""
+    resume_from_checkpoint: Literal["latest"] | None = None
+    """Go on with the search that the output folder holds, exactly as if it had not been interrupted: the word latest.
+    The budgets may be larger than they were."""

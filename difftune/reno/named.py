@@ -41,14 +41,14 @@ def sized(optimizer: Any, paper: Setting | None, dimension: int) -> Any:
     return replace(optimizer, learning_rate=paper.learning_rate if paper else learning_rate(dimension))
 
 
-def weights_over_ranges(rewards: Rewards) -> WeightedSum:
+def weights_over_ranges(reward: Rewards) -> WeightedSum:
     """The weighted sum where each reward is divided by the width of its nominal range.
 
     UserError for a reward without a name, or without a range.
     """
-    if not isinstance(rewards, Mapping):
+    if not isinstance(reward, Mapping):
         raise UserError("normalize goes by the rewards' nominal ranges: give the rewards by name")
-    return reward_named({name: weight / nominal_width(name) for name, weight in rewards.items()}, gradient=False)
+    return reward_named({name: weight / nominal_width(name) for name, weight in reward.items()}, gradient=False)
 
 
 def nominal_width(name: str) -> float:

@@ -5,7 +5,7 @@
 where K is minus the log density of |eps|, which is chi-distributed for Gaussian noise: it keeps the noise on the shell
 where the network has seen noise.
 
-    best = ReNO(pipe, rewards={"tiny-clip": 1.0}).optimize(["a red circle left of a blue square"], iterations=50)
+    best = ReNO(pipe, reward={"tiny-clip": 1.0}).optimize(["a red circle left of a blue square"], iterations=50)
     best.images, best.noises, best.rewards, best.history
 """
 
@@ -41,21 +41,21 @@ from solvers.samplers.catalogue import gaussian
 class ReNO(NoiseSettings):
     """Noise optimisation on a diffusers pipeline, which is left as it was.
 
-    rewards: weights by name, or a reward. held_out: a reward that is watched beside it and not optimised, and so needs
+    reward: weights by name, or a reward. held_out: a reward that is watched beside it and not optimised, and so needs
     no gradient. All other fields are those of `NoiseSettings`, given by keyword.
 
     Raises UserError for what is unknown, and for a reward without a gradient under an optimiser that needs it.
     """
 
     pipe: Any
-    rewards: Rewards
+    reward: Rewards
     held_out: Rewards | None = None
     progress: bool = True  # show a progress bar
 
     def __post_init__(self):
         super().__post_init__()
         if needs_gradient(self.update):
-            reward_weights(self.rewards, gradient=True)
+            reward_weights(self.reward, gradient=True)
 
     def optimize(
         self,
@@ -228,7 +228,7 @@ class ReNO(NoiseSettings):
         if start is not None:
             noise = started_at(start, noise)
         unknowns = Unknowns(self.variables, noise, embeddings(conds, noise))
-        reward = weights_over_ranges(self.rewards) if self.normalize else reward_named(self.rewards, gradient=False)
+        reward = weights_over_ranges(self.reward) if self.normalize else reward_named(self.reward, gradient=False)
         watched = None if self.held_out is None else reward_named(self.held_out, gradient=False)
         batch = len(prompts) * self.candidates
         whole = Plan(self.gradient or "checkpoint", batch, batch, decode_batch=self.decode_batch)

@@ -158,8 +158,6 @@ def check_names(config: RenoConfig) -> None:
         raise UserError(f"--start {config.start} is no file: give a noise.safetensors or a picture")
     if config.held_out is not None:
         entry(config.held_out)
-    if config.resume_from_checkpoint not in (None, "latest"):
-        raise UserError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: optimize knows 'latest' alone")
 
 
 # ------------------------------------------------------------------------------------------------ batches, checkpoints

@@ -61,7 +61,7 @@ def alive(problem: Problem, config: Any) -> int:
 
 def paid(problem: Problem, config: Any) -> int:
     """The samples, of all prompts, that the budgets pay for; without a budget, those of one run."""
-    if problem.budget is problem.reward_budget is None:
+    if problem.nfe_budget is problem.reward_budget is None:
         return alive(problem, config)
     return len(problem.seeds) * size_for(problem, None, problem.cost(), 1)
 

@@ -1,8 +1,8 @@
 """`difftune search`: its folder, saving and resuming. The search itself is `difftune.search_runs.search`.
 
 `state.safetensors` is one file that is replaced as a whole: tensors, and as its metadata the settings, the curve so far
-and what the method keeps in JSON. Killed at any time, a search goes on from it with `--resume` to the same result; one
-that has ended goes on with a larger budget.
+and what the method keeps in JSON. Killed at any time, a search goes on from it to the same result with
+`--resume_from_checkpoint latest`; one that has ended goes on with a larger budget.
 """
 
 import json
@@ -39,8 +39,9 @@ STATE, RESULT = "state.safetensors", "search.json"
 SAVE_SECONDS = 5.0  # between two savings
 DRAWN = 8  # prompts whose lineage is drawn
 THUMBNAILS = 8  # of finished samples below it
-FREE = {"output_dir", "resume"}  # what may differ between a search and its resumption
-BUDGETS = {"budget", "reward_budget"}  # what may grow
+FREE = {"output_dir", "resume_from_checkpoint"}  # what may differ between a search and its resumption
+FORMER = {"budget": "nfe_budget"}  # names of settings in files of earlier versions
+BUDGETS = {"nfe_budget", "reward_budget"}  # what may grow
 
 
 def run(
@@ -53,7 +54,7 @@ def run(
     check(config)
     say, began = show or processes.shown, time.perf_counter()
     with claimed(config.output_dir) as claim:
-        if claim.ended and config.resume:
+        if claim.ended and config.resume_from_checkpoint:
             say(f"{claim.path} was finished: nothing is left to do")
             return json.loads((claim.path / RESULT).read_text("utf-8"))
         claim.clear()
@@ -72,7 +73,7 @@ def check(config: SearchConfig) -> None:
         raise UserError("there is no prompt to search for: give at least one --prompt")
     settings = configured(config.method, settings_of(config))
     experts_for(config.method, settings, experts_of(config))
-    at_least(1, budget=config.budget, num_inference_steps=config.num_inference_steps)
+    at_least(1, nfe_budget=config.nfe_budget, num_inference_steps=config.num_inference_steps)
     guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
     model_named(config.model)
 
@@ -85,7 +86,7 @@ def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: 
         config.prompt,
         config.method,
         reward,
-        config.budget,
+        config.nfe_budget,
         config.seed,
         guidance=guidance_named(config.guidance, config.guidance_scale, config.guidance_options),
         experts=experts_of(config),
@@ -181,22 +182,30 @@ def comparable(config: SearchConfig) -> dict[str, Any]:
 def resumed(claim: Claim, config: SearchConfig) -> Earlier | None:
     """What the folder's state holds; None where a search begins, or was killed before it was first saved."""
     folder, held = claim.path, claim.held()
-    if held and not (config.resume and STATE in held):
+    if held and not (config.resume_from_checkpoint and STATE in held):
         raise UserError(f"{folder} holds another run ({held[0]}): nothing was written, choose another --output_dir")
     if not held:
         return None
     now = json.loads(json.dumps(comparable(config)))
-    if RESULT in held and json.loads((folder / RESULT).read_text())["settings"] == now:
+    if RESULT in held and settings_in(json.loads((folder / RESULT).read_text())) == now:
         raise UserError(
-            f"{folder} holds a finished search: there is nothing to resume, give a larger --budget or another "
+            f"{folder} holds a finished search: there is nothing to resume, give a larger --nfe_budget or another "
             "--output_dir"
         )
     tensors, about = read(folder / STATE)
+    before = settings_in(about)
     for name, value in now.items():
-        same_or_larger(folder, name, about["settings"].get(name), value)
+        same_or_larger(folder, name, before[name], value)
     return Earlier(
         Saved(tensors, about["info"]), [Point(*point) for point in about["history"]], about.get("model_digest")
     )
+
+
+def settings_in(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a state or a search.json was written with, by the names of today; the default for one that did
+    not exist yet."""
+    before = {FORMER.get(name, name): value for name, value in about["settings"].items()}
+    return {name: before.get(name, default) for name, default in comparable(SearchConfig()).items()}
 
 
 def same_or_larger(folder: Path, name: str, before: Any, now: Any) -> None:

@@ -2,10 +2,10 @@
 
     from difftune import search
 
-    best = search(pipe, prompts, method="dts-star", rewards={"tiny-clip": 1.0}, budget=800, seed=0).run()
+    best = search(pipe, prompts, method="dts-star", reward={"tiny-clip": 1.0}, nfe_budget=800, seed=0).run()
     best.images, best.rewards, best.nfe, best.reward_calls, best.history
 
-    for live in search(pipe, prompts, method="fk", rewards={"tiny-clip": 1.0}, budget=800):
+    for live in search(pipe, prompts, method="fk", reward={"tiny-clip": 1.0}, nfe_budget=800):
         ...                     # `live` has the same; stop whenever it is good enough
 
 What is searched is the law of the pipeline's own sampler with eta = 1 (flow models: its stochastic conversion), with
@@ -126,7 +126,7 @@ class Search:
                 yield self._last
 
     def _total(self) -> int | None:
-        return None if self.problem.budget is None else self.problem.budget * len(self.problem.seeds)
+        return None if self.problem.nfe_budget is None else self.problem.nfe_budget * len(self.problem.seeds)
 
     def _unwatched(self) -> Iterator[State]:
         """The states; while a step runs, and only then, no parameter asks for a gradient."""
@@ -158,8 +158,8 @@ def search(
     pipe: Any,
     prompts: str | Sequence[str],
     method: str = "dts-star",
-    rewards: Mapping[str, float] | Reward | None = None,
-    budget: int | None = 800,
+    reward: Mapping[str, float] | Reward | None = None,
+    nfe_budget: int | None = 800,
     seed: int = 0,
     *,
     guidance: Guidance | None = None,
@@ -181,8 +181,8 @@ def search(
 ) -> Search:
     """A search for images of high reward, one for each prompt: to be `run`, or to be iterated.
 
-    method: of `SEARCHES`; `settings` are its config's. rewards: weights by name ({"tiny-clip": 1.0}, the default), or a
-    reward. budget, reward_budget: network evaluations and reward calls of each prompt, never exceeded; None is no
+    method: of `SEARCHES`; `settings` are its config's. reward: weights by name ({"tiny-clip": 1.0}, the default), or a
+    reward. nfe_budget, reward_budget: network evaluations and reward calls of each prompt, never exceeded; None is no
     limit. seed: the i-th prompt's randomness is that of seed + i, whichever run beside it. guidance: inside the search;
     CFG() by default. experts: of fkc, beside "cond" and "uncond": prompts, or an `Expert` with a pipeline of its own,
     by the names that `exponents` has. eta: 1 is DDPM; 0, DDIM, is for best-of-n and importance alone.
@@ -198,8 +198,8 @@ def search(
         raise UserError("the list of prompts is empty: give at least one")
     config = configured(method, settings)
     named = experts_for(method, config, experts)
-    reward = reward_named({"tiny-clip": 1.0} if rewards is None else rewards, gradient=method in GRADIENTS)
-    at_least(1, num_inference_steps=num_inference_steps, budget=budget or 1, reward_budget=reward_budget or 1)
+    reward = reward_named({"tiny-clip": 1.0} if reward is None else reward, gradient=method in GRADIENTS)
+    at_least(1, num_inference_steps=num_inference_steps, nfe_budget=nfe_budget or 1, reward_budget=reward_budget or 1)
     model = LatentModel(pipe, embedded_guidance, decode_batch, enable_vae_tiling)
     adapter = Adapter(model, prompts, reward, height, width)
     levels = adapter.model.levels(num_inference_steps, height, width)
@@ -208,7 +208,7 @@ def search(
     problem = adapter.problem(levels, guidance, negative_prompts, seed, eta)
     if eta == 0 and method not in ("best-of-n", "importance"):
         problem.needs_noise(method)
-    problem.budget, problem.reward_budget = budget, reward_budget
+    problem.nfe_budget, problem.reward_budget = nfe_budget, reward_budget
     problem.micro_batch = micro_batch
     if micro_batch is None and memory_budget is not None:
         problem.micro_batch = rows_within(memory_budget, adapter, problem, config, method in GRADIENTS)

@@ -138,7 +138,7 @@ def dts_star(problem: Problem, config: DTSStar | None = None, saved: Saved | Non
 
 def images(problem: Problem) -> int | None:
     """The whole rollouts of each tree that the budgets pay for; None without a budget."""
-    budgets = ((problem.budget, problem.cost()), (problem.reward_budget, 1))
+    budgets = ((problem.nfe_budget, problem.cost()), (problem.reward_budget, 1))
     return min((budget // cost for budget, cost in budgets if budget is not None), default=None)
 
 
@@ -174,7 +174,7 @@ def _grown(forest: "Forest", saved: Saved | None) -> Iterator[State]:
         problem = forest.problem
         raise UserError(
             f"one rollout costs {problem.cost()} NFEs and a reward call: more than the budget "
-            f"({problem.budget} NFEs, {problem.reward_budget} reward calls)"
+            f"({problem.nfe_budget} NFEs, {problem.reward_budget} reward calls)"
         )
 
 

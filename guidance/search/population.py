@@ -79,7 +79,7 @@ def size_for(problem: Problem, particles: int | None, nfe: int, reward_calls: in
     """K of a run: `particles`, or else as many as the budgets pay for at once."""
     if particles is not None:
         return particles
-    budgets = ((problem.budget, nfe), (problem.reward_budget, reward_calls))
+    budgets = ((problem.nfe_budget, nfe), (problem.reward_budget, reward_calls))
     paid = [budget // cost for budget, cost in budgets if budget is not None and cost]
     return max(1, min(paid)) if paid else UNPAID
 
@@ -113,7 +113,7 @@ def _states(problem: Problem, kind: Kind, record: Record, population: Population
 def next_run(problem: Problem, kind: Kind, record: Record) -> Population | None:
     """Particles at the first level, for all groups that can pay for them; None where no group can."""
     first = not bool(record.begun.any())
-    if not first and problem.budget is None and problem.reward_budget is None:
+    if not first and problem.nfe_budget is None and problem.reward_budget is None:
         return None
     for size in kind.sizes:
         groups = problem.affords(size * kind.nfe, size * kind.reward_calls).nonzero()[:, 0]
@@ -126,7 +126,7 @@ def next_run(problem: Problem, kind: Kind, record: Record) -> Population | None:
         least = min(kind.sizes)
         raise UserError(
             f"{kind.name} with {least} particles costs up to {least * kind.nfe} NFEs and {least * kind.reward_calls} "
-            f"reward calls: more than the budget ({problem.budget} NFEs, {problem.reward_budget} reward calls)"
+            f"reward calls: more than the budget ({problem.nfe_budget} NFEs, {problem.reward_budget} reward calls)"
         )
     return None
 

@@ -125,7 +125,7 @@ class Problem:
     seeds: one per group. eta: 1 is DDPM, 0 DDIM, which most methods refuse. costs: the most NFEs that a row needs at
     each step; 1 by default. experts: unguided predictions by name, for methods that combine them on their own.
     start_scale: what multiplies the unit noise at the first level; its sigma by default, which is not every pipeline's.
-    budget, reward_budget: NFEs and reward calls of each group, never exceeded. micro_batch: rows at a time.
+    nfe_budget, reward_budget: NFEs and reward calls of each group, never exceeded. micro_batch: rows at a time.
 
     Raises ValueError for levels, seeds, costs or an eta that cannot be.
     """
@@ -138,7 +138,7 @@ class Problem:
     eta: float = 1.0
     costs: Sequence[int] = ()
     experts: Mapping[str, PredictOf] = field(default_factory=dict)
-    budget: int | None = None
+    nfe_budget: int | None = None
     reward_budget: int | None = None
     micro_batch: int | None = None
     device: torch.device | str = "cpu"
@@ -178,8 +178,8 @@ class Problem:
     def affords(self, nfe: int, reward_calls: int = 0) -> Tensor:
         """(G,) bool: the groups whose budgets hold that much more."""
         fits = torch.ones(len(self.seeds), dtype=torch.bool)
-        if self.budget is not None:
-            fits &= self.spent.nfe + nfe <= self.budget
+        if self.nfe_budget is not None:
+            fits &= self.spent.nfe + nfe <= self.nfe_budget
         if self.reward_budget is not None:
             fits &= self.spent.reward_calls + reward_calls <= self.reward_budget
         return fits
@@ -275,7 +275,7 @@ class Problem:
         each = torch.ones((), dtype=torch.int64)
         if isinstance(predict, GuidedPredict) and isinstance(predict.counter, RowCounter):
             each = predict.counter.each
-        self._spend("nfe", groups, each, self.budget)
+        self._spend("nfe", groups, each, self.nfe_budget)
         return prediction
 
     def _score(self, x0: Tensor, groups: Tensor) -> Tensor:

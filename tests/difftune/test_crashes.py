@@ -65,8 +65,10 @@ def optimized(out: Path, resume: bool) -> None:
 
 
 def searched(out: Path, resume: bool) -> None:
-    config = SearchConfig("best-of-n", ["red"], "tiny", ["brightness"], budget=8, num_inference_steps=2)
-    config = replace(config, output_dir=str(out), resume=resume, guidance_scale=2.0)
+    config = SearchConfig("best-of-n", ["red"], "tiny", ["brightness"], nfe_budget=8, num_inference_steps=2)
+    config = replace(
+        config, output_dir=str(out), resume_from_checkpoint="latest" if resume else None, guidance_scale=2.0
+    )
     search.run(config, quiet, pipelines.sd())
 
 
@@ -242,8 +244,13 @@ def rewarded(name: str, out: Path, reward: Stays, resume: bool) -> None:
         config = RenoConfig(["red"], reward=["brightness"], iterations=3, checkpointing_steps=50, output_dir=str(out))
         reno.run(replace(config, resume_from_checkpoint=word), quiet, pipelines.sd(), reward)
     if name == "search":
-        config = SearchConfig("dts", ["red"], "tiny", ["brightness"], budget=40, num_inference_steps=5)
-        search.run(replace(config, output_dir=str(out), resume=resume), quiet, pipelines.sd(), reward)
+        config = SearchConfig("dts", ["red"], "tiny", ["brightness"], nfe_budget=40, num_inference_steps=5)
+        search.run(
+            replace(config, output_dir=str(out), resume_from_checkpoint="latest" if resume else None),
+            quiet,
+            pipelines.sd(),
+            reward,
+        )
 
 
 @pytest.mark.parametrize("name", ["train", "optimize", "search"])
@@ -281,7 +288,7 @@ def test_a_command_that_fails_before_it_has_something_leaves_nothing(name, deep,
     commands = {
         "train": lambda: train_in_folder(short(AlignPropConfig, out), quiet, pipe, Fails()),
         "optimize": lambda: reno.run(short(RenoConfig, out, prompt=["red"]), quiet, pipe, Fails()),
-        "search": lambda: search.run(SearchConfig("fk", ["red"], nothing, budget=8, output_dir=str(out)), quiet),
+        "search": lambda: search.run(SearchConfig("fk", ["red"], nothing, nfe_budget=8, output_dir=str(out)), quiet),
         "sample": lambda: generate(nothing, ["red"], out),
         "eval": lambda: shapeeval.run(nothing, output_dir=str(out)),
         "compare": lambda: compare.run(nothing, ["cfg"], ["red"], out),

@@ -37,7 +37,7 @@ class Chain(Problem):
         return Path(entered(FIRST.expand(n, -1), self.noise(group, *key, n=n)))
 
     def predicted(self, path: Path, i: int, groups: Tensor, expert: str | None = None) -> Prediction:
-        self._spend("nfe", groups, torch.ones((), dtype=torch.int64), self.budget)
+        self._spend("nfe", groups, torch.ones((), dtype=torch.int64), self.nfe_budget)
         expected = MATRICES[i] @ REWARDS
         estimate = torch.stack([path.x[:, 0], expected[path.x[:, 0].long()]], 1)
         return Prediction(estimate, path.x)

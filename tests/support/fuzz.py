@@ -151,7 +151,7 @@ class Fuzzer:
         yield "score", ["score", "--reward", "brightness", "--", str(self.picture)]
         short = [*model, "--reward", "brightness", "--output_dir", "OUT"]
         yield "optimize", ["optimize", *short, "--prompt", "red", "--iterations", "2"]
-        yield "search", ["search", "best-of-n", *short, "--prompt", "red", "--budget", "20"]
+        yield "search", ["search", "best-of-n", *short, "--prompt", "red", "--nfe_budget", "20"]
         for name in cli.commands["train"].commands:  # type: ignore[attr-defined]
             steps = ["--model", str(self.model), "--num_inference_steps", "4"]
             yield f"train {name}", ["train", name, *steps, "--reward", "brightness", "--output_dir", "OUT"]

@@ -115,12 +115,14 @@ def test_noise_optimisation_is_not_resumed_on_other_weights(model, tmp_path):
 
 def test_a_search_is_not_resumed_on_other_weights(model, tmp_path):
     config = SearchConfig(
-        "best-of-n", ["red circle"], str(model), output_dir=str(tmp_path / "out"), budget=6, num_inference_steps=3
+        "best-of-n", ["red circle"], str(model), output_dir=str(tmp_path / "out"), nfe_budget=6, num_inference_steps=3
     )
     search.run(config, [].append, models.load(model), Brightness())
     retrain(model)
     with pytest.raises(UserError, match=OTHER):
-        search.run(replace(config, budget=12, resume=True), [].append, models.load(model), Brightness())
+        search.run(
+            replace(config, nfe_budget=12, resume_from_checkpoint="latest"), [].append, models.load(model), Brightness()
+        )
 
 
 def test_a_baseline_of_other_weights_is_named(model, tmp_path, capsys):

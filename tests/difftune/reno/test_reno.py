@@ -64,8 +64,8 @@ class Steps:
         return Linear()(images, prompts).detach().round()
 
 
-def quiet(pipe, rewards=None, **options) -> ReNO:
-    return ReNO(pipe, rewards or Linear(), progress=False, **options)
+def quiet(pipe, reward=None, **options) -> ReNO:
+    return ReNO(pipe, reward or Linear(), progress=False, **options)
 
 
 def optional(name):
@@ -542,7 +542,7 @@ def test_the_issues_lines_run_as_they_stand(pipe, monkeypatch):
 
     made = {}
     monkeypatch.setattr("rewards.compose.load", lambda name: made.setdefault(name, Linear()))
-    reno = ReNO(pipe, rewards={"hps-v2.1": 5.0, "imagereward": 1.0, "clip": 0.01, "pickscore": 0.05})
+    reno = ReNO(pipe, reward={"hps-v2.1": 5.0, "imagereward": 1.0, "clip": 0.01, "pickscore": 0.05})
     best = reno.optimize(["a red circle left of a blue square"], iterations=3, seed=0)
     assert best.images.shape == (1, 3, 16, 16) and best.noises.shape == (1, 4, 8, 8)
     assert len(best.history) == 3 and best.rewards.item() >= best.history[0].total.item()
@@ -669,8 +669,8 @@ def test_a_gradient_that_is_not_finite_names_its_prompt_and_its_step(pipe, gradi
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"rewards": {"jpeg": 1.0}}, "'jpeg' is not differentiable.*brightness"),
-        ({"rewards": {"tiny-clap": 1.0}}, "did you mean 'tiny-clip'"),
+        ({"reward": {"jpeg": 1.0}}, "'jpeg' is not differentiable.*brightness"),
+        ({"reward": {"tiny-clap": 1.0}}, "did you mean 'tiny-clip'"),
         ({"gradient": "truncated:2"}, "1 to 1"),
         ({"optimizer": "adm"}, "did you mean 'adam'"),
         ({"regularizer": "xi"}, "no regularizer 'xi'; known: chi, dno, spectral"),
@@ -680,7 +680,7 @@ def test_a_gradient_that_is_not_finite_names_its_prompt_and_its_step(pipe, gradi
 )
 def test_what_cannot_be_is_refused_by_name(pipe, options, what):
     with pytest.raises(ValueError, match=what) as error:
-        ReNO(pipe, **{"rewards": {"brightness": 1.0}, **options})
+        ReNO(pipe, **{"reward": {"brightness": 1.0}, **options})
     assert "\n" not in str(error.value)
 
 

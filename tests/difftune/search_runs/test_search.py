@@ -81,10 +81,10 @@ def pipe():
     return pipelines.sd()
 
 
-def searched(pipe, prompts=PROMPTS, method="fk", budget=48, **options) -> Search:
+def searched(pipe, prompts=PROMPTS, method="fk", nfe_budget=48, **options) -> Search:
     """A search of three steps: 6 NFEs a particle under CFG."""
     settings = {"num_inference_steps": 3, "progress": False, **PARTICLES.get(method, {}), **options}
-    return search(pipe, prompts, method, settings.pop("rewards", Left()), budget, **settings)
+    return search(pipe, prompts, method, settings.pop("reward", Left()), nfe_budget, **settings)
 
 
 # ------------------------------------------------------------------------------------------------ results and counts
@@ -110,7 +110,7 @@ def test_the_image_has_the_reward_that_is_said(pipe):
 
 def test_a_search_is_followed_live_and_left(pipe):
     seen = []
-    for live in searched(pipe, method="best-of-n", particles=1, budget=600):
+    for live in searched(pipe, method="best-of-n", particles=1, nfe_budget=600):
         seen.append(live.rewards)
         if live.rewards.min() > -torch.inf and live.nfe.max() >= 18:
             break
@@ -128,14 +128,14 @@ def test_the_progress_bar_says_the_best_so_far_and_counts(pipe, monkeypatch):
         return tqdm(**{**options, "disable": False, "file": text, "mininterval": 0, "ncols": 200})
 
     monkeypatch.setattr(searching, "tqdm", bar)
-    seen = list(searched(pipe, method="best-of-n", particles=1, budget=18, progress=True))
+    seen = list(searched(pipe, method="best-of-n", particles=1, nfe_budget=18, progress=True))
     said = re.compile(r"(\d+)/36 [^\r]*?(?:best reward=(-?[\d.]+), )?reward calls=(\d+)\]")
     shown = [(int(nfe), reward, int(calls)) for nfe, reward, calls in said.findall(text.getvalue())]
     best = ["" if live.rewards.min() == -torch.inf else f"{live.rewards.mean():.4f}" for live in seen]
     want = [(int(live.nfe.sum()), mean, int(live.reward_calls.sum())) for live, mean in zip(seen, best, strict=True)]
     assert shown[: len(want)] == want
     assert best[:2] == ["", ""] and len({*best}) > 2 and want[-1] == (36, best[-1], 6)
-    searched(pipe, method="best-of-n", budget=6).run()
+    searched(pipe, method="best-of-n", nfe_budget=6).run()
     assert made == [None, True]
 
 
@@ -169,7 +169,7 @@ def test_particles_run_over_sdxl_and_over_flows(make):
     """A flow model's sampler is made stochastic: one particle's descendants differ."""
     pipe = make()
     early = {"start": 0.0, "stop": 0.0, "threshold": None, "inverse_temperature": 5.0}
-    found = searched(pipe, budget=24, particles=4, **early).run()
+    found = searched(pipe, nfe_budget=24, particles=4, **early).run()
     weighted = found.state.weighted()
     assert found.rewards.isfinite().all()
     assert found.nfe.tolist() == [24, 24]
@@ -180,14 +180,14 @@ def test_particles_run_over_sdxl_and_over_flows(make):
 def test_every_method_runs_over_sdxl_and_over_flows(make):
     pipe = make()
     for method in SEARCHES:
-        found = searched(pipe, method=method, budget=24).run()
+        found = searched(pipe, method=method, nfe_budget=24).run()
         torch.testing.assert_close(Left()(found.images, PROMPTS).double(), found.rewards, rtol=1e-3, atol=1e-3)
         assert all(12 < nfe <= 24 for nfe in found.nfe.tolist())
 
 
 def test_fkc_over_a_pipeline_weighs_what_its_guidance_stands_for(pipe):
     """CFG(3) is the exponents 3 and -2; in an empty interval nobody is weighed."""
-    everywhere = {"method": "fkc", "guidance": CFG(3.0), "start": 0.0, "stop": 1.0, "budget": 24}
+    everywhere = {"method": "fkc", "guidance": CFG(3.0), "start": 0.0, "stop": 1.0, "nfe_budget": 24}
     read, named = (searched(pipe, **everywhere, **o).run() for o in ({}, {"exponents": {"cond": 3, "uncond": -2}}))
     assert read.latents.equal(named.latents) and read.nfe.tolist() == [24, 24] and read.reward_calls.tolist() == [4, 4]
     assert len(read.state.weighted().log_weight.unique()) > 2
@@ -196,7 +196,7 @@ def test_fkc_over_a_pipeline_weighs_what_its_guidance_stands_for(pipe):
 
 def test_fkc_multiplies_two_prompts(pipe):
     """The second one stands where the negative prompt does; their order does not matter."""
-    product = {"method": "fkc", "exponents": {"cond": 1.0, "uncond": 1.0}, "budget": 24, "start": 0.0, "stop": 1.0}
+    product = {"method": "fkc", "exponents": {"cond": 1.0, "uncond": 1.0}, "nfe_budget": 24, "start": 0.0, "stop": 1.0}
     one = searched(pipe, PROMPTS[:1], **product, negative_prompts=PROMPTS[1]).run()
     other = searched(pipe, PROMPTS[1:], **product, negative_prompts=PROMPTS[0]).run()
     torch.testing.assert_close(one.latents, other.latents, rtol=1e-4, atol=1e-4)
@@ -210,7 +210,7 @@ EVERYWHERE = {"method": "fkc", "particles": 4, "start": 0.0, "stop": 1.0}
 def multiplied(pipe, experts, exponents, prompts=PROMPTS, **options):
     """Four particles of each prompt, weighed at every step: 12 NFEs an expert."""
     return searched(
-        pipe, prompts, budget=12 * len(exponents), **EVERYWHERE, experts=experts, exponents=exponents, **options
+        pipe, prompts, nfe_budget=12 * len(exponents), **EVERYWHERE, experts=experts, exponents=exponents, **options
     )
 
 
@@ -342,7 +342,7 @@ def test_a_flow_may_take_part_in_a_search_of_a_diffusion_but_not_the_other_way_r
 
 def test_a_second_prompt_on_the_command_line(pipe, tmp_path):
     settings = [f"{name}={value}" for name, value in EVERYWHERE.items() if name != "method"]
-    given = {"budget": 24, "setting": [*settings, "exponents=cond:.9,other:.6"], "expert": ["other=a = b"]}
+    given = {"nfe_budget": 24, "setting": [*settings, "exponents=cond:.9,other:.6"], "expert": ["other=a = b"]}
     found = run(pipe, config(tmp_path / "out", "fkc", **given))
     want = multiplied(pipe, {"other": "a = b"}, {"cond": 0.9, "other": 0.6})
     assert found["reward"] == pytest.approx(float(want.run().rewards.mean()), rel=1e-4) and found["nfe"] == 24
@@ -356,8 +356,8 @@ def test_exponents_are_given_on_the_command_line():
 
 def test_the_gradient_raises_the_reward_and_leaves_the_pipeline_alone(pipe):
     before = [p.requires_grad for p in pipe.unet.parameters()]
-    plain = searched(pipe, method="importance", budget=24)
-    tilted = searched(pipe, method="tds", budget=24, inverse_temperature=0.3)
+    plain = searched(pipe, method="importance", nfe_budget=24)
+    tilted = searched(pipe, method="tds", nfe_budget=24, inverse_temperature=0.3)
     assert tilted.run().state.weighted().reward.mean() > plain.run().state.weighted().reward.mean()
     assert [p.requires_grad for p in pipe.unet.parameters()] == before
     assert all(p.grad is None for p in pipe.unet.parameters())
@@ -373,7 +373,7 @@ def test_the_gradient_raises_the_reward_and_leaves_the_pipeline_alone(pipe):
     ],
 )
 def test_the_most_that_guidance_may_cost_is_known_beforehand(pipe, guidance, want):
-    found = searched(pipe, method="best-of-n", guidance=guidance, budget=sum(want))
+    found = searched(pipe, method="best-of-n", guidance=guidance, nfe_budget=sum(want))
     assert list(found.problem.costs) == want
     assert found.run().nfe.max() <= sum(want)
 
@@ -386,7 +386,9 @@ def test_a_search_encodes_its_prompts_and_its_negatives_once(pipe, name):
     """Before it begins, however many steps and micro-batches there are: prompts, negatives, and those of the method."""
     texts = []
     hook = pipe.text_encoder.register_forward_hook(lambda module, args, out: texts.append(len(args[0])))
-    found = searched(pipe, method="best-of-n", guidance=NEGATIVE[name], budget=48, micro_batch=1, negative_prompts="x")
+    found = searched(
+        pipe, method="best-of-n", guidance=NEGATIVE[name], nfe_budget=48, micro_batch=1, negative_prompts="x"
+    )
     begun = list(texts)
     nfe = found.run().nfe
     hook.remove()
@@ -402,7 +404,7 @@ def test_a_method_s_scorer_is_loaded_once_and_told_the_prompts_of_its_rows(pipe,
 
     monkeypatch.setattr(method_parts, "load", load)
     guidance = DynamicCFG(scorers=("any",), candidates=(1.0, 3.0))
-    found = searched(pipe, method="best-of-n", guidance=guidance, budget=24, micro_batch=1).run()
+    found = searched(pipe, method="best-of-n", guidance=guidance, nfe_budget=24, micro_batch=1).run()
     assert loaded == ["any"] and found.rewards.isfinite().all()
     assert {tuple(prompts) for prompts in asked} == {("red circle",), ("blue square",)}
 
@@ -414,8 +416,8 @@ def test_a_prompt_that_the_guidance_cannot_serve_is_refused_before_anything_runs
 
 
 def test_guidance_by_noise_level_reaches_the_search(pipe):
-    inside = searched(pipe, method="best-of-n", budget=6, guidance=CFG(Between(3.0, 0.0, 1e-9, 1.0)))
-    plain = searched(pipe, method="best-of-n", budget=3, guidance=Plain())
+    inside = searched(pipe, method="best-of-n", nfe_budget=6, guidance=CFG(Between(3.0, 0.0, 1e-9, 1.0)))
+    plain = searched(pipe, method="best-of-n", nfe_budget=3, guidance=Plain())
     torch.testing.assert_close(inside.run().latents, plain.run().latents, rtol=1e-4, atol=1e-4)
 
 
@@ -425,10 +427,10 @@ def test_a_memory_budget_sets_the_rows_at_a_time(pipe):
         searched(pipe, memory_budget="1kB")
     adapter = Adapter(LatentModel(pipe), PROMPTS, reward_named(Left(), gradient=False))
     problem = adapter.problem(LatentModel(pipe).levels(3), CFG(5.0))
-    problem.budget = 48
+    problem.nfe_budget = 48
     small, large = (rows_within(budget, adapter, problem, FK(), False) for budget in ("3MiB", "300MiB"))
     assert 1 <= small < large
-    problem.budget = 6 * 10_000
+    problem.nfe_budget = 6 * 10_000
     assert rows_within("300MiB", adapter, problem, FK(), False) < large
     with pytest.raises(UserError, match=r"one row at a time takes .*, with the model and the 20000 samples"):
         rows_within("3MiB", adapter, problem, FK(), False)
@@ -449,7 +451,7 @@ def test_kept_samples_are_no_more_than_what_the_memory_budget_counts(method):
     reward = lambda x, groups: x.mean(dim=(1, 2, 3))  # noqa: E731
     experts = {name: echoing for name in ("cond", "uncond")} if method == "fkc" else {}
     problem = Problem(grid(flow, 4, 0.98, 0.0), echoing, reward, shape, (0, 1), experts=experts, micro_batch=rows)
-    problem.budget = 4 * 40
+    problem.nfe_budget = 4 * 40
     config = SEARCHES[method].config(**{"exponents": {"cond": 2.0, "uncond": -1.0}} if method == "fkc" else {})
     config = replace(config, branches=4) if method.startswith("dts") else config
     counted = kept(problem, config, echoing(None)(problem.start(0, 0), None), method in GRADIENTS)
@@ -472,10 +474,10 @@ def test_kept_samples_are_no_more_than_what_the_memory_budget_counts(method):
         ({"particles": 0}, "particles is 0"),
         ({"eta": 0.0}, "fk needs a stochastic sampler: with eta = 0"),
         ({"eta": 2.0}, "eta is 2.0"),
-        ({"budget": 5}, "fk with 1 particles costs up to 6 NFEs"),
+        ({"nfe_budget": 5}, "fk with 1 particles costs up to 6 NFEs"),
         ({"prompts": []}, "the list of prompts is empty"),
-        ({"rewards": {"nothing": 1.0}}, "no reward 'nothing'"),
-        ({"method": "tds", "rewards": {"jpeg-size": 1.0}}, "not differentiable|no reward"),
+        ({"reward": {"nothing": 1.0}}, "no reward 'nothing'"),
+        ({"method": "tds", "reward": {"jpeg-size": 1.0}}, "not differentiable|no reward"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(pipe, options, sentence):
@@ -492,7 +494,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(pipe, options, sentence)
 
 def config(folder, method="fk", **options) -> SearchConfig:
     settings = [f"{key}={value}" for key, value in PARTICLES.get(method, {}).items()]
-    given = {"budget": 24, "num_inference_steps": 3, "setting": settings, **options}
+    given = {"nfe_budget": 24, "num_inference_steps": 3, "setting": settings, **options}
     return SearchConfig(method, PROMPTS, "tiny", output_dir=str(folder), **given)
 
 
@@ -547,7 +549,7 @@ def test_killed_and_resumed_a_search_ends_as_if_it_had_not_been(pipe, method, af
     monkeypatch.setattr(command, "write", write)
     assert [file.name for file in (tmp_path / "killed").iterdir()] == ["state.safetensors"]
     with asked(pipe) as again:
-        found = run(pipe, replace(config(tmp_path / "killed", method), resume=True))
+        found = run(pipe, replace(config(tmp_path / "killed", method), resume_from_checkpoint="latest"))
     for i, pair in enumerate(zip(before[len(before) - len(again) :], again, strict=True)):
         for kind, (mine, other) in zip(
             ("asked something else", "answered otherwise"), zip(*pair, strict=True), strict=True
@@ -560,20 +562,38 @@ def test_killed_and_resumed_a_search_ends_as_if_it_had_not_been(pipe, method, af
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
 
 
+def test_a_state_that_has_the_former_name_of_the_budget_is_resumed(pipe, tmp_path, monkeypatch):
+    former = {"nfe_budget": "budget"}
+    written = command.comparable
+
+    def comparable(config):
+        kept = {former.get(name, name): value for name, value in written(config).items() if name != "decode_batch"}
+        return {**kept, "resume": False}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "comparable", comparable)
+        run(pipe, config(tmp_path / "out", "best-of-n"))
+    assert json.loads((tmp_path / "out/search.json").read_text())["settings"]["budget"] == 24
+    with pytest.raises(UserError, match="holds a finished search"):
+        run(pipe, config(tmp_path / "out", "best-of-n", resume_from_checkpoint="latest"))
+    again = run(pipe, config(tmp_path / "out", "best-of-n", nfe_budget=48, resume_from_checkpoint="latest"))
+    assert again["settings"]["nfe_budget"] == 48 and again["nfe"] > 40
+
+
 @pytest.mark.parametrize("method", ["dts-star", "best-of-n"])
 def test_with_a_larger_budget_a_finished_search_goes_on(pipe, method, tmp_path):
-    want = run(pipe, config(tmp_path / "whole", method, budget=48))
+    want = run(pipe, config(tmp_path / "whole", method, nfe_budget=48))
     first = run(pipe, config(tmp_path / "grown", method))
-    found = run(pipe, config(tmp_path / "grown", method, budget=48, resume=True))
+    found = run(pipe, config(tmp_path / "grown", method, nfe_budget=48, resume_from_checkpoint="latest"))
     for mine, other in zip(found["prompts"], want["prompts"], strict=True):
         assert mine == {**other, "reward": pytest.approx(other["reward"], rel=1e-4)}  # of other batches
     assert all(p["nfe"] <= 24 for p in first["prompts"]) and found["settings"] == want["settings"]
     assert all(p["nfe"] > 40 for p in found["prompts"])
     assert found["history"][: len(first["history"]) - 1] == first["history"][:-1]
-    with pytest.raises(UserError, match="holds a finished search: .* give a larger --budget"):
-        run(pipe, config(tmp_path / "grown", method, budget=48, resume=True))
-    with pytest.raises(UserError, match="made with budget=48, not 24: resume with that or more"):
-        run(pipe, config(tmp_path / "grown", method, resume=True))
+    with pytest.raises(UserError, match="holds a finished search: .* give a larger --nfe_budget"):
+        run(pipe, config(tmp_path / "grown", method, nfe_budget=48, resume_from_checkpoint="latest"))
+    with pytest.raises(UserError, match="made with nfe_budget=48, not 24: resume with that or more"):
+        run(pipe, config(tmp_path / "grown", method, resume_from_checkpoint="latest"))
 
 
 def test_a_population_that_its_budget_sized_is_not_gone_on_with_under_another(pipe, tmp_path):
@@ -581,7 +601,7 @@ def test_a_population_that_its_budget_sized_is_not_gone_on_with_under_another(pi
     with pytest.raises(
         UserError, match="the saved fk has runs of 4 particles, and this one of 8: a population cannot grow"
     ):
-        run(pipe, config(tmp_path / "out", budget=48, resume=True))
+        run(pipe, config(tmp_path / "out", nfe_budget=48, resume_from_checkpoint="latest"))
 
 
 def test_killed_while_results_are_written_it_resumes_at_the_end(pipe, tmp_path, monkeypatch):
@@ -590,7 +610,7 @@ def test_killed_while_results_are_written_it_resumes_at_the_end(pipe, tmp_path, 
         run(pipe, config(tmp_path / "a"))
     monkeypatch.undo()
     hook = pipe.unet.register_forward_hook(lambda *args: pytest.fail("the network ran"))
-    found = run(pipe, replace(config(tmp_path / "a"), resume=True))
+    found = run(pipe, replace(config(tmp_path / "a"), resume_from_checkpoint="latest"))
     hook.remove()
     whole = run(pipe, config(tmp_path / "b"))
     assert (found["prompts"], found["history"]) == (whole["prompts"], whole["history"])  # the last point is there once
@@ -612,7 +632,7 @@ def test_what_is_written(pipe, tmp_path):
     with pytest.raises(UserError, match="holds another run"):
         run(pipe, config(tmp_path / "out"))
     with pytest.raises(UserError, match="holds a finished search"):
-        run(pipe, replace(config(tmp_path / "out"), resume=True))
+        run(pipe, replace(config(tmp_path / "out"), resume_from_checkpoint="latest"))
 
 
 def test_a_state_of_other_settings_or_a_damaged_one_is_refused(pipe, tmp_path, monkeypatch):
@@ -620,11 +640,11 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(pipe, tmp_path, m
     with pytest.raises(Killed):
         run(pipe, config(tmp_path / "out"))
     with pytest.raises(UserError, match="was made with seed=0, not 3: resume with that"):
-        run(pipe, config(tmp_path / "out", resume=True, seed=3))
+        run(pipe, config(tmp_path / "out", resume_from_checkpoint="latest", seed=3))
     state = tmp_path / "out" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-40])
     with pytest.raises(RunError, match="cannot be resumed from"):
-        run(pipe, config(tmp_path / "out", resume=True))
+        run(pipe, config(tmp_path / "out", resume_from_checkpoint="latest"))
 
 
 @pytest.mark.parametrize(
@@ -659,7 +679,7 @@ def test_bad_flags_end_in_one_sentence(flags, code, sentence, tmp_path):
 @pytest.mark.slow
 def test_killed_by_the_system_and_resumed(tmp_path):
     """SIGKILL at whatever moment, in a process of its own, on the embedded model."""
-    flags = ["best-of-n", "--prompt", "a red circle", "--budget", "100", "--steps", "5", "--setting", "particles=1"]
+    flags = ["best-of-n", "--prompt", "a red circle", "--nfe_budget", "100", "--steps", "5", "--setting", "particles=1"]
 
     def start(folder, *more):
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -674,6 +694,6 @@ def test_killed_by_the_system_and_resumed(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     load_file(state)
-    assert start(tmp_path / "killed", "--resume").wait() in (0, 2)  # 2: it had finished
+    assert start(tmp_path / "killed", "--resume_from_checkpoint", "latest").wait() in (0, 2)  # 2: it had finished
     a, b = (json.loads(File(tmp_path, name, "search.json").read_text()) for name in ("whole", "killed"))
     assert a["prompts"] == b["prompts"]

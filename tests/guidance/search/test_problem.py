@@ -111,7 +111,7 @@ def test_the_gradient_is_that_of_the_reward_of_the_estimate():
 
 
 def test_a_budget_is_never_exceeded_and_says_what_fits():
-    p = problem(budget=20, reward_budget=3)
+    p = problem(nfe_budget=20, reward_budget=3)
     assert p.affords(20, 3).all()
     assert not p.affords(21).any()
     assert not p.affords(0, 4).any()

@@ -39,7 +39,7 @@ DETERMINISTIC = {"best-of-n", "importance"}  # take eta = 0
 
 def searched(name, seeds=(3, 9), config=None, saved=None, **options):
     """All states of a search on the short problem."""
-    problem = SHORT.problem(seeds, **{"budget": 60, **options})
+    problem = SHORT.problem(seeds, **{"nfe_budget": 60, **options})
     config = config or SETTINGS.get(name) or SEARCHES[name].config()
     return list(SEARCHES[name].search(problem, config, saved))
 
@@ -92,7 +92,7 @@ def test_the_seed_decides(name):
 
 
 def test_resumed_anywhere_the_end_is_the_same(name):
-    problem = SHORT.problem((3, 9), budget=60)
+    problem = SHORT.problem((3, 9), nfe_budget=60)
     states = SEARCHES[name].search(problem, SETTINGS.get(name) or SEARCHES[name].config())
     kept = [(state, state.saved()) for state in states]
     for _, (tensors, info) in (*kept[:: max(1, len(kept) // 7)], kept[-1]):
@@ -105,18 +105,20 @@ def test_resumed_anywhere_the_end_is_the_same(name):
 def test_with_a_larger_budget_it_goes_on_to_what_that_budget_gives(name):
     config = SETTINGS.get(name) or SEARCHES[name].config()
     config = config if name.startswith("dts") else replace(config, particles=2)
-    kept = searched(name, config=config, budget=40)[-1].saved()
-    same_end(searched(name, config=config, budget=90)[-1], searched(name, config=config, saved=kept, budget=90)[-1])
+    kept = searched(name, config=config, nfe_budget=40)[-1].saved()
+    same_end(
+        searched(name, config=config, nfe_budget=90)[-1], searched(name, config=config, saved=kept, nfe_budget=90)[-1]
+    )
 
 
 @pytest.mark.parametrize("name", ["fkc", "fk", "tds", "beam"])
 def test_a_population_as_large_as_its_budget_cannot_grow(name):
     config = replace(SETTINGS.get(name) or SEARCHES[name].config(), particles=None)
-    kept = searched(name, config=config, budget=40)[-1].saved()
+    kept = searched(name, config=config, nfe_budget=40)[-1].saved()
     with pytest.raises(
         ValueError, match=f"the saved {name} has runs of .* particles, and this one of .*: a population"
     ):
-        searched(name, config=config, saved=kept, budget=90)
+        searched(name, config=config, saved=kept, nfe_budget=90)
 
 
 def test_parents_come_before_children_and_stay_in_their_group(name):
@@ -139,7 +141,7 @@ def test_a_deterministic_sampler_is_refused_or_served(name):
 
 def test_a_budget_too_small_is_refused(name):
     with pytest.raises(ValueError, match="budget"):
-        searched(name, budget=3)
+        searched(name, nfe_budget=3)
 
 
 # ------------------------------------------------------------------------------------------------ exact laws
@@ -237,7 +239,7 @@ def test_z_of_the_gaussian_over_40000_runs(name):
 
 def test_several_runs_together_estimate_the_target_too():
     config = FK(particles=40, **EVERY)
-    *_, state = fk.fk(LAW.problem(budget=40 * 10 * 60), config)
+    *_, state = fk.fk(LAW.problem(nfe_budget=40 * 10 * 60), config)
     weighted = state.weighted()
     assert len(weighted.x0) == 2400
     assert abs(moments(weighted)[0] - LAW.law(1.0)[0]) < 0.08
@@ -302,7 +304,7 @@ def test_without_a_reward_or_a_choice_each_is_the_plain_sampler(search, config):
 
 
 def test_a_sample_of_best_of_n_depends_on_its_number_alone():
-    few, many = ([*baselines.best_of_n(SHORT.problem(budget=40), BestOfN(k))][-1].weighted().x0 for k in (2, 5))
+    few, many = ([*baselines.best_of_n(SHORT.problem(nfe_budget=40), BestOfN(k))][-1].weighted().x0 for k in (2, 5))
     torch.testing.assert_close(few, many, rtol=1e-12, atol=1e-12)
 
 

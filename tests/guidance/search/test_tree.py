@@ -500,9 +500,9 @@ def test_rewards_that_are_all_equal_have_no_spread():
     ("budget", "shape"),
     [
         ({}, (1.0, 0.5)),
-        ({"budget": 999 * TURNS}, (1.0, 0.5)),
-        ({"budget": 1000 * TURNS}, (2.0, 0.8)),
-        ({"budget": 1000 * TURNS, "reward_budget": 999}, (1.0, 0.5)),
+        ({"nfe_budget": 999 * TURNS}, (1.0, 0.5)),
+        ({"nfe_budget": 1000 * TURNS}, (2.0, 0.8)),
+        ({"nfe_budget": 1000 * TURNS, "reward_budget": 999}, (1.0, 0.5)),
     ],
 )
 def test_a_tree_of_few_images_is_narrow(budget, shape):
@@ -512,12 +512,12 @@ def test_a_tree_of_few_images_is_narrow(budget, shape):
 
 
 def test_a_larger_budget_leaves_a_tree_s_shape():
-    kept = run(chain(budget=60), DTSStar(), 8).saved()
-    forest = Forest(chain(budget=2000 * TURNS), DTSStar())
+    kept = run(chain(nfe_budget=60), DTSStar(), 8).saved()
+    forest = Forest(chain(nfe_budget=2000 * TURNS), DTSStar())
     forest.restore(kept)
     assert (forest.config.widening, forest.config.growth) == (1.0, 0.5)
     with pytest.raises(UserError, match="the saved tree has widening 1.0, this search 2.0"):
-        Forest(chain(budget=2000 * TURNS), DTSStar(widening=2.0)).restore(kept)
+        Forest(chain(nfe_budget=2000 * TURNS), DTSStar(widening=2.0)).restore(kept)
 
 
 def test_a_tree_that_was_saved_before_there_were_units_goes_on():
@@ -533,7 +533,7 @@ def test_a_tree_that_was_saved_before_there_were_units_goes_on():
 def test_dts_star_beats_best_of_n_whatever_the_reward_s_scale(factor):
     """On the Gaussian chain, in standard deviations of its images; the best of n normals is 1.87, 2.16 and 2.51."""
     trees = 150
-    problem = scaled(line(trees, budget=100 * len(LINE[1:])), factor, 0.0)
+    problem = scaled(line(trees, nfe_budget=100 * len(LINE[1:])), factor, 0.0)
     at: dict[int, float] = {}
     for state in dts_star(problem, DTSStar()):
         images = float(state.nfe.double().mean()) / len(LINE[1:])
@@ -554,7 +554,7 @@ def finished(problem: Problem, kept: Saved | None = None) -> State:
 
 
 def budgeted() -> Chain:
-    return chain(3, budget=110, reward_budget=33)
+    return chain(3, nfe_budget=110, reward_budget=33)
 
 
 def identical(a: State, b: State) -> bool:
@@ -667,7 +667,7 @@ def test_memory_of_a_guidance_follows_its_node():
 @pytest.mark.parametrize("parallel", [1, 3])
 def test_costs_are_the_remaining_steps_and_one_reward_call_each(parallel):
     """Counted where they happen: every row that is predicted, and every row that is scored."""
-    problem, rows, scored = chain(2, budget=100), [0, 0], [0, 0]
+    problem, rows, scored = chain(2, nfe_budget=100), [0, 0], [0, 0]
     predict, reward = problem.predict, problem.reward
 
     def counting(groups):
@@ -697,7 +697,7 @@ def test_a_budget_that_ends_before_the_root_is_full_is_told(config, full):
         *_, state = dts_star(chain(**budget), config)
         return int((state.graph().parent == -1).sum()), int(state.reward_calls)
 
-    for budget in ({"budget": TURNS * full}, {"reward_budget": full}):
+    for budget in ({"nfe_budget": TURNS * full}, {"reward_budget": full}):
         with pytest.warns(UserWarning, match=f"pays for {full} rollouts, .* all of them start from new noise"):
             assert roots(**budget) == (full, full)
     with warnings.catch_warnings():
@@ -720,7 +720,7 @@ def test_reward_budget_is_kept():
 
 def test_a_budget_under_one_rollout_is_refused():
     with pytest.raises(ValueError, match=r"one rollout costs 5 NFEs and a reward call"):
-        next(iter(dts(chain(budget=4), DTS(SCALE))))
+        next(iter(dts(chain(nfe_budget=4), DTS(SCALE))))
 
 
 @pytest.mark.parametrize("search", [dts, dts_star])
