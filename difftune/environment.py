@@ -2,17 +2,15 @@
 
 import os
 import platform
-from importlib import metadata
 from typing import Any
 
 import torch
 
-from difftune import __version__
+from difftune.files.versions import LIBRARIES, version
 from difftune.models import MODELS, path
 from solvers.families.attention import choose, obstacle
 
-LIBRARIES = ("difftune", "torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "torchdiffeq")
-OPTIONAL = ("xformers", "matplotlib", "tensorboard", "wandb", "trackio")
+FURTHER = ("open_clip_torch", "torchdiffeq", "xformers", "matplotlib", "tensorboard", "wandb", "trackio")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -21,28 +19,13 @@ def report() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "libraries": {name: version(name) for name in (*LIBRARIES, *OPTIONAL)},
+        "libraries": {name: version(name) for name in (*LIBRARIES, *FURTHER)},
         "devices": [device(name) for name in devices()],
         "attention": attention(),
         "models": models(),
         "cache": cache(),
         "offline": os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"),
     }
-
-
-def version(name: str) -> str | None:
-    """The installed version of a distribution, None where it is absent."""
-    if name == "difftune":  # which may run from its folder, not installed
-        return __version__
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def versions() -> dict[str, str | None]:
-    """What a run writes down."""
-    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES[:6]}
 
 
 def devices() -> list[str]:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from difftune.errors import UserError
-from difftune.models import source
 from guidance.contract import Guidance
 from guidance.methods.catalogue import GUIDANCE
 from rewards.compose import WeightedSum, parse_rewards, weighted
@@ -96,12 +95,6 @@ def _refuse(name: str, able: bool) -> None:
     if not able:
         names = ", ".join(sorted(name for name, entry in REWARDS.items() if entry.differentiable))
         raise UserError(f"reward {name!r} is not differentiable, and its gradient is needed: choose of {names}")
-
-
-def model_named(name: str) -> str:
-    """The name, if a pipeline of that name can be looked for; nothing is loaded."""
-    source(name)
-    return name
 
 
 def member(kind: str, name: str, family: Mapping[str, Thing]) -> Thing:

@@ -177,6 +177,11 @@ def source(name_or_path: str | Path) -> Path | str:
     )
 
 
+def check_model(name: str) -> None:
+    """UserError unless a pipeline of that name can be looked for; nothing is loaded, and the Hub is not asked."""
+    source(name)
+
+
 def scheduler_of(name_or_path: str | Path) -> Any:
     """The scheduler of a model in a folder; None for one on the Hub, which is not asked for it."""
     import diffusers

@@ -43,13 +43,12 @@ FLOORS = {
         {"recipes"},
         {"rollouts"},
         {"evaluation", "reno", "search_runs", "training"},
-        {"labelling", "pipelines", "reports"},
-        {"environment", "files", "lookup"},
-        {"models", "processes"},
+        {"environment", "labelling", "pipelines", "reports"},
+        {"files", "lookup", "models", "processes"},
         {"configs", "errors", "signals"},
     ],
 }
-HIGHEST = {"solvers": 5, "guidance": 5, "rewards": 5, "difftune": 10}
+HIGHEST = {"solvers": 5, "guidance": 5, "rewards": 5, "difftune": 9}
 MOST_ROOMS = {"solvers": 12, "guidance": 12, "rewards": 15, "difftune": 20}
 NO_ROOMS = {"__init__.py", "__pycache__", "py.typed", "lock.json", "weights", "examples", "templates"}
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from difftune.environment import versions
+from difftune.files.versions import versions
 from difftune.reports import figures, pages
 
 Facts = Mapping[str, Any]

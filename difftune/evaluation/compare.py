@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftune.environment import versions
 from difftune.files import output
 from difftune.files.claim import fresh
+from difftune.files.versions import versions
 from difftune.lookup import guidance_kinds, guidance_named, reward_named, reward_weights, takes_scale
 from difftune.pipelines.generate import generate_batches, mean_branches, mean_nfe, pixels, settings_of, watched
 from difftune.pipelines.opened import opened

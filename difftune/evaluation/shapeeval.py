@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from difftune.environment import versions
 from difftune.errors import UserError
 from difftune.evaluation.intervals import Estimate, Result, _by_prompt, _groups, differences, estimate
 from difftune.files import output
 from difftune.files.claim import fresh
 from difftune.files.prompts import read_prompts
+from difftune.files.versions import versions
 from difftune.lookup import guidance_named
 from difftune.pipelines.fingerprint import differ, digest_of
 from difftune.pipelines.generate import generate_batches, mean_branches, mean_nfe, pixels, settings_of, watched

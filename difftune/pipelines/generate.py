@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from difftune.environment import versions
 from difftune.errors import UserError
 from difftune.files import output
 from difftune.files.claim import fresh
 from difftune.files.noises import noises_of
+from difftune.files.versions import versions
 from difftune.lookup import guidance_named
 from difftune.pipelines.fingerprint import digest_of
 from difftune.pipelines.method_parts import Equipped, equip, prepared

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from difftune import models
 from difftune.errors import UserError
-from difftune.lookup import model_named
 from guidance.contract import Guidance
 from guidance.guided import guided
 from guidance.methods.catalogue import (
@@ -124,7 +123,7 @@ def check_trainable(guidance: Guidance, scheduler: Callable[[], Any]) -> None:
     if isinstance(method, NASA | NAG):
         _check_negative(method)
     if isinstance(method, AutoGuidance):
-        model_named(_model_of(method.network))
+        models.check_model(_model_of(method.network))
 
 
 @torch.no_grad()

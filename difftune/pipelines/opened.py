@@ -9,7 +9,6 @@ import torch
 
 from difftune import models
 from difftune.errors import UserError
-from difftune.lookup import model_named
 from difftune.pipelines import full_weights
 from difftune.pipelines.fingerprint import differ, digest_of, recorded
 from difftune.pipelines.lora import WEIGHTS, check_head, mix
@@ -23,7 +22,6 @@ def opened(model: str, lora: str | Sequence[str] | None = None) -> Any:
     Several LoRAs are mixed, each with its share: ["a=0.7", "b=0.3"].
     """
     shares = shares_of([lora] if isinstance(lora, str) else lora or [])
-    model_named(model)
     pipe = models.load(model).to("cuda" if torch.cuda.is_available() else "cpu")
     if shares:
         _adapt(pipe, model, shares)

@@ -25,7 +25,8 @@ from difftune.files.claim import Claim, claimed
 from difftune.files.noises import NOISE, noises_of
 from difftune.files.output import as_json, grid, png, remove, sweep
 from difftune.files.pictures import read_picture
-from difftune.lookup import at_least, guidance_named, model_named, reward_named, reward_weights
+from difftune.lookup import at_least, guidance_named, reward_named, reward_weights
+from difftune.models import check_model
 from difftune.models import load as load_model
 from difftune.pipelines.engine import Engine, check_engine, kernels, offload_of
 from difftune.pipelines.fingerprint import check_resumed, digest_of
@@ -149,7 +150,7 @@ def check(config: RenoConfig, pipe: Any = None, reward: Reward | None = None) ->
         reward_weights(config.reward if reward is None else reward, gradient=True)
     check_names(config)
     if pipe is None:
-        model_named(config.model)
+        check_model(config.model)
 
 
 def check_names(config: RenoConfig) -> None:

@@ -19,12 +19,13 @@ from safetensors.torch import save
 
 from difftune import processes
 from difftune.configs.search import SearchConfig
-from difftune.environment import versions
 from difftune.errors import DiskError, RunError, UserError
 from difftune.files.checkpoint import Say
 from difftune.files.claim import Claim, claimed
 from difftune.files.output import as_json, grid, png, write
-from difftune.lookup import at_least, guidance_named, model_named, reward_named
+from difftune.files.versions import versions
+from difftune.lookup import at_least, guidance_named, reward_named
+from difftune.models import check_model
 from difftune.pipelines.fingerprint import check_resumed, digest_of
 from difftune.pipelines.generate import pixels
 from difftune.pipelines.opened import opened
@@ -75,7 +76,7 @@ def check(config: SearchConfig) -> None:
     experts_for(config.method, settings, experts_of(config))
     at_least(1, nfe_budget=config.nfe_budget, num_inference_steps=config.num_inference_steps)
     guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
-    model_named(config.model)
+    check_model(config.model)
 
 
 def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: Reward | None) -> Search:

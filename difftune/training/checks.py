@@ -5,8 +5,8 @@ from typing import Any
 from difftune import processes
 from difftune.configs.training import TrainingConfig
 from difftune.errors import UserError
-from difftune.lookup import guidance_named, model_named, reward_weights
-from difftune.models import scheduler_of
+from difftune.lookup import guidance_named, reward_weights
+from difftune.models import check_model, scheduler_of
 from difftune.pipelines.engine import check_engine
 from difftune.pipelines.method_parts import check_trainable
 from difftune.training import validation
@@ -25,7 +25,7 @@ def check_training(config: TrainingConfig, pipe: Any = None) -> None:
     method = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
     check_engine(None, config.enable_xformers_memory_efficient_attention)
     if pipe is None:
-        model_named(config.model)
+        check_model(config.model)
     check_trainable(method, lambda: scheduler_of(config.model) if pipe is None else pipe.scheduler)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from difftune.configs.training import TrainingConfig
-from difftune.environment import versions
 from difftune.files import output, records
+from difftune.files.versions import versions
 from difftune.lookup import guidance_named
 from difftune.pipelines import lora
 from difftune.pipelines.generate import generate_batches, pixels
