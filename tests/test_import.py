@@ -16,15 +16,15 @@ def python(code: str, *path: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
 
 
-def test_import_is_quick_and_leaves_torch_alone():
+def test_import_loads_next_to_nothing_and_leaves_torch_alone():
     code = (
-        "import time; t = time.process_time(); import difftune; print(time.process_time() - t)\n"
+        "before = len(sys.modules); import difftune; print(len(sys.modules) - before)\n"
         "import difftune.models, rewards.registry; difftune.REWARDS, difftune.MODELS\n"
         "print([m for m in ('torch', 'diffusers', 'numpy', 'open_clip') if m in sys.modules])"
     )
-    seconds, heavy = python(code).stdout.split("\n")[:2]
+    loaded, heavy = python(code).stdout.split("\n")[:2]
     assert heavy == "[]"
-    assert float(seconds) < 0.3  # of the processor, so a busy machine does not matter
+    assert int(loaded) < 100  # which takes 5 ms, where the time would be that of the machine
 
 
 @pytest.mark.parametrize("name", difftune.__all__)

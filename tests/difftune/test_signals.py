@@ -38,7 +38,7 @@ def test_a_signal_while_loading_ends_in_order(tmp_path, number, code):
     )
     assert run.stderr.readline() == "loading\n"
     run.send_signal(number)
-    said = run.communicate(timeout=20)[1]
+    said = run.communicate(timeout=120)[1]
     assert run.returncode == code
     assert said.strip() == ("difftune: interrupted" if code == 130 else f"difftune: stopped by {number.name}")
     assert not (tmp_path / "out").exists()

@@ -68,7 +68,7 @@ def test_served_reward_scores_pictures_by_its_url(picture):
         finally:
             server.send_signal(signal.SIGINT)
             try:
-                code = server.wait(20)
+                code = server.wait(120)
             finally:
                 server.kill()
         assert code == 130
