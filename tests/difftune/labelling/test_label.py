@@ -263,7 +263,7 @@ def test_a_session_is_what_its_lines_say_however_it_came_about(tmp_path):
 
 
 def cost_of_a_choice(prompts, folder):
-    """CPU seconds of a choice and of what is asked next: the least of a few, which no other work of the machine bends."""
+    """CPU seconds of a choice and of what is asked next, the least of twenty: others have waited for something else."""
     sampled(folder, [f"prompt {i}" for i in range(prompts)])
     s, found = session(folder), []
     for task in range(20):
