@@ -57,6 +57,7 @@ class Entry:
     weights: tuple[str, ...] = ()  # what it downloads, by its names in lock.json; empty: computed, embedded or your own
     memory_mb: int = 0  # of its weights, in float32
     fetch: str | None = None  # "module:function": downloads what its options name, in place of `weights`
+    wraps: bool = False  # it is made of another reward, its option `reward`, whose facts it has
     extra: str | None = None  # the extra of this distribution that it needs
 
 
@@ -316,6 +317,17 @@ REWARDS: dict[str, Entry] = {
         licence="the model's",
         fetch="rewards.hub:fetch_model",
     ),
+    "smooth": Entry(
+        "rewards.wrappers.smoothed:smooth",
+        "another reward's mean over small shifts of the picture, noise and flips: harder to fool by a gradient",
+        needs_prompt=True,
+        differentiable=True,
+        range=(float("-inf"), float("inf")),
+        preprocessing="the reward's, of each view",
+        licence="the reward's",
+        fetch="rewards.wrappers.smoothed:fetch_smoothed",
+        wraps=True,
+    ),
     "saturation": Entry(
         "rewards.simple:Saturation",
         "mean saturation of HSV: 0 gray, 1 pure colours",
@@ -364,7 +376,7 @@ def load(name: str, batch_size: int | None = None, gradient_checkpointing: bool 
     reward = make(**fitting(plain, make, options))
     if parts["batch_size"] is None and not parts["gradient_checkpointing"]:
         return reward
-    batched: Callable[..., Reward] = imported("rewards.batched:Batched")
+    batched: Callable[..., Reward] = imported("rewards.wrappers.batched:Batched")
     return batched(reward, **parts)
 
 
@@ -383,17 +395,38 @@ def fitting(name: str, make: Callable[..., Any], options: dict[str, Any]) -> dic
 def spelled(name: str) -> tuple[str, dict[str, Any]]:
     """The name and the options of "name[key=value, key=value]", as the command line has them.
 
-    A value is a Python literal (a number, a list, quoted text) or else the text itself. Raises ValueError for an option
-    without "=".
+    A value is a Python literal (a number, a list, quoted text) or else the text itself, which may have options of its
+    own: "smooth[reward=vlm[model=x, yes=y], shifts=4]". Raises ValueError for an option without "=", and for brackets
+    that do not close.
     """
     plain, bracket, inside = name.partition("[")
     if not bracket or not name.endswith("]"):
         return name, {}
-    pairs = [pair.partition("=") for pair in re.split(r",\s*(?=\w+=)", inside[:-1])]
-    for key, equals, _ in pairs:
+    pairs = [pair.partition("=") for pair in _options(inside[:-1])]
+    for key, equals, value in pairs:
         if not equals:
             raise RewardError(f"cannot read {key!r} in {name!r}: options are KEY=VALUE, as in jpeg[quality=40]")
+        if _open(value):
+            raise RewardError(f"the brackets of {value[:80]!r} in {name[:80]!r} do not close")
     return plain, {key.strip(): _literal(value) for key, _, value in pairs}
+
+
+def _options(inside: str) -> list[str]:
+    """The text between the brackets, divided at each comma before KEY=, but for one in brackets further in."""
+    first, *rest = re.split(r"(,\s*)(?=\w+=)", inside)
+    options = [first]
+    for comma, option in zip(rest[::2], rest[1::2], strict=True):
+        if _open(options[-1]):
+            options[-1] += comma + option
+        else:
+            options.append(option)
+    return options
+
+
+def _open(text: str) -> bool:
+    """Whether brackets are open at its end, but for those in quoted text."""
+    bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", text)
+    return bare.count("[") != bare.count("]")
 
 
 def _literal(text: str) -> Any:
@@ -407,8 +440,9 @@ def entry(name: str) -> Entry:
     """What is known of a reward. Raises ValueError, in one sentence that names the nearest, for an unknown name.
 
     A name that is not there may be another distribution's (an entry point), "module:attribute", or the URL of a server.
+    A reward that is made of another, as "smooth[reward=pickscore]", has the other's facts.
     """
-    name, _ = spelled(name)
+    name, options = spelled(name)
     if name.startswith(("http://", "https://")):
         _check_url(name)
         return replace(REWARDS["remote"], make=partial(imported("rewards.remote:Remote"), name))
@@ -418,7 +452,15 @@ def entry(name: str) -> Entry:
         plugins()
     if name not in REWARDS:
         raise RewardError(unknown("reward", name, REWARDS))
-    return REWARDS[name]
+    return _wrapping(REWARDS[name], options)
+
+
+def _wrapping(outer: Entry, options: dict[str, Any]) -> Entry:
+    """The entry of a reward that is made of another: what is known of that one, made by the outer."""
+    if not outer.wraps or not isinstance(options.get("reward"), str):
+        return outer
+    inner, name = entry(options["reward"]), options["reward"]
+    return replace(inner, make=outer.make, fetch=outer.fetch, wraps=True, summary=f"smooth {name}: {inner.summary}")
 
 
 def _check_url(url: str) -> None:

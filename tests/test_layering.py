@@ -31,7 +31,7 @@ FLOORS = {
     ],
     "rewards": [
         {"learned"},
-        {"batched", "compose", "jpeg", "remote", "sets", "simple", "world"},
+        {"compose", "jpeg", "remote", "sets", "simple", "world", "wrappers"},
         {"checks", "hub", "outside"},
         {"monitor", "registry"},
         {"errors", "http"},

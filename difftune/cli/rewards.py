@@ -111,7 +111,7 @@ def serve(
 
 
 def _facts(name: str, entry: Any) -> dict[str, Any]:
-    facts = {f.name: getattr(entry, f.name) for f in fields(entry) if f.name not in ("make", "fetch")}
+    facts = {f.name: getattr(entry, f.name) for f in fields(entry) if f.name not in ("make", "fetch", "wraps")}
     low, high = entry.range
     return {"name": name, **facts, "range": [low, high] if isfinite(low) and isfinite(high) else None}
 

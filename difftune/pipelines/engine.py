@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from difftune.errors import UserError
-from rewards.batched import Batched
 from rewards.compose import WeightedSum
+from rewards.wrappers.batched import Batched
 from solvers.denoiser import Path, Prediction, predicted
 from solvers.families.attention import Verdict, attention, choose, deterministic, obstacle
 from solvers.latent import LatentModel

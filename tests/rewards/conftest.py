@@ -58,6 +58,7 @@ def made(tmp_path_factory, random_clip) -> dict[str, dict]:
         "classifier": {"model": checkpoints.timm_classifier(tmp_path_factory.mktemp("timm"))},
         "open-clip": {},
         "text-exemplar": {"texts": ["a red circle", "a blue square"], "options": {"folder": random_clip}},
+        "smooth": {"reward": "colorfulness", "pixels": 1, "noise": 0.02, "flips": True},
         "vlm": {"model": checkpoints.llava(tmp_path_factory.mktemp("llava"))},
     }
 

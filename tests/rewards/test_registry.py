@@ -159,7 +159,7 @@ class Counted:
 
 
 def batched(reward, **options):
-    from rewards.batched import Batched
+    from rewards.wrappers.batched import Batched
 
     return Batched(reward, **options)
 

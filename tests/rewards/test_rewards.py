@@ -87,12 +87,12 @@ BETTER = {  # a better picture, a worse one, and the prompt
     "saturation": lambda: (scene(CIRCLE), gray(0.5), ""),
     "contrast": lambda: (NOISE, gray(0.5), ""),
 }
-DOWNLOADED = {  # or the user's own model
+DOWNLOADED = {  # or the user's own model, or another reward
     "clip-score", "clip", "open-clip", "pickscore", "hps-v2", "hps-v2.1", "imagereward", "aesthetic", "aesthetic-ava",
-    "classifier", "vlm", "text-exemplar", "remote",
+    "classifier", "vlm", "text-exemplar", "remote", "smooth",
 }  # fmt: skip
-SEEN = (DOWNLOADED | {"tiny-clip", "tiny-classifier"}) - {"vlm", "text-exemplar", "remote"}  # with a Preprocess
-WITH_DTYPE = DOWNLOADED - {"text-exemplar", "remote"}
+WITH_DTYPE = DOWNLOADED - {"text-exemplar", "remote", "smooth"}
+SEEN = (WITH_DTYPE | {"tiny-clip", "tiny-classifier"}) - {"vlm"}  # with a Preprocess
 ROUGH = {"pickscore": 10.0}  # cosines times exp(logit_scale)
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import conv2d
 from difftune import models
 from guidance.guided import guided
 from guidance.methods.catalogue import Plain
-from rewards.batched import Batched
+from rewards.wrappers.batched import Batched
 from solvers.denoiser import SPACES, Path, Prediction, lines, predicted
 from solvers.families.family import keywords
 from solvers.families.table import FAMILIES, family_of

@@ -295,6 +295,11 @@ def test_a_config_file_of_every_key_is_read_back(tmp_path, monkeypatch):
     (tmp_path / "again.yaml").write_text(settings_yaml(config))
     succeed("train", "alignprop", "--config", tmp_path / "again.yaml")
     assert seen[1] == config
+    nested = "smooth[reward=brightness[target=0.25],shifts=4,pixels=3]=0.5"
+    succeed("train", "alignprop", "--config", tmp_path / "again.yaml", "--reward", nested)
+    (tmp_path / "nested.yaml").write_text(settings_yaml(seen[2]))
+    succeed("train", "alignprop", "--config", tmp_path / "nested.yaml")
+    assert seen[3] == seen[2] and seen[2].reward == [nested]
 
 
 def test_help_imports_no_torch():

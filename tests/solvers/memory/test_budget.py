@@ -8,7 +8,7 @@ import torch
 
 from guidance.guided import guided
 from guidance.methods.catalogue import CFG
-from rewards.batched import Batched
+from rewards.wrappers.batched import Batched
 from solvers.latent import LatentModel
 from solvers.memory.budget import (
     Plan,

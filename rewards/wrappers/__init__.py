@@ -1,0 +1,1 @@
+"""A reward that is made of another one: in parts of a batch, or smoothed."""
