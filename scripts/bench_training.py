@@ -18,9 +18,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from bench_models import sd15
 from benching import hardware, heading, peak_memory, reset_peak, row, synchronize
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from difftune import models
 from difftune.configs.recipes import AlignPropConfig, D3POConfig
@@ -29,33 +28,6 @@ from difftune.recipes import train
 from rewards.registry import load
 from solvers.families.attention import Verdict, choose, obstacle
 from solvers.memory.checkpointing import block_checkpointing
-
-DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-WIDTHS = (128, 256, 512, 512)  # of the VAE
-
-
-def random_sd15(device: str) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5 with random weights; the tokenizer is that of `tiny`, whose ids are fewer."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-        text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-        encoder = CLIPTextModel(text)
-        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-        vae = AutoencoderKL(block_out_channels=WIDTHS, layers_per_block=2, latent_channels=4, sample_size=512, **blocks)
-    tokenizer = models.load("tiny").tokenizer
-    tokenizer.model_max_length = 77
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(**DIFFUSION, steps_offset=1, set_alpha_to_one=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
 
 def setting(recipe: str, steps: int, small: bool) -> Any:
     """The configuration of a recipe; its first step warms up."""
@@ -103,7 +75,7 @@ def measure(recipes: Sequence[str], steps: int, small: bool) -> None:
     print("\n" + heading(["recipe", "attention", "blocks", "seconds a step", "peak, GB"]), flush=True)
     for recipe in recipes:
         for backend, blocks in chosen:
-            pipe = models.load("tiny") if small else random_sd15("cuda")
+            pipe = models.load("tiny") if small else sd15("cuda")
             engine.verdict = lambda xformers, network, name=backend: Verdict(name, "measured")  # the probe may differ
             try:
                 with block_checkpointing(pipe.unet) if blocks else nullcontext():

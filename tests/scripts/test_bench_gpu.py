@@ -1,0 +1,54 @@
+"""scripts/bench_gpu.py and the random models that it measures."""
+
+import pytest
+import torch
+
+from tests.support.benches import script
+
+MILLIONS = {"SD 1.5": 860, "SDXL": 2567, "SD3.5-M": 2243}  # of the published networks
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with script("benching"), script("bench_loops"), script("bench_models"), script("bench_gpu") as module:
+        yield module
+
+
+@pytest.mark.parametrize("size", MILLIONS)
+def test_the_small_models_run_in_their_pipelines(bench, size):
+    pipe = bench.Bench(small=True).pipe(size)
+    images = pipe(bench.PROMPT, num_inference_steps=2, height=16, width=16, output_type="pt").images
+    assert images.shape == (1, 3, 16, 16) and images.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", MILLIONS)
+def test_the_networks_have_the_published_size(bench, size):
+    pipe = bench.SIZES[size]("meta", False)
+    network = getattr(pipe, "transformer", None) or pipe.unet
+    count = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    assert count == pytest.approx(MILLIONS[size], rel=2e-3)
+
+
+def test_what_is_measured_is_kept_and_an_error_does_not_cost_the_rest(bench, tmp_path, capsys, monkeypatch):
+    def fails():
+        raise RuntimeError("out\nof memory")
+
+    calls = []
+    part = lambda _: iter([("bad", fails), ("good", lambda: calls.append(1) or {"what": {"seconds": "1.0"}})])  # noqa: E731
+    monkeypatch.setitem(bench.PARTS, "loops", part)
+    file = str(tmp_path / "gpu.jsonl")
+    for _ in range(2):
+        bench.main(["search", "loops"], 6, file, small=True)
+    out = capsys.readouterr().out
+    assert out.count("| search | 8 particles | evaluations | 48 |") == 2  # CFG twice, 3 steps, 8 particles
+    assert out.count("| loops | bad | failed | RuntimeError: out of memory |") == 2
+    assert out.count("| loops | good | seconds | 1.0 |") == 2 and calls == [1]
+    bench.main(["loops"], -1, str(tmp_path / "other.jsonl"), small=True)
+    assert "not begun after -1 minutes: loops / bad, loops / good" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_runs(bench, tmp_path):
+    with pytest.raises(SystemExit, match="pass --small"):
+        bench.main([], 6, str(tmp_path / "gpu.jsonl"), small=False)
