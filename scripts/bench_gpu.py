@@ -4,7 +4,7 @@
 
 loops      the stock pipeline, the same under attach(pipe, CFG), and our own loop (SD 1.5, SDXL, SD3.5-M)
 rollout    a backward pass through 10, 25 and 50 sampler steps: no gradient, a hand-written loop, "checkpoint" (SD 1.5)
-recipes    a step of alignprop, of alignprop with recomputed blocks, and of each policy recipe: seconds and peak (SD 1.5)
+recipes    a step of alignprop, also with recomputed blocks, and of each policy recipe: seconds and peak (SD 1.5)
 budget     alignprop within 6, 12 and 24 GiB: what was predicted, and the peak (SD 1.5)
 compile    a training step of the network alone, as it is and compiled (SD 1.5)
 reno       the authors' update written out, and ours on one image and on eight (SD 1.5, one step)

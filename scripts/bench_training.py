@@ -29,6 +29,7 @@ from rewards.registry import load
 from solvers.families.attention import Verdict, choose, obstacle
 from solvers.memory.checkpointing import block_checkpointing
 
+
 def setting(recipe: str, steps: int, small: bool) -> Any:
     """The configuration of a recipe; its first step warms up."""
     shared: dict[str, Any] = {
