@@ -30,7 +30,7 @@ from torch import Tensor
 from difftune.evaluation import intervals, shapeeval
 from difftune.evaluation.compare import at_cfg_scale
 from difftune.lookup import guidance_named, takes_scale
-from difftune.pipelines.generate import generate_batches
+from difftune.pipelines.generate import Sampling, generate_batches
 from difftune.pipelines.method_parts import TEXTS
 from difftune.pipelines.opened import opened
 from guidance.attach.handle import attach
@@ -133,7 +133,7 @@ def features(images: Tensor) -> Tensor:
 def steps_for(pipe: Any, method: Guidance, prompts: Sequence[str], size: Size) -> int:
     """As many steps as the evaluations allow, by what a pilot batch cost per step."""
     pilot = list(prompts[:8])
-    cost = next(iter(generate_batches(pipe, pilot, range(len(pilot)), method, size.steps))).nfe / size.steps
+    cost = next(iter(generate_batches(pipe, pilot, range(len(pilot)), method, Sampling(size.steps)))).nfe / size.steps
     return max(1, round(size.evaluations / cost))
 
 
@@ -144,7 +144,7 @@ def measured(name: str, scale: float | None, given: Set, size: Size) -> dict[str
     steps = steps_for(pipe, method, prompts, size)
     if scale is not None:  # CFG++'s scale depends on the number of steps
         method = at_cfg_scale(name, scale, pipe, steps)
-    made = shapeeval.evaluate(pipe, method, given.entries, size.images, steps)
+    results, made = shapeeval.evaluate(pipe, method, given.entries, size.images, steps)
     seen = features(made.images).view(given.features.shape)
     saturation = load("saturation")(made.images, [""] * len(made.images)).view(-1, size.images).mean(1).tolist()
     return {
@@ -153,11 +153,11 @@ def measured(name: str, scale: float | None, given: Set, size: Size) -> dict[str
         "steps": steps,
         "nfe": made.nfe,
         "seconds": made.seconds,
-        "score": asdict(shapeeval.scores(made.results)["overall"]),
+        "score": asdict(shapeeval.scores(results)["overall"]),
         "frechet": _distance(seen, given.features, size.resamples),
         "saturation": asdict(intervals.estimate(saturation)),
         "diversity": asdict(intervals.estimate([float(vendi(f)) for f in seen], (1.0, float(size.images)))),
-        "holds": [r.holds for r in made.results],
+        "holds": [r.holds for r in results],
     }
 
 
@@ -207,8 +207,8 @@ def adaptive(size: Size, ag: AdaptiveGuidance, spacing: str | None) -> dict[str,
         "images": len(made["ag"].results),
         "score": asdict(shapeeval.scores(made["cfg"].results)["overall"]),
         "difference": asdict(change),
-        "nfe": {name: e.nfe for name, e in made.items()},
-        "nfe_saved": 1 - made["ag"].nfe / made["cfg"].nfe,
+        "nfe": {name: e.made.nfe for name, e in made.items()},
+        "nfe_saved": 1 - made["ag"].made.nfe / made["cfg"].made.nfe,
         "time_saved": 1 - statistics.median(seconds["ag"]) / statistics.median(seconds["cfg"]),
     }
 

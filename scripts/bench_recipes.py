@@ -171,7 +171,7 @@ def measured(job: Job, settings: Mapping[str, Any], lora: Path | None) -> dict[s
     found = shapeeval.evaluate(pipe, guidance, entries, job.images, steps, EVAL_SEED)
     with torch.no_grad():
         reward = weighted(parse_rewards(settings["reward"]))
-        parts = list(zip(found.images.split(60), chunks([r.prompt for r in found.results], 60), strict=True))
+        parts = list(zip(found.made.images.split(60), chunks([r.prompt for r in found.results], 60), strict=True))
         features = torch.cat([load_classifier().features(x) for x, _ in parts])
         return {
             "reward": torch.cat([reward(x, texts) for x, texts in parts]),

@@ -20,7 +20,7 @@ from torch import Tensor
 from difftune import models
 from difftune.evaluation import shapeeval as evaluate
 from difftune.files import output
-from difftune.pipelines.generate import generate_batches, pixels
+from difftune.pipelines.generate import Sampling, generate_batches, pixels
 from guidance.methods.catalogue import GUIDANCE
 from rewards.registry import load
 from rewards.world import draw, grammar, reader
@@ -69,9 +69,9 @@ def shapeeval(
     """The scores of a list of prompts, and the share of pictures that are scenes."""
     method, entries = GUIDANCE[guidance](**options), evaluate.entries_of(None, prompts)
     found = evaluate.evaluate(models.load(model), method, entries, images_per_prompt, steps, 0, 30)
-    whole = Coverage()(found.images, [""] * len(found.images)) >= SCENE_COVERAGE
+    whole = Coverage()(found.made.images, [""] * len(found.made.images)) >= SCENE_COVERAGE
     scores = {name: round(e.score, 4) for name, e in evaluate.scores(found.results).items()}
-    return scores | {"nfe": found.nfe, "scenes": round(whole.float().mean().item(), 4)}
+    return scores | {"nfe": found.made.nfe, "scenes": round(whole.float().mean().item(), 4)}
 
 
 @torch.no_grad()
@@ -107,9 +107,8 @@ def judges_drawn(count: int = 2000) -> dict[str, float | None]:
     rng, reward, scores, holds, kinds = np.random.default_rng(5), load("tiny-clip"), [], [], []
     for model, guidance, options, steps in DRAWN:
         prompts = [str(draw_training(rng, grammar.CATEGORIES[i % 6])) for i in range(count // len(DRAWN))]
-        made = generate_batches(
-            models.load(model), prompts, list(range(len(prompts))), GUIDANCE[guidance](**options), steps, 50
-        )
+        method, seeds = GUIDANCE[guidance](**options), list(range(len(prompts)))
+        made = generate_batches(models.load(model), prompts, seeds, method, Sampling(steps, 50))
         images = torch.cat([batch.images for batch in made])
         scores += reward(images, prompts).tolist()
         holds += Oracle()(images, prompts).bool().tolist()
@@ -153,7 +152,7 @@ def grid(file: Path, scale: float) -> None:
     kinds = [[e["prompt"] for e in draw.shapeeval() if e["category"] == kind] for kind in grammar.CATEGORIES]
     prompts = [prompt for row in zip(*kinds, strict=True) for prompt in row][:64]
     seeds = [evaluate.image_seed(0, prompt, 0) for prompt in prompts]
-    made = generate_batches(models.load("tiny"), prompts, seeds, GUIDANCE["cfg"](scale), 25, 32)
+    made = generate_batches(models.load("tiny"), prompts, seeds, GUIDANCE["cfg"](scale), Sampling(25, 32))
     file.parent.mkdir(parents=True, exist_ok=True)
     output.write(file, output.grid(pixels(torch.cat([batch.images for batch in made]))))
 

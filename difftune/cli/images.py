@@ -13,6 +13,7 @@ from difftune.cli.command import Command, Flag
 from difftune.cli.config_file import CONFIG
 from difftune.cli.guidance import guidance_of
 from difftune.cli.output import show, table
+from difftune.configs.images import CompareConfig, EvalConfig, SampleConfig
 
 
 @click.command(
@@ -36,7 +37,7 @@ from difftune.cli.output import show, table
     example='difftune sample --model tiny --prompt "a red circle" --num_images 4 --output_dir out',
 )
 @click.pass_context
-def sample(ctx: click.Context, **flags: Any) -> None:
+def sample(ctx: click.Context, as_json: bool, guidance_scale: float | None, **flags: Any) -> None:
     """Draw images under a guidance method: PNGs, a grid and sample.json.
 
     Image i of a prompt is drawn with seed + i, whatever the batch.
@@ -44,10 +45,10 @@ def sample(ctx: click.Context, **flags: Any) -> None:
     with redirect_stdout(sys.stderr):
         spoken(flags["prompt"])
         name, settings = guidance_of(ctx)
+        config = SampleConfig(**flags | {"guidance": name, "guidance_options": settings})
         from difftune.pipelines.generate import generate
 
-        as_json = _taken(flags, "as_json", "guidance_scale")
-        found = generate(**flags | {"guidance": name, "guidance_options": settings})
+        found = generate(config)
     show(found, as_json, f"{len(found['images'])} images in {flags['output_dir']}, {found['nfe']:g} NFE each")
 
 
@@ -78,7 +79,7 @@ def sample(ctx: click.Context, **flags: Any) -> None:
     example="difftune eval --model tiny --guidance cfg --images_per_prompt 2",
 )
 @click.pass_context
-def evaluate(ctx: click.Context, **flags: Any) -> None:
+def evaluate(ctx: click.Context, as_json: bool, guidance_scale: float | None, **flags: Any) -> None:
     """ShapeEval: how often the oracle finds in the picture what its caption says, with 95 % intervals.
 
     The images of a prompt are correlated, so the intervals resample prompts. A difference counts only when its interval
@@ -86,10 +87,10 @@ def evaluate(ctx: click.Context, **flags: Any) -> None:
     """
     with redirect_stdout(sys.stderr):
         name, settings = guidance_of(ctx)
+        config = EvalConfig(**flags | {"guidance": name, "guidance_options": settings})
         from difftune.evaluation.shapeeval import run
 
-        as_json = _taken(flags, "as_json", "guidance_scale")
-        found = run(**flags | {"guidance": name, "guidance_options": settings})
+        found = run(config)
     show(found, as_json, _eval_table(found))
 
 
@@ -120,9 +121,10 @@ def compare(as_json: bool, **flags: Any) -> None:
     """
     with redirect_stdout(sys.stderr):
         spoken(flags["prompt"])
+        config = CompareConfig(**flags)
         from difftune.evaluation.compare import run
 
-        found = run(**flags)
+        found = run(config)
     show(found, as_json, _compare_table(found["rows"]))
 
 
@@ -147,13 +149,6 @@ def score(reward: Sequence[str], prompt: Sequence[str], image: Sequence[str], as
     header = ["image", *found[0]["rewards"], "total"]
     rows = [[s["image"], *(f"{v:.4f}" for v in s["rewards"].values()), f"{s['total']:.4f}"] for s in found]
     show(found, as_json, table([header, *rows]))
-
-
-def _taken(flags: dict[str, Any], first: str, *names: str) -> Any:
-    """flags[first]; it and `names` leave the flags."""
-    for name in names:
-        del flags[name]
-    return flags.pop(first)
 
 
 def _eval_table(found: dict[str, Any]) -> str:

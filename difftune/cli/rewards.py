@@ -92,9 +92,7 @@ def prefetch(name: Sequence[str], model: str | None) -> None:
     short_help="Serve a reward over HTTP.",
     example="difftune rewards serve tiny-clip --port 8765",
 )
-def serve(
-    name: str, host: str, port: int, token: str, batch_size: int | None, max_images: int, device: str, as_json: bool
-) -> None:
+def serve(name: str, batch_size: int | None, max_images: int, as_json: bool, **place: Any) -> None:
     """Serve a reward over HTTP, for `--reward http://HOST:PORT` elsewhere; Ctrl-C ends it.
 
     The token is better given in DIFFTUNE_REWARD_TOKEN than on the command line, where other users see it.
@@ -103,7 +101,7 @@ def serve(
         from rewards.registry import load
         from rewards.remote import Limits, Server
 
-        server = Server(load(name, batch_size), host, port, token, Limits(images=max_images), device)
+        server = Server(load(name, batch_size), limits=Limits(images=max_images), **place)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
     show({"url": server.url, "reward": name}, as_json, f"{name} at {server.url}")
     with server:

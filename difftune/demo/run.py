@@ -99,12 +99,15 @@ def _guidance(b: Budget, seed: int) -> tuple[dict[str, Any], Evaluation]:
         name: evaluate(pipe, guidance_named(name, None, options), entries, b.images_per_prompt, b.steps, seed)
         for name, options in settings.items()
     }
-    metrics = {name: {"shapeeval": _overall(e.results), "nfe": e.nfe, "seconds": e.seconds} for name, e in made.items()}
+    metrics = {
+        name: {"shapeeval": _overall(e.results), "nfe": e.made.nfe, "seconds": e.made.seconds}
+        for name, e in made.items()
+    }
     none, cfg = made["none"], made["cfg"]
     return {
         "metrics": metrics,
         "table": _compared(none.results, cfg.results),
-        "pictures": _pairs(none.results, none.images, cfg.results, cfg.images),
+        "pictures": _pairs(none.results, none.made.images, cfg.results, cfg.made.images),
         "commands": [_eval_command(b, seed, "none"), _eval_command(b, seed, "cfg")],
     }, cfg
 
@@ -128,8 +131,8 @@ def _alignprop(b: Budget, seed: int, folder: Path, before: Evaluation) -> dict[s
     after = evaluate(pipe, method, entries_of(b.prompts_per_category), b.images_per_prompt, b.steps, seed)
     curve = [record["reward_mean"] for record in records.records(folder / "alignprop" / "metrics.jsonl")]
     metrics = {
-        "reward_before": _reward(b.reward, before.images, before.results),
-        "reward_after": _reward(b.reward, after.images, after.results),
+        "reward_before": _reward(b.reward, before.made.images, before.results),
+        "reward_after": _reward(b.reward, after.made.images, after.results),
         "oracle_before": _overall(before.results),
         "oracle_after": _overall(after.results),
         "optimizer_steps": len(curve),
@@ -138,7 +141,7 @@ def _alignprop(b: Budget, seed: int, folder: Path, before: Evaluation) -> dict[s
     return {
         "metrics": metrics,
         "table": _compared(before.results, after.results),
-        "pictures": _pairs(before.results, before.images, after.results, after.images),
+        "pictures": _pairs(before.results, before.made.images, after.results, after.made.images),
         "curve": {"y": curve, "x_label": "optimiser step", "y_label": f"training reward ({b.reward})"},
         "commands": [command("train alignprop", config), _eval_command(b, seed, "cfg", config.output_dir)],
     }

@@ -6,16 +6,15 @@ of the share of their images that hold, and it is the prompts that are resampled
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from difftune.configs.images import EvalConfig
 from difftune.errors import UserError
 from difftune.evaluation.intervals import Estimate, Result, _by_prompt, _groups, differences, estimate
 from difftune.files import output
@@ -24,7 +23,7 @@ from difftune.files.prompts import read_prompts
 from difftune.files.versions import versions
 from difftune.lookup import guidance_named
 from difftune.pipelines.fingerprint import differ, digest_of
-from difftune.pipelines.generate import generate_batches, mean_branches, mean_nfe, pixels, settings_of, watched
+from difftune.pipelines.generate import Pictures, Sampling, draw_pictures, generate_batches, pixels, settings_of
 from difftune.pipelines.opened import opened
 from difftune.processes import shown
 from guidance.contract import Guidance
@@ -85,13 +84,10 @@ def judged(images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> list
 
 
 class Evaluation(NamedTuple):
-    """The oracle's word on every image, and what it cost."""
+    """The oracle's word on every image."""
 
     results: list[Result]
-    images: Tensor  # (N, 3, H, W) in [0, 1]
-    nfe: float  # rows that went through the network, per image
-    branches: dict[str, float]  # of them, those of each branch ("cond", "uncond", ...)
-    seconds: float
+    made: Pictures
 
 
 def evaluate(
@@ -99,18 +95,15 @@ def evaluate(
     guidance: Guidance,
     entries: Sequence[Mapping[str, str]],
     images_per_prompt: int = 4,
-    steps: int = 25,
+    num_inference_steps: int = 25,
     seed: int = 0,
     batch_size: int = 16,
 ) -> Evaluation:
     """Images of the prompts of `entries` under `guidance`, judged."""
-    began = time.perf_counter()
     texts, seeds = plan(entries, images_per_prompt, seed)
-    made = generate_batches(pipe, texts, seeds, guidance, steps, batch_size)
-    batches = list(watched(made, len(texts), "eval"))
-    images = torch.cat([batch.images for batch in batches])
-    cost = mean_nfe(batches), mean_branches(batches), time.perf_counter() - began
-    return Evaluation(judged(images, texts, seeds), images, *cost)
+    batches = generate_batches(pipe, texts, seeds, guidance, Sampling(num_inference_steps, batch_size))
+    made = draw_pictures(batches, len(texts), "eval")
+    return Evaluation(judged(made.images, texts, seeds), made)
 
 
 # ------------------------------------------------------------------------------------------------ as JSON
@@ -141,54 +134,29 @@ def digest_in(path: str | Path) -> str | None:
     return settings.get("model_digest") if isinstance(settings, dict) else None
 
 
-def run(
-    model: str,
-    guidance: str = "cfg",
-    guidance_options: Mapping[str, Any] | None = None,
-    num_inference_steps: int = 25,
-    images_per_prompt: int = 4,
-    prompts_per_category: int | None = None,
-    prompts: str = "shapeeval",
-    seed: int = 0,
-    batch_size: int = 16,
-    lora: str | Sequence[str] | None = None,
-    baseline: str | None = None,
-    output_dir: str | None = None,
-) -> dict[str, Any]:
+def run(config: EvalConfig) -> dict[str, Any]:
     """`difftune eval`: ShapeEval of a model as one JSON object; written to output_dir/eval.json too, beside a grid."""
+    baseline, each = config.baseline, config.images_per_prompt
     before = None if baseline is None else load_results(baseline)
     then = None if baseline is None else digest_in(baseline)
-    method = guidance_named(guidance, None, guidance_options)
-    chosen = entries_of(prompts_per_category, prompts)
-    settings = {
-        "model": model,
-        "lora": lora or None,
-        "guidance": guidance,
-        "guidance_options": settings_of(method),
-        "num_inference_steps": num_inference_steps,
-        "images_per_prompt": images_per_prompt,
-        "prompts_per_category": prompts_per_category,
-        "prompts": prompts,
-        "seed": seed,
-        "batch_size": batch_size,
-        "baseline": baseline,
-    }
-    with nullcontext() if output_dir is None else fresh(output_dir) as claim:
-        pipe = opened(model, lora)
-        settings["model_digest"] = now = digest_of(pipe)
+    method = guidance_named(config.guidance, None, config.guidance_options)
+    chosen = entries_of(config.prompts_per_category, config.prompts)
+    with nullcontext() if config.output_dir is None else fresh(config.output_dir) as claim:
+        pipe = opened(config.model, config.lora)
+        now = digest_of(pipe)
         if differ(then, now):
-            shown(f"--baseline {baseline} is of a model of digest {then}, and that of {model!r} is {now}")
-        e = evaluate(pipe, method, chosen, images_per_prompt, num_inference_steps, seed, batch_size)
+            shown(f"--baseline {baseline} is of a model of digest {then}, and that of {config.model!r} is {now}")
+        e = evaluate(pipe, method, chosen, each, config.num_inference_steps, config.seed, config.batch_size)
+        settings = config.written() | {"guidance_options": settings_of(method), "model_digest": now}
         found = _reported(e, before, settings)
         if claim is not None:
-            grid = output.grid(pixels(e.images[::images_per_prompt]))
+            grid = output.grid(pixels(e.made.images[::each]))
             claim.results([("grid.png", grid), ("eval.json", output.as_json(found))])
     return found
 
 
 def _reported(e: Evaluation, baseline: Sequence[Result] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What eval.json holds, with the long list of images last."""
-    cost = {"nfe": e.nfe, "nfe_by_branch": e.branches, "seconds": round(e.seconds, 3)}
-    cost |= {"settings": dict(settings), "versions": versions()}
     found = summary(e.results, baseline)
-    return {key: value for key, value in found.items() if key != "images"} | cost | {"images": found["images"]}
+    images = {"images": found.pop("images")}
+    return found | e.made.cost() | {"settings": settings, "versions": versions()} | images

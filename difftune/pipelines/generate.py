@@ -3,14 +3,14 @@
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from difftune.configs.images import SampleConfig
 from difftune.errors import UserError
 from difftune.files import output
 from difftune.files.claim import fresh
@@ -26,6 +26,20 @@ from rewards.checks import finite
 from solvers.families.table import family_of
 from solvers.families.tokens import packed
 from solvers.latent import LatentModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn, whatever the guidance.
+
+    eta: the noise of DDIM's steps, 1 is DDPM. embedded_guidance: the scale told to a network distilled over scales; the
+    pipeline's own default if None.
+    """
+
+    num_inference_steps: int = 25
+    batch_size: int = 16
+    eta: float = 0.0
+    embedded_guidance: float | None = None
 
 
 class Batch(NamedTuple):
@@ -44,40 +58,34 @@ def generate_batches(
     prompts: Sequence[str],
     seeds: Sequence[int],
     guidance: Guidance,
-    steps: int = 25,
-    batch_size: int = 16,
-    eta: float = 0.0,
+    sampling: Sampling = Sampling(),
     noises: Tensor | None = None,
-    embedded_guidance: float | None = None,
 ) -> Iterator[Batch]:
     """One image per (prompt, seed), batch by batch. An image's noise is that of its own seed, whatever the batch, or of
     `noises` (B, C, h, w) its own.
 
-    eta: the noise of DDIM's steps, 1 is DDPM; UserError where the scheduler takes none. embedded_guidance: the scale
-    told to a network distilled over scales; the pipeline's own default if None.
     What a method needs and only names (a classifier, a weaker network, a negative prompt) is found by
-    `difftune.pipelines.method_parts`.
+    `difftune.pipelines.method_parts`. Raises UserError for an eta that the scheduler does not take.
     """
-    if eta:
+    given: dict[str, Any] = {"num_inference_steps": sampling.num_inference_steps}
+    if sampling.eta:
         takes_eta(pipe)
+        given["eta"] = sampling.eta
+    if sampling.embedded_guidance is not None:
+        given["guidance_scale"] = sampling.embedded_guidance
     pipe.set_progress_bar_config(disable=True)
-    equipped = equip(pipe, prepared(pipe, guidance, prompts, steps))
-    for start in range(0, len(prompts), batch_size):
-        chosen = slice(start, start + batch_size)
-        given: dict[str, Any] = {"eta": eta} if eta else {}
-        given |= {} if embedded_guidance is None else {"guidance_scale": embedded_guidance}
-        if noises is not None:
-            given |= for_pipeline(pipe, noises[chosen])
-        yield _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), equipped, steps, given)
+    equipped = equip(pipe, prepared(pipe, guidance, prompts, sampling.num_inference_steps))
+    for start in range(0, len(prompts), sampling.batch_size):
+        chosen = slice(start, start + sampling.batch_size)
+        latents = {} if noises is None else for_pipeline(pipe, noises[chosen])
+        yield _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), equipped, given | latents)
 
 
-def _batch(
-    pipe: Any, prompts: list[str], seeds: list[int], equipped: Equipped, steps: int, given: Mapping[str, Any]
-) -> Batch:
+def _batch(pipe: Any, prompts: list[str], seeds: list[int], equipped: Equipped, given: Mapping[str, Any]) -> Batch:
     """A batch by the pipeline, which is told what is `given` besides."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with attach(pipe, equipped.method(prompts), equipped.networks) as handle:
-        images = pipe(prompts, generator=generators, num_inference_steps=steps, output_type="pt", **given).images
+        images = pipe(prompts, generator=generators, output_type="pt", **given).images
     images = finite(images.float().cpu(), "a generated picture")
     branches = {name: rows / len(prompts) for name, rows in handle.branches.items()}
     return Batch(images, prompts, seeds, handle.nfe / len(prompts), branches)
@@ -103,24 +111,39 @@ def for_pipeline(pipe: Any, noises: Tensor) -> dict[str, Any]:
     return {"latents": latents, "height": height, "width": width}
 
 
-def watched(batches: Iterator[Batch], total: int, label: str) -> Iterator[Batch]:
-    """The batches, with a bar where somebody watches."""
+class Pictures(NamedTuple):
+    """All the images of a call, and what they cost."""
+
+    images: Tensor  # (N, 3, H, W) in [0, 1], float32, on the CPU
+    nfes: list[float]  # of each image: rows that went through the network
+    branches: dict[str, float]  # of the mean, those of each branch ("cond", "uncond", ...)
+    seconds: float
+
+    @property
+    def nfe(self) -> float:
+        """The mean over the images."""
+        return sum(self.nfes) / len(self.nfes)
+
+    def cost(self) -> dict[str, Any]:
+        """As results write it down."""
+        return {"nfe": self.nfe, "nfe_by_branch": self.branches, "seconds": round(self.seconds, 3)}
+
+
+def draw_pictures(batches: Iterator[Batch], total: int, label: str) -> Pictures:
+    """The `total` images of all batches, with a progress bar if a person watches."""
+    began, made = time.perf_counter(), list[Batch]()
     with tqdm(total=total, desc=label, disable=None) as bar:
         for batch in batches:
-            yield batch
+            made.append(batch)
             bar.update(len(batch.images))
-
-
-def mean_nfe(batches: Sequence[Batch]) -> float:
-    """Rows that went through the network, per image."""
-    return sum(b.nfe * len(b.images) for b in batches) / sum(len(b.images) for b in batches)
-
-
-def mean_branches(batches: Sequence[Batch]) -> dict[str, float]:
-    """The same of each branch."""
-    images = sum(len(b.images) for b in batches)
-    names = dict.fromkeys(name for b in batches for name in b.branches)
-    return {name: sum(b.branches.get(name, 0) * len(b.images) for b in batches) / images for name in names}
+    names = dict.fromkeys(name for batch in made for name in batch.branches)
+    rows = {name: sum(b.branches.get(name, 0) * len(b.images) for b in made) for name in names}
+    return Pictures(
+        torch.cat([batch.images for batch in made]),
+        [batch.nfe for batch in made for _ in batch.prompts],
+        {name: count / total for name, count in rows.items()},
+        time.perf_counter() - began,
+    )
 
 
 def pixels(images: Tensor) -> list[Any]:
@@ -128,67 +151,44 @@ def pixels(images: Tensor) -> list[Any]:
     return list(images.permute(0, 2, 3, 1).numpy())
 
 
-def generate(
-    model: str,
-    prompt: str | Sequence[str],
-    output_dir: str | Path,
-    guidance: str | Guidance = "cfg",
-    guidance_options: Mapping[str, Any] | None = None,
-    num_images: int = 1,
-    num_inference_steps: int = 25,
-    seed: int = 0,
-    batch_size: int = 16,
-    lora: str | Sequence[str] | None = None,
-    eta: float = 0.0,
-    noise: str | None = None,
-) -> dict[str, Any]:
+def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str, Any]:
     """Draw pictures, as `difftune sample` does: PNGs, grid.png and sample.json, whose contents are returned.
 
-        generate("tiny", "a red circle", "out", CFG(3.0))["nfe"]
+        generate(SampleConfig(model="tiny", prompt=["a red circle"], output_dir="out"), CFG(3.0))["nfe"]
 
-    Image i of a prompt is drawn with seed + i; `noise`, a file of `difftune optimize`, holds one noise for each image
-    in place of that. guidance: a method, or its name with its options. Nothing is written before all images are made.
-    Raises UserError, before anything is loaded, for what cannot be; DiskError where the folder cannot be written.
+    guidance: a method in place of the one that `config` names. Nothing is written before all images are made.
+    Raises UserError, before anything is loaded, for what cannot be; DiskError if the folder cannot be written.
     """
-    named = isinstance(guidance, str)
-    method = guidance_named(guidance, None, guidance_options) if isinstance(guidance, str) else guidance
-    prompt = [prompt] if isinstance(prompt, str) else list(prompt)
-    jobs = [(p, seed + i) for p in prompt for i in range(num_images)]
-    noises = None if noise is None else noises_of(noise, len(jobs))
-    with fresh(output_dir) as claim:
-        pipe, began = opened(model, lora), time.perf_counter()
-        texts, seeds = [p for p, _ in jobs], [s for _, s in jobs]
-        made = generate_batches(pipe, texts, seeds, method, num_inference_steps, batch_size, eta, noises)
-        batches = list(watched(made, len(jobs), "sample"))
-        found = {
-            "settings": {
-                "model": model,
-                "model_digest": digest_of(pipe),
-                "lora": lora or None,
-                "guidance": guidance if named else type(method).__name__,
-                "guidance_options": settings_of(method),
-                "prompt": prompt,
-                "num_images": num_images,
-                "num_inference_steps": num_inference_steps,
-                "eta": eta,
-                "seed": seed,
-                "noise": noise,
-                "batch_size": batch_size,
-                "scheduler": type(pipe.scheduler).__name__,
-            },
-            "images": list(_files(batches)),
-            "nfe": mean_nfe(batches),
-            "nfe_by_branch": mean_branches(batches),
-            "seconds": round(time.perf_counter() - began, 3),
-            "versions": versions(),
+    method = guidance_named(config.guidance, None, config.guidance_options) if guidance is None else guidance
+    texts, seeds = jobs_of(config.prompt, config.num_images, config.seed)
+    noises = None if config.noise is None else noises_of(config.noise, len(texts))
+    sampling = Sampling(config.num_inference_steps, config.batch_size, config.eta)
+    with fresh(config.output_dir) as claim:
+        pipe = opened(config.model, config.lora)
+        made = draw_pictures(generate_batches(pipe, texts, seeds, method, sampling, noises), len(texts), "sample")
+        settings = config.written() | {
+            "guidance": config.guidance if guidance is None else type(guidance).__name__,
+            "guidance_options": settings_of(method),
+            "model_digest": digest_of(pipe),
+            "scheduler": type(pipe.scheduler).__name__,
         }
-        claim.results(_results(batches, found, num_images if len(prompt) > 1 else None))
+        images = [
+            {"file": f"{i:05d}-seed{seed}.png", "prompt": prompt, "seed": seed, "nfe": nfe}
+            for i, (prompt, seed, nfe) in enumerate(zip(texts, seeds, made.nfes, strict=True))
+        ]
+        found = {"settings": settings, "images": images, **made.cost(), "versions": versions()}
+        claim.results(_results(made.images, found, config.num_images if len(config.prompt) > 1 else None))
     return found
 
 
-def _results(batches: Sequence[Batch], found: Mapping[str, Any], columns: int | None) -> Iterator[tuple[str, bytes]]:
+def jobs_of(prompts: Sequence[str], count: int, seed: int) -> tuple[list[str], list[int]]:
+    """The prompt and the seed of each image: `count` images of each prompt, with seeds seed, seed + 1, ..."""
+    return [p for p in prompts for _ in range(count)], [seed + i for _ in prompts for i in range(count)]
+
+
+def _results(images: Tensor, found: Mapping[str, Any], columns: int | None) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the pictures, the grid and sample.json, in the order in which they are written."""
-    pictures = [picture for batch in batches for picture in pixels(batch.images)]
+    pictures = pixels(images)
     for about, picture in zip(found["images"], pictures, strict=True):
         yield about["file"], output.png(picture)
     yield "grid.png", output.grid(pictures, columns)
@@ -198,10 +198,3 @@ def _results(batches: Sequence[Batch], found: Mapping[str, Any], columns: int | 
 def settings_of(guidance: Any) -> dict[str, Any]:
     """A method's fields, which are its settings."""
     return asdict(guidance)
-
-
-def _files(batches: Sequence[Batch]) -> Iterator[dict[str, Any]]:
-    """Of each image, in order: its file and what made it."""
-    jobs = [(prompt, seed, b.nfe) for b in batches for prompt, seed in zip(b.prompts, b.seeds, strict=True)]
-    for i, (prompt, seed, nfe) in enumerate(jobs):
-        yield {"file": f"{i:05d}-seed{seed}.png", "prompt": prompt, "seed": seed, "nfe": nfe}

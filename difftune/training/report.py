@@ -124,7 +124,7 @@ def draw(config: TrainingConfig, pipe: Any, prompts: Sequence[str]) -> Tensor:
     """Images (N, 3, H, W) in [0, 1], as a validation draws them."""
     method = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
     seeds = [config.seed + i for i in range(len(prompts))]
-    batches = generate_batches(pipe, prompts, seeds, method, config.num_inference_steps, config.train_batch_size)
+    batches = generate_batches(pipe, prompts, seeds, method, validation.sampling_of(config))
     return torch.cat([batch.images for batch in batches])
 
 

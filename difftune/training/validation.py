@@ -19,7 +19,7 @@ from difftune.files.checkpoint import State
 from difftune.files.prompts import read_prompts
 from difftune.lookup import guidance_named, reward_named, reward_weights
 from difftune.pipelines import lora
-from difftune.pipelines.generate import generate_batches, pixels
+from difftune.pipelines.generate import Sampling, generate_batches, pixels
 from guidance.contract import Guidance
 from rewards.checks import finite
 from rewards.monitor import Monitor, Parting
@@ -110,6 +110,12 @@ def open_validator(config: TrainingConfig, reward: Scorer | None) -> Validator |
     return Validator(config, prompts, method, load_scorers(config, reward))
 
 
+def sampling_of(config: TrainingConfig) -> Sampling:
+    """How a run's pictures are drawn, other than those that it trains on."""
+    told = config.embedded_guidance
+    return Sampling(config.num_inference_steps, config.train_batch_size, embedded_guidance=told)
+
+
 @torch.no_grad()
 def validate(validator: Validator, pipe: Any, state: State) -> Validation:
     """Draw, score, and compare with the earlier validations of this run.
@@ -119,11 +125,9 @@ def validate(validator: Validator, pipe: Any, state: State) -> Validation:
     """
     random, config, prompts = checkpoint.randomness(), validator.config, validator.prompts
     seeds = [config.seed + i for i in range(len(prompts))]
-    size = config.train_batch_size
     try:
         with _average(pipe, state):
-            steps, told = config.num_inference_steps, config.embedded_guidance
-            batches = generate_batches(pipe, prompts, seeds, validator.method, steps, size, embedded_guidance=told)
+            batches = generate_batches(pipe, prompts, seeds, validator.method, sampling_of(config))
             images = torch.cat([batch.images for batch in batches])
             scorers = validator.scorers.items()
             means = {f"{name}_mean": _mean(scorer, images.to(pipe.device), prompts) for name, scorer in scorers}

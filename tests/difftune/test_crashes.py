@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from difftune.configs.images import CompareConfig, EvalConfig, SampleConfig
 from difftune.configs.noise import RenoConfig
 from difftune.configs.recipes import AlignPropConfig
 from difftune.configs.search import SearchConfig
@@ -73,7 +74,11 @@ def searched(out: Path, resume: bool) -> None:
 
 
 def sampled(out: Path, resume: bool) -> None:
-    generate(str(out.parent / "model"), ["red", "blue"], out, num_inference_steps=1)
+    generate(
+        SampleConfig(
+            model=str(out.parent / "model"), prompt=["red", "blue"], output_dir=str(out), num_inference_steps=1
+        )
+    )
 
 
 def labelled(out: Path, resume: bool) -> None:
@@ -289,9 +294,9 @@ def test_a_command_that_fails_before_it_has_something_leaves_nothing(name, deep,
         "train": lambda: train_in_folder(short(AlignPropConfig, out), quiet, pipe, Fails()),
         "optimize": lambda: reno.run(short(RenoConfig, out, prompt=["red"]), quiet, pipe, Fails()),
         "search": lambda: search.run(SearchConfig("fk", ["red"], nothing, nfe_budget=8, output_dir=str(out)), quiet),
-        "sample": lambda: generate(nothing, ["red"], out),
-        "eval": lambda: shapeeval.run(nothing, output_dir=str(out)),
-        "compare": lambda: compare.run(nothing, ["cfg"], ["red"], out),
+        "sample": lambda: generate(SampleConfig(model=nothing, prompt=["red"], output_dir=str(out))),
+        "eval": lambda: shapeeval.run(EvalConfig(model=nothing, output_dir=str(out))),
+        "compare": lambda: compare.run(CompareConfig(model=nothing, prompt=["red"], output_dir=str(out))),
     }
     with pytest.raises(ERRORS):
         commands[name]()

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 
 from difftune import models
 from difftune.evaluation import shapeeval
-from difftune.pipelines.generate import generate_batches
+from difftune.pipelines.generate import Sampling, generate_batches
 from guidance.attach import attach
 from guidance.methods.catalogue import CFG, GUIDANCE
 from rewards.registry import load
@@ -109,7 +109,9 @@ def test_auc_is_the_chance_of_the_right_order(check):
 
 
 def test_clip_gradient_reaches_the_pixels():
-    images = next(generate_batches(models.load("tiny-turbo"), ["a red circle"], [0], GUIDANCE["none"](), 1)).images
+    images = next(
+        generate_batches(models.load("tiny-turbo"), ["a red circle"], [0], GUIDANCE["none"](), Sampling(1))
+    ).images
     images.requires_grad_()
     (gradient,) = torch.autograd.grad(load("tiny-clip")(images, ["a blue circle"]).sum(), images)
     assert gradient.abs().sum() > 0

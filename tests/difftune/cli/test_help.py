@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 
 import click
 import pytest
@@ -13,9 +14,22 @@ import difftune
 from difftune.cli.command import Command, Number
 from difftune.cli.program import cli
 from difftune.configs.fields import GROUP_OF, GROUPS, OWN
+from difftune.configs.images import CompareConfig, EvalConfig, SampleConfig
 from difftune.pipelines.lora import LAYOUTS
 
 PYTHON_WORDS = re.compile(r"\bNone\b|\bTrue\b|\bFalse\b|\[\"|guidance_options|\bdict\b|\bfloat32 or\b\(")
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("sample", SampleConfig), ("eval", EvalConfig), ("compare", CompareConfig)]
+)
+def test_the_flags_of_the_commands_that_draw_are_the_fields_of_their_configs(name, config):
+    flags = {param.name: param for param in cli.commands[name].params if param.expose_value}
+    assert flags.keys() - {"as_json", "guidance_scale"} == {field.name for field in fields(config)}
+    for field in fields(config):
+        given = flags[field.name].to_info_dict()["default"]
+        if field.default is not MISSING and given is not None:
+            assert (tuple(given) if isinstance(field.default, tuple) else given) == field.default, field.name
 
 
 def commands(group=cli, before=()):

@@ -14,6 +14,7 @@ from difftune.errors import UserError
 from difftune.evaluation.compare import Cell, caption, labelled
 from difftune.lookup import guidance_named, takes_scale
 from difftune.pipelines import method_parts
+from difftune.pipelines.generate import Pictures
 from difftune.pipelines.method_parts import TEXTS, equip, targets
 from difftune.reports.sheets import SIDE
 from guidance.methods.catalogue import APG, CFG, GUIDANCE, AdaptiveGuidance, CFGpp, Interval, Rescale
@@ -183,7 +184,7 @@ def test_compare_writes_a_grid_and_a_table(model, tmp_path):
 
 def test_the_images_of_a_cell_lie_under_its_labels():
     def cell(name: str, scale: float | None, gray: float) -> Cell:
-        return Cell(name, scale, CFG(), torch.full((1, 3, 8, 8), gray), 1.0, {"cond": 1.0}, 1.0)
+        return Cell(name, scale, CFG(), Pictures(torch.full((1, 3, 8, 8), gray), [1.0], {"cond": 1.0}, 1.0))
 
     picture = labelled([cell("none", None, 0.2), cell("cfg", 1.0, 0.4), cell("cfg", 2.0, 0.6)], [1.0, 2.0], 1)
     pixels = np.asarray(Image.open(BytesIO(picture)))

@@ -16,7 +16,7 @@ from difftune.files import checkpoint, output
 from difftune.files.checkpoint import State
 from difftune.lookup import guidance_named
 from difftune.pipelines import lora
-from difftune.pipelines.generate import generate_batches, pixels
+from difftune.pipelines.generate import Sampling, generate_batches, pixels
 from difftune.recipes import train, train_in_folder
 from difftune.recipes.d3po import d3po_loss, open_preferences, rank
 from difftune.rollouts.policy import Trajectory, log_ratio
@@ -179,7 +179,7 @@ def labels(tmp_path):
     """Four pictures of two prompts as `difftune sample --eta 1` writes them, and a choice of each two."""
     prompts, seeds = ["red circle"] * 2 + ["blue square"] * 2, [5, 6, 7, 8]
     guidance = guidance_named("cfg", 3.0)
-    (batch,) = generate_batches(pipelines.sd(), prompts, seeds, guidance, TOY.num_inference_steps, eta=1.0)
+    (batch,) = generate_batches(pipelines.sd(), prompts, seeds, guidance, Sampling(TOY.num_inference_steps, eta=1.0))
     for i, picture in enumerate(pixels(batch.images)):
         output.write(tmp_path / f"{i}.png", output.png(picture))
     settings = {"model": "tiny", "lora": None, "guidance": "cfg", "guidance_options": {"scale": 3.0}}
@@ -230,7 +230,7 @@ def test_pictures_without_seeds_are_refused(toy, labels):
 @pytest.mark.parametrize("make", [dits.sd3, lambda: pipelines.sd(scheduler=EulerDiscreteScheduler())])
 def test_pictures_with_noise_are_refused_where_the_noise_would_be_left_out(make):
     with pytest.raises(UserError, match="takes no eta: leave it out"):
-        next(generate_batches(make(), ["red"], [0], guidance_named("cfg", 3.0), 2, eta=1.0))
+        next(generate_batches(make(), ["red"], [0], guidance_named("cfg", 3.0), Sampling(2, eta=1.0)))
 
 
 # ------------------------------------------------------------------------------------------------ the run

@@ -19,7 +19,7 @@ from difftune.errors import UserError
 from difftune.files import checkpoint
 from difftune.lookup import guidance_named
 from difftune.pipelines import full_weights, lora
-from difftune.pipelines.generate import generate_batches
+from difftune.pipelines.generate import Sampling, generate_batches
 from difftune.recipes import running, train, train_in_folder
 from difftune.rollouts.image_sampler import ImageSampler
 from difftune.rollouts.rounds import repeated
@@ -141,7 +141,7 @@ def test_what_a_method_only_names_is_found_in_training_as_for_images(name, tmp_p
     with torch.no_grad():
         images, texts = chain(lambda i: "red circle", [0, 1], "full")
     method = guidance_named(name, None, EQUIPPED[name])
-    (batch,) = generate_batches(pipe, texts, seeds, method, config.num_inference_steps, 2)
+    (batch,) = generate_batches(pipe, texts, seeds, method, Sampling(config.num_inference_steps, 2))
     assert torch.allclose(images, batch.images.to(images), atol=1e-3)
     for recipe in ("alignprop", "ddpo"):
         its = toy(recipe, tmp_path, guidance=name, guidance_options=EQUIPPED[name], max_train_steps=1)

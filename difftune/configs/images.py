@@ -1,0 +1,74 @@
+"""The settings of `difftune sample`, `eval` and `compare`, whose flags stand in difftune/cli/images.py."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from solvers.ranges import Count, NotNegative, Ranged, Seed, Steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig(Ranged):
+    """What each of the three is told.
+
+    lora: folders of training runs, each as FOLDER or FOLDER=SHARE. batch_size: images at a time; it changes no image.
+    """
+
+    model: str
+    output_dir: str | None = None
+    lora: str | Sequence[str] | None = None
+    num_inference_steps: Steps = 25
+    seed: Seed = 0
+    batch_size: Count = 16
+
+    def written(self) -> dict[str, Any]:
+        """The settings as the result writes them down."""
+        settings = asdict(self) | {"lora": self.lora or None}
+        return {name: value for name, value in settings.items() if name != "output_dir"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(ImagesConfig):
+    """Images of prompts: image i of a prompt is drawn with seed + i.
+
+    eta: the noise of DDIM's steps; 1 is DDPM. noise: a file of `difftune optimize`, with a noise for each image.
+    """
+
+    prompt: Sequence[str]
+    output_dir: str
+    guidance: str = "cfg"
+    guidance_options: Mapping[str, Any] = field(default_factory=dict)
+    num_images: Count = 1
+    eta: NotNegative = 0.0
+    noise: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(ImagesConfig):
+    """ShapeEval of a model, or the oracle's verdict on images of other captions.
+
+    prompts: shapeeval, shapeeval-hard, or a text file of captions. prompts_per_category: the first ones that are used;
+    None is all. baseline: an earlier evaluation, to which the paired difference is taken.
+    """
+
+    guidance: str = "cfg"
+    guidance_options: Mapping[str, Any] = field(default_factory=dict)
+    prompts: str = "shapeeval"
+    images_per_prompt: Count = 4
+    prompts_per_category: Count | None = None
+    baseline: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(ImagesConfig):
+    """Guidance methods side by side, each at each of CFG's `scales`.
+
+    reward: scores beside saturation and contrast; empty is the oracle, if it can judge all prompts.
+    """
+
+    prompt: Sequence[str]
+    output_dir: str
+    guidance: Sequence[str] = ("cfg",)
+    scales: Sequence[float] = (7.5,)
+    reward: Sequence[str] = ()
+    num_images: Count = 4
