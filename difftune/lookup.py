@@ -28,6 +28,11 @@ def guidance_named(name: str, scale: float | None = None, options: Mapping[str, 
     return method
 
 
+def guidance_of(config: Any) -> Guidance:
+    """The method that a Config names by `guidance`, `guidance_scale` and `guidance_options`."""
+    return guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+
+
 def guidance_kinds(name: str) -> list[Callable[..., Guidance]]:
     """The methods of a name from the outside inwards; one that holds another and names none holds CFG."""
     parts = name.split(":")

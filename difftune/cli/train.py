@@ -65,11 +65,8 @@ def _search() -> click.Command:
 
 def configured(ctx: click.Context, config: type) -> Any:
     """The Config that file and flags describe."""
-    from rewards.compose import parse_rewards
-
     flags = {f.name: ctx.params[f.name] for f in fields(config)}
     flags |= {f.name: list(flags[f.name]) or f.default for f in fields(config) if isinstance(flags[f.name], tuple)}
-    parse_rewards(flags["reward"])
     if "prompt" in flags:
         spoken(flags["prompt"])
     name, settings = guidance_of(ctx)

@@ -1,20 +1,16 @@
 """Means with 95 % intervals that keep the images of a prompt together."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtri
 
 from difftune.errors import UserError
 from rewards.world import grammar
 
-Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
-
-
+Z95 = float(ndtri(0.975))  # a quantile of the standard normal
 RESAMPLES = 10_000
-
-
 BOOTSTRAP_SEED = 0
 
 
@@ -45,14 +41,6 @@ class Estimate:
         return f"{self.score:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def wilson(successes: float, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion (Wilson 1927): never empty, also at 0 and 1."""
-    p, z2 = successes / trials, Z95**2
-    centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = Z95 * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def estimate(values: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)) -> Estimate:
     """The mean of independent `values` in `bounds`, with a percentile bootstrap interval.
 
@@ -70,11 +58,12 @@ def estimate(values: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)) 
 
 
 def _unanimous(value: float, n: int, bounds: tuple[float, float]) -> Estimate:
-    """n values that agree: of all others at most a share w differs, Wilson's bound for 0 of n, and may lie at a bound.
+    """The interval of n values that agree: a share of at most w of all others differs, and may lie at either bound.
 
-    At a score of 0 or 1 this is Wilson's interval itself.
+    w = z^2 / (n + z^2) is the upper end of Wilson's interval (1927) for a share of which none was seen among n, so that
+    at a score of 0 or 1 this is Wilson's interval itself.
     """
-    w = wilson(0, n)[1]
+    w = Z95**2 / (n + Z95**2)
     return Estimate(value, value - (value - bounds[0]) * w, value + (bounds[1] - value) * w)
 
 
@@ -84,17 +73,17 @@ def differences(results: Sequence[Result], baseline: Sequence[Result]) -> dict[s
     paired = [r for r in results if (r.prompt, r.seed) in before]
     if not paired:
         raise UserError("the baseline shares no prompt and seed with this run: evaluate both with the same --seed")
-    return {name: estimate(_by_prompt(group, before), bounds=(-1.0, 1.0)) for name, group in _groups(paired)}
+    return {name: estimate(by_prompt(group, before), bounds=(-1.0, 1.0)) for name, group in by_category(paired)}
 
 
-def _groups(results: Sequence[Result]) -> Iterable[tuple[str, list[Result]]]:
+def by_category(results: Sequence[Result]) -> Iterable[tuple[str, list[Result]]]:
     yield "overall", list(results)
     for name in grammar.ALL_CATEGORIES:
         if group := [r for r in results if r.category == name]:
             yield name, group
 
 
-def _by_prompt(results: Sequence[Result], before: Mapping[tuple[str, int], bool] | None = None) -> list[float]:
+def by_prompt(results: Sequence[Result], before: Mapping[tuple[str, int], bool] | None = None) -> list[float]:
     """Per prompt, the mean over its images of `holds`, less what held before."""
     values: dict[str, list[float]] = {}
     for r in results:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from difftune.configs.images import EvalConfig
 from difftune.errors import UserError
-from difftune.evaluation.intervals import Estimate, Result, _by_prompt, _groups, differences, estimate
+from difftune.evaluation.intervals import Estimate, Result, by_category, by_prompt, differences, estimate
 from difftune.files import output
 from difftune.files.claim import fresh
 from difftune.files.prompts import read_prompts
@@ -33,7 +33,7 @@ from rewards.world.oracle import Oracle
 
 def scores(results: Sequence[Result]) -> dict[str, Estimate]:
     """{"overall": ..., category: ...} of the categories that occur."""
-    return {name: estimate(_by_prompt(group)) for name, group in _groups(results)}
+    return {name: estimate(by_prompt(group)) for name, group in by_category(results)}
 
 
 # ------------------------------------------------------------------------------------------------ prompts and pictures

@@ -25,7 +25,7 @@ from difftune.files.claim import Claim, claimed
 from difftune.files.noises import NOISE, noises_of
 from difftune.files.output import as_json, grid, png, remove, sweep
 from difftune.files.pictures import read_picture
-from difftune.lookup import at_least, guidance_named, reward_named, reward_weights
+from difftune.lookup import guidance_of, reward_named, reward_weights
 from difftune.models import check_model
 from difftune.models import load as load_model
 from difftune.pipelines.engine import Engine, check_engine, kernels, offload_of
@@ -133,21 +133,16 @@ def noise_settings(config: RenoConfig) -> NoiseSettings:
     Raises UserError for one that is unknown or cannot be.
     """
     shared = {field.name for field in fields(NoiseSettings)} & {field.name for field in fields(RenoConfig)}
-    guidance = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
-    return NoiseSettings(**{name: getattr(config, name) for name in shared} | {"guidance": guidance})
+    return NoiseSettings(**{name: getattr(config, name) for name in shared} | {"guidance": guidance_of(config)})
 
 
 def check(config: RenoConfig, pipe: Any = None, reward: Reward | None = None) -> None:
     """One sentence for the first setting that cannot be, before anything is loaded."""
     if not config.prompt:
         raise UserError("there is no prompt to optimise: give at least one --prompt")
-    at_least(1, iterations=config.iterations, batch_size=config.batch_size, seeds_per_prompt=config.seeds_per_prompt)
-    at_least(1, inversion_steps=config.inversion_steps)
-    if config.checkpointing_steps is not None:
-        at_least(1, checkpointing_steps=config.checkpointing_steps)
     check_engine(None, config.enable_xformers_memory_efficient_attention)
-    if needs_gradient(noise_settings(config).update):
-        reward_weights(config.reward if reward is None else reward, gradient=True)
+    gradient = needs_gradient(noise_settings(config).update)
+    reward_weights(config.reward if reward is None else reward, gradient)
     check_names(config)
     if pipe is None:
         check_model(config.model)

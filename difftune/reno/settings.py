@@ -3,18 +3,19 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from difftune.lookup import at_least, known, sampler_named
+from difftune.lookup import known, sampler_named
 from difftune.pipelines.engine import check_engine, check_offloading, gradient_named
 from difftune.reno.named import needs_gradient, optimizer_named
 from difftune.reno.paper import PAPER
 from difftune.reno.regularizers import REGULARIZERS
 from guidance.contract import Guidance
+from solvers.ranges import Count, NotNegative, Ranged, Side, Steps
 
 Variables = Literal["noise", "prompt", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseSettings:
+class NoiseSettings(Ranged):
     """The settings of noise optimisation that a pipeline and a reward do not decide.
 
     guidance: a method; None, as few-step models want, is no guidance. optimizer: "sgd", "adam" or "lbfgs", or for
@@ -32,41 +33,36 @@ class NoiseSettings:
     Raises UserError for a setting that is unknown or cannot be.
     """
 
-    num_inference_steps: int = 1
+    num_inference_steps: Steps = 1
     sampler: str = "euler"
     guidance: Guidance | None = None
     embedded_guidance: float | None = None  # told to a network distilled over guidance scales (LCM)
     timesteps: tuple[int, ...] | None = None  # of the steps, in place of the scheduler's own
-    height: int | None = None  # of the images, in pixels
-    width: int | None = None
+    height: Side | None = None  # of the images, in pixels
+    width: Side | None = None
     setting: str | None = None
     variables: Variables = "noise"
     optimizer: Any = "sgd"
-    learning_rate: float | None = None
-    grad_clip: float | None = None
+    learning_rate: NotNegative | None = None
+    grad_clip: NotNegative | None = None
     regularizer: str = "chi"  # a name of `regularizers.REGULARIZERS`
-    regularization_weight: float = 0.01
+    regularization_weight: NotNegative = 0.01
     normalize: bool = False  # divide each reward by the width of its nominal range, so that weights compare
-    patience: int | None = None  # iterations without a better image after which a sample leaves
+    patience: Count | None = None  # iterations without a better image after which a sample leaves
     target: float | None = None  # total reward at which a sample leaves
-    max_distance: float | None = None  # from the start, as a share of the start's norm
+    max_distance: NotNegative | None = None  # from the start, as a share of the start's norm
     gradient: str | None = None
     memory_budget: str | None = None
     offload: bool = False
-    decode_batch: int = 1
+    decode_batch: Count = 1
     enable_vae_tiling: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         sampler_named(self.sampler)
         known("regularizer", self.regularizer, REGULARIZERS)
-        known("choice of variables", self.variables, ("noise", "prompt", "both"))
         if self.setting is not None:
             known("setting of ReNO's paper", self.setting, PAPER)
-        at_least(1, num_inference_steps=self.num_inference_steps, decode_batch=self.decode_batch)
-        for name in ("patience", "height", "width"):
-            at_least(1, **{name: 1 if getattr(self, name) is None else getattr(self, name)})
-        at_least(0, learning_rate=self.learning_rate or 0, regularization_weight=self.regularization_weight)
-        at_least(0, grad_clip=self.grad_clip or 0, max_distance=self.max_distance or 0)
         check_engine(self.memory_budget, xformers=False)
         if needs_gradient(self.update) and self.gradient is not None:
             of = "weights" if self.variables == "prompt" else "noise"

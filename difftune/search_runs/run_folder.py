@@ -24,7 +24,7 @@ from difftune.files.checkpoint import Say
 from difftune.files.claim import Claim, claimed
 from difftune.files.output import as_json, grid, png, write
 from difftune.files.versions import versions
-from difftune.lookup import at_least, guidance_named, reward_named
+from difftune.lookup import guidance_of, reward_named, reward_weights
 from difftune.models import check_model
 from difftune.pipelines.fingerprint import check_resumed, digest_of
 from difftune.pipelines.generate import pixels
@@ -52,7 +52,7 @@ def run(
 
     SIGTERM and Ctrl-C save the state after the step that is under way, and end with 143 and 130.
     """
-    check(config)
+    check(config, reward)
     say, began = show or processes.shown, time.perf_counter()
     with claimed(config.output_dir) as claim:
         if claim.ended and config.resume_from_checkpoint:
@@ -68,14 +68,14 @@ def run(
     return summary
 
 
-def check(config: SearchConfig) -> None:
+def check(config: SearchConfig, reward: Reward | None = None) -> None:
     """One sentence for the first setting that cannot be, before anything is loaded."""
     if not config.prompt:
         raise UserError("there is no prompt to search for: give at least one --prompt")
     settings = configured(config.method, settings_of(config))
     experts_for(config.method, settings, experts_of(config))
-    at_least(1, nfe_budget=config.nfe_budget, num_inference_steps=config.num_inference_steps)
-    guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+    guidance_of(config)
+    reward_weights(config.reward if reward is None else reward, gradient=config.method in GRADIENTS)
     check_model(config.model)
 
 
@@ -89,7 +89,7 @@ def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: 
         reward,
         config.nfe_budget,
         config.seed,
-        guidance=guidance_named(config.guidance, config.guidance_scale, config.guidance_options),
+        guidance=guidance_of(config),
         experts=experts_of(config),
         num_inference_steps=config.num_inference_steps,
         eta=config.eta,
