@@ -30,6 +30,8 @@ SHORT = {  # of each recipe, what it learns from
     "drtune": "Reward gradient through steps all along.",
     "refl": "Reward gradient of an early prediction.",
     "ddpo": "Policy gradient (PPO) on any reward.",
+    "grpo": "Groups of images, by any reward (GRPO).",
+    "nft": "Noised images by any reward, no sampler.",
     "d3po": "Preferences, step by step.",
     "dpo": "Preference pairs (Diffusion-DPO).",
     "kto": "Good and bad images, each by itself.",

@@ -94,7 +94,8 @@ class DrtuneConfig(RewardGradientConfig):
 @documented
 @dataclass(frozen=True)
 class DDPOConfig(TrainingConfig):
-    """DDPO: fine-tune a LoRA on any reward by policy gradients of the sampler (https://arxiv.org/abs/2305.13301)."""
+    """DDPO: fine-tune a LoRA on any reward by policy gradients of the sampler (https://arxiv.org/abs/2305.13301).
+    Its successor, with groups of images and fewer trained steps, is `difftune train grpo`."""
 
     output_dir: str = "runs/ddpo"
     num_inference_steps: Steps = 50
@@ -120,6 +121,99 @@ class DDPOConfig(TrainingConfig):
     """Advantages are kept within this many standard deviations."""
     kl_weight: NotNegative = 0.0
     """Weight of KL(policy || model before training) at each step; above 0, its network calls are added."""
+
+
+@documented
+@dataclass(frozen=True)
+class GRPOConfig(TrainingConfig):
+    """GRPO: fine-tune a LoRA on any reward by comparing the images of a prompt (Flow-GRPO,
+    https://arxiv.org/abs/2505.05470)."""
+
+    output_dir: str = "runs/grpo"
+    num_inference_steps: Steps = 10
+    sampler: Literal["ancestral"] = "ancestral"
+    """Sampler with a log-probability, the only one; --kernel says how it adds noise."""
+    kernel: Literal["flow", "dance", "cps", "ddim"] | None = None
+    """How a step adds noise: flow, the SDE of Flow-GRPO; dance, that of DanceGRPO (both of flows); cps, coefficients
+    preserved; ddim, DDIM with eta. If not given: flow for a flow, and ddim for others."""
+    eta: Positive | None = None
+    """Noise of the sampler, above 0. If not given: 0.7 for flow, 0.3 for dance, 0.8 for cps, 1 for ddim."""
+    guidance: str = "none"
+    """Guidance method, in training as in use; without one, sampling and training cost half."""
+    gradient_accumulation_steps: Count = 4
+    """Backward passes of each trained sampler step per optimiser step."""
+    learning_rate: NotNegative = 3e-4
+
+    updates_per_round: Count = 1
+    """Optimiser steps on the images of one round, each step on its own share of them."""
+    num_images_per_prompt: Annotated[int, Range(2)] = 8
+    """Images of each prompt, whose rewards are compared."""
+    shared_noise: bool = False
+    """Begin all images of a prompt from one first noise, as DanceGRPO does."""
+    sde_window: Whole = 3
+    """Sampler steps in a row that add noise and are trained; the others are the ODE's. 0: all steps."""
+    window_schedule: Literal["random", "progressive"] = "random"
+    """Where that window is: random, anywhere in the first half, anew each round (Flow-GRPO-Fast); progressive, from the
+    first steps to the last (MixGRPO)."""
+    window_interval: Count = 25
+    """Optimiser steps after which a progressive window moves by one."""
+    advantage_std: Literal["residual", "group", "raw"] = "residual"
+    """What divides a reward's distance from its prompt's mean: residual, the deviation of these distances; group, the
+    prompt's own (DanceGRPO); raw, that of all rewards (Flow-GRPO)."""
+    adv_clip_max: NotNegative = 5.0
+    """Advantages are kept within this many standard deviations."""
+    trust: Literal["clip", "guard"] = "clip"
+    """Trust region: clip, PPO's; guard, GRPO-Guard's, whose ratio has the same scale at all steps."""
+    clip_range: NotNegative | None = None
+    """PPO clip range: the ratio of a step's probabilities counts only within 1 - clip_range and 1 + clip_range. If not
+    given: 1e-4 for clip, 2e-6 for guard."""
+    kl_weight: NotNegative = 0.0
+    """Weight of the divergence from the model before training at each step; above 0, its network calls are added."""
+    kl_form: Literal["gaussian", "velocity"] = "gaussian"
+    """That divergence: gaussian, KL of the two steps; velocity, the squared difference of the networks' outputs."""
+
+
+@documented
+@dataclass(frozen=True)
+class NFTConfig(TrainingConfig):
+    """NFT: fine-tune a LoRA on any reward by the forward process, with no sampler in training (DiffusionNFT,
+    https://arxiv.org/abs/2509.16117)."""
+
+    output_dir: str = "runs/nft"
+    num_inference_steps: Steps = 10
+    guidance: str = "none"
+    """Guidance method of the images that are made; the paper has none there, and the training has none in any case."""
+    gradient_accumulation_steps: Count = 4
+    """Backward passes of each noise level per optimiser step."""
+    learning_rate: NotNegative = 3e-4
+
+    loss: Literal["nft", "awm", "dgpo"] = "nft"
+    """Loss: nft, two mirror images of the model, one drawn to better images, the other to worse; awm, PPO's loss of the
+    denoising errors; dgpo, that of a whole group's preference."""
+    beta: NotNegative | None = None
+    """How far the mirror images are from the old model (nft), or the weight of a group's margin (dgpo). If not given: 1
+    for nft, 100 for dgpo."""
+    levels_per_image: Count = 4
+    """Noise levels of an image in an optimiser step, each with a backward pass: of the sampler's own, none twice."""
+    adaptive_weight: bool = True
+    """Divide an image's error by its mean distance, so that all noise levels weigh alike (nft)."""
+    old_schedule: Literal["linear", "late"] = "linear"
+    """How slowly the weights that make the images follow after n optimiser steps: linear, old = d old + (1 - d) new
+    with d = min(0.001 n, 0.5); late, with d = 0 until n = 75, then min(0.0075 (n - 75), 0.999)."""
+    updates_per_round: Count = 1
+    """Optimiser steps on the images of one round, each step on its own share of them."""
+    num_images_per_prompt: Annotated[int, Range(2)] = 8
+    """Images of each prompt, whose rewards are compared."""
+    advantage_std: Literal["residual", "group", "raw"] = "raw"
+    """What divides a reward's distance from its prompt's mean: residual, the deviation of these distances; group, the
+    prompt's own; raw, that of all rewards, as in the paper's code."""
+    adv_clip_max: NotNegative = 5.0
+    """Advantages are kept within this many standard deviations; an image at the upper end has quality 1."""
+    clip_range: NotNegative | None = None
+    """PPO clip range of awm and dgpo. If not given: 1 for awm, 0.05 for dgpo."""
+    kl_weight: NotNegative = 1e-4
+    """Weight of the squared difference between the outputs of the model and of the one before training; 0 leaves its
+    network calls out."""
 
 
 @documented

@@ -14,7 +14,9 @@ from difftune.configs.recipes import (
     DragonConfig,
     DROConfig,
     DrtuneConfig,
+    GRPOConfig,
     KTOConfig,
+    NFTConfig,
     PSOConfig,
     ReflConfig,
 )
@@ -74,6 +76,8 @@ RECIPES = {
         Recipe("drtune", DrtuneConfig, "DRTune", "2405.00760", "gradient", reference="kl_coeff"),
         Recipe("refl", ReflConfig, "ReFL", "2304.05977", "gradient", reference="kl_coeff"),
         Recipe("ddpo", DDPOConfig, "DDPO", "2305.13301", reference="kl_weight"),
+        Recipe("grpo", GRPOConfig, "Flow-GRPO", "2505.05470", reference="kl_weight"),
+        Recipe("nft", NFTConfig, "DiffusionNFT", "2509.16117", reference=True),
         Recipe("d3po", D3POConfig, "D3PO", "2311.13231", "labels", reference=True),
         Recipe("dpo", DPOConfig, "Diffusion-DPO", "2311.12908", "labels", reference=True),
         Recipe("kto", KTOConfig, "Diffusion-KTO", "2404.04465", "labels", reference=True),

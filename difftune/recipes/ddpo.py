@@ -74,7 +74,7 @@ def reinforce(session: Session[DDPOConfig], policy: Policy, judged: "Judged", sh
         batch, gains, i = turn
         before = batch.mean_under(run.reference, policy, i) if config.kl_weight else None
         mean, std = batch.mean(policy, i)
-        log_ratios = log_prob(batch.after(i), mean, std) - batch.trajectory.log_probs[i]
+        log_ratios = log_prob(batch.after(i), mean, std) - batch.trajectory.log_prob(i)
         loss = ddpo_loss(gains, log_ratios, config.clip_range)
         if before is not None:
             loss = loss + config.kl_weight * kl(mean, before, std).mean()

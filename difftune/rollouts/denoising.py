@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from solvers.denoiser import Cond, along, widen
+from solvers.denoiser import Cond, along, lines, widen
 from solvers.latent import LatentModel, NetworkDenoiser
 from solvers.noise import Noise
 
@@ -67,17 +67,49 @@ def some_levels(model: LatentModel, u: Tensor, among: Sequence[Noise]) -> tuple[
     return alpha, sigma, torch.stack([torch.as_tensor(denoiser.clock(at)) for at in own]).double().cpu()[rows]
 
 
+def draw_levels(model: LatentModel, seeds: Sequence[str], among: Sequence[Noise], rows: Sequence[int]) -> Draws:
+    """The levels `among` which `rows` names, one for each seed, and one eps for each seed, whatever the others are."""
+    generators = [torch.Generator().manual_seed(random.Random(seed).getrandbits(63)) for seed in seeds]
+    eps = torch.stack([torch.randn(model.shape(), generator=generator) for generator in generators])
+    places = (torch.tensor(rows, dtype=torch.float64) + 0.5) / len(among)  # in the middle of each level's share
+    return Draws(*(value.float().to(model.device) for value in (*some_levels(model, places, among), eps)))
+
+
+class Said(NamedTuple):
+    """What a network says of noised images."""
+
+    out: Tensor  # (B, ...), as it comes
+    x0: Tensor  # (B, ...), the clean images that this stands for
+    error: Tensor  # (B,), as `denoising_errors` has it
+
+
+def said_at(denoiser: NetworkDenoiser, x0: Tensor, draws: Draws, cond: Cond) -> Said:
+    """What the network says of x0 (B, C, h, w), noised; no guidance."""
+    at = Noise(along(draws.alpha, x0), along(draws.sigma, x0))
+    x, out = noised_output(denoiser, x0, draws, cond)
+    p, q, _, _ = lines(denoiser.prediction_type, at)
+    error = (out - target(denoiser.prediction_type, x0, draws.eps, *at)).square().flatten(1).mean(1)
+    return Said(out, p * x + q * out, error)
+
+
 def denoising_errors(denoiser: NetworkDenoiser, x0: Tensor, draws: Draws, cond: Cond) -> Tensor:
     """L (B,) in float32: the squared error of the network's output, a mean over the elements of each sample.
 
     x0, draws.eps (B, C, h, w); no guidance. Nothing is divided by alpha or sigma, so pure noise is no exception.
     """
     alpha, sigma = along(draws.alpha, x0), along(draws.sigma, x0)
+    _, out = noised_output(denoiser, x0, draws, cond)
+    return (out - target(denoiser.prediction_type, x0, draws.eps, alpha, sigma)).square().flatten(1).mean(1)
+
+
+def noised_output(denoiser: NetworkDenoiser, x0: Tensor, draws: Draws, cond: Cond) -> tuple[Tensor, Tensor]:
+    """x = alpha x0 + sigma eps, and the network's output there, in float32 or better."""
+    alpha, sigma = along(draws.alpha, x0), along(draws.sigma, x0)
     x, dtype = alpha * x0 + sigma * draws.eps, denoiser.network.dtype
     cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in cond.items()}
     assert denoiser.family.call is not None  # LatentModel refuses a family without
     out = denoiser.family.call(denoiser.network, x.to(dtype), draws.timestep, cond)
-    return (widen(out) - target(denoiser.prediction_type, x0, draws.eps, alpha, sigma)).square().flatten(1).mean(1)
+    return x, widen(out)
 
 
 def target(space: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ reference. Means, deviations and log-probabilities are in float32 or better, wha
 bfloat16 a ratio of probabilities is noise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from math import log, pi
+from math import log, pi, sin
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from difftune.errors import UserError
 from solvers.denoiser import Path, Predict, Prediction, widen
 from solvers.noise import Noise
-from solvers.samplers.step import end, shift_of, transition
+from solvers.samplers.step import end, renoise, shift_of, transition
 
 Kernel = Callable[[Prediction, Noise, Noise, float], tuple[Tensor, Tensor]]  # mean (B, ...) and deviation ()
 
@@ -30,18 +30,49 @@ def flow_transition(prediction: Prediction, now: Noise, then: Noise, a: float = 
     At t = 1 the divisor 1 - t is that of the next level; the step to data (t' = 0) is the ODE's, with std 0.
     Flow-GRPO (https://arxiv.org/abs/2505.05470, eq. 9 and its released code).
     """
+    return _flow_sde(prediction, now, then, a**2 * now.sigma / (now.alpha if now.alpha > 0 else then.alpha))
+
+
+def dance_transition(prediction: Prediction, now: Noise, then: Noise, eta: float = 0.3) -> tuple[Tensor, Tensor]:
+    """`flow_transition` with the same noise at all levels, s = eta: mean = x + (v + eta^2 eps / (2 t)) dt.
+
+    DanceGRPO (https://arxiv.org/abs/2505.07818, and its released code). The step to data is the ODE's here too.
+    """
+    return _flow_sde(prediction, now, then, eta**2 * torch.ones_like(now.sigma))
+
+
+def _flow_sde(prediction: Prediction, now: Noise, then: Noise, s2: Tensor) -> tuple[Tensor, Tensor]:
+    """A step of dx = (v + s^2 eps / (2 t)) dt + s dw, which has the flow's marginals for any s^2."""
     t, dt = now.sigma, then.sigma - now.sigma
     v = prediction.eps - prediction.x0
     x = now.alpha * prediction.x0 + now.sigma * prediction.eps
     if then.sigma == 0:
         return x + v * dt, torch.zeros_like(t)
-    s2 = a**2 * t / (now.alpha if now.alpha > 0 else then.alpha)
     half = s2 / (2 * t) * dt
     return x * (1 + half) + v * (dt + (1 - t) * half), (-s2 * dt).sqrt()
 
 
-KERNELS: dict[str, Kernel] = {"ddim": transition, "flow": flow_transition}
-ETAS = {"ddim": 1.0, "flow": 0.7}  # the papers' noise
+def cps_transition(prediction: Prediction, now: Noise, then: Noise, eta: float = 0.8) -> tuple[Tensor, Tensor]:
+    """Coefficients-preserving sampling (https://arxiv.org/abs/2509.05952), for any alpha:
+
+    std = sigma' sin(eta pi / 2),    mean = alpha' x0 + sqrt(sigma'^2 - std^2) eps.
+
+    No noise is left over at the end, so images are clean, at the price of a variance that is too small. eta = 1 makes
+    all of the noise anew.
+    """
+    fresh = sin(eta * pi / 2)
+    kept = (1 - fresh**2) ** 0.5
+    return renoise(prediction, Noise(then.alpha, then.sigma * kept)), then.sigma * fresh
+
+
+KERNELS: dict[str, Kernel] = {
+    "ddim": transition,
+    "flow": flow_transition,
+    "dance": dance_transition,
+    "cps": cps_transition,
+}
+ETAS = {"ddim": 1.0, "flow": 0.7, "dance": 0.3, "cps": 0.8}  # the papers' noise
+FLOWS_ALONE = ("flow", "dance")  # kernels of a flow's SDE
 
 
 def kernel_of(prediction_type: str) -> str:
@@ -85,16 +116,20 @@ def kl(mean: Tensor, reference: Tensor, std: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """T steps of a batch: what each started from, and the probability that it ended where it did."""
+    """T steps of a batch: what each started from, and where it led in the mean."""
 
     paths: Sequence[Path]  # T + 1, noisiest first
-    log_probs: Sequence[Tensor]  # (B,) of each step, per element; not finite where the deviation is 0
+    means: Sequence[Tensor]  # (B, ...) of each step
     stds: Sequence[Tensor]  # () of each step
 
     @property
     def drawn(self) -> list[int]:
         """The steps that are random: one with deviation 0 has no density."""
         return [i for i, std in enumerate(self.stds) if std > 0]
+
+    def log_prob(self, i: int) -> Tensor:
+        """The log-probability (B,) per element of what step i drew; not finite where its deviation is 0."""
+        return log_prob(self.paths[i + 1].x, self.means[i], self.stds[i])
 
     @property
     def end(self) -> Tensor:
@@ -109,6 +144,7 @@ class Policy:
     kernel: Kernel
     eta: float
     levels: Sequence[Noise]  # T + 1, noisiest first
+    window: Container[int] | None = None  # the steps that add noise, of those that can; None: all. Others are the ODE's
 
     def __post_init__(self) -> None:
         if not self.eta > 0:
@@ -122,23 +158,28 @@ class Policy:
         """The prediction at step i, and the mean (B, ...) and deviation () of where it leads, without CFG++'s shift."""
         now, then = self.levels[i], self.levels[i + 1]
         prediction = predict(path, now)
+        if self.window is not None and i not in self.window:
+            return prediction, renoise(prediction, then), torch.zeros_like(then.sigma)
         return (prediction, *self.kernel(prediction, now, then, self.eta))
 
     def mean(self, predict: Predict, path: Path, i: int) -> tuple[Tensor, Tensor]:
         """Mean (B, ...) and deviation () of step i from `path`: what a stored transition is weighed by."""
         prediction, mean, std = self.step(predict, path, i)
-        return mean + self.levels[i + 1].alpha * shift_of(prediction), std
+        return self.shifted(prediction, mean, i), std
+
+    def shifted(self, prediction: Prediction, mean: Tensor, i: int) -> Tensor:
+        """The mean (B, ...) of step i with CFG++'s shift, as every step ends."""
+        return mean + self.levels[i + 1].alpha * shift_of(prediction)
 
     @torch.no_grad()
     def sample(self, predict: Predict, x: Tensor, noise: Sequence[Tensor]) -> Trajectory:
         """A trajectory from x (B, ...) by `noise`, one tensor like x for each step; nothing carries a gradient."""
         if len(noise) != self.steps:
             raise UserError(f"{len(noise)} tensors of noise for {self.steps} steps: pass one for each")
-        paths, log_probs, stds = [Path(widen(x))], [], []
+        paths, means, stds = [Path(widen(x))], [], []
         for i, z in enumerate(noise):
             prediction, mean, std = self.step(predict, paths[-1], i)
             paths.append(end(paths[-1], mean + std * z, self.levels[i + 1], prediction))
-            shifted = mean + self.levels[i + 1].alpha * shift_of(prediction)
-            log_probs.append(log_prob(paths[-1].x, shifted, std))
+            means.append(self.shifted(prediction, mean, i))
             stds.append(std)
-        return Trajectory(paths, log_probs, stds)
+        return Trajectory(paths, means, stds)

@@ -54,6 +54,8 @@ class Rounds(Generic[Found]):
     run: Training
     length: int
     collect: Callable[[range], Found]
+    sampled_by: Callable[[Kept, int], Mapping[str, Tensor]] | None = None
+    """The weights that sample the round of a step, by what the round before began with; None: the trained ones."""
     first: int = -1  # step of the round that is held
     began: Kept = field(default_factory=keep_nothing)  # the weights and the rewards' statistics at its beginning
     found: Found | None = None
@@ -63,7 +65,12 @@ class Rounds(Generic[Found]):
         first, run = step - step % self.length, self.run
         if self.first != first:
             within = first < step == run.done
-            self.began = run.own if within else Kept(copy_tensors(run.weights), {"seen": run.seen.state()})
+            if within:
+                self.began = run.own
+            else:
+                before = run.own if self.first < 0 else self.began
+                weights = run.weights if self.sampled_by is None else self.sampled_by(before, first)
+                self.began = Kept(copy_tensors(weights), {"seen": run.seen.state()})
             self.first, self.found = first, None
         if self.found is None:
             run.seen.load(self.began.info["seen"])
@@ -74,7 +81,7 @@ class Rounds(Generic[Found]):
 
     def kept(self) -> Kept:
         """The round's beginning, so that it can be made again."""
-        return self.began if self.length > 1 else keep_nothing()
+        return self.began if self.length > 1 or self.sampled_by is not None else keep_nothing()
 
 
 @contextmanager

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difftune.errors import UserError
 from difftune.files.prompts import Prompts
 from difftune.rollouts.image_sampler import ImageSampler
-from difftune.rollouts.policy import ETAS, KERNELS, Policy, Trajectory, kernel_of
+from difftune.rollouts.policy import ETAS, FLOWS_ALONE, KERNELS, Policy, Trajectory, kernel_of
 from difftune.rollouts.session import Session
 from difftune.training.network import TrainedNetwork
 from difftune.training.steps import score_images
@@ -32,7 +33,11 @@ class Rolled:
     @torch.no_grad()
     def mean_under(self, network: TrainedNetwork, policy: Policy, i: int) -> Tensor:
         """The mean (B, ...) of step i by another network under the same guidance, without a gradient."""
-        return policy.mean(with_network(self.predict, network), self.trajectory.paths[i], i)[0]
+        return policy.mean(self.predict_by(network), self.trajectory.paths[i], i)[0]
+
+    def predict_by(self, network: TrainedNetwork) -> GuidedPredict:
+        """The guided prediction of another network."""
+        return with_network(self.predict, network)
 
     def after(self, i: int) -> Tensor:
         """Where step i ended, (B, ...)."""
@@ -42,11 +47,11 @@ class Rolled:
         """Some samples of the batch, in this order."""
         cut = self.trajectory
         conds = {name: {key: value[index] for key, value in cond.items()} for name, cond in self.predict.conds.items()}
-        log_probs = [value[index] for value in cut.log_probs]
+        means = [mean[index] for mean in cut.means]
         return Rolled(
             [self.texts[i] for i in index.tolist()],
             replace(self.predict, conds=conds),
-            Trajectory([path[index] for path in cut.paths], log_probs, cut.stds),
+            Trajectory([path[index] for path in cut.paths], means, cut.stds),
             self.scores[index],
         )
 
@@ -71,7 +76,15 @@ def roll_out(session: Session, policy: Policy, prompts: Prompts, numbers: range,
     return Rolled(start.prompts, start.predict, trajectory, scores)
 
 
-def policy_of(images: ImageSampler, eta: float | None) -> Policy:
-    """The images' sampler as a policy: DDIM with eta, or the SDE of a flow; their papers' noise where eta is None."""
-    kernel = kernel_of(images.denoiser.prediction_type)
-    return Policy(KERNELS[kernel], ETAS[kernel] if eta is None else eta, images.levels)
+def policy_of(images: ImageSampler, eta: float | None, kernel: str | None = None) -> Policy:
+    """The images' sampler as a policy with a kernel of `KERNELS`, and its paper's noise where eta is None.
+
+    kernel None: DDIM with eta, or the SDE of a flow. UserError for the SDE of a flow where the network predicts none.
+    """
+    space = images.denoiser.prediction_type
+    name = kernel or kernel_of(space)
+    if name in FLOWS_ALONE and space != "flow":
+        raise UserError(
+            f"kernel {name!r} is the SDE of a flow, and this network predicts {space}: give 'ddim' or 'cps'"
+        )
+    return Policy(KERNELS[name], ETAS[name] if eta is None else eta, images.levels)

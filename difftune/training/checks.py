@@ -49,6 +49,17 @@ def check_no_dropout(config: TrainingConfig) -> None:
         )
 
 
+def check_whole_groups(config: Any) -> None:
+    """UserError unless the images of a prompt are in one round."""
+    group = config.num_images_per_prompt
+    count = config.train_batch_size * config.gradient_accumulation_steps * config.updates_per_round
+    if count % group:
+        raise UserError(
+            f"a round has {count} images (train_batch_size x gradient_accumulation_steps x updates_per_round): give a "
+            f"multiple of num_images_per_prompt, {group}"
+        )
+
+
 def check_groups(config: Any) -> None:
     """UserError unless the images of a prompt are in one batch."""
     group, size = config.num_images_per_prompt, config.train_batch_size

@@ -27,6 +27,8 @@ MORE: dict[str, dict[str, Any]] = {
         "per_prompt_stat_tracking_buffer_size": 3,
         "per_prompt_stat_tracking_min_count": 2,
     },
+    "grpo": {"num_images_per_prompt": 2, "gradient_accumulation_steps": 1, "sde_window": 2},
+    "nft": {"num_images_per_prompt": 2, "gradient_accumulation_steps": 1, "levels_per_image": 2},
     "drtune": {"truncation_steps": 2},
     "kto": {"train_batch_size": 4},
     "dragon": {"pairs_per_round": 4},

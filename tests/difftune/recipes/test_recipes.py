@@ -38,7 +38,7 @@ def different(a: State, b: State) -> list[str]:
 
 
 NO_ROUNDS = ("alignprop", "draft", "refl", "drtune", "d3po", "pso")  # every step makes new images
-NO_DROPOUT = ("ddpo", "d3po", "pso")  # a ratio of probabilities refuses it
+NO_DROPOUT = ("ddpo", "d3po", "pso", "grpo")  # a ratio of probabilities refuses it
 
 
 def dropout_of(name: str) -> float:
@@ -299,7 +299,14 @@ class Stopped(Bright):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "name"), [("torchrun", "alignprop"), ("accelerate", "alignprop"), ("torchrun", "ddpo")]
+    ("launcher", "name"),
+    [
+        ("torchrun", "alignprop"),
+        ("accelerate", "alignprop"),
+        ("torchrun", "ddpo"),
+        ("torchrun", "grpo"),
+        ("torchrun", "nft"),
+    ],
 )
 def test_two_processes_equal_one_on_the_joined_batch(launcher, name, tmp_path):
     """Under gloo: Adam's first moments are a tenth of the synchronised gradient, which is that of the joined batch."""

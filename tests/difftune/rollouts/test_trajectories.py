@@ -132,7 +132,7 @@ def test_stored_transitions_have_the_probability_that_they_were_drawn_with(make,
     for i in made.drawn:
         mean, std = policy.mean(predict, made.paths[i], i)
         assert mean.requires_grad and mean.dtype == torch.float32
-        assert torch.equal(log_prob(made.paths[i + 1].x, mean, std), made.log_probs[i])
+        assert torch.equal(log_prob(made.paths[i + 1].x, mean, std), made.log_prob(i))
 
 
 def test_the_last_step_is_left_out_where_it_is_not_random():
@@ -143,7 +143,7 @@ def test_the_last_step_is_left_out_where_it_is_not_random():
         x = model.noise(1, torch.Generator().manual_seed(0))
         made = policy.sample(guided(model.denoiser, CFG(3.0), model.encode(["red"])), x, drawn(policy, x))
         assert made.drawn == list(range(count))
-        assert all(made.log_probs[i].isfinite().all() for i in made.drawn)
+        assert all(made.log_prob(i).isfinite().all() for i in made.drawn)
 
 
 def test_log_probabilities_are_in_float32_under_a_half_precision_network():
@@ -156,8 +156,8 @@ def test_log_probabilities_are_in_float32_under_a_half_precision_network():
     made = policy.sample(predict, x, drawn(policy, x))
     for i in made.drawn:
         mean, std = policy.mean(predict, made.paths[i], i)
-        assert mean.dtype == made.log_probs[i].dtype == made.paths[i].x.dtype == torch.float32
-        assert torch.equal(log_prob(made.paths[i + 1].x, mean, std), made.log_probs[i])
+        assert mean.dtype == made.log_prob(i).dtype == made.paths[i].x.dtype == torch.float32
+        assert torch.equal(log_prob(made.paths[i + 1].x, mean, std), made.log_prob(i))
 
 
 def test_what_cannot_be_is_said():

@@ -14,7 +14,13 @@ from tests.support.toys import toy
 
 PRECISIONS = ("no", "bf16", "fp16")
 AT_THE_REFERENCE = {"d3po": ("log_ratio", 0.0), "dpo": ("winner_gap", 0.0), "kto": ("good_gain", 0.0)}
-AT_THE_REFERENCE |= {"pso": ("margin", 0.0), "dragon": ("positive_gap", 0.0), "ddpo": ("approx_kl", 0.0)}
+AT_THE_REFERENCE |= {
+    "pso": ("margin", 0.0),
+    "dragon": ("positive_gap", 0.0),
+    "ddpo": ("approx_kl", 0.0),
+    "grpo": ("approx_kl", 0.0),
+    "nft": ("old_gap", 0.0),
+}
 
 
 def cases(name: str) -> list[dict]:
