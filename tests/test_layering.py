@@ -123,6 +123,15 @@ def test_every_room_has_its_floor(package):
 
 
 @pytest.mark.parametrize("package", FLOORS)
+def test_every_folder_says_what_belongs_in_it_and_stands_in_the_picture_of_the_house(package):
+    picture = (ROOT / "CONTRIBUTING.md").read_text().partition("## The house")[2].partition("```\n\n")[0]
+    folders = [entry for entry in (ROOT / package).iterdir() if (entry / "__init__.py").is_file()]
+    assert folders and [folder.name for folder in folders if f"{folder.name}/" not in picture] == []
+    said = {folder.name: ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) for folder in folders}
+    assert not [name for name, text in said.items() if not text]
+
+
+@pytest.mark.parametrize("package", FLOORS)
 def test_rooms_import_lower_floors_alone(package):
     height = {room: -number for number, floor in enumerate(FLOORS[package]) for room in floor}
     inside = [module for module in MODULES if module.startswith(f"{package}.")]

@@ -1,1 +1,1 @@
-"""The settings of every command, as documented dataclasses; nothing here imports torch."""
+"""The settings of every command: a field, its default, its range and its help text. Nothing here imports torch."""

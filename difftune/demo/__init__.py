@@ -1,1 +1,1 @@
-"""The main job end to end on the embedded models, as one HTML report."""
+"""`difftune demo`: the main job end to end on the embedded models, as one HTML report."""

@@ -1,1 +1,3 @@
-"""How good pictures are: ShapeEval, the comparison of methods, scores, intervals."""
+"""How good pictures are: ShapeEval, the comparison of guidance methods, scores of files, and the statistics of such
+numbers (confidence intervals, win rates).
+"""

@@ -1,1 +1,1 @@
-"""Reading and writing: whole files and folders, pictures, prompts, checkpoints."""
+"""Reading and writing, whatever is written: whole files and folders, locks, pictures, prompts, checkpoints."""

@@ -1,1 +1,3 @@
-"""A person's choices between pictures: the tasks, the label file, the web page."""
+"""A person's choices between pictures: which are shown together, the formats of label files (read and written here
+alone), and the web page.
+"""

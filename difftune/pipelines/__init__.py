@@ -1,1 +1,3 @@
-"""A diffusers pipeline: opened, adapted, equipped with a guidance method, sampled from, fitted to the memory."""
+"""A diffusers pipeline: opened by name, given a LoRA, equipped with a guidance method, sampled from, fitted to the
+memory.
+"""

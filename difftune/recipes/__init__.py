@@ -1,4 +1,6 @@
-"""One training algorithm per file: its loss, its step, its checks. `RECIPES` lists them; `train` runs one.
+"""One training algorithm per file (reward gradients, policy gradients, preferences): its loss, its step, its checks.
+
+`RECIPES` lists them; `train` runs one.
 
 Importing this imports no torch: a recipe's functions are imported when they are called.
 """

@@ -1,1 +1,3 @@
-"""The loop around every recipe: what is trained, one optimiser step, the run folder, validation."""
+"""The loop around every recipe: the trained weights, one optimiser step, optimisers, validation, the rules that stop a
+run, the run folder of `difftune train`.
+"""

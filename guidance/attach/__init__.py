@@ -1,4 +1,4 @@
-"""Guidance inside a diffusers pipeline's own call."""
+"""Guidance inside a diffusers pipeline's own call: the hooks on its network and its scheduler."""
 
 from guidance.attach.handle import Handle, attach, is_attached
 

@@ -1,1 +1,3 @@
-"""Search methods: particles, trees, and their correctors."""
+"""The search methods, for any sampler and reward: particles with their weights and resampling, selection among
+candidates, trees, Feynman-Kac correctors.
+"""

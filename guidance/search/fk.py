@@ -1,6 +1,12 @@
 """Feynman-Kac steering: particles of p(x0) exp(lambda r(x0)), resampled by the rewards of their estimates.
 
-p is the law of the sampler with the guidance inside it, whichever that is.
+p is the law of the sampler with the guidance inside it, whichever that is. Of each of K particles, from noise to data:
+
+    x_t ~ the sampler's step from x_s;   R = r(x0 estimated at x_s), at the steps that have a potential
+    w  *= G(R, earlier R)                                             (`POTENTIALS`)
+    resample by w, where the effective number of particles is below the threshold
+
+and after the last step w is such that the product of G along each path is exp(lambda r(x0)).
 
     for state in fk(problem, FK(inverse_temperature=10)): ...
 """
@@ -62,8 +68,6 @@ class FK(Ranged):
     def __post_init__(self):
         super().__post_init__()
         check_resampling(self.resampling, self.threshold)
-        if self.potential not in POTENTIALS:
-            raise UserError(f"no potential {self.potential!r}; known: {', '.join(POTENTIALS)}")
         if self.start > self.stop:
             raise UserError(f"potentials from {self.start} to {self.stop} of the run: start must be at most stop")
 
@@ -85,6 +89,7 @@ def fk(problem: Problem, config: FK, saved: Saved | None = None) -> Iterator[Sta
 
 
 def _fk_step(problem: Problem, config: FK, due: list[int], population: Population) -> Particles:
+    """From level i to i + 1: move, and where a potential is due, weigh by it and resample."""
     i, rows, particles = population.step, population.rows, population.particles
     said = problem.predicted(particles.path, i, rows)
     path = problem.move(particles.path, said, i, noises(problem, population, STEP, i))
@@ -99,12 +104,7 @@ def _fk_step(problem: Problem, config: FK, due: list[int], population: Populatio
     applied = cache.get("applied", torch.zeros_like(reward))  # log of the product of the potentials so far
     log_g = config.inverse_temperature * potential.log(before, after)
     if last:
-        log_g = final(config, reward, after) - applied
+        log_g = config.inverse_temperature * reward - applied  # the whole path's product is exp(lambda r(x0))
     cache = {"reward": reward, "memory": after, "applied": applied + log_g}
     weighted = reweight(replace(moved, cache=cache), log_g)
     return weighted if last else resampled(problem, config, population, weighted)
-
-
-def final(config: FK, reward: Tensor, memory: Tensor) -> Tensor:
-    """What all potentials of a path must multiply to: lambda r(x0), whatever the rewards before were."""
-    return config.inverse_temperature * reward

@@ -1,1 +1,1 @@
-"""Rewards of a set of images: distances and diversity."""
+"""Rewards of a set of images as a whole: its distance to exemplars (Fréchet, MMD), its diversity (Vendi)."""

@@ -1,1 +1,1 @@
-"""A reward that is made of another one: in parts of a batch, or smoothed."""
+"""Rewards that are made of another one: on parts of a batch, or smoothed."""

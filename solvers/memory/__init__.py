@@ -1,1 +1,1 @@
-"""How much memory a run takes, and how to make it fit."""
+"""How much memory a run takes, and how it is made to fit: measuring, planning, block checkpointing, offloading."""

@@ -1,4 +1,4 @@
-"""A whole sampling run, and the gradient through it."""
+"""A whole sampling run, and the modes of the gradient through it (checkpointed, truncated, adjoint, reversible)."""
 
 from solvers.rollout.modes import rollout
 

@@ -1,1 +1,1 @@
-"""The samplers: one step from a noise level to the next, of order 1 to 4."""
+"""The samplers, singlestep and multistep, of order 1 to 4: each is one function from a noise level to the next."""
