@@ -1,7 +1,12 @@
 """What settings name, as objects: one sentence for every name or option that is not known."""
 
+import importlib.util
 import inspect
+import os
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import is_dataclass
+from importlib import import_module
 from typing import Any, TypeVar
 
 from difftune.errors import UserError
@@ -16,7 +21,8 @@ Rewards = Sequence[str] | Mapping[str, float] | Reward  # NAME=WEIGHT terms, wei
 
 
 def guidance_named(name: str, scale: float | None = None, options: Mapping[str, Any] | None = None) -> Guidance:
-    """The method with its options, of which `scale` is one and wins; "interval:apg" is APG in an Interval."""
+    """The method with its options, of which `scale` is one and wins; "interval:apg" is APG in an Interval, and
+    "module:Class" a method of one's own."""
     kinds = guidance_kinds(name)
     settings: list[dict[str, Any]] = [{} for _ in kinds]
     for key, value in {**(options or {}), **({} if scale is None else {"scale": scale})}.items():
@@ -35,13 +41,49 @@ def guidance_of(config: Any) -> Guidance:
 
 def guidance_kinds(name: str) -> list[Callable[..., Guidance]]:
     """The methods of a name from the outside inwards; one that holds another and names none holds CFG."""
-    parts = name.split(":")
-    kinds = [member("guidance method", part, GUIDANCE) for part in parts]
+    parts = _parts(name)
+    kinds = [_own_method(part) if ":" in part else member("guidance method", part, GUIDANCE) for part in parts]
     for part, kind in zip(parts[:-1], kinds, strict=False):
         if "method" not in _options(kind):
             holders = ", ".join(n for n, k in GUIDANCE.items() if "method" in _options(k))
             raise UserError(f"in {name!r}, {part} can hold no other method; these can: {holders}")
     return [*kinds, GUIDANCE["cfg"]] if "method" in _options(kinds[-1]) else kinds
+
+
+def _parts(name: str) -> list[str]:
+    """The methods that a name names: "interval:mine:Fading" is interval, and the class Fading of the module mine."""
+    parts: list[str] = []
+    words = name.split(":")
+    while words:
+        word = words.pop(0)
+        parts.append(f"{word}:{words.pop(0)}" if word not in GUIDANCE and words and _is_module(word) else word)
+    return parts
+
+
+def _is_module(name: str) -> bool:
+    """Whether a module of that name can be imported, of the working folder too."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not look there
+    try:
+        return all(part.isidentifier() for part in name.split(".")) and importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _own_method(name: str) -> Callable[..., Guidance]:
+    """The class that "module:Class" names. UserError for what is no guidance method."""
+    module, _, attribute = name.partition(":")
+    found = vars(import_module(module))
+    if attribute not in found:
+        raise UserError(f"the module {module!r} has no {attribute!r}, which the guidance {name!r} names")
+    kind = found[attribute]
+    if not (isinstance(kind, type) and is_dataclass(kind) and {"guide", "space"} <= set(dir(kind))):
+        raise UserError(
+            f'the guidance {name!r} is no guidance method: write a frozen dataclass with space = "any" and a generator '
+            "guide(self, path, at), as docs/guides/your-own.md shows"
+        )
+    made: Any = kind
+    return made
 
 
 def guidance_field(name: str, key: str) -> tuple[int, str]:

@@ -1,8 +1,28 @@
 """Guidance for diffusion models: what a sampler follows at each step.
 
-from guidance.attach import attach  # on a diffusers pipeline
-from guidance.guided import guided  # in our own loop
-from guidance.methods import CFG, GUIDANCE
+    from guidance import CFG, Branch, Guided  # methods, and what one of your own is written with
+    from guidance.attach import attach  # on a diffusers pipeline
+    from guidance.guided import guided  # in our own loop
+
+The names are imported when they are first used.
 """
 
+from importlib import import_module
+from typing import Any
+
 __distribution__ = "difftune"
+
+_HOME = {  # public name -> its module
+    **dict.fromkeys(("Branch", "Guidance", "Guide", "Guided", "Preds"), "guidance.contract"),
+    **dict.fromkeys(("Neutral", "Scaled", "Usual", "ratio", "time"), "guidance.methods.scales"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    catalogue = import_module("guidance.methods.catalogue")
+    home = import_module(_HOME[name]) if name in _HOME else catalogue
+    if name not in _HOME and name not in catalogue.__all__:
+        raise AttributeError(f"guidance has no {name!r}; it has {', '.join(sorted([*_HOME, *catalogue.__all__]))}")
+    return vars(home)[name]

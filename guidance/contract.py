@@ -170,6 +170,17 @@ def within(guidance: Guidance, path: Path, at: Noise) -> Generator[Request, Pred
     return reply._replace(out=back(reply.out), data=None if reply.data is None else back(reply.data)), preds
 
 
+def check_method(guidance: object) -> None:
+    """UserError for what is no guidance method."""
+    if isinstance(guidance, type):
+        raise UserError(f"{guidance.__name__} is a class: make a guidance method of it, as in {guidance.__name__}()")
+    if missing := {"guide", "space"} - set(dir(guidance)):
+        raise UserError(
+            f"{type(guidance).__name__} is no guidance method, it has no {' and no '.join(sorted(missing))}: a method "
+            'has space = "any" and a generator guide(self, path, at), see guidance.contract'
+        )
+
+
 def own_space(guidance: Guidance, space: str, output: str) -> str:
     """The space in which a method sees answers that come in `space`, from a network that emits `output`."""
     if guidance.space not in (*SPACES, "any", "output"):

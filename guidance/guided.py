@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from guidance.branches import Counter, Inputs, evaluate, tensors_in
-from guidance.contract import Answers, Branch, Guidance, Request, drive
+from guidance.contract import Answers, Branch, Guidance, Request, check_method, drive
 from solvers.denoiser import Cond, Denoiser, Path, Prediction, predicted, widen
 from solvers.errors import UserError
 from solvers.noise import Noise
@@ -97,6 +97,7 @@ def guided(
     conds: named conditions, each a mapping of batch-first tensors; "cond" must be there, "uncond" for most methods.
     weak: the denoiser of `Branch(network="weak")`. counter: counts the rows evaluated; its own by default.
     """
+    check_method(guidance)
     if "cond" not in conds:
         raise UserError(f"conds has no 'cond'; given: {', '.join(conds) or 'nothing'}")
     networks = {name: _for_one_run(d) for name, d in {"main": denoise, "weak": weak}.items() if d is not None}

@@ -34,7 +34,7 @@ from guidance.attach.calls import Asked, Call, recorded
 from guidance.attach.hooks import hooked, wrapped_step
 from guidance.attach.schedulers import Where, locator
 from guidance.branches import Counter
-from guidance.contract import Combined, Guidance, convert, drive
+from guidance.contract import Combined, Guidance, check_method, convert, drive
 from guidance.methods.cfg import CFG, Plain
 from guidance.methods.compose import inside
 from solvers.denoiser import Memory, Path, widen
@@ -61,6 +61,7 @@ def attach(pipe: Any, guidance: Guidance, networks: Mapping[str, nn.Module] | No
     network with diffusers' caching on, and a CFG++ shift that the scheduler, or what the pipeline does to its guided
     prediction, cannot take.
     """
+    check_method(guidance)
     family = family_of(pipe)
     locator(pipe.scheduler)
     if is_attached(pipe):

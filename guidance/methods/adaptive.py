@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from guidance.contract import Branch, Guide, Guided, Preds
-from guidance.methods.scales import Neutral, Scale, chosen, dot, strength
+from guidance.methods.scales import Neutral, Scale, Scaled, chosen, dot, strength
 from solvers.denoiser import Path
 from solvers.noise import Noise
-from solvers.ranges import Range, Ranged, Whole
+from solvers.ranges import Range, Whole
 
 
 @dataclass(frozen=True)
-class AdaptiveGuidance(Ranged):
+class AdaptiveGuidance(Scaled):
     """CFG until cos(eps_c, eps_u) of a sample reaches `threshold`; from then on that sample is conditional only.
 
     The step that crosses has evaluated both; it uses `crossing`: the conditional prediction (the paper) or CFG. So a

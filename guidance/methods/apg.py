@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.scales import Neutral, Scale, along_direction, dot, strength
+from guidance.methods.scales import Neutral, Scale, Scaled, Usual, along_direction, dot, strength
 from solvers.denoiser import Path
 from solvers.noise import Noise
-from solvers.ranges import Positive, Range, Ranged, Share
+from solvers.ranges import Positive, Range, Share
 
 SDXL_LATENT = 4 * 128 * 128  # elements of the latent that the default radius is for
 
 
 @dataclass(frozen=True)
-class APG(Ranged):
+class APG(Scaled):
     """CFG of the clean estimates, whose difference g = x0_c - x0_u has momentum, a bounded norm, and loses the part
     that is parallel to x0_c and saturates:
 
@@ -31,6 +31,7 @@ class APG(Ranged):
     momentum: Annotated[float, Range(-1, 1)] = -0.5
     radius: Positive | None = 15.0
     space = "x0"
+    usual = Usual(1, 60, "CFG's convention, and about twice CFG's number, as 15 for 7.5")
     neutral = Neutral({"scale": 1.0}, "none")
 
     def guide(self, path: Path, at: Noise) -> Guide:

@@ -6,7 +6,7 @@ A scale is a float, a (B,) tensor, or a function of `Noise` that gives either; n
 from dataclasses import dataclass
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.scales import Neutral, Scale, strength
+from guidance.methods.scales import Neutral, Scale, Scaled, strength
 from solvers.denoiser import Path
 from solvers.noise import Noise
 from solvers.ranges import Ranged
@@ -26,7 +26,7 @@ class Plain(Ranged):
 
 
 @dataclass(frozen=True)
-class CFG(Ranged):
+class CFG(Scaled):
     """Classifier-free guidance, out = u + scale * (c - u) (https://arxiv.org/abs/2207.12598).
 
     The scale is diffusers' `guidance_scale`: 1 is plain conditional, 0 unconditional. Both are always evaluated.

@@ -7,16 +7,15 @@ from statistics import median
 
 from guidance.contract import Branch, Guide, Guided
 from guidance.methods.cfg import CFG
-from guidance.methods.scales import Neutral, Scale, step_of, strength, time
+from guidance.methods.scales import Neutral, Scale, Scaled, Usual, converting, step_of, strength, time
 from solvers.denoiser import Path
 from solvers.noise import Noise
-from solvers.ranges import Ranged
 
 README_RATIO = 12.5  # the authors' README: lambda in [0, 1] is about CFG in [1, 12.5], at 50 DDIM steps
 
 
 @dataclass(frozen=True)
-class CFGpp(Ranged):
+class CFGpp(Scaled):
     """CFG++: the clean estimate is guided, the noise that is put back is not (https://arxiv.org/abs/2406.08070):
 
     x' = alpha' (x0_u + scale (x0_c - x0_u)) + sigma' eps_u, whatever the solver.
@@ -29,6 +28,7 @@ class CFGpp(Ranged):
 
     scale: Scale = 0.6
     space = "any"
+    usual = Usual(0, 1, "CFGpp.from_cfg_scale(7.5) is 0.6; with the run's levels it converts exactly")
     neutral = Neutral({"scale": 0.0}, "uncond")
 
     @classmethod
@@ -37,7 +37,8 @@ class CFGpp(Ranged):
 
         levels: those of the run. Without them the ratio is 12.5, the authors' own for 50 DDIM steps.
         """
-        return cls(scale / (README_RATIO if levels is None else median(omega(1.0, levels))))
+        with converting():
+            return cls(scale / (README_RATIO if levels is None else median(omega(1.0, levels))))
 
     def guide(self, path: Path, at: Noise) -> Guide:
         preds = yield {"cond": Branch("cond"), "uncond": Branch("uncond")}

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.scales import Neutral, Scale, chosen, strength
+from guidance.methods.scales import Neutral, Scale, Scaled, Usual, chosen, strength
 from solvers.denoiser import Cond, Path, along
 from solvers.errors import UserError
 from solvers.noise import Noise
-from solvers.ranges import NotNegative, Ranged
+from solvers.ranges import NotNegative
 
 Classify = Callable[[Tensor], Tensor]  # x0 (B, ...) -> logits (B, K)
 Confusion = Callable[[Tensor, Tensor, Tensor], Tensor]  # p (B, K), target (B,), rival (B,) -> confusion (B,) in [0, 1]
@@ -56,7 +56,7 @@ def given(owner: str, field: str, value: Any, what: str) -> Any:
 
 
 @dataclass(frozen=True)
-class GFCG(Ranged):
+class GFCG(Scaled):
     """Gradient-free classifier guidance: away from the class that the classifier confuses the sample with
     (https://arxiv.org/abs/2411.15393).
 
@@ -83,6 +83,7 @@ class GFCG(Ranged):
     tolerance: NotNegative = 0.01
     network: str = "main"
     space = "any"
+    usual = Usual(0, 15, "a scale of CFG less 1: GFCG.from_cfg_scale(w)")
     neutral = Neutral({"scale": 0.0}, "none")
 
     @classmethod
@@ -147,7 +148,7 @@ def target_of(owner: str, target: Tensor | None, path: Path, key: str) -> Tensor
 
 # ------------------------------------------------------------------------------------------------ by the gradient
 @dataclass(frozen=True)
-class ClassifierGuidance(Ranged):
+class ClassifierGuidance(Scaled):
     """Guidance by the gradient of an off-the-shelf classifier of clean images (EluCD,
     https://arxiv.org/abs/2310.11311).
 

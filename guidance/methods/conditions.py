@@ -6,15 +6,15 @@ from torch import Tensor
 
 from guidance.contract import Branch, Guide, Guided
 from guidance.methods.negative import weights_of
-from guidance.methods.scales import Neutral, Scale, rows_for, step_of, strength
+from guidance.methods.scales import Neutral, Scale, Scaled, rows_for, step_of, strength
 from solvers.denoiser import Cond, Path
 from solvers.errors import UserError
 from solvers.noise import Noise
-from solvers.ranges import Ranged, Share
+from solvers.ranges import Share
 
 
 @dataclass(frozen=True)
-class MultiCondition(Ranged):
+class MultiCondition(Scaled):
     """Multi-conditional guidance (SpaText, https://arxiv.org/abs/2211.14305), over N conditions:
 
     slow: out = u + sum_i scale_i (model(x | condition_i) - u), N + 1 evaluations, a scale for each;
@@ -44,7 +44,7 @@ class MultiCondition(Ranged):
 
 
 @dataclass(frozen=True)
-class NullTextInversion(Ranged):
+class NullTextInversion(Scaled):
     """CFG with an unconditional embedding of each step's own, optimised so that the run from an inverted image gives
     that image (https://arxiv.org/abs/2211.09794).
 

@@ -8,17 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.scales import Neutral, Scale, strength
+from guidance.methods.scales import Neutral, Scale, Scaled, strength
 from solvers.denoiser import Path
 from solvers.errors import UserError
 from solvers.noise import Noise
-from solvers.ranges import Ranged
 
 BINOMIAL = (1.0, 4.0, 6.0, 4.0, 1.0)  # Burt and Adelson's filter
 
 
 @dataclass(frozen=True)
-class FDG(Ranged):
+class FDG(Scaled):
     """CFG with one scale for low frequencies and one for high ones:
 
     out = u + scale low(d) + high (d - low(d)),    d = c - u,

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.scales import Neutral, Scale, step_of, strength, time
+from guidance.methods.scales import Neutral, Scale, Scaled, step_of, strength, time
 from solvers.denoiser import Path
 from solvers.errors import UserError
 from solvers.noise import Noise
-from solvers.ranges import Ranged
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class LinearFit:
 
 
 @dataclass(frozen=True)
-class LinearAG(Ranged):
+class LinearAG(Scaled):
     """CFG whose unconditional eps is predicted, in every other step, from the earlier ones by a linear `fit`.
 
     In the first half of the steps, CFG and CFG with eps_u = sum_i a_i eps_c(x_i) + sum_i b_i eps_u(x_i) take turns; the

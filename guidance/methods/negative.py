@@ -8,15 +8,15 @@ from torch import Tensor
 
 from guidance.contract import Branch, Guide, Guided, Request
 from guidance.methods.classifier import given
-from guidance.methods.scales import Neutral, Scale, along_direction, rows_for, strength
+from guidance.methods.scales import Neutral, Scale, Scaled, Usual, along_direction, rows_for, strength
 from solvers.denoiser import Cond, Path
 from solvers.errors import UserError
 from solvers.noise import Noise
-from solvers.ranges import Positive, Ranged, Share
+from solvers.ranges import Positive, Share
 
 
 @dataclass(frozen=True)
-class PerpNeg(Ranged):
+class PerpNeg(Scaled):
     """CFG with negatives that lose what they share with the prompt (https://arxiv.org/abs/2304.04968):
 
     out = u + scale (d - sum_j weight_j perp(n_j - u, d)),    d = c - u,    perp(a, d) = a - <a, d> / ||d||^2 d.
@@ -52,7 +52,7 @@ def weights_of(weights: tuple[Scale, ...], count: int, default: Scale, owner: st
 
 
 @dataclass(frozen=True)
-class _InAttention(Ranged):
+class _InAttention(Scaled):
     """What NASA and NAG share: the conditional evaluation alone, with the negative's tokens at hand in cross-attention.
 
     negative: hidden states of the negative prompt, (1, L, D) or (B, L, D).
@@ -81,6 +81,7 @@ class NASA(_InAttention):
     scale: Scale = 0.1
     negative: Tensor | str | None = None
     space = "any"
+    usual = Usual(0, 1, "0.1 to 0.5 in the paper; it is not CFG's scale")
     neutral = Neutral({"scale": 0.0}, "none")
 
     def guide(self, path: Path, at: Noise) -> Guide:
@@ -103,6 +104,7 @@ class NAG(_InAttention):
     tau: Positive = 2.5
     mix: Share = 0.25
     space = "any"
+    usual = Usual(0, 15, "the authors' nag_scale less 1: NAG.from_authors_scale(5)")
     neutral = Neutral({"scale": 0.0}, "none")
 
     @classmethod

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.scales import Neutral, Scale, chosen, dot, strength
+from guidance.methods.scales import Neutral, Scale, Scaled, chosen, dot, strength
 from solvers.denoiser import Path
 from solvers.errors import UserError
 from solvers.noise import Noise
-from solvers.ranges import Ranged, Whole
+from solvers.ranges import Whole
 
 
 @dataclass(frozen=True)
-class CFGZeroStar(Ranged):
+class CFGZeroStar(Scaled):
     """CFG-Zero*, for flow models (https://arxiv.org/abs/2503.18886): of the velocities,
 
     out = s u + scale (c - s u),    s = <c, u> / ||u||^2 per sample; the first `zero_steps` steps stay where they are.
@@ -53,7 +53,7 @@ def projection_weight(c: Tensor, u: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TCFG(Ranged):
+class TCFG(Scaled):
     """Tangential damping CFG (https://arxiv.org/abs/2503.18137): out = u' + scale (c - u'), u' = <u, v> v,
 
     where v is the first right singular vector of the two rows [c; u] of a sample, in eps: what of u is not common to

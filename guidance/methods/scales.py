@@ -1,9 +1,12 @@
 """Scales as floats, tensors or functions of the noise level, and the arithmetic that methods share."""
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from math import isclose
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +24,54 @@ class Neutral(NamedTuple):
 
     settings: Mapping[str, Any]
     equals: str  # "none", "uncond" or "cfg" (of the same scale)
+
+
+class Usual(NamedTuple):
+    """The scales that a method is used at, and in which convention they are."""
+
+    low: float
+    high: float
+    says: str
+
+
+class UnusualScale(UserWarning):
+    """A scale beyond those that a method is used at: that of another convention, as a rule."""
+
+
+_converting: ContextVar[bool] = ContextVar("converting", default=False)
+
+
+class Scaled(Ranged):
+    """A method with a `scale`; one beyond `usual` is told once for each method, as a warning."""
+
+    usual: ClassVar[Usual] = Usual(0, 30, "1 is no guidance, 7.5 is usual, and a paper's c + s (c - u) is scale 1 + s")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scale, usual = vars(self)["scale"], self.usual
+        if isinstance(scale, int | float) and not usual.low <= scale <= usual.high and not _converting.get():
+            _warn_once(type(self), float(scale))
+
+
+_told: set[type] = set()
+
+
+def _warn_once(kind: type[Scaled], scale: float) -> None:
+    if kind not in _told:
+        _told.add(kind)
+        low, high, says = kind.usual
+        about = f"{kind.__name__} has scale {scale:g}, and is used from {low:g} to {high:g}: {says}"
+        warnings.warn(about, UnusualScale, stacklevel=5)
+
+
+@contextmanager
+def converting() -> Iterator[None]:
+    """In it no scale is unusual: it was converted from another convention."""
+    token = _converting.set(True)
+    try:
+        yield
+    finally:
+        _converting.reset(token)
 
 
 def strength(scale: Scale, at: Noise, x: Tensor) -> float | Tensor:

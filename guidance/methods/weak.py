@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.scales import Neutral, Scale, chosen, nonzero, strength
+from guidance.methods.scales import Neutral, Scale, Scaled, Usual, chosen, nonzero, strength
 from solvers.denoiser import Path
 from solvers.noise import Noise
-from solvers.ranges import Range, Ranged
+from solvers.ranges import Range
 
 
 @dataclass(frozen=True)
-class AutoGuidance(Ranged):
+class AutoGuidance(Scaled):
     """Autoguidance, out = weak + scale (main - weak), both with the sample's own condition
     (https://arxiv.org/abs/2406.02507).
 
@@ -31,7 +31,7 @@ class AutoGuidance(Ranged):
 
 
 @dataclass(frozen=True)
-class _Perturbed(Ranged):
+class _Perturbed(Scaled):
     """out = c + scale (c - weak) [+ (cfg_scale - 1) (c - u)]; the samples of scale 0 are spared the weak evaluation."""
 
     def _guided(self, scale: Scale, cfg_scale: Scale | None, patch: str, path: Path, at: Noise) -> Guide:
@@ -61,6 +61,7 @@ class PAG(_Perturbed):
     cfg_scale: Scale | None = None
     layers: str = ""
     space = "any"
+    usual = Usual(0, 15, "it multiplies c - weak, the papers have about 3; CFG's scale is cfg_scale")
     neutral = Neutral({"scale": 0.0}, "none")
 
     def guide(self, path: Path, at: Noise) -> Guide:
@@ -81,6 +82,7 @@ class SLG(_Perturbed):
     cfg_scale: Scale | None = None
     layers: str = ""
     space = "any"
+    usual = Usual(0, 15, "it multiplies c - weak, the papers have about 3; CFG's scale is cfg_scale")
     neutral = Neutral({"scale": 0.0}, "none")
 
     def guide(self, path: Path, at: Noise) -> Guide:
@@ -102,6 +104,7 @@ class SEG(_Perturbed):
     cfg_scale: Scale | None = None
     layers: str = ""
     space = "any"
+    usual = Usual(0, 15, "it multiplies c - weak, the papers have about 3; CFG's scale is cfg_scale")
     neutral = Neutral({"scale": 0.0}, "none")
 
     def guide(self, path: Path, at: Noise) -> Guide:
