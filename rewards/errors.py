@@ -22,6 +22,10 @@ class WeightsMissing(RewardError, FileNotFoundError):
     exit_code = 1
 
 
+class NotFetched(WeightsMissing):
+    """What a reward downloads is not there, and no network is."""
+
+
 class Unreachable(RewardError, ConnectionError):
     """A server gives no answer, or none that can be used."""
 

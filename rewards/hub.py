@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from rewards.errors import RewardError, Unreachable, WeightsMissing
+from rewards.errors import NotFetched, RewardError, Unreachable, WeightsMissing
 from rewards.registry import OF_ALL, entry, fitting, imported, spelled, unknown
 
 LOCKS = Path(__file__).parent / "lock.json"
@@ -131,7 +131,7 @@ def snapshot(model: str | Path) -> Path:
     try:
         folder = _safe(Path(huggingface_hub.snapshot_download(str(model), revision=pinned, allow_patterns=SAFE)))
     except LocalEntryNotFoundError as error:
-        raise WeightsMissing(_unreached(str(model))) from error
+        raise NotFetched(_unreached(str(model))) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise WeightsMissing(f"{model} is neither a folder nor a model of the Hub: {_first_line(error)}") from error
     _write(record, json.dumps({"revision": folder.name}).encode())
@@ -164,7 +164,7 @@ def _from_hub(lock: Lock) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(lock.hub_id, lock.file, revision=lock.revision))
     except LocalEntryNotFoundError as error:
-        raise WeightsMissing(_unreached(f"{lock.hub_id}/{lock.file}")) from error
+        raise NotFetched(_unreached(f"{lock.hub_id}/{lock.file}")) from error
     except HfHubHTTPError as error:
         raise Unreachable(f"the Hub does not give {lock.hub_id}/{lock.file}: {_first_line(error)}") from error
 
@@ -172,7 +172,7 @@ def _from_hub(lock: Lock) -> Path:
 def _from_url(lock: Lock, file: Path) -> Path:
     assert lock.url and lock.bytes, f"{lock.name} in lock.json needs url and bytes"
     if constants.HF_HUB_OFFLINE:
-        raise WeightsMissing(_unreached(lock.file))
+        raise NotFetched(_unreached(lock.file))
     try:
         with urllib.request.urlopen(lock.url, timeout=TIMEOUT) as answer:
             content = answer.read(lock.bytes + 1)
@@ -218,7 +218,7 @@ def _tampered(lock: Lock, file: Path, found: str) -> str:
 
 def _unreached(what: str) -> str:
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
-    return f"{what} is not in the cache and {why}: run `difftune rewards prefetch` with a network first"
+    return f"{what} is not in the cache and {why}"
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,20 +25,41 @@ class Plain:
     differentiable: bool
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.function(images, prompts).float()
+        try:
+            scores = self.function(images, prompts)
+        except (TypeError, AttributeError) as error:  # of a function of pictures of PIL, or of other arguments
+            raise RewardError(f"the reward failed, {type(error).__name__}: {error}; {FORM}") from error
+        if not isinstance(scores, Tensor) or scores.shape != (len(images),):
+            shape = f"a tensor {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise RewardError(f"the reward gives {shape} for {len(images)} images; {FORM}")
+        return scores.float()
+
+
+FORM = (
+    "a reward is a function of images, a tensor (B, 3, H, W) in [0, 1], and a list of B prompts, and gives a tensor "
+    "(B,), as in: def red(images, prompts): return images[:, 0].mean((1, 2))"
+)
 
 
 def plain(function: Callable[[Tensor, Sequence[str]], Tensor]) -> Plain:
     """The function as a reward. It is differentiable if `function.differentiable` says so; where it says nothing, it is
-    tried on one picture of noise, with the prompt "a red circle". Raises ValueError for scores that are not (B,)."""
+    tried on one picture of noise, with the prompt "a red circle". Raises ValueError, which shows the right form, for
+    other arguments than images and prompts, and for scores that are not (B,)."""
+    check_arguments(function)
     if "differentiable" in dir(function):
         return Plain(function, bool(function.differentiable))  # type: ignore[attr-defined]
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    scores = function(images, ["a red circle"])
-    if not isinstance(scores, Tensor) or scores.shape != (1,):
-        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise RewardError(f"a reward gives scores (B,) for B images, not {shape} for one image")
-    return Plain(function, scores.requires_grad)
+    return Plain(function, Plain(function, True)(images, ["a red circle"]).requires_grad)
+
+
+def check_arguments(function: Callable[..., Any]) -> None:
+    """Raises ValueError for a function that cannot be called with images and prompts."""
+    try:
+        inspect.signature(function).bind("images", "prompts")
+    except TypeError as error:
+        raise RewardError(f"the reward cannot be called with images and prompts ({error}); {FORM}") from error
+    except ValueError:  # a function of C, which does not say what it takes
+        return
 
 
 @cache
@@ -68,8 +90,9 @@ def _stated(kind: type, name: str) -> bool:
 
 def _found(name: str) -> Any:
     module, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in module.split(".")):
-        raise RewardError(f"cannot read the reward {name!r}: write MODULE:ATTRIBUTE, as in my_rewards:red")
+    if module.endswith(".py") or not all(part.isidentifier() for part in module.split(".")):
+        example = f"{Path(module).stem}:{attribute}" if module.endswith(".py") and attribute else "my_rewards:red"
+        raise RewardError(f"cannot read the reward {name!r}: write MODULE:ATTRIBUTE, as in {example}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a console script does not look there
     try:

@@ -9,6 +9,7 @@ import ast
 import difflib
 import inspect
 import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -17,7 +18,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from rewards.errors import RewardError
+from rewards.errors import NotFetched, RewardError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -373,11 +374,19 @@ def load(name: str, batch_size: int | None = None, gradient_checkpointing: bool 
     known = inspect.signature(make).parameters
     parts = {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
     parts |= {option: options.pop(option) for option in OF_ALL if option in options and option not in known}
-    reward = make(**fitting(plain, make, options))
+    reward = _made(name, make, fitting(plain, make, options))
     if parts["batch_size"] is None and not parts["gradient_checkpointing"]:
         return reward
     batched: Callable[..., Reward] = imported("rewards.wrappers.batched:Batched")
     return batched(reward, **parts)
+
+
+def _made(name: str, make: Callable[..., Reward], options: dict[str, Any]) -> Reward:
+    try:
+        return make(**options)
+    except NotFetched as error:
+        command = f"difftune rewards prefetch {shlex.quote(name)}"
+        raise NotFetched(f"reward {name!r}: {error}; run `{command}` with a network first") from error
 
 
 def fitting(name: str, make: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:

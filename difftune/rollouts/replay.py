@@ -65,6 +65,11 @@ def check_settings(config: D3POConfig, made: Mapping[str, Any], file: Path) -> N
         "num_inference_steps": config.num_inference_steps,
         "eta": 1.0 if config.eta is None else config.eta,
     }
+    if made.get("eta") == 0:
+        raise UserError(
+            f"{file}: the images were made with eta 0, whose steps have no probability that D3PO could raise: train "
+            "dpo, kto or dro on these labels, or label images of difftune sample --eta 1"
+        )
     for name, value in wanted.items():
         if made.get(name) != value:
             raise UserError(

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from rewards import hub
+from rewards import hub, registry
 from rewards.hub import Lock
 from rewards.registry import REWARDS
 
@@ -138,9 +138,17 @@ def no_network(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", hub.locks())
 def test_nothing_is_asked_of_the_network_when_offline(no_network, name):
-    """Whether from the Hub or from a URL: one sentence with the remedy."""
-    with pytest.raises(FileNotFoundError, match=r"HF_HUB_OFFLINE is set: run `difftune rewards prefetch`"):
+    """Whether from the Hub or from a URL."""
+    with pytest.raises(FileNotFoundError, match=r"is not in the cache and HF_HUB_OFFLINE is set"):
         hub.weights(name)
+    assert no_network == []
+
+
+def test_what_is_to_be_fetched_is_named(no_network):
+    with pytest.raises(FileNotFoundError, match=r"reward 'pickscore': .*; run `difftune rewards prefetch pickscore`"):
+        registry.load("pickscore")
+    with pytest.raises(FileNotFoundError, match=r"run `difftune rewards prefetch 'vlm\[model=some/model\]'`"):
+        registry.load("vlm[model=some/model]")
     assert no_network == []
 
 
@@ -193,7 +201,7 @@ def test_hub_that_does_not_answer_is_not_called_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", unreachable)
     monkeypatch.setattr(hub.urllib.request, "urlopen", refuse)
     for fetch in (lambda: hub.weights("pickscore-v1"), lambda: hub.snapshot("some/model")):
-        with pytest.raises(FileNotFoundError, match="is not in the cache and the Hub cannot be reached: run"):
+        with pytest.raises(FileNotFoundError, match="is not in the cache and the Hub cannot be reached"):
             fetch()
     with pytest.raises(ConnectionError, match=r"cannot fetch https://raw.githubusercontent.com/.*: .*no address"):
         hub.weights("aesthetic-v2-sac")

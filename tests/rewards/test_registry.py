@@ -29,6 +29,15 @@ def rounded(images, prompts):
 def broken(images, prompts):
     return images.mean()
 
+def listed(images, prompts):
+    return [0.5 for _ in images]
+
+def of_pil(images, prompts):
+    return torch.tensor([image.convert("L").getextrema()[1] for image in images])
+
+def of_images_alone(images):
+    return images[:, 0].mean(dim=(1, 2))
+
 class Blue:
     differentiable = True
     def __init__(self, scale: float = 1.0):
@@ -105,7 +114,15 @@ def test_function_is_weighted_on_the_command_line(module):
         ("mine:green", "the module 'mine' has no 'green'"),
         ("mine:number", "'mine:number' is no reward: it cannot be called with images and prompts"),
         ("mine:Silent", "the class 'mine:Silent' is no reward: write `differentiable = True`, or False, in its body"),
-        ("mine:broken", r"a reward gives scores \(B,\) for B images, not \(\)"),
+        ("mine:broken", r"the reward gives a tensor \(\) for 1 images; a reward is a function of images, a tensor"),
+        ("mine:listed", r"the reward gives a list for 1 images; a reward is a function of images, a tensor"),
+        ("mine:of_pil", r"the reward failed, AttributeError: .*'convert'; a reward is a function of images, a tensor"),
+        (
+            "mine:of_images_alone",
+            r"cannot be called with images and prompts \(too many .*\), as in: def red",
+        ),
+        ("mine.py:red", r"write MODULE:ATTRIBUTE, as in mine:red"),
+        ("folder/mine.py:red", r"write MODULE:ATTRIBUTE, as in mine:red"),
     ],
 )
 def test_what_cannot_be_a_reward_is_named(module, name, sentence):
@@ -119,6 +136,15 @@ def test_function_may_say_whether_it_is_differentiable():
 
     stated.differentiable = False
     assert not plain(stated).differentiable
+
+
+def test_a_function_that_is_not_tried_tells_its_form_when_it_is_used():
+    def listed(images, prompts):
+        return [0.5 for _ in images]
+
+    listed.differentiable = False
+    with pytest.raises(ValueError, match="the reward gives a list for 3 images; a reward is a function of images"):
+        plain(listed)(IMAGES, PROMPTS)
 
 
 def entry_point(name: str, value: str) -> EntryPoint:

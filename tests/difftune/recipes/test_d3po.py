@@ -221,6 +221,14 @@ def test_other_settings_than_the_pictures_are_refused(toy, labels, more, what):
         next(train(replace(toy, labels=str(labels), **more), None, pipelines.sd()))
 
 
+def test_labels_of_pictures_without_noise_have_other_remedies(toy, labels):
+    file = labels.parent / "sample.json"
+    made = json.loads(file.read_text())
+    file.write_text(json.dumps({**made, "settings": {**made["settings"], "eta": 0.0}}))
+    with pytest.raises(UserError, match="made with eta 0.*: train dpo, kto or dro on these labels, or label"):
+        next(train(replace(toy, labels=str(labels)), None, pipelines.sd()))
+
+
 def test_pictures_without_seeds_are_refused(toy, labels):
     labels.write_text(labels.read_text().replace('"seed_a": 7', '"seed_a": null'))
     with pytest.raises(UserError, match=r"line 1: 2\.png has no seed"):
