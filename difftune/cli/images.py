@@ -1,4 +1,4 @@
-"""`difftune sample`, `eval`, `compare` and `score`."""
+"""`difftune sample`, `eval`, `compare`, `score` and `export`."""
 
 import sys
 from collections.abc import Sequence
@@ -149,6 +149,28 @@ def score(reward: Sequence[str], prompt: Sequence[str], image: Sequence[str], as
     header = ["image", *found[0]["rewards"], "total"]
     rows = [[s["image"], *(f"{v:.4f}" for v in s["rewards"].values()), f"{s['total']:.4f}"] for s in found]
     show(found, as_json, table([header, *rows]))
+
+
+@click.command(
+    cls=Command,
+    params=[
+        Flag(["--lora"], metavar="FOLDER", required=True, help="Folder of a training run, whose LoRA is read."),
+        Flag(
+            ["--format", "layout"],
+            type=click.Choice(["kohya", "comfyui"]),
+            default="kohya",
+            help="Layout: kohya for Automatic1111 and kohya's scripts (UNets alone), or comfyui.",
+        ),
+        click.Argument(["file"]),
+    ],
+    short_help="Write a LoRA for other programs.",
+    example="difftune export --lora out --format kohya mine.safetensors",
+)
+def export(lora: str, layout: str, file: str) -> None:
+    """Write a LoRA of `difftune train` to FILE in the layout of another program; the model is not needed."""
+    from difftune.pipelines import lora_formats
+
+    show({}, False, str(lora_formats.export(lora, file, layout)))
 
 
 def _eval_table(found: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import click
 
 from difftune import __version__
 from difftune.cli.about import demo, doctor, methods
-from difftune.cli.images import compare, evaluate, sample, score
+from difftune.cli.images import compare, evaluate, export, sample, score
 from difftune.cli.label import label
 from difftune.cli.rewards import rewards
 from difftune.cli.train import optimize, search, train
@@ -70,5 +70,6 @@ def main() -> None:
         cli(prog_name="difftune")
 
 
-for _command in (sample, evaluate, compare, score, train, optimize, search, label, rewards, methods, doctor, demo):
+COMMANDS = (sample, evaluate, compare, score, train, export, optimize, search, label, rewards, methods, doctor, demo)
+for _command in COMMANDS:
     cli.add_command(_command)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from difftune.errors import UserError
 from difftune.files.output import whole_file, write
-from difftune.pipelines import fingerprint
+from difftune.pipelines import fingerprint, lora_formats
+from difftune.pipelines.lora_formats import WEIGHTS
 from solvers.families.table import family_of
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # attention to the text's tokens, of SD3 and FLUX
 FEED_FORWARD = ("net.0.proj", "net.2", "proj_mlp")
@@ -180,31 +180,15 @@ def adapter_of(network: nn.Module, name: str, tensors: Mapping[str, Tensor] | No
 def export_kohya(pipe: Any, file: str | Path, adapter_name: str | None = None) -> Path:
     """Write an adapter as Automatic1111, ComfyUI and kohya's scripts read it; `pipe.load_lora_weights` does too.
 
-    Layer a.b.c of a UNet is lora_unet_a_b_c, with lora_down, lora_up and alpha. A layer of another alpha than the rest
-    (`alpha_pattern`) has that in its lora_up, since diffusers reads one alpha for all. adapter_name: as for `chosen`.
-    Raises UserError for a denoiser that is no UNet, which those programs know by names of their own, and for DoRA.
+    The layout is `lora_formats.kohya`'s, which raises UserError for a denoiser that is no UNet and for DoRA.
+    adapter_name: as for `chosen`.
     """
     network, kind = network_of(pipe), family_of(pipe).denoisers[0]
-    if kind != "unet":
-        raise UserError(f"kohya's layout is of UNets, and this is a {type(network).__name__}: keep {WEIGHTS}")
-    found: dict[str, Tensor] = {}
-    adapter = chosen(network, adapter_name)
-    settings = network.peft_config[adapter]
-    if settings.use_dora:
-        raise UserError(f"this layout has no magnitudes, and adapter {adapter!r} is of DoRA: keep {WEIGHTS}")
-    for key, value in adapter_of(network, adapter).items():
-        layer, _, side = key.removesuffix(".weight").rpartition(".")
-        name = f"lora_unet_{layer.replace('.', '_')}"
-        module = network.get_submodule(layer)
-        own = module.lora_alpha[adapter] * (module.r[adapter] ** 0.5 if settings.use_rslora else 1.0)
-        more = own / settings.lora_alpha if side == "lora_B" else 1.0
-        found[f"{name}.{KOHYA[side]}.weight"] = value if more == 1 else more * value
-        found[f"{name}.alpha"] = torch.tensor(float(settings.lora_alpha))
-    write(Path(file), safetensors(found, {"format": "pt"}))
+    lora_formats.check_unet(kind)
+    name = chosen(network, adapter_name)
+    tensors = lora_formats.kohya(kind, adapter_of(network, name), network.peft_config[name].to_dict())
+    write(Path(file), safetensors(tensors, {"format": "pt"}))
     return Path(file)
-
-
-KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
 def mix(pipe: Any, shares: Mapping[str, float]) -> None:

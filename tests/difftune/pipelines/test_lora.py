@@ -6,7 +6,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from difftune.errors import UserError
-from difftune.pipelines import lora
+from difftune.pipelines import lora, lora_formats
 from solvers.latent import LatentModel
 from tests.support import dits, pipelines
 
@@ -89,8 +89,34 @@ def test_kohyas_file_is_the_same_adapter(tmp_path, layout):
     fresh = pipelines.sd()
     fresh.load_lora_weights(tmp_path, weight_name="kohya.safetensors")
     assert (output(fresh) - output(pipe)).abs().max() <= 1e-5
-    with pytest.raises(UserError, match="is a SD3Transformer2DModel"):
+    with pytest.raises(UserError, match="this is a LoRA of a transformer"):
         lora.export_kohya(dits.sd3(), tmp_path / "no.safetensors")
+
+
+@pytest.mark.parametrize("layout", ["kohya", "comfyui"])
+def test_a_folder_is_exported_without_its_model(tmp_path, layout):
+    pipe = perturbed(pipelines.sd(), rank=2, alpha=8)
+    lora.save(pipe, tmp_path)
+    file = lora_formats.export(tmp_path, tmp_path / "out.safetensors", layout)
+    theirs = load_file(lora.export_kohya(pipe, tmp_path / "kohya.safetensors"))
+    mine = load_file(file)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_a_transformer_is_exported_for_comfyui_alone(tmp_path):
+    pipe = dits.sd3()
+    trained = lora.add(pipe, rank=2, alpha=8)
+    lora.save(pipe, tmp_path)
+    found = load_file(lora_formats.export(tmp_path, tmp_path / "out.safetensors", "comfyui"))
+    layers = {key.partition(".lora_")[0] for key in found if "lora_A" in key}
+    assert len(found) == 3 * len(layers) == 3 * len(trained) // 2
+    assert all(key.startswith("transformer.") and float(found[f"{key}.alpha"]) == 8 for key in layers)
+    with pytest.raises(UserError, match="is a LoRA of a transformer: keep .*, or take comfyui"):
+        lora_formats.export(tmp_path, tmp_path / "no.safetensors", "kohya")
+    with pytest.raises(UserError, match="no is the file to write: give it a name that ends in .safetensors"):
+        lora_formats.export(tmp_path, "no", "comfyui")
+    with pytest.raises(UserError, match="is no LoRA of difftune train"):
+        lora_formats.export(tmp_path / "nowhere", "no.safetensors", "comfyui")
 
 
 def delta(pipe, name: str) -> torch.Tensor:
@@ -175,7 +201,7 @@ def test_an_open_choice_of_adapters_is_named(tmp_path):
         lora.save(pipelines.sd(), tmp_path / "no")
     dora = pipelines.sd()
     dora.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], use_dora=True), "d")
-    with pytest.raises(UserError, match="has no magnitudes, and adapter 'd' is of DoRA"):
+    with pytest.raises(UserError, match="has no magnitudes, and the adapter is of DoRA"):
         lora.export_kohya(dora, tmp_path / "no.safetensors")
 
 

@@ -1,0 +1,95 @@
+"""A LoRA in the layouts of other programs: kohya's scripts and Automatic1111, and ComfyUI."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors
+from torch import Tensor
+
+from difftune.errors import UserError
+from difftune.files.output import write
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
+Tensors = Mapping[str, Tensor]
+
+
+def export(folder: str | Path, file: str | Path, layout: str) -> Path:
+    """Write the LoRA that training left in `folder` to a file in another layout: a name of `LAYOUTS`.
+
+    The model is not needed. Raises UserError where the folder holds no LoRA, for one that the layout cannot hold, and
+    for an unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"no layout {layout!r}; known: {', '.join(LAYOUTS)}")
+    if Path(file).suffix != ".safetensors":
+        raise UserError(f"{file} is the file to write: give it a name that ends in .safetensors")
+    kind, tensors, settings = read(Path(folder, WEIGHTS))
+    write(Path(file), safetensors(LAYOUTS[layout](kind, tensors, settings), {"format": "pt"}))
+    return Path(file)
+
+
+def read(file: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """The network's kind ("unet" or "transformer"), the tensors by layer and side, and the adapter's settings."""
+    try:
+        with safe_open(file, "pt") as found:
+            tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
+            settings = json.loads(found.metadata()["lora_adapter_metadata"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is no LoRA of difftune train: give the --output_dir of a run") from error
+    kind = next(iter(tensors)).partition(".")[0]
+    own = {name.removeprefix(f"{kind}."): value for name, value in settings.items()}
+    return kind, {name.removeprefix(f"{kind}."): value for name, value in tensors.items()}, own
+
+
+def kohya(kind: str, tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Layer a.b.c of a UNet as lora_unet_a_b_c, with lora_down, lora_up and alpha.
+
+    diffusers reads one alpha for all layers, so a layer of another alpha than the rest has that in its lora_up. Raises
+    UserError for another network than a UNet, whose layers these programs know by names of their own, and for DoRA.
+    """
+    check_unet(kind)
+    if settings.get("use_dora"):
+        raise UserError(f"this layout has no magnitudes, and the adapter is of DoRA: keep {WEIGHTS}")
+    found: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        layer, _, side = key.removesuffix(".weight").rpartition(".")
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        more = alpha_of(layer, tensors, settings) / settings["lora_alpha"] if side == "lora_B" else 1.0
+        found[f"{name}.{KOHYA[side]}.weight"] = value if more == 1 else more * value
+        found[f"{name}.alpha"] = torch.tensor(float(settings["lora_alpha"]))
+    return found
+
+
+def check_unet(kind: str) -> None:
+    """UserError for another network than a UNet."""
+    if kind != "unet":
+        raise UserError(f"kohya's layout is of UNets, and this is a LoRA of a {kind}: keep {WEIGHTS}, or take comfyui")
+
+
+def comfyui(kind: str, tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A UNet as kohya's; a transformer by diffusers' own names, which ComfyUI reads, with the alpha of each layer."""
+    if kind == "unet":
+        return kohya(kind, tensors, settings)
+    layers = {key.removesuffix(".weight").rpartition(".")[0] for key in tensors}
+    alphas = {f"{kind}.{layer}.alpha": torch.tensor(alpha_of(layer, tensors, settings)) for layer in layers}
+    return {f"{kind}.{key}": value for key, value in tensors.items()} | dict(sorted(alphas.items()))
+
+
+def alpha_of(layer: str, tensors: Tensors, settings: Mapping[str, Any]) -> float:
+    """The alpha of a layer, so that its update is alpha / rank B A x."""
+    patterns = settings.get("alpha_pattern") or {}
+    alpha = float(patterns.get(get_pattern_key(patterns.keys(), layer), settings["lora_alpha"]))
+    rank = len(tensors[f"{layer}.lora_A.weight"])
+    return alpha * rank**0.5 if settings.get("use_rslora") else alpha
+
+
+LAYOUTS: dict[str, Callable[[str, Tensors, Mapping[str, Any]], dict[str, Tensor]]] = {
+    "kohya": kohya,
+    "comfyui": comfyui,
+}
