@@ -1,7 +1,7 @@
 """`difftune methods`, `doctor` and `demo`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -22,7 +22,7 @@ from difftune.recipes import RECIPES
     example="difftune methods --json",
 )
 def methods(as_json: bool) -> None:
-    """List guidance methods, samplers, searches, rewards and recipes, a line each."""
+    """List guidance methods, samplers, searches, rewards and recipes, a line each, with their classes in Python."""
     found = _methods()
     lines = [line for kind, entries in found.items() for line in (f"{kind}:", *_named(entries), "")]
     show(found, as_json, "\n".join(lines[:-1]))
@@ -34,22 +34,28 @@ def _methods() -> dict[str, list[dict[str, Any]]]:
     from rewards.registry import REWARDS
     from solvers.samplers.catalogue import SAMPLERS
 
-    configs = {**{name: recipe.config for name, recipe in RECIPES.items()}, "reno": RenoConfig}
     return {
-        "guidance": [{"name": name, "summary": summary(method)} for name, method in GUIDANCE.items()],
+        "guidance": _described({name: (method.__name__, method) for name, method in GUIDANCE.items()}),
         "samplers": [{"name": name, "summary": summary(step)} for name, step in SAMPLERS.items()],
-        "searches": [{"name": name, "summary": summary(search.config)} for name, search in SEARCHES.items()],
+        "searches": _described({name: (search.config.__name__, search.config) for name, search in SEARCHES.items()}),
+        "noise": _described({"reno": ("ReNO", RenoConfig)}),
         "rewards": [
             {"name": name, "summary": r.summary, "differentiable": r.differentiable, "needs_prompt": r.needs_prompt}
             for name, r in REWARDS.items()
         ],
-        "recipes": [{"name": name, "summary": summary(c)} for name, c in configs.items()],
+        "recipes": _described({name: (recipe.config.__name__, recipe.config) for name, recipe in RECIPES.items()}),
     }
 
 
+def _described(found: Mapping[str, tuple[str, Any]]) -> list[dict[str, Any]]:
+    """Name on the command line, name in Python, and what it is."""
+    return [{"name": name, "python": python, "summary": summary(thing)} for name, (python, thing) in found.items()]
+
+
 def _named(entries: Sequence[dict[str, Any]]) -> list[str]:
-    width = max(len(entry["name"]) for entry in entries)
-    return [f"  {entry['name']:<{width}}  {entry['summary']}" for entry in entries]
+    shown = [key for key in ("name", "python") if key in entries[0]]
+    widths = {key: max(len(entry[key]) for entry in entries) for key in shown}
+    return ["  " + "  ".join([*(f"{e[key]:<{w}}" for key, w in widths.items()), e["summary"]]) for e in entries]
 
 
 @click.command(

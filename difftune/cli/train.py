@@ -49,10 +49,29 @@ def command_of(name: str, config: type, call: str, short: str, example: str) -> 
         with redirect_stdout(sys.stderr):
             module, _, function = call.partition(":")
             found = vars(import_module(module))[function](configured(ctx, config))
-        show(found if isinstance(found, dict) else {"output_dir": flags["output_dir"]}, as_json, flags["output_dir"])
+        show(found, as_json, ending(found, flags["output_dir"]))
 
     params = [*options_of(config), o.JSON]
     return Command(name, params=params, callback=run, help=summary(config), short_help=short, example=example)
+
+
+ENDS = (  # what a command says at its end, and the keys of its two numbers
+    ("training reward, first and last step", "reward_first", "reward_last"),
+    ("validation reward, before and after", "validation_first", "validation_last"),
+    ("reward, before and after", "reward_before", "reward_after"),
+    ("held-out reward, before and after", "held_out_first", "held_out_last"),
+    ("held-out reward, before and after", "held_out_before", "held_out_after"),
+)
+
+
+def ending(found: dict[str, Any], folder: str) -> str:
+    """The rewards before and after, what a search cost, and the folder: a line each."""
+    pairs = [(about, found.get(first), found.get(last)) for about, first, last in ENDS]
+    lines = [f"{about}: {a:.4g} -> {b:.4g}" for about, a, b in pairs if a is not None and b is not None]
+    if "reward_calls" in found:
+        spent = f"{found['nfe']:g} network evaluations and {found['reward_calls']:g} reward calls a prompt"
+        lines.append(f"best reward: {found['reward']:.4g}, for {spent}")
+    return "\n".join([*lines, folder])
 
 
 def _search() -> click.Command:

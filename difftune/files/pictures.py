@@ -6,6 +6,7 @@ tells it by itself: the pictures are those of its sample.json, without the grid,
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from difftune.errors import RunError, UserError
+from difftune.files.output import png, write
 from difftune.files.text import read_text
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -72,6 +74,20 @@ def read_fitted(path: Path, height: int, width: int) -> Tensor:
 def read_all(found: list[Picture], size: tuple[int, int]) -> Tensor:
     """All pictures (N, 3, height, width) in [0, 1]."""
     return torch.stack([read_fitted(picture.path, *size) for picture in found])
+
+
+def pil(images: Tensor) -> list[Image.Image]:
+    """Images (B, 3, H, W) in [0, 1] as pictures of PIL."""
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def save_pictures(folder: str | Path, pictures: Sequence[Image.Image]) -> list[Path]:
+    """Write 000.png, 001.png and so on to a folder, and return the files. DiskError where it cannot be written."""
+    files = [Path(folder, f"{i:03d}.png") for i in range(len(pictures))]
+    for file, picture in zip(files, pictures, strict=True):
+        write(file, png(np.asarray(picture) / 255))
+    return files
 
 
 def _sampled(file: Path) -> dict[str, str]:

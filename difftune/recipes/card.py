@@ -5,9 +5,11 @@ from typing import Any
 from diffusers.loaders.lora_base import LoraBaseMixin
 
 from difftune.configs.training import TrainingConfig
+from difftune.lookup import guidance_named
 from difftune.pipelines import full_weights, lora
 from difftune.recipes.catalogue import Recipe
 from difftune.training.state import Metrics
+from guidance.methods.cfg import CFG, Plain
 
 
 def model_card(recipe: Recipe, config: TrainingConfig, pipe: Any, metrics: Metrics) -> str:
@@ -32,12 +34,41 @@ tags: [{"full-weights" if config.full_finetuning else "lora"}, text-to-image, re
 
 ```python
 {loading_code(config, pipe)}
-image = pipe("...", num_inference_steps={config.num_inference_steps}).images[0]
+{drawing_code(config, pipe)}
 ```
+
+It was trained under {guidance_text(config)}, {config.num_inference_steps} sampler steps and the sampler
+{config.sampler}: use it so.
 
 Every setting is in `config.yaml`, every step in `metrics.jsonl`; `difftune train {recipe.name} --config config.yaml
 --output_dir NEW` runs it again.
 """
+
+
+def drawing_code(config: TrainingConfig, pipe: Any) -> str:
+    """Python that draws a picture under the guidance of the training."""
+    call = f'pipe("a prompt", num_inference_steps={config.num_inference_steps}'
+    method = guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
+    if type(method) in (CFG, Plain) and type(pipe).__name__.startswith("StableDiffusion"):
+        return f"image = {call}, guidance_scale={vars(method)['scale']:g}).images[0]"
+    keys = [f"{key}={value!r}" for key, value in options_of(config).items()]
+    return (
+        "from difftune import attach\nfrom difftune.lookup import guidance_named\n"
+        f"method = guidance_named({config.guidance!r}, options=dict({', '.join(keys)}))\n"
+        f"with attach(pipe, method):\n    image = {call}).images[0]"
+    )
+
+
+def guidance_text(config: TrainingConfig) -> str:
+    """The guidance of the training, as the flags say it."""
+    flags = " ".join(f"--guidance.{key} {value}" for key, value in options_of(config).items())
+    return f"`--guidance {config.guidance}{' ' if flags else ''}{flags}`"
+
+
+def options_of(config: TrainingConfig) -> dict[str, Any]:
+    """The settings of the guidance that were given."""
+    scale = {} if config.guidance_scale is None else {"scale": config.guidance_scale}
+    return {**config.guidance_options, **scale}
 
 
 def trained_on(config: TrainingConfig) -> str:

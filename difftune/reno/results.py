@@ -1,13 +1,16 @@
 """What a noise optimisation gives: each iteration as it is made, and the best of all at its end."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from difftune.errors import UserError
 from difftune.files.checkpoint import State
+from difftune.files.pictures import pil, save_pictures
 from difftune.reno.objective import Iteration, Objective
 from difftune.reno.progress import Progress
 from rewards.monitor import Monitor, Parting
@@ -54,6 +57,14 @@ class Result(NamedTuple):
     reward_calls: Tensor  # (B,), images that were scored
     stopped: list[str]  # why a sample left the batch: "target", "patience", "not finite"; "" where it ran to the end
     embeddings: Tensor | None  # (B, L, E), of the prompts, where they were optimised
+
+    def pil(self) -> list[Image.Image]:
+        """The images as pictures of PIL, one for each sample."""
+        return pil(self.images)
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write the images to the folder as 000.png and so on, and return the files."""
+        return save_pictures(folder, self.pil())
 
     def chosen(self) -> "Result":
         """The best sample of each prompt."""

@@ -3,7 +3,9 @@
     from difftune import search
 
     best = search(pipe, prompts, method="dts-star", reward={"tiny-clip": 1.0}, nfe_budget=800, seed=0).run()
-    best.images, best.rewards, best.nfe, best.reward_calls, best.history
+    best.save("out")            # best.pil() gives pictures, best.images a tensor (P, 3, H, W) in [0, 1]
+    best.rewards, best.nfe, best.reward_calls
+    best.curve()                # (NFE, reward calls, best reward) on the way
 
     for live in search(pipe, prompts, method="fk", reward={"tiny-clip": 1.0}, nfe_budget=800):
         ...                     # `live` has the same; stop whenever it is good enough
@@ -12,16 +14,21 @@ What is searched is the law of the pipeline's own sampler with eta = 1 (flow mod
 any guidance inside. `guidance.search.catalogue.SEARCHES` has the methods, and each one's settings.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from difftune.errors import RunError, UserError
+from difftune.files.pictures import pil, save_pictures
 from difftune.lookup import at_least, known, reward_named
 from difftune.pipelines.engine import frozen
 from difftune.pipelines.method_parts import prepared
@@ -39,9 +46,9 @@ GRADIENTS = {"tds"}  # methods that differentiate the reward
 
 
 class Point(NamedTuple):
-    """One point of a search's curve; each is a number per prompt."""
+    """One point of a search's curve, `history[i]`: what was spent and found until then, a number for each prompt."""
 
-    nfe: list[int]
+    nfe: list[int]  # network evaluations; a step under CFG has two
     reward_calls: list[int]
     reward: list[float]  # the best so far; -inf before a sample is finished
 
@@ -58,6 +65,23 @@ class Found:
     def images(self) -> Tensor:
         """(P, 3, H, W) in [0, 1], on the CPU: the best finished sample of each prompt; NaN before there is one."""
         return decoded(self.decode, self.state.x0)
+
+    def pil(self) -> list[Image.Image]:
+        """The images as pictures of PIL, one for each prompt. Raises RunError before there is one."""
+        if self.images.isnan().any():
+            raise RunError("no sample is finished yet: go on with the search, or raise its budget")
+        return pil(self.images)
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write the images to the folder as 000.png and so on, and return the files."""
+        return save_pictures(folder, self.pil())
+
+    def curve(self, prompt: int | None = None) -> list[tuple[float, float, float]]:
+        """(network evaluations, reward calls, best reward) at each point of `history`: of one prompt, by its number, or
+        the means of all; from where each has a finished sample."""
+        rows = range(len(self.state.reward)) if prompt is None else [prompt]
+        means = [tuple(fmean(values[i] for i in rows) for values in point) for point in self.history]
+        return [(nfe, calls, reward) for nfe, calls, reward in means if reward > -math.inf]
 
     @property
     def latents(self) -> Tensor:

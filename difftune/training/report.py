@@ -72,14 +72,14 @@ def numbers(
     """What stands at the head of the page: the trained and the held-out reward, first and last, and the time."""
     found = []
     for title, key, some in (
-        ("training reward", "reward_mean", steps),
-        ("validation", "reward_mean", checks),
-        ("held out", "held_out_mean", checks),
-        ("loss", "loss", steps),
+        ("training reward, first and last step", "reward_mean", steps),
+        ("validation, before and after", "reward_mean", checks),
+        ("held out, before and after", "held_out_mean", checks),
+        ("loss, first and last step", "loss", steps),
     ):
         values = [record[key] for record in some if key in record]
         if values:
-            found.append((f"{title}, first to last", f"{values[0]:.4g} → {values[-1]:.4g}"))
+            found.append((title, f"{values[0]:.4g} → {values[-1]:.4g}"))
     return [*found, ("seconds", f"{seconds:.0f}")]
 
 

@@ -118,8 +118,17 @@ def run(
         "optimizer_steps": config.max_train_steps if state is None else state.step,
         "reward_first": next((r["reward_mean"] for r in records.records(folder / METRICS) if "reward_mean" in r), None),
         "reward_last": metrics.get("reward_mean"),
+        **gained(config),
         "seconds": time.perf_counter() - started,
     }
+
+
+def gained(config: Config) -> dict[str, float]:
+    """The first and the last of the validations: rewards on the same prompts and noises, before and after."""
+    found = validation.read_validations(config)
+    names = {"reward_mean": "validation", "held_out_mean": "held_out"}
+    pairs = {name: [r[key] for r in found if key in r] for key, name in names.items()}
+    return {f"{name}_{end}": v[i] for name, v in pairs.items() if v for end, i in (("first", 0), ("last", -1))}
 
 
 def rewind(config: Config, done: int) -> None:
@@ -147,6 +156,8 @@ def follow(
     with stopping() as stop, bar, keeper:
         for metrics, now in steps:
             keeper.state = now
+            if validator is not None and now.step == 1:
+                validate_start(validator, keeper.pipe, now, trackers)
             if keeper.main:
                 report(keeper.folder, metrics, trackers, bar)
             last = now.step == config.max_train_steps
@@ -220,6 +231,14 @@ def validated(
         log.show(trackers, "validation", found.record, found.images)
     process().wait_for_everyone()
     return None if found is None else found.parting
+
+
+def validate_start(validator: validation.Validator, pipe: Any, state: State, trackers: Sequence[Any]) -> None:
+    """The validation of step 0: the model that training began with, which is there as long as its LoRA can be switched
+    off."""
+    if not validator.config.full_finetuning:
+        with lora.off(lora.network_of(pipe)):
+            validated(validator, pipe, state._replace(step=0, tensors={}), trackers, last=True)
 
 
 def starting_state(config: Config, say: Say | None = None) -> State | None:

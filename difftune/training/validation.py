@@ -134,10 +134,10 @@ def validate(validator: Validator, pipe: Any, state: State) -> Validation:
     finally:
         checkpoint.restore(random)
     record = {"step": state.step, **means}
-    earlier = [r for r in _records(config) if r["step"] < state.step]
+    earlier = [r for r in read_validations(config) if 0 < r["step"] < state.step]
     curve = [*earlier, record]
     key = "held_out_mean" if "held_out_mean" in record else "reward_mean"
-    best = all(record[key] > r[key] for r in earlier)
+    best = state.step > 0 and all(record[key] > r[key] for r in earlier)
     parting = None
     if {"reward_mean", "held_out_mean"} <= record.keys():
         parting = Monitor()([r["reward_mean"] for r in curve], [r["held_out_mean"] for r in curve])
@@ -155,7 +155,8 @@ def write_validation(config: TrainingConfig, found: Validation, save: Callable[[
     records.append(folder / RECORDS, found.record)
 
 
-def _records(config: TrainingConfig) -> list[dict[str, float]]:
+def read_validations(config: TrainingConfig) -> list[dict[str, float]]:
+    """The validations that are written: of step 0 what training began with, where a LoRA is trained."""
     path = Path(config.output_dir) / RECORDS
     return list(records.records(path)) if path.exists() else []
 

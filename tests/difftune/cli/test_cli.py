@@ -147,7 +147,9 @@ def test_score_weighs_rewards(picture):
 
 def test_lists_and_doctor_print_json_alone():
     found = json.loads(succeed("methods", "--json").stdout)
-    assert {"guidance", "samplers", "searches", "rewards", "recipes"} == found.keys()
+    assert {"guidance", "samplers", "searches", "noise", "rewards", "recipes"} == found.keys()
+    assert {"name": "ag", "python": "AdaptiveGuidance"}.items() <= found["guidance"][4].items()
+    assert [entry["python"] for entry in found["noise"]] == ["ReNO"]
     assert all(entry["name"] and entry["summary"] for entries in found.values() for entry in entries)
     assert "cfg" in succeed("methods").stdout
     found = json.loads(succeed("doctor", "--json").stdout)

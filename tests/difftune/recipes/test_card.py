@@ -43,7 +43,7 @@ def test_the_code_of_a_card_loads_what_was_trained(name, full, tmp_path, monkeyp
     assert ("rank 2" in card, "LoRA of base" in card) == (not full, not full)
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     if name != "sd":  # the pictures of these are made at the size of the real models
-        code = code.rpartition("image = ")[0]
+        code = re.split(r"image = |from difftune import attach", code)[0]
     found: dict[str, Any] = {}
     exec(code, found)
     mine, theirs = (trained_weights(lora.network_of(p)) for p in (pipe, found["pipe"]))

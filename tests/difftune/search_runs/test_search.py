@@ -14,9 +14,11 @@ from io import StringIO
 from math import prod
 from pathlib import Path as File
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -697,3 +699,23 @@ def test_killed_by_the_system_and_resumed(tmp_path):
     assert start(tmp_path / "killed", "--resume_from_checkpoint", "latest").wait() in (0, 2)  # 2: it had finished
     a, b = (json.loads(File(tmp_path, name, "search.json").read_text()) for name in ("whole", "killed"))
     assert a["prompts"] == b["prompts"]
+
+
+def test_what_was_found_gives_pictures_files_and_a_curve(tmp_path):
+    pipe = pipelines.sd()
+    settings = {"method": "best-of-n", "num_inference_steps": 2, "progress": False}
+    going = search(pipe, PROMPTS, reward=Left(), nfe_budget=12, **settings)
+    found = going.run()
+    files = found.save(tmp_path / "out")
+    assert [file.name for file in files] == ["000.png", "001.png"]
+    pictures = [np.asarray(Image.open(file)) for file in files]
+    pixels = (found.images * 255).round().permute(0, 2, 3, 1).numpy()
+    assert all(np.array_equal(p, np.asarray(q)) for p, q in zip(pictures, found.pil(), strict=True))
+    assert all(np.array_equal(p, q) for p, q in zip(pictures, pixels, strict=True))
+    whole, first = found.curve(), found.curve(0)
+    assert whole[-1] == pytest.approx((12, 3, float(found.rewards.mean())))
+    assert first[-1] == pytest.approx((12, 3, float(found.rewards[0])))
+    unfinished = next(iter(search(pipe, PROMPTS, "fk", Left(), 40, num_inference_steps=4, progress=False)))
+    assert unfinished.curve() == []
+    with pytest.raises(RunError, match="no sample is finished yet"):
+        unfinished.pil()

@@ -37,7 +37,7 @@ def test_it_shows_curves_and_pictures_before_and_after(page):
 
 
 def test_it_says_what_was_gained_how_and_with_what_settings(page):
-    for text in ("alignprop: mine on brightness", "held out, first to last", "difftune train alignprop --config"):
+    for text in ("alignprop: mine on brightness", "held out, before and after", "difftune train alignprop --config"):
         assert text in page
     assert '<td class="changed">learning_rate</td><td class="changed">0.1</td>' in page
     assert "<td>rank</td><td>4</td>" in page

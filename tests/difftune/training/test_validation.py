@@ -46,7 +46,7 @@ def test_shapeeval_prompts_come_category_after_category():
 def test_validations_are_written_change_nothing_and_are_made_again_by_a_resumed_run(config, tmp_path):
     torch.manual_seed(5)
     train_in_folder(config, [].append, pipelines.sd(), Bright())
-    assert [r["step"] for r in records(config.output_dir)] == [2, 4]
+    assert [r["step"] for r in records(config.output_dir)] == [0, 2, 4]
     assert all(r.keys() == {"step", "reward_mean", "held_out_mean"} for r in records(config.output_dir))
     with Image.open(Path(config.output_dir) / "validation" / "step-000002.png") as grid:
         assert grid.size == (34, 34)  # 2 x 2 of 16 pixels
@@ -76,10 +76,10 @@ class HeldOut(Saturation):
 
 def followed(config, values, monkeypatch, **more):
     pipe, seen = pipelines.sd(), []
-    scorers = {"reward": Brightness(), "held_out": HeldOut(values, pipe, seen)}
+    scorers = {"reward": Brightness(), "held_out": HeldOut([0.9, *values], pipe, seen)}  # 0.9 of step 0, never the best
     monkeypatch.setattr(validation, "load_scorers", lambda config, reward: scorers)
     found = train_in_folder(replace(config, validation_steps=1, **more), [].append, pipe, Brightness())
-    return found, seen
+    return found, seen[1:]
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.5])
@@ -131,7 +131,8 @@ def test_a_validation_without_a_trained_reward_is_the_held_out_one_alone(config,
 def test_a_validation_that_is_not_finite_is_skipped_and_the_run_goes_on(config, monkeypatch, capsys):
     values = [0.1, float("nan"), 0.3, 0.2]
     found, _ = followed(config, values, monkeypatch)
-    assert [record["step"] for record in records(config.output_dir)] == [1, 3, 4]
+    assert [record["step"] for record in records(config.output_dir)] == [0, 1, 3, 4]
+    assert (found["held_out_first"], found["held_out_last"]) == pytest.approx((0.9, 0.2))
     assert "the validation at step 2 is skipped: a reward of the validation is not finite" in capsys.readouterr().err
     assert found["optimizer_steps"] == 4
     assert '"step": 3' in (Path(config.output_dir) / "best" / "validation.json").read_text()
