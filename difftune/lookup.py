@@ -71,7 +71,7 @@ def _is_module(name: str) -> bool:
 
 
 def _own_method(name: str) -> Callable[..., Guidance]:
-    """The class that "module:Class" names. UserError for what is no guidance method."""
+    """The class that "module:Class" names. UserError for what is not a guidance method."""
     module, _, attribute = name.partition(":")
     found = vars(import_module(module))
     if attribute not in found:
@@ -79,7 +79,7 @@ def _own_method(name: str) -> Callable[..., Guidance]:
     kind = found[attribute]
     if not (isinstance(kind, type) and is_dataclass(kind) and {"guide", "space"} <= set(dir(kind))):
         raise UserError(
-            f'the guidance {name!r} is no guidance method: write a frozen dataclass with space = "any" and a generator '
+            f'{name!r} is not a guidance method: write a frozen dataclass with space = "any" and a generator '
             "guide(self, path, at), as docs/guides/your-own.md shows"
         )
     made: Any = kind

@@ -45,7 +45,7 @@ def path(name: str) -> Path:
     """The folder of an embedded model. One that shares parts with another is put together in the user's cache
     (`$XDG_CACHE_HOME/difftune`, by default ~/.cache/difftune) the first time.
 
-    Raises ValueError for an unknown name, FileNotFoundError where this installation lacks the weights.
+    Raises ValueError for an unknown name, FileNotFoundError if this installation lacks the weights.
     """
     if name not in MODELS:
         raise UserError(unknown("embedded model", name, MODELS))
@@ -84,7 +84,7 @@ def load(name_or_path: str | Path, **options: Any) -> "DiffusionPipeline":
 
 
 def check_folder(folder: Path) -> None:
-    """UserError where the index, or the head of a file of weights, cannot be read, and where weights are pickled or
+    """UserError if the index, or the head of a file of weights, cannot be read, or if weights are pickled or
     quantised. Nothing is loaded: this takes milliseconds."""
     for part in _parts_of(folder):
         if (folder / part).is_dir():
@@ -135,7 +135,7 @@ def _head(file: Path) -> dict[str, str]:
     except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file} is no safetensors file: copy it again") from error
+        raise UserError(f"{file} is not a safetensors file: copy it again") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def source(name_or_path: str | Path) -> Path | str:
     if (folder / "model_index.json").is_file():
         return folder
     if folder.exists():
-        raise UserError(f"{name!r} is no pipeline: it holds no model_index.json")
+        raise UserError(f"{name!r} is not a pipeline: it holds no model_index.json")
     if isinstance(name_or_path, str) and name.count("/") == 1 and not name.startswith(("/", ".", "~")):
         return name
     raise UserError(
@@ -229,7 +229,7 @@ def cache_folder() -> Path:
 
 
 def _digest(*folders: Path) -> str:
-    """Of the names and the contents of all files."""
+    """16 hex digits of the names and the contents of all files."""
     sha = hashlib.sha256()
     for folder in folders:
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):

@@ -29,7 +29,7 @@ def encode(record: Any) -> Encoded:
     """The tensors of a record, and the rest of it for JSON; what is None is left out.
 
     An item of a list with tensors is named by its index, as in "told.000002". The tensors are the record's own: see
-    `apart`. Raises ValueError for a key with a dot whose value holds named tensors, TypeError for what is no record.
+    `apart`. Raises ValueError for a key with a dot whose value holds named tensors, TypeError for what is not a record.
     """
     if isinstance(record, Tensor):
         return Encoded({"": record}, None)
@@ -93,7 +93,7 @@ def _parts(record: Any) -> dict[str, Any] | None:
         return {f"{i:06d}": part for i, part in enumerate(record)}
     if record is None or isinstance(record, bool | int | float | str):
         return None
-    raise TypeError(f"a {type(record).__name__} is no tensor, number, string or record of them")
+    raise TypeError(f"a {type(record).__name__} is not a tensor, number, string or record of them")
 
 
 def _fields(kind: type, tensors: Tensors, info: Mapping[str, Any]) -> dict[str, Any]:

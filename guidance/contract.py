@@ -98,7 +98,7 @@ def line(space: str, to: str, at: Noise) -> tuple[Tensor, Tensor]:
 
 
 def convert(out: Tensor, space: str, to: str, x: Tensor, at: Noise) -> Tensor:
-    """`out`, which is in `space` at (x, at), in the space `to`: itself where they agree, else float32 or better."""
+    """`out`, which is in `space` at (x, at), in the space `to`: itself if they agree, else float32 or better."""
     if space == to:
         return out
     a, b = _slopes(space, to, at)
@@ -106,7 +106,7 @@ def convert(out: Tensor, space: str, to: str, x: Tensor, at: Noise) -> Tensor:
 
 
 def _slopes(space: str, to: str, at: Noise) -> tuple[Any, Any]:
-    """`line`, as floats that are computed once for each level where that can be."""
+    """`line`, as floats that are computed once for each level if that can be."""
     values = numbers(at)
     return line(space, to, at) if values is None else _kept_slopes(space, to, *values)
 
@@ -122,7 +122,7 @@ def drive(guidance: Guidance, evaluate: Evaluate, path: Path, at: Noise, space: 
 
     An affine method sees the answers as they are. One with a space of its own sees them converted, and its result goes
     back by the difference from a reference branch r, out = r + (g - r_own) / b with r_own = a * x + b * r: no
-    cancellation, and r itself where b is 0 (at sigma = 0 every x0 is x).
+    cancellation, and r itself if b is 0 (at sigma = 0 every x0 is x).
 
     Raises TypeError for a method that does not return a `Guided`, ValueError for an unknown space, and for a method
     with a space of its own that asks no branch for all rows.
@@ -153,7 +153,7 @@ def within(guidance: Guidance, path: Path, at: Noise) -> Generator[Request, Pred
     """Run a method inside another one, whose space it is handed: what it made and all answers, both in that space.
 
     A method with a space of its own goes there and back by the difference from its branch "cond", as in `drive`.
-    Raises ValueError where it asks for no "cond".
+    Raises ValueError if it asks for no "cond".
     """
     guide = guidance.guide(path, at)
     reply, preds, own = _advance(guide, None), None, None
@@ -171,13 +171,13 @@ def within(guidance: Guidance, path: Path, at: Noise) -> Generator[Request, Pred
 
 
 def check_method(guidance: object) -> None:
-    """UserError for what is no guidance method."""
+    """UserError for what is not a guidance method."""
     if isinstance(guidance, type):
         raise UserError(f"{guidance.__name__} is a class: make a guidance method of it, as in {guidance.__name__}()")
     if missing := {"guide", "space"} - set(dir(guidance)):
         raise UserError(
-            f"{type(guidance).__name__} is no guidance method, it has no {' and no '.join(sorted(missing))}: a method "
-            'has space = "any" and a generator guide(self, path, at), see guidance.contract'
+            f"{type(guidance).__name__} is not a guidance method, it has no {' and no '.join(sorted(missing))}: a "
+            'method has space = "any" and a generator guide(self, path, at), see guidance.contract'
         )
 
 
@@ -198,7 +198,7 @@ def _advance(guide: Guide, preds: Preds | None) -> Request | Guided:
 
 
 def _settled(branch: Branch) -> Branch:
-    """rows=None where all rows are asked for, so that whole batches take the short way."""
+    """rows=None if all rows are asked for, so that whole batches take the short way."""
     whole = branch.rows is not None and bool(branch.rows.all())
     return branch._replace(rows=None) if whole else branch
 

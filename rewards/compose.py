@@ -19,7 +19,7 @@ from rewards.registry import Reward, entry, load
 class WeightedSum:
     """sum_i weight_i reward_i(images, prompts); differentiable if every member is.
 
-    Raises ValueError, naming the reward and the prompts, where a member is not finite.
+    Raises ValueError, naming the reward and the prompts, if a member is not finite.
     """
 
     rewards: Mapping[str, Reward]
@@ -59,7 +59,7 @@ class Recomputed:
 
 def weighted(weights: Mapping[str, float]) -> WeightedSum:
     """Rewards by name with their weights: weighted({"tiny-clip": 1, "jpeg": -0.1}). Raises ValueError for a name that
-    is not known, a weight that is no finite number, and where there is none."""
+    is not known, a weight that is not a finite number, and if there is none."""
     if not weights:
         raise RewardError("no reward was given: name one, as in tiny-clip=1")
     for name, weight in weights.items():
@@ -74,7 +74,7 @@ def parse_rewards(terms: Sequence[str]) -> dict[str, float]:
 
     A name may have options, which stay in it: "jpeg[quality=40]=0.5" -> {"jpeg[quality=40]": 0.5}.
 
-    Raises ValueError, in one sentence, for an unknown name, a weight that is no finite number, a name given twice.
+    Raises ValueError, in one sentence, for an unknown name, a weight that is not a finite number, a name given twice.
     """
     weights: dict[str, float] = {}
     for term in terms:
@@ -115,7 +115,7 @@ class Statistics(NamedTuple):
 
     @property
     def std(self) -> float:
-        """Of the scores, with number - 1; 1 where there are fewer than two, or where they are all equal."""
+        """The standard deviation of the scores, with number - 1; 1 if they are fewer than two, or all equal."""
         return sqrt(self.squares / (self.number - 1)) or 1.0 if self.number > 1 else 1.0
 
 
@@ -197,7 +197,7 @@ def dual_ascent(
 class Routed:
     """Each prompt is scored by the reward of the first pattern (a regular expression) that it holds; else by `other`.
 
-    Raises ValueError, naming the prompt, where nothing serves it.
+    Raises ValueError, naming the prompt, if nothing serves it.
     """
 
     routes: Mapping[str, Reward]

@@ -37,7 +37,7 @@ class Refused(Exception):
 class Server(socketserver.ThreadingTCPServer):
     """One request for each connection, each in its own thread, at most `connections` at a time.
 
-    seconds: in which a request must arrive, and in which its answer must leave. Raises OSError where it cannot listen.
+    seconds: in which a request must arrive, and in which its answer must leave. Raises OSError if it cannot listen.
     """
 
     daemon_threads = True
@@ -46,7 +46,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def __init__(self, place: tuple[str, int], handler: type["Handler"], connections: int = 64, seconds: float = 30.0):
         self.connections, self.seconds = connections, seconds
-        self.open: dict[socket.socket, float | None] = {}  # since when a request is awaited; None where it is there
+        self.open: dict[socket.socket, float | None] = {}  # since when a request is awaited; None if it is there
         self.lock = threading.Lock()  # of `open`
         self.leaving = threading.BoundedSemaphore(64 + connections)
         self.address_family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
@@ -67,7 +67,7 @@ class Server(socketserver.ThreadingTCPServer):
         super().shutdown_request(request)
 
     def arrived(self, request: socket.socket, whole: bool = True) -> None:
-        """Say that a connection's request is there, or, where that is done, that its place may be taken."""
+        """Say that a connection's request is there, or, if that is done, that its place may be taken."""
         with self.lock:
             if request in self.open:
                 self.open[request] = None if whole else 0.0
@@ -163,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         raise Refused(404, "nothing is here")
 
     def failed(self, error: Exception) -> Refused:
-        """What is said of an exception that is no Refused; raises it where it is a client that has gone."""
+        """What is said of an exception that is no Refused; raises it if it is a client that has gone."""
         raise error
 
     def log_message(self, format: str, *arguments: Any) -> None:
@@ -171,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the parser of requests refuses, in our words."""
-        self._send(int(code), as_json({"error": message or "this is no request"}))
+        self._send(int(code), as_json({"error": message or "this is not a request"}))
 
     def _answer(self, answer: Callable[[], Answer]) -> None:
         try:

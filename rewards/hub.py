@@ -41,7 +41,7 @@ class Lock:
     sha256: str | None = None
     bytes: int | None = None
     hub_id: str | None = None
-    url: str | None = None  # where it is not on the Hub
+    url: str | None = None  # of a file that is not on the Hub
 
 
 @cache
@@ -53,7 +53,7 @@ def locks() -> Mapping[str, Lock]:
 def weights(name: str) -> Path:
     """The file of that name in `lock.json`, downloaded once, verified now; a pickle comes as safetensors.
 
-    Raises ValueError for a file whose hash is not what it must be, and an OSError where it was never fetched and
+    Raises ValueError for a file whose hash is not what it must be, and an OSError if it was never fetched and
     cannot be now.
     """
     if name not in locks():
@@ -122,7 +122,7 @@ def snapshot(model: str | Path) -> Path:
     """The folder of a model on the Hub, without its pickles; a folder is itself.
 
     The first download pins the commit, so that the model does not change under a later run. Raises FileNotFoundError
-    where there is no such model, none with safetensors, or no network to fetch it.
+    if there is no such model, none with safetensors, or no network to fetch it.
     """
     if Path(model).is_dir():
         return _safe(Path(model))

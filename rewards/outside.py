@@ -42,7 +42,7 @@ FORM = (
 
 
 def plain(function: Callable[[Tensor, Sequence[str]], Tensor]) -> Plain:
-    """The function as a reward. It is differentiable if `function.differentiable` says so; where it says nothing, it is
+    """The function as a reward. It is differentiable if `function.differentiable` says so; if it says nothing, it is
     tried on one picture of noise, with the prompt "a red circle". Raises ValueError, which shows the right form, for
     other arguments than images and prompts, and for scores that are not (B,)."""
     check_arguments(function)
@@ -67,7 +67,7 @@ def described(name: str) -> Entry:
     """The entry of "module:attribute": a class, which is made with the options, or any callable of (images, prompts).
 
     Modules of the working directory are found too. Raises ValueError if there is no such module or attribute, or if it
-    is no reward.
+    is not a reward.
     """
     thing = _found(name)
     summary = (inspect.getdoc(thing) or "a reward of your own").splitlines()[0]
@@ -75,7 +75,7 @@ def described(name: str) -> Entry:
     if isinstance(thing, type):
         return Entry(thing, summary, True, _stated(thing, name), anything, licence="unknown")
     if not callable(thing):
-        raise RewardError(f"{name!r} is no reward: it cannot be called with images and prompts")
+        raise RewardError(f"{name!r} is not a reward: it cannot be called with images and prompts")
     reward = plain(thing)
     return Entry(lambda: reward, summary, True, reward.differentiable, anything, licence="unknown")
 
@@ -84,7 +84,7 @@ def _stated(kind: type, name: str) -> bool:
     """What a class says of all its objects."""
     found = inspect.getattr_static(kind, "differentiable", None)
     if not isinstance(found, bool):
-        raise RewardError(f"the class {name!r} is no reward: write `differentiable = True`, or False, in its body")
+        raise RewardError(f"the class {name!r} is not a reward: write `differentiable = True`, or False, in its body")
     return found
 
 

@@ -52,7 +52,7 @@ class Entry:
     resolution: int | None = None  # side in pixels of what it looks at; None: as it comes
     preprocessing: str = "none"
     text_max_len: int | None = None  # in tokens; what is longer is cut
-    licence: str = "Apache-2.0"  # of the weights, or of the code where there are none
+    licence: str = "Apache-2.0"  # of the weights, or of the code if there are none
     noncommercial: bool = False
     copyleft: bool = False  # AGPL and the like
     weights: tuple[str, ...] = ()  # what it downloads, by its names in lock.json; empty: computed, embedded or your own
@@ -478,7 +478,7 @@ def _check_url(url: str) -> None:
     except ValueError:  # brackets that are not closed, or a port that is none
         host = None
     if not host:
-        raise RewardError(f"{url[:200]!r} is no address of a reward server: write http://HOST:PORT")
+        raise RewardError(f"{url[:200]!r} is not an address of a reward server: write http://HOST:PORT")
 
 
 @cache

@@ -38,7 +38,7 @@ class Remote:
     """The scores that the server at `url` gives, as PNG sees the pictures: in 8 bits.
 
     `batch_size` images are sent at a time, and a part must be answered within `timeout` seconds. Raises
-    ConnectionError, in one sentence, where there is no answer after all `retries`, or one that is no score.
+    ConnectionError, in one sentence, if there is no answer after all `retries`, or one that is not a score.
     """
 
     url: str
@@ -72,7 +72,7 @@ class Remote:
         return self._once(body, len(prompts))
 
     def _once(self, body: bytes, count: int) -> list[float]:
-        """Raises Busy where another attempt may help, Unreachable else."""
+        """Raises Busy if another attempt may help, Unreachable else."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.token or _token()}"}
         end = time.monotonic() + self.timeout
         try:
@@ -95,7 +95,7 @@ MOST_SECONDS = 30.0  # between two attempts
 
 
 class Busy(Unreachable):
-    """A server that may soon answer: after `seconds`, where it said so."""
+    """A server that may soon answer: after `seconds`, if it said so."""
 
     def __init__(self, why: str, seconds: float | None = None):
         super().__init__(why)
@@ -103,7 +103,7 @@ class Busy(Unreachable):
 
 
 def seconds_of(said: str | None) -> float | None:
-    """The seconds of a Retry-After, which may be a date too; None where there is none that can be read."""
+    """The seconds of a Retry-After, which may be a date too; None if there is none that can be read."""
     try:
         return None if said is None else float(min(max(int(said), 0), 10**9))
     except ValueError:
@@ -203,11 +203,11 @@ class Limits:
 class Server(http.Server):
     """Serves a reward at POST /score: {"images": [PNG in base64], "prompts": [str]} -> {"scores": [float]}.
 
-    Statuses: 400 what is no such JSON or no PNG, 401 a wrong token, 403 another site's page, or without a token another
-    host, 404 another path, 411 no length, 413 more than the `limits`, 415 another content type, 422 what the reward
-    refuses, 500 where it fails, 503 too many connections. One batch is scored at a time.
+    Statuses: 400 other JSON, or a picture that is not PNG, 401 a wrong token, 403 another site's page, or without a
+    token another host, 404 another path, 411 no length, 413 more than the `limits`, 415 another content type, 422 what
+    the reward refuses, 500 if it fails, 503 too many connections. One batch is scored at a time.
     Without a token it may only listen on this machine: otherwise it raises ValueError, as for a device that is not
-    there; OSError where it cannot listen.
+    there; OSError if it cannot listen.
     """
 
     def __init__(

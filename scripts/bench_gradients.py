@@ -151,7 +151,7 @@ PEERS: dict[str, Run] = {
 
 
 def gradient(run: Run, job: Job) -> Tensor:
-    """Of a fixed nonlinear function of the end; zeros where there is none."""
+    """The gradient of a fixed nonlinear function of the end; zeros if there is none."""
     found = torch.autograd.grad(loss(run(job)), [job.x, *job.weights], allow_unused=True)
     return torch.cat([torch.zeros(t.numel(), dtype=t.dtype, device=t.device) if g is None else g.flatten()
                       for g, t in zip(found, [job.x, *job.weights], strict=True)])  # fmt: skip

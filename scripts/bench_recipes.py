@@ -152,7 +152,7 @@ def trained(job: Job) -> bool:
 
 
 def example_of(recipe: str) -> str:
-    """The example of a recipe on an embedded model; SystemExit where there is none."""
+    """The example of a recipe on an embedded model; SystemExit if there is none."""
     names = [path.stem for path in sorted(EXAMPLES.glob("tiny*.yaml")) if recipe in path.stem.split("-")]
     if not names:
         raise SystemExit(f"difftune/examples has no tiny-{recipe}.yaml")

@@ -267,7 +267,7 @@ class Reader(NamedTuple):
         return [self.found[Run(name, reward, seed, **spent)] for seed in self.seeds]
 
     def per_prompt(self, method: str, reward: str, kind: str, budget: int) -> list[Answer] | None:
-        """Each prompt's mean over seeds; None where a run was refused or a prompt has no sample yet."""
+        """Each prompt's mean over seeds; None if a run was refused or a prompt has no sample yet."""
         entries = self.points(method, reward, kind, budget)
         if any("refused" in entry for entry in entries):
             return None

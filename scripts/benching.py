@@ -93,7 +93,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 def outer_rank(n: int) -> int:
     """The greatest r with P(Binomial(n, 1/2) < r) <= 2.5 %: the r-th smallest and the r-th greatest of n values hold
-    the median between them with 95 %; 0 where no two do."""
+    the median between them with 95 %; 0 if no two do."""
     below, rank = 0.0, 0
     while rank < n:
         below += math.comb(n, rank) / 2**n

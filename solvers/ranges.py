@@ -129,7 +129,7 @@ def _unknown(kind: str, name: Any, known: Sequence[str]) -> str:
 
 
 def range_of(hint: Any) -> Range | None:
-    """The range that an annotation says; finite numbers where it says none, None where it is of no numbers."""
+    """The range that an annotation says; finite numbers where it says none, None if it is of no numbers."""
     parts = list(_parts(hint))
     if int not in parts and float not in parts:
         return None

@@ -103,7 +103,7 @@ def test_folder_of_ones_own(root):
         ("tiny-turb", r"no model 'tiny-turb' \(did you mean 'tiny-turbo'\?\); known: tiny, .*owner/name on the Hub"),
         ("tiny-clip", r"'tiny-clip' is an open_clip model.*, not a pipeline; embedded pipelines: tiny, "),
         ("./nowhere", r"no model './nowhere'"),
-        ("/", r"'/' is no pipeline: it holds no model_index.json"),
+        ("/", r"'/' is not a pipeline: it holds no model_index.json"),
         ("nobody/no-model", r"cannot load 'nobody/no-model' from the Hub: .+; embedded: tiny"),
     ],
 )

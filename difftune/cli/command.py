@@ -24,7 +24,7 @@ class Number(click.ParamType):
         try:
             number = int(value) if self.within.whole else float(value)
         except (ValueError, OverflowError):
-            self.fail(f"{shortened(value)!r} is no {'whole ' if self.within.whole else ''}number", param, ctx)
+            self.fail(f"{shortened(value)!r} is not a {'whole ' if self.within.whole else ''}number", param, ctx)
         if number not in self.within:
             finite = "" if isinstance(number, int) or isfinite(number) else ", and finite"
             self.fail(f"{shortened(value)} is out of its range: it must be {self.within}{finite}", param, ctx)
@@ -109,9 +109,9 @@ class Command(click.Command):
 
 
 def check_text(word: str) -> None:
-    """A usage error for what is no text: a NUL, or half of a character (bytes that were no UTF-8)."""
+    """A usage error for what is not text: a NUL, or half of a character (bytes that are not UTF-8)."""
     if "\0" in word or (not word.isascii() and any("\ud800" <= c <= "\udfff" for c in word)):
-        raise click.UsageError(f"{shortened(word)!a} is no text: it holds a NUL, or bytes that are no UTF-8")
+        raise click.UsageError(f"{shortened(word)!a} is not text: it holds a NUL, or bytes that are not UTF-8")
 
 
 def _setting(flag: str, rest: list[str]) -> tuple[str, str]:

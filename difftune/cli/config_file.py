@@ -45,7 +45,7 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
 
 
 def config_file(name: str) -> Path:
-    """The file of that path, or, where there is none, the example of that name."""
+    """The file of that path, or, if there is none, the example of that name."""
     example = EXAMPLES / f"{name.removesuffix('.yaml')}.yaml"
     return example if not Path(name).exists() and Path(name).name == name and example.is_file() else Path(name)
 
@@ -67,7 +67,7 @@ def _mapping(path: str) -> dict[str, Any]:
 def _value(path: str, node: Any, seen: set[int]) -> Any:
     """What a YAML node holds: each scalar as the text that stands there, None for null.
 
-    Flags read texts, so that 7.5 is no whole number here either, and what a run wrote is read back as it was.
+    Flags read texts, so that 7.5 is not a whole number here either, and what a run wrote is read back as it was.
     """
     import yaml
 

@@ -181,7 +181,7 @@ def _eval_table(found: dict[str, Any]) -> str:
     return table(rows) + f"\n{found['nfe']:g} NFE per image, {found['seconds']:.0f} s"
 
 
-OF_A_ROW = ("guidance", "cfg_scale", "options", "nfe", "nfe_by_branch", "seconds")  # what is no score in it
+OF_A_ROW = ("guidance", "cfg_scale", "options", "nfe", "nfe_by_branch", "seconds")  # what is not a score in it
 
 
 def _compare_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -57,7 +57,7 @@ REWARD = Values(
 REWARDS = Values(
     ["--reward"],
     metavar="NAME ...",
-    help="Rewards beside saturation and contrast. If not given: the oracle, where it can judge all prompts.",
+    help="Rewards beside saturation and contrast. If not given: the oracle, if it can judge all prompts.",
 )
 METHODS = Values(
     ["--guidance"], metavar="NAME ...", default=["cfg"], help="Guidance methods to compare: of `difftune methods`."

@@ -9,7 +9,7 @@ import click
 
 
 def show(found: Any, as_json: bool, text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of the processes that accelerate launched, one speaks
+    if os.environ.get("RANK", "0") == "0":  # only one of the processes that accelerate launched prints
         click.echo(json.dumps(found) if as_json else text)
 
 

@@ -19,7 +19,7 @@ from difftune.signals import ending
 
 
 class Program(click.Group):
-    """A group that ends with one sentence where a person can put it right, and with a traceback where we must."""
+    """A group that ends with one sentence if a person can put it right, and with a traceback if we must."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False

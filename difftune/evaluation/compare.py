@@ -41,7 +41,7 @@ class Cell:
 
 
 def at_cfg_scale(name: str, scale: float, pipe: Any, steps: int) -> Guidance:
-    """The method at the scale of its own convention that corresponds to CFG's, where it has one (`from_cfg_scale`)."""
+    """The method at the scale of its own convention that corresponds to CFG's, if it has one (`from_cfg_scale`)."""
     kind: Any = guidance_kinds(name)[-1]
     if kind is CFGpp:
         scale = CFGpp.from_cfg_scale(scale, levels_of(pipe.scheduler, steps)).scale  # type: ignore[assignment]
@@ -124,7 +124,7 @@ def labelled(made: Sequence[Cell], scales: Sequence[float], columns: int) -> byt
 
 
 def caption(cell: Cell) -> str:
-    """The method's own scale, CFG's beside it where they differ, and the evaluations of an image."""
+    """The method's own scale, CFG's beside it if they differ, and the evaluations of an image."""
     own, nfe = own_scale(cell.method), f"{cell.made.nfe:g} NFE"
     if cell.scale is None or own is None:
         return nfe
@@ -133,7 +133,7 @@ def caption(cell: Cell) -> str:
 
 
 def own_scale(method: Any) -> float | None:
-    """The scale of a method, or of the one that it holds, where it is a number."""
+    """The scale of a method, or of the one that it holds, if it is a number."""
     found = getattr(method, "scale", None)
     if found is None and hasattr(method, "method"):
         return own_scale(method.method)

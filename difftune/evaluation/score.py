@@ -15,7 +15,7 @@ def run(rewards: Sequence[str], prompts: Sequence[str], images: Sequence[str]) -
     """`difftune score`: {"image", "prompt", "rewards": {name: score}, "total"} of every file.
 
     One prompt serves all images; more must be one per image. Raises UserError, before anything is scored, for a missing
-    prompt and for a file that is no image.
+    prompt and for a file that is not an image.
     """
     weights = reward_weights(rewards)
     texts = _one_each(prompts, images, [name for name in weights if entry(name).needs_prompt])

@@ -110,7 +110,7 @@ def evaluate(
 
 
 def summary(results: Sequence[Result], baseline: Sequence[Result] | None = None) -> dict[str, Any]:
-    """The scores, the paired differences where there is a baseline, and the result of every image."""
+    """The scores, the paired differences if there is a baseline, and the result of every image."""
     found: dict[str, Any] = {name: asdict(e) for name, e in scores(results).items()}
     if baseline is not None:
         changes = differences(results, baseline)
@@ -125,7 +125,7 @@ def load_results(path: str | Path) -> list[Result]:
         return [Result(i["prompt"], i["category"], int(i["seed"]), bool(i["holds"])) for i in images]
     except (OSError, RecursionError, ValueError, KeyError, TypeError) as error:
         why = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no evaluation ({why}): give what `difftune eval --json` printed") from error
+        raise UserError(f"{path} is not an evaluation ({why}): give what `difftune eval --json` printed") from error
 
 
 def digest_in(path: str | Path) -> str | None:

@@ -9,7 +9,7 @@ from difftune.errors import UserError
 
 @dataclass(frozen=True)
 class WinRate:
-    """Of n comparisons; a tie counts one half."""
+    """How often the first of two wins among n comparisons; a tie counts one half."""
 
     rate: float  # (wins + ties / 2) / n
     low: float  # two-sided Clopper-Pearson interval

@@ -39,7 +39,7 @@ class State(NamedTuple):
 def save(folder: str | Path, state: State, limit: int | None = None, also: Callable[[Path], Any] | None = None) -> Path:
     """Write `folder/checkpoint-STEP`, then `prune` the others. `also(path)` adds files of its own.
 
-    Raises DiskError where the disk refuses: those that were there stay.
+    Raises DiskError if the disk refuses: those that were there stay.
     """
     final = Path(folder) / f"checkpoint-{state.step}"
     with whole_folder(final) as partial:
@@ -95,7 +95,7 @@ def set_aside(path: Path) -> Path:
 def resumed(folder: str | Path, wanted: str | None) -> State | None:
     """The state that `--resume_from_checkpoint` names: "latest" in `folder`, or a checkpoint's path.
 
-    `sort_out` the folder first. Raises UserError for a path that is no folder, RunError for a damaged checkpoint.
+    `sort_out` the folder first. Raises UserError for a path that is not a folder, RunError for a damaged checkpoint.
     """
     if wanted is None:
         return None
@@ -108,7 +108,7 @@ def resumed(folder: str | Path, wanted: str | None) -> State | None:
 
 
 def same_settings(now: Mapping[str, Any], then: Mapping[str, Any], free: Container[str]) -> None:
-    """UserError, naming the first, where settings are not those that a checkpoint was made with.
+    """UserError, naming the first, if settings are not those that a checkpoint was made with.
 
     They are compared as JSON holds them, to which a tuple is a list. free: the names of those that may differ.
     """

@@ -80,9 +80,9 @@ class Claim:
 
 @contextmanager
 def claimed(folder: str | Path) -> Iterator[Claim]:
-    """The folder, made where there is none, tried, locked and swept.
+    """The folder, made if there is none, tried, locked and swept.
 
-    Raises UserError where it cannot be made or written, and where another process has it, which it names. After an
+    Raises UserError if it cannot be made or written, or if another process has it, which it names. After an
     exception the files that were noted are removed, and the folder too if it was made here and nothing is left in it.
     """
     if not str(folder).strip():
@@ -104,7 +104,7 @@ def claimed(folder: str | Path) -> Iterator[Claim]:
 def fresh(folder: str | Path) -> Iterator[Claim]:
     """`claimed`, for a command that writes all its files at its end: nothing of another run is ever overwritten.
 
-    Raises UserError where the folder holds anything but what a killed run of such a command left.
+    Raises UserError if the folder holds anything but what a killed run of such a command left.
     """
     with claimed(folder) as claim:
         claim.clear()
@@ -149,7 +149,7 @@ def _locked(path: Path) -> Iterator[Claim]:
 
 
 def _lock(path: Path) -> int:
-    """The folder's lock file, open and locked; made where there is none."""
+    """The folder's lock file, open and locked; made if there is none."""
     while True:
         try:
             descriptor = os.open(path / LOCK, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
@@ -191,7 +191,7 @@ def _noted(path: Path) -> list[str]:
 
 
 def _needless(path: Path) -> list[str] | None:
-    """The names that a run which was killed at its end had still to remove; None where it was killed before."""
+    """The names that a run which was killed at its end had still to remove; None if it was killed before."""
     said = [line for line in _told(path) if "pid" not in line]
     return _plain(said[-1]["ends"]) if said and "ends" in said[-1] else None
 

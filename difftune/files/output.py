@@ -48,7 +48,7 @@ def beside(path: Path, kind: str = PARTIAL) -> Path:
 
 @contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Around what writes the file or the folder `path`: DiskError, in one sentence, where the disk refuses."""
+    """Around what writes the file or the folder `path`: DiskError, in one sentence, if the disk refuses."""
     try:
         yield
     except DiskError:
@@ -63,7 +63,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A place to write a file at, which takes the place of `path` at the end; after an exception nothing has changed.
 
     It bears the name of `path`, in a temporary folder: loaders look at every file beside it. The file gets the mode
-    that the umask allows, whoever wrote it. Raises DiskError where the disk refuses.
+    that the umask allows, whoever wrote it. Raises DiskError if the disk refuses.
     """
     with written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, data: bytes | str) -> None:
-    """Write a whole file, and make its folder where there is none. Raises DiskError where the disk refuses."""
+    """Write a whole file, and make its folder if there is none. Raises DiskError if the disk refuses."""
     with whole_file(path) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
@@ -96,7 +96,7 @@ def write_json(path: Path, value: Any) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `path` at the end, or is removed after an exception.
 
-    Its files get the modes that the umask allows, whoever wrote them. Raises DiskError where the disk refuses.
+    Its files get the modes that the umask allows, whoever wrote them. Raises DiskError if the disk refuses.
     """
     with written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, which leaves its name at once, and the disk after that. DiskError where it refuses."""
+    """Remove a file or a folder, which leaves its name at once, and the disk after that. DiskError if it refuses."""
     with written(path):
         if path.is_dir() and not path.is_symlink():
             doomed = path if path.name.endswith(f".{PARTIAL}") else path.rename(beside(path))
@@ -157,13 +157,13 @@ def sweep(folder: Path) -> None:
 
 
 def append(path: Path, line: bytes | str) -> None:
-    """Add a line to a file and wait for the disk. DiskError where that fails: the file is then as it was."""
+    """Add a line to a file and wait for the disk. DiskError if that fails: the file is then as it was."""
     with written(path), path.open("ab", buffering=0) as file:
         append_to(file.fileno(), (line.encode() if isinstance(line, str) else line) + b"\n")
 
 
 def append_to(descriptor: int, data: bytes) -> None:
-    """Add whole lines to an open file and wait for the disk. OSError where that fails: the file is then as it was."""
+    """Add whole lines to an open file and wait for the disk. OSError if that fails: the file is then as it was."""
     size = os.fstat(descriptor).st_size
     try:
         if os.write(descriptor, data) != len(data):

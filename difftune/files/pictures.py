@@ -35,7 +35,7 @@ class Picture:
 def list_pictures(folder: str | Path, caption: str | None = None) -> list[Picture]:
     """The pictures of a folder by their names; `caption` is that of those which have none.
 
-    Raises UserError for what is no folder, has no picture, or has a metadata.jsonl or sample.json that cannot be read.
+    Raises UserError for what is not a folder, has no picture, or has a metadata.jsonl or sample.json that is broken.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -83,7 +83,7 @@ def pil(images: Tensor) -> list[Image.Image]:
 
 
 def save_pictures(folder: str | Path, pictures: Sequence[Image.Image]) -> list[Path]:
-    """Write 000.png, 001.png and so on to a folder, and return the files. DiskError where it cannot be written."""
+    """Write 000.png, 001.png and so on to a folder, and return the files. DiskError if it cannot be written."""
     files = [Path(folder, f"{i:03d}.png") for i in range(len(pictures))]
     for file, picture in zip(files, pictures, strict=True):
         write(file, png(np.asarray(picture) / 255))

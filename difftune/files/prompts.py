@@ -75,7 +75,7 @@ def column(name: str) -> list[str]:
     out.
 
     NAME: a folder or a file of JSON lines, CSV or Parquet, or a data set of the hub. COLUMN: "prompt", "text" or
-    "caption" if unsaid. Raises UserError, in one sentence, where there is none, and where `datasets` is not installed.
+    "caption" if unsaid. Raises UserError, in one sentence, if there is none, or if `datasets` is not installed.
     """
     try:
         import datasets

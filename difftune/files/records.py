@@ -9,19 +9,19 @@ from difftune.files import output
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line, which is on the disk when this returns. DiskError where it cannot be: the file is as it was."""
+    """Add one line, which is on the disk when this returns. DiskError if it cannot be: the file is as it was."""
     output.append(path, json.dumps(record, allow_nan=False))
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and those that are no records: a resumed run writes them again."""
+    """Drop the lines after `step`, and those that are not records: a resumed run writes them again."""
     if path.exists():
         kept = [record for record in records(path) if record["step"] <= step]
         output.write(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl that hold a record, an object with the number `step`; none where there is no file.
+    """The lines of a metrics.jsonl that hold a record, an object with the number `step`; none if there is no file.
 
     Others are passed over: a line may be blank, torn by a crash, or damaged, and those after it are good all the same.
     """

@@ -19,7 +19,7 @@ def read_text(path: str | Path, what: str, remedy: str = "give a UTF-8 text file
     """A text file of UTF-8, or of UTF-16 and UTF-32 that say so by a byte-order mark, which is left out. Every line
     ends in a newline alone, whatever ended it in the file.
 
-    Raises UserError, which calls the file `what` and ends in the remedy, where it cannot be read, is no text, or is
+    Raises UserError, which calls the file `what` and ends in the remedy, if it cannot be read, is not text, or is
     larger than `MOST`.
     """
     try:
@@ -33,5 +33,5 @@ def read_text(path: str | Path, what: str, remedy: str = "give a UTF-8 text file
         why = error.strerror if isinstance(error, OSError) and error.strerror else "it is no UTF-8 text"
         raise UserError(f"cannot read {what} {str(path)!r} ({why}): {remedy}") from error
     if "\0" in text:
-        raise UserError(f"cannot read {what} {str(path)!r} (it holds a NUL, so it is no text): {remedy}")
+        raise UserError(f"cannot read {what} {str(path)!r} (it holds a NUL, so it is not text): {remedy}")
     return text.replace("\r\n", "\n").replace("\r", "\n")

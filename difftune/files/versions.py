@@ -14,7 +14,7 @@ def versions() -> dict[str, str | None]:
 
 
 def version(name: str) -> str | None:
-    """The installed version of a distribution, None where it is absent."""
+    """The installed version of a distribution, None if it is absent."""
     if name == "difftune":  # which may run from its folder, not installed
         return __version__
     try:

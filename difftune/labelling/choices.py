@@ -46,8 +46,8 @@ class Choice:
 def read_labels(file: str | Path) -> list[Choice]:
     """The choices that were not taken back, in the order of their lines.
 
-    Raises UserError, which names the line, for one that is no such object, names a picture that is absent, or takes
-    back what is no choice.
+    Raises UserError, which names the line, for one that is not such an object, names a picture that is absent, or takes
+    back what is not a choice.
     """
     file = Path(file)
     try:

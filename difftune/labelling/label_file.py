@@ -28,9 +28,9 @@ class LabelFile:
     def open(cls, path: Path) -> "LabelFile":
         """The file, repaired: its last line, which a crash may have torn, and a choice that lacks some of its lines.
 
-        A last line without its end gets its line break where it is a whole label; else its bytes move to PATH.torn. A
-        choice of several lines that are not all there is undone. Raises UserError, and leaves the file as it is, where
-        another process writes it, a line is no label, or what follows the last line is not the beginning of one.
+        A last line without its end gets its line break if it is a whole label; else its bytes move to PATH.torn. A
+        choice of several lines that are not all there is undone. Raises UserError, and leaves the file as it is, if
+        another process writes it, a line is not a label, or what follows the last line is not the beginning of one.
         """
         descriptor = _locked(path)
         try:
@@ -47,7 +47,7 @@ class LabelFile:
         return labels
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Write the lines at once and wait for the disk. RunError where that fails: the file is then as it was."""
+        """Write the lines at once and wait for the disk. RunError if that fails: the file is then as it was."""
         data = "".join(json.dumps(line) + "\n" for line in lines).encode()
         try:
             append_to(self.descriptor, data)
@@ -60,7 +60,7 @@ class LabelFile:
 
 
 def _locked(path: Path) -> int:
-    """The file open for appending, made where there is none, and locked until it is closed."""
+    """The file open for appending, made if there is none, and locked until it is closed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
@@ -91,7 +91,7 @@ def _holder(descriptor: int) -> str:
 
 def _content(path: Path, descriptor: int) -> bytes:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        raise UserError(f"cannot write labels to {path}: it is no file, give another --labels")
+        raise UserError(f"cannot write labels to {path}: it is not a file, give another --labels")
     return path.read_bytes()
 
 
@@ -126,13 +126,13 @@ def _lines(data: bytes, path: Path) -> list[dict[str, Any]]:
 
 
 def _label(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    """A line of the file, `number` counted from 0. Raises UserError for one that is no label."""
+    """A line of the file, `number` counted from 0. Raises UserError for one that is not a label."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"line {number} of {path}, counted from 0, is no JSON: mend it, or give --labels") from error
     if not isinstance(found, dict) or not (type(found.get("undo")) is int or _is_choice(found)):
-        raise UserError(f"line {number} of {path}, counted from 0, is no label: mend it, or give --labels")
+        raise UserError(f"line {number} of {path}, counted from 0, is not a label: mend it, or give --labels")
     return found
 
 

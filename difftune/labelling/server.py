@@ -32,9 +32,9 @@ class Server(http.Server):
     """The page and its requests, on this machine alone, under a path that only who started it knows.
 
     GET / is the page, GET /state and GET /image/N are its contents, POST /label {"task": N, "choice": N | "tie" |
-    "bad" | "skip"} and POST /undo answer with the new state, all below the token. Statuses: 400 what is no such JSON,
+    "bad" | "skip"} and POST /undo answer with the new state, all below the token. Statuses: 400 what is not such JSON,
     403 another host or origin, 404 another path, 409 a task that has its label, 411 no length, 413 a long body, 415
-    another content type, 500 where the label could not be written.
+    another content type, 500 if the label could not be written.
     """
 
     def __init__(self, session: Session, port: int = 0):
@@ -71,7 +71,7 @@ class Server(http.Server):
         if type(task) is not int or not 0 <= task < len(todo):
             raise Refused(400, f"there is no task {task!r}")
         if not (choice in WORDS or (type(choice) is int and 0 <= choice < len(todo[task]))):
-            raise Refused(400, f"the choice {choice!r} is no picture of the task, nor {', nor '.join(WORDS)}")
+            raise Refused(400, f"the choice {choice!r} is not a picture of the task, nor {', nor '.join(WORDS)}")
         with self.writing:
             if self.session.state[task] == "done":
                 raise Refused(409, "this task has its label already")
@@ -158,7 +158,7 @@ def open_server(
 ) -> Server:
     """`difftune label`: the server of the pictures of `images`, whose labels go to the file `labels`.
 
-    Raises UserError, before the label file is touched, where there is nothing to choose.
+    Raises UserError, before the label file is touched, if there is nothing to choose.
     """
     todo = draw_tasks(pictures_to_label(images, prompts), grid, rounds, seed)
     file = LabelFile.open(Path(images, "labels.jsonl") if labels is None else Path(labels))

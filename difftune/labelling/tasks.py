@@ -36,12 +36,14 @@ def pictures_to_label(folder: str | Path, table: str | Path | None = None) -> li
     """The pictures of a folder and their prompts, from a `table` of `file` and `prompt` (JSON, JSON lines or CSV).
 
     Without one, they are those of the sample.json of `difftune sample`, in the folder or in folders in it, else of a
-    prompts.json, .jsonl or .csv, or a metadata.jsonl or .csv. Raises UserError where there is none, a picture is
+    prompts.json, .jsonl or .csv, or a metadata.jsonl or .csv. Raises UserError if there is none, a picture is
     missing or is none, or a prompt is empty.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"--images {folder} is no folder: give one that `difftune sample` wrote, or one with pictures")
+        raise UserError(
+            f"--images {folder} is not a folder: give one that `difftune sample` wrote, or one with pictures"
+        )
     found = [p for t in _tables(folder, table) for p in _listed(t)]
     if len({p.file for p in found}) < len(found):
         raise UserError(f"a picture of {folder} is listed twice: give each one prompt")
@@ -110,7 +112,7 @@ def _seed(value: Any, where: str) -> int | None:
     try:
         return None if value in (None, "") else int(value)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: the seed {value!r} is no whole number") from error
+        raise UserError(f"{where}: the seed {value!r} is not a whole number") from error
 
 
 def _mime(file: Path) -> str:
@@ -120,7 +122,7 @@ def _mime(file: Path) -> str:
             return str(image.get_format_mimetype())
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
-            f"{file} is no picture that a browser shows ({', '.join(FORMATS)}), or cannot be read"
+            f"{file} is not a picture that a browser shows ({', '.join(FORMATS)}), or cannot be read"
         ) from error
 
 
@@ -129,7 +131,7 @@ def draw_tasks(found: Sequence[Picture], size: int = 2, rounds: int = 1, seed: i
 
     The order of the tasks and of the pictures in one is random, and a function of the seed and the pictures alone. A
     last group that is too small is filled up with pictures that the round has shown; a prompt with fewer than `size`
-    pictures is shown with what it has, one with a single picture not at all. Raises UserError where there is no choice.
+    pictures is shown with what it has, one with a single picture not at all. Raises UserError if there is no choice.
     """
     groups: dict[str, list[Picture]] = {}
     for picture in found:

@@ -115,9 +115,9 @@ def plan_for(
     decode_batch: int,
     measure: Callable[[int | None], Probe],
 ) -> Plan:
-    """The plan within the budget; without one, the whole batch at once, and "checkpoint" where no mode is given.
+    """The plan within the budget; without one, the whole batch at once, and "checkpoint" if no mode is given.
 
-    measure(limit) probes within a limit, or without one: where nothing fits, the least that would is to be named.
+    measure(limit) probes within a limit, or without one: if nothing fits, the least that would is to be named.
     """
     if memory_budget is None:
         return Plan(gradient or "checkpoint", batch, batch, decode_batch=decode_batch)
@@ -151,7 +151,7 @@ def scores_of(reward: Any, prompts: Sequence[str]) -> list[Callable[[Tensor], Te
 
 def one_at_a_time(reward: Any, plan: Plan) -> Any:
     """The reward on a few images at a time, as they are decoded: each part, and each member of a sum, is recomputed on
-    the way back. The reward itself where that would save nothing."""
+    the way back. The reward itself if that would save nothing."""
     if not (plan.rewards_apart or plan.in_parts):
         return reward
     part = partial(Batched, batch_size=plan.decode_batch, gradient_checkpointing=True)
@@ -200,7 +200,7 @@ class OneNumber:
 
 
 def try_gradient(mode: str, steps: int, of: str) -> None:
-    """Run and differentiate that many steps on one number. ValueError where the mode raises it or gives no gradient."""
+    """Run and differentiate that many steps on one number. ValueError if the mode raises it or gives no gradient."""
     weight, x = torch.full((1, 1), 0.1), torch.ones(1, 1)
     wanted = {"weights": weight, "noise": x}[of].requires_grad_()
     noise = torch.zeros(steps, 1, 1) if wants_noise(mode, euler) else None

@@ -27,7 +27,7 @@ def digest_of(pipe: Any) -> str | None:
 
 @lru_cache(maxsize=8)
 def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Of files with their sizes and times, by which a file that was replaced is read again."""
+    """The digest of files, given with their sizes and times so that a file that was replaced is read again."""
     sha = hashlib.sha256()
     for file, size, _ in files:
         sha.update(f"{file.parent.name}/{file.name}\0{size}\0".encode())
@@ -81,7 +81,7 @@ def differ(then: str | None, now: str | None) -> bool:
 
 
 def check_resumed(pipe: Any, then: str | None) -> None:
-    """UserError where a run would go on with other weights than it began with."""
+    """UserError if a run would go on with other weights than it began with."""
     now = digest_of(pipe)
     if differ(then, now):
         raise UserError(

@@ -157,7 +157,7 @@ def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str
         generate(SampleConfig(model="tiny", prompt=["a red circle"], output_dir="out"), CFG(3.0))["nfe"]
 
     guidance: a method in place of the one that `config` names. Nothing is written before all images are made.
-    Raises UserError, before anything is loaded, for what cannot be; DiskError if the folder cannot be written.
+    Raises UserError, before anything is loaded, for invalid settings; DiskError if the folder cannot be written.
     """
     method = guidance_named(config.guidance, None, config.guidance_options) if guidance is None else guidance
     texts, seeds = jobs_of(config.prompt, config.num_images, config.seed)

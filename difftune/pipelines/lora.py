@@ -137,7 +137,7 @@ def save(
 ) -> Path:
     """Write an adapter as `folder/pytorch_lora_weights.safetensors`, whole or not at all.
 
-    tensors: its weights by the names of `weights`, where they are others than the network has. adapter_name: as for
+    tensors: its weights by the names of `weights`, if they are others than the network has. adapter_name: as for
     `chosen`.
     """
     network, kind = network_of(pipe), family_of(pipe).denoisers[0]
@@ -155,7 +155,7 @@ def save(
 def chosen(network: Any, name: str | None = None) -> str:
     """The name of an adapter of the network: as given, or the only one, or the only one that is active.
 
-    Raises UserError, with their names, where there is none of that name or the choice is open.
+    Raises UserError, with their names, if there is none of that name or the choice is open.
     """
     names = list(vars(network).get("peft_config", {}))
     if name is not None and name not in names:
@@ -205,7 +205,7 @@ def mix(pipe: Any, shares: Mapping[str, float]) -> None:
 
 def attach(pipe: Any, folder: str | Path, name: str | None = None) -> str:
     """Load an adapter that `save` wrote, and return its name, one that is free unless given: `pipe.load_lora_weights`,
-    also for a pipeline that has none (PixArt's). Raises UserError where the pipeline uses not all of its tensors."""
+    also for a pipeline that has none (PixArt's). Raises UserError if the pipeline uses not all of its tensors."""
     name = name or free_name(network_of(pipe))
     wanted = check_head(Path(folder, WEIGHTS))
     _attach(pipe, folder, name)
@@ -218,12 +218,12 @@ def attach(pipe: Any, folder: str | Path, name: str | None = None) -> str:
 
 
 def check_head(file: Path) -> int:
-    """The number of tensors of an adapter's file, its alphas not counted. Raises UserError where it cannot be read."""
+    """The number of tensors of an adapter's file, its alphas not counted. Raises UserError if it cannot be read."""
     try:
         with safe_open(file, "pt") as found:
             names = [name for name in found.keys() if not name.endswith(".alpha")]  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is no safetensors file: {' '.join(str(error).split())}") from error
+        raise UserError(f"{file} is not a safetensors file: {' '.join(str(error).split())}") from error
     if not names:
         raise UserError(f"{file} holds no tensor: give the folder of a training run that has ended")
     return len(names)
@@ -237,7 +237,7 @@ def _used(pipe: Any, name: str) -> int:
 
 
 def free_name(network: Any) -> str:
-    """ "default", or "default_1" and so on where there are such adapters."""
+    """ "default", or "default_1" and so on if there are such adapters."""
     taken = vars(network).get("peft_config", {})
     return next(name for name in (NAME, *(f"{NAME}_{i + 1}" for i in range(len(taken)))) if name not in taken)
 

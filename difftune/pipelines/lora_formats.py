@@ -22,7 +22,7 @@ Tensors = Mapping[str, Tensor]
 def export(folder: str | Path, file: str | Path, layout: str) -> Path:
     """Write the LoRA that training left in `folder` to a file in another layout: a name of `LAYOUTS`.
 
-    The model is not needed. Raises UserError where the folder holds no LoRA, for one that the layout cannot hold, and
+    The model is not needed. Raises UserError if the folder holds no LoRA, for one that the layout cannot hold, and
     for an unknown layout.
     """
     if layout not in LAYOUTS:

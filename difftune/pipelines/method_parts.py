@@ -106,7 +106,7 @@ UNTRAINABLE: dict[type, str] = {
 def check_trainable(guidance: Guidance, scheduler: Callable[[], Any]) -> None:
     """UserError for a method that a recipe cannot train under, or that lacks what its settings must give.
 
-    scheduler: gives the model's, or None where that is not at hand; CFG-Zero*'s left out steps are for flows alone.
+    scheduler: gives the model's, or None if that is not at hand; CFG-Zero*'s left out steps are for flows alone.
     """
     method: Any = guidance
     if "method" in vars(method):
@@ -202,7 +202,7 @@ def targets(prompts: Sequence[str]) -> Tensor:
     """The class (B,) of each prompt, which must be one of `TEXTS`."""
     for prompt in prompts:
         if prompt not in TEXTS:
-            raise UserError(f"prompt {prompt!r} is no class of tiny-classifier; its classes: {', '.join(TEXTS)}")
+            raise UserError(f"prompt {prompt!r} is not a class of tiny-classifier; its classes: {', '.join(TEXTS)}")
     return torch.tensor([TEXTS.index(prompt) for prompt in prompts])
 
 

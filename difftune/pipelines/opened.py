@@ -40,7 +40,7 @@ def _compare(pipe: Any, model: str, folders: Iterable[str]) -> None:
 
 
 def shares_of(loras: Sequence[str]) -> dict[str, float]:
-    """Shares by folder of FOLDER or FOLDER=SHARE; 1 where none is said. Raises UserError where there is no LoRA."""
+    """Shares by folder of FOLDER or FOLDER=SHARE; 1 if none is said. Raises UserError if there is no LoRA."""
     shares: dict[str, float] = {}
     for term in loras:
         folder, share = _divided(term)

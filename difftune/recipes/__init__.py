@@ -19,7 +19,7 @@ __all__ = ["RECIPES", "Recipe", "check_recipe", "recipe_of", "train", "train_in_
 
 
 def check_recipe(config: TrainingConfig, pipe: Any = None, reward: "Reward | None" = None) -> None:
-    """UserError, in one sentence, for the first setting that cannot be; nothing heavy is loaded."""
+    """UserError, in one sentence, for the first invalid setting; nothing heavy is loaded."""
     from difftune.training.checks import check_reward, check_training
 
     recipe = recipe_of(config)
@@ -42,7 +42,7 @@ def train(
 
     pipe, reward: those that config names, unless given. The pipeline gets the adapter, and keeps it. say: is told what
     was resolved, a line each. Nothing is written; see `train_in_folder`.
-    Raises UserError, at once, for settings that cannot be; later RunError, where rewards or gradients were not finite
+    Raises UserError, at once, for invalid settings; later RunError, if rewards or gradients were not finite
     in more steps than `config.max_skipped_steps`: the weights are then those of the state that came last.
     """
     check_recipe(config, pipe, reward)

@@ -75,7 +75,7 @@ def ascend_once(session: Session[RewardGradientConfig], plan: Plan, gradient: st
 
 
 def truncation(config: AlignPropConfig) -> Modes:
-    """The mode that is given, or the truncation that is drawn; where every step carries gradient, a plan's choice."""
+    """The mode that is given, or the truncation that is drawn; if every step carries gradient, a plan's choice."""
     count, most = config.num_inference_steps, greatest_truncation(config)
     least = min(config.truncation_min, most)
     if config.gradient is not None:
@@ -99,11 +99,11 @@ def draw_steps(config: AlignPropConfig, step: int) -> int:
 
 
 def draw_mask(config: AlignPropConfig, step: int) -> str:
-    """One digit per sampler step, 1 where it carries gradient: step i of T does with probability (i + 1) / (T + 1).
+    """One digit per sampler step, 1 if it carries gradient: step i of T does with probability (i + 1) / (T + 1).
 
     The Bernoulli-linear rule, which is the released code's: a new threshold is drawn at every sampler step. What a
     dropped step adds to the latent is constant; the latent's way around it is not cut. One draw per optimiser step,
-    the same in every process; where no step is kept, the last one is.
+    the same in every process; if no step is kept, the last one is.
     """
     draw, count = random.Random(f"{config.seed} {step} bernoulli"), config.num_inference_steps
     kept = [draw.random() < (i + 1) / (count + 1) for i in range(count)]
@@ -120,7 +120,7 @@ def greatest_truncation(config: AlignPropConfig) -> int:
 
 
 def check_alignprop(config: AlignPropConfig) -> None:
-    """UserError for the first setting that cannot be, of those that this recipe alone has."""
+    """UserError for the first of this recipe's own settings that is invalid."""
     check_gradient(config)
     at_least(config.truncation_min, truncation_max=config.truncation_max)
     if config.gradient is not None:

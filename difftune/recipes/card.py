@@ -16,7 +16,7 @@ def model_card(recipe: Recipe, config: TrainingConfig, pipe: Any, metrics: Metri
     """The card in markdown, with a block of Python that loads the pipeline and draws a picture."""
     kind = "Full weights" if config.full_finetuning else "LoRA"
     size = "every weight of the denoiser" if config.full_finetuning else f"rank {config.rank}"
-    steps = int(metrics.get("step", config.max_train_steps))  # fewer where a run was stopped early
+    steps = int(metrics.get("step", config.max_train_steps))  # fewer if a run was stopped early
     reward = (
         f" Mean training reward of the last step: {metrics['reward_mean']:.4f}." if "reward_mean" in metrics else ""
     )
@@ -30,7 +30,7 @@ tags: [{"full-weights" if config.full_finetuning else "lora"}, text-to-image, re
 
 {recipe.title} ([{recipe.paper}]({recipe.url})) by difftune: {steps} optimiser steps of
 {config.train_batch_size * config.gradient_accumulation_steps} images (per process), {size}, seed
-{config.seed}.{reward} A reward that is trained on is no evidence of quality: evaluate on another.
+{config.seed}.{reward} A reward that is trained on is not evidence of quality: evaluate on another.
 
 ```python
 {loading_code(config, pipe)}

@@ -42,7 +42,7 @@ class Recipe:
     """What judges the images: a reward with a gradient; any reward; any reward, or a person's labels; any reward, or a
     folder of pictures; any reward, or an objective of sets of images."""
     reference: bool | str = False
-    """Whether the model before training is called too: always, never, or where the setting of this name is above 0."""
+    """Whether the model before training is called too: always, never, or if the setting of this name is above 0."""
     finish: str = ""
     """The function of the recipe's file that a run in a folder ends with, if it has one: see `write_win_rate`."""
 
@@ -57,7 +57,7 @@ class Recipe:
 
     @property
     def check(self) -> Callable[[Any], None]:
-        """UserError for the first of its own settings that cannot be."""
+        """UserError for the first of its own settings that is invalid."""
         return self.function(f"check_{self.name}")
 
     def function(self, name: str) -> Callable[..., Any]:

@@ -47,8 +47,8 @@ def d3po_loss(
 ) -> Tensor:
     """The mean of -log sigmoid(beta label (l_1 - l_2)), l being log-ratios kept within log(1 -+ clip_range).
 
-    first, second: log pi_theta / pi_ref (P,) of the same step of each pair's members. label (P,): 1 where the first is
-    preferred, -1 where the second, 0 for a tie, which has no gradient. clip_range None: the log-ratios as they are.
+    first, second: log pi_theta / pi_ref (P,) of the same step of each pair's members. label (P,): 1 if the first is
+    preferred, -1 if the second, 0 for a tie, which has no gradient. clip_range None: the log-ratios as they are.
     """
     if clip_range is not None:
         first, second = (clip_log_ratio(ratio, clip_range) for ratio in (first, second))
@@ -112,7 +112,7 @@ def rank(rolled: Rolled, group: int) -> Ranked:
 
 
 def check_d3po(config: D3POConfig) -> None:
-    """UserError for the first setting that cannot be, of those that this recipe alone has."""
+    """UserError for the first of this recipe's own settings that is invalid."""
     check_no_dropout(config)
     check_groups(config)
     if config.labels is not None:

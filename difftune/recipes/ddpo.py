@@ -130,7 +130,7 @@ def reward_history(config: DDPOConfig, seen: PerPrompt) -> PerPrompt:
 
 
 def check_ddpo(config: DDPOConfig) -> None:
-    """UserError for the first setting that cannot be, of those that this recipe alone has."""
+    """UserError for the first of this recipe's own settings that is invalid."""
     check_no_dropout(config)
     check_groups(config)
     least, size = config.per_prompt_stat_tracking_min_count, config.per_prompt_stat_tracking_buffer_size

@@ -37,7 +37,7 @@ def dpo_margin(winner: Tensor, loser: Tensor, winner_ref: Tensor, loser_ref: Ten
 
 
 def dpo_loss(margin: Tensor, label: Tensor | None = None) -> Tensor:
-    """The mean of -log sigmoid(u) over margins (P,): ln 2 where the model is the reference.
+    """The mean of -log sigmoid(u) over margins (P,): ln 2 if the model is the reference.
 
     label (P,): 1, or 0 for a tie, which has no gradient; None: all 1.
     """
@@ -68,5 +68,5 @@ def prefer_winners(session: Session[DPOConfig], turns: Sequence[Turn[Pairs]], st
 
 
 def check_dpo(config: DPOConfig) -> None:
-    """UserError for the first setting that cannot be, of those that this recipe alone has."""
+    """UserError for the first of this recipe's own settings that is invalid."""
     check_preferences(config)

@@ -32,7 +32,7 @@ def last_steps(config: DraftConfig) -> str:
 
 
 def check_draft(config: DraftConfig) -> None:
-    """UserError for the first setting that cannot be, of those that this recipe alone has."""
+    """UserError for the first of this recipe's own settings that is invalid."""
     check_gradient(config)
     if not config.low_variance_copies:
         gradient_named(last_steps(config), config.num_inference_steps, config.sampler)

@@ -213,7 +213,7 @@ LOSSES = {"dpo": 5000.0, "kto": 1000.0}  # and their papers' beta
 
 
 def check_dragon(config: DragonConfig) -> None:
-    """UserError for the first setting that cannot be, of those that this recipe alone has."""
+    """UserError for the first of this recipe's own settings that is invalid."""
     check_objective(config)
     if config.full_finetuning and config.num_win_rate_images:
         raise UserError("full fine-tuning has no adapter to switch off for a win rate: set num_win_rate_images to 0")

@@ -59,5 +59,5 @@ def denoise_winners(session: Session[DROConfig], turns: Sequence[Turn[Pairs]], s
 
 
 def check_dro(config: DROConfig) -> None:
-    """UserError for the first setting that cannot be, of those that this recipe alone has."""
+    """UserError for the first of this recipe's own settings that is invalid."""
     check_preferences(config)

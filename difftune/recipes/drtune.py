@@ -31,6 +31,6 @@ def spread_steps(config: DrtuneConfig) -> str:
 
 
 def check_drtune(config: DrtuneConfig) -> None:
-    """UserError for the first setting that cannot be, of those that this recipe alone has."""
+    """UserError for the first of this recipe's own settings that is invalid."""
     check_gradient(config)
     gradient_named(spread_steps(config), config.num_inference_steps, config.sampler)

@@ -169,7 +169,7 @@ def clip_of(config: GRPOConfig) -> float:
 
 
 def check_grpo(config: GRPOConfig) -> None:
-    """UserError for the first setting that cannot be, of those that this recipe alone has."""
+    """UserError for the first of this recipe's own settings that is invalid."""
     check_no_dropout(config)
     if config.shared_noise:
         check_groups(config)

@@ -72,7 +72,7 @@ def part_good_from_bad(session: Session[KTOConfig], turns: Sequence[Turn["Marked
 
 
 def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of the chosen values, 0 where there are none."""
+    """The mean of the chosen values, 0 if there are none."""
     return (values * chosen).sum() / chosen.sum().clamp(min=1)
 
 
@@ -110,7 +110,7 @@ def mark_choices(model: LatentModel, chosen: Callable[[int], Choice], numbers: r
 
 
 def above_mean(made: ScoredImages, group: int) -> Marked:
-    """Of `group` images in a row those above their mean score are good, those below it bad."""
+    """Mark the images of each prompt, `group` in a row: good above their mean score, bad below it."""
     means = made.scores.view(-1, group).mean(1).repeat_interleave(group)
     return Marked(made.latents, made.cond, (made.scores - means).sign(), made.scores)
 
@@ -119,7 +119,7 @@ def above_mean(made: ScoredImages, group: int) -> Marked:
 
 
 def check_kto(config: KTOConfig) -> None:
-    """UserError for the first setting that cannot be, of those that this recipe alone has."""
+    """UserError for the first of this recipe's own settings that is invalid."""
     check_preferences(config)
     if config.labels is None:
         check_groups(config)

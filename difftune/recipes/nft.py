@@ -38,7 +38,7 @@ from difftune.training.steps import attempt_step, take_step
 def train_nft(session: Session[NFTConfig]) -> Iterator[tuple[Metrics, State]]:
     """Metrics and state after each optimiser step that is left.
 
-    The rewards in the metrics are those of the step's round, which the old weights have made.
+    The rewards in the metrics are of the images of the step's round, which were sampled with the old weights.
     """
     config, run = session.config, session.run
     rounds = Rounds(
@@ -110,8 +110,8 @@ def dgpo_loss(errors: Tensor, base: Tensor, old: Tensor, advantages: Tensor, set
     """The mean of s_g A_i m_i over images i of groups g, with the weight s_g = sigmoid(sum_i A_i beta (m_i - m_i^base)
     / G), without a gradient (DGPO, https://arxiv.org/abs/2510.08425).
 
-    errors m, base, old (B,): denoising errors of the trained, base and old network. An image has no gradient that has
-    left the trust region in its advantage's direction: exp(m^old - m) beyond 1 +- clip_range.
+    errors m, base, old (B,): denoising errors of the trained, base and old network. An image
+    has no gradient once its ratio exp(m^old - m) has passed 1 +- clip_range in the direction of its advantage.
     """
     weight = (settings.beta * advantages * (errors.detach() - base)).view(-1, settings.group).mean(1).sigmoid()
     ratio = (old - errors.detach()).exp()
@@ -226,7 +226,7 @@ def say(images: ImageSampler, batch: ImageBatch, draws: Draws) -> Said:
 
 
 def check_nft(config: NFTConfig) -> None:
-    """UserError for the first setting that cannot be, of those that this recipe alone has."""
+    """UserError for the first of this recipe's own settings that is invalid."""
     check_whole_groups(config)
     if config.loss == "dgpo":
         check_groups(config)

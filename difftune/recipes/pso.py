@@ -83,7 +83,7 @@ def pso_loss(
     """The mean of -log sigmoid(beta label (l_w - l_l)), with l kept within log(1 -+ clip_range) unless that is None.
 
     winner, loser: log p_theta / p_ref (P,) of one step, means over the latent's elements. label (P,): 1, or 0 for a
-    tie, which has no gradient. ln 2 where the model is the reference.
+    tie, which has no gradient. ln 2 if the model is the reference.
     """
     if clip_range is not None:
         winner, loser = (ratio.exp().clamp(1 - clip_range, 1 + clip_range).log() for ratio in (winner, loser))
@@ -171,7 +171,7 @@ def pair_pictures(session: Session[PSOConfig], policy: Policy) -> Pairs:
 
 
 def check_pso(config: PSOConfig) -> None:
-    """UserError for the first setting that cannot be, of those that this recipe alone has."""
+    """UserError for the first of this recipe's own settings that is invalid."""
     if config.images is not None:
         list_captioned(config.images, config.caption)
         return

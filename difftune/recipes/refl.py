@@ -47,6 +47,6 @@ def early_prediction(config: ReflConfig) -> Modes:
 
 
 def check_refl(config: ReflConfig) -> None:
-    """UserError for the first setting that cannot be, of those that this recipe alone has."""
+    """UserError for the first of this recipe's own settings that is invalid."""
     check_gradient(config)
     at_least(config.truncation_min, truncation_max=config.truncation_max)

@@ -96,7 +96,7 @@ def plan_engine(session: Session[RewardGradientConfig], modes: Modes) -> Iterato
 
 
 def measure_plan(session: Session[RewardGradientConfig], gradient: str | None) -> Plan:
-    """The plan for the budget, from one step on the first sample; `gradient` is its to choose where it is None."""
+    """The plan for the budget, from one step on the first sample; `gradient` is its to choose if it is None."""
     config, run, images = session.config, session.run, session.images
     model = images.model
     trained = sum(weight.nbytes for weight in run.weights.values())

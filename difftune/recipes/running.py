@@ -26,7 +26,7 @@ class Parts:
 
     pipe: Any
     prompts: Prompts
-    reward: Reward | None  # None where labels, pictures or an objective of sets take its place
+    reward: Reward | None  # None if labels, pictures or an objective of sets take its place
 
 
 def load_parts(recipe: Recipe, config: TrainingConfig, prompts: Prompts, pipe: Any, reward: Reward | None) -> Parts:

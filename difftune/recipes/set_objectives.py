@@ -125,7 +125,7 @@ def load_exemplars(config: DragonConfig, model: LatentModel) -> tuple[Encoder, T
 
 
 def exemplars_of(config: DragonConfig) -> Path:
-    """Where the exemplars are. Raises UserError where there are none, or fewer than a distribution needs."""
+    """Where the exemplars are. Raises UserError if there are none, or fewer than a distribution needs."""
     if config.exemplars is None:
         raise UserError(f"objective {config.objective!r} wants --exemplars: a folder of pictures, or a file of texts")
     source = Path(config.exemplars)
@@ -138,7 +138,7 @@ def exemplars_of(config: DragonConfig) -> Path:
 
 
 def check_objective(config: DragonConfig) -> None:
-    """One sentence for the first setting of the objective that cannot be; nothing is loaded."""
+    """UserError for the first invalid setting of the objective; nothing is loaded."""
     if config.objective not in WITHOUT_EXEMPLARS:
         exemplars_of(config)
 

@@ -35,7 +35,7 @@ def needs_gradient(optimizer: Any) -> bool:
 
 
 def sized(optimizer: Any, paper: Setting | None, dimension: int) -> Any:
-    """The optimiser with a learning rate: the paper's for its model, else by the size, where none was given."""
+    """The optimiser with a learning rate: the paper's for its model, else by the size, if none was given."""
     if vars(optimizer).get("learning_rate", 0) is not None:
         return optimizer
     return replace(optimizer, learning_rate=paper.learning_rate if paper else learning_rate(dimension))

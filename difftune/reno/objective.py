@@ -41,7 +41,7 @@ class Iteration(NamedTuple):
     parts: dict[str, Tensor]  # each reward, without its weight
     total: Tensor  # (B,), the weighted sum: what is maximised, and what chooses the best
     regularizer: Tensor  # (B,), K
-    grad_norm: Tensor  # (B,), before the clip; 0 where no gradient was needed
+    grad_norm: Tensor  # (B,), before the clip; 0 if no gradient was needed
     held_out: Tensor | None = None  # (B,), a reward that is watched and not optimised
 
 
@@ -73,12 +73,12 @@ class Unknowns:
 
     @property
     def _elements(self) -> int:
-        """Of z that are the noise's."""
+        """How many elements of z are the noise's."""
         return 0 if self.of == "prompt" else self._flat.shape[1]
 
     @property
     def dimension(self) -> int:
-        """What a rule for the size goes by: the noise's elements, or the embedding's where it moves alone."""
+        """How many elements the learning rate depends on: the noise's, or the embedding's if it moves alone."""
         return self._elements or self.embedding[0].numel()
 
     def noise_of(self, z: Tensor, rows: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def projected(z: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
 
 
 def rms(x: Tensor) -> Tensor:
-    """Of each sample, shaped to multiply x (B, ...)."""
+    """The root mean square of each sample, shaped to multiply x (B, ...)."""
     return x.square().flatten(1).mean(dim=1).sqrt().view(-1, *[1] * (x.ndim - 1))
 
 
@@ -177,7 +177,7 @@ class Objective:
             raise RunError(f"{where}: {error}") from error
 
     def refuse_not_finite(self, record: Iteration, z: Tensor, rows: Tensor, where: str) -> None:
-        """RunError, naming the reward, or the prompt and the step of the gradient, where a number of z's is not finite.
+        """RunError, naming the reward, or the prompt and the step of the gradient, if a number of z's is not finite.
 
         The gradient is taken once more, of that sample alone and watched, to find the step.
         """

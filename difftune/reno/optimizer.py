@@ -71,7 +71,7 @@ class ReNO(NoiseSettings):
 
         Samples are the prompts, each `seeds_per_prompt` times in a row; the i-th one's noise is drawn with seed + i,
         whatever the batch. `generator` (one, or one per sample) replaces that, and `start` (B or 1, C, h, w) the noise.
-        `state` goes on from a `Live.state` of the same call. Raises RunError where the first reward or gradient is not
+        `state` goes on from a `Live.state` of the same call. Raises RunError if the first reward or gradient is not
         finite; a sample that becomes so later leaves the batch with what it has.
         """
         objective, seeds = self._objective(prompts, iterations, seed, generator, seeds_per_prompt, start)
@@ -96,7 +96,7 @@ class ReNO(NoiseSettings):
         yield from self._iterate(objective, iterations, self._progress(objective, seeds, state))
 
     def planned(self, prompts: str | Sequence[str], seeds_per_prompt: int = 1) -> Plan:
-        """How the engine runs for these prompts; measured where there is a memory budget."""
+        """How the engine runs for these prompts; measured if there is a memory budget."""
         return self._objective(prompts, 1, 0, None, seeds_per_prompt, None)[0].plan
 
     @torch.no_grad()
@@ -262,13 +262,13 @@ def refused(record: Iteration, objective: Objective, z: Tensor, rows: Tensor, pr
 
 
 def begun_with(state: State, noise: Tensor) -> None:
-    """UserError where the state's run began with another noise: distances to it, and what is drawn, would differ."""
+    """UserError if the state's run began with another noise: distances to it, and what is drawn, would differ."""
     if not torch.equal(state.tensors[START], noise.cpu()):
         raise UserError("the state began with another noise: resume with the same start, or a generator as it was then")
 
 
 def started_at(start: Tensor, noise: Tensor) -> Tensor:
-    """The given noise, one for all or one per sample; UserError, naming the shapes, where it does not fit."""
+    """The given noise, one for all or one per sample; UserError, naming the shapes, if it does not fit."""
     if start.shape[1:] != noise.shape[1:] or len(start) not in (1, len(noise)):
         raise UserError(
             f"the noise to start from is {tuple(start.shape)}: it must be {tuple(noise.shape)}, or one for all samples"

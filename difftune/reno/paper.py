@@ -46,7 +46,7 @@ def learning_rate(dimension: int) -> float:
 
 
 def setting_of(pipe: Any, name: str | None) -> Setting | None:
-    """The paper's settings of that name, or of the pipeline's model where it is one of the paper's; else None.
+    """The paper's settings of that name, or of the pipeline's model if it is one of the paper's; else None.
 
     Raises UserError for a name that is not known.
     """

@@ -40,7 +40,7 @@ class Standing:
     active: Tensor  # (B,) bool: samples still in the batch
     waited: Tensor  # (B,), iterations without a better image
     calls: Tensor  # (B,), images scored
-    stopped: tuple[str, ...]  # why a sample left, "" where it has not
+    stopped: tuple[str, ...]  # why a sample left, "" if it has not
     pending: bool = False  # z was evaluated, and has not moved since
     memory: Mapping[str, Tensor] = field(default_factory=dict)  # the optimiser's
     told: tuple[Tensor, ...] = ()  # (B, N) each: what searches were told
@@ -140,7 +140,7 @@ def beginning(settings: NoiseSettings, z: Tensor, prompts: Sequence[str], seeds:
 def of_state(
     state: State, settings: NoiseSettings, z: Tensor, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Progress:
-    """What `Progress.state` gave, for the same samples; z as it would begin. UserError where the samples differ."""
+    """What `Progress.state` gave, for the same samples; z as it would begin. UserError if the samples differ."""
     for name, mine in (("prompts", list(prompts)), ("seeds", list(seeds))):
         if state.info[name] != mine:
             raise UserError(f"the state is of {name} {state.info[name]}, not of {mine}: resume with those")

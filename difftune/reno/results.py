@@ -55,8 +55,8 @@ class Result(NamedTuple):
     prompts: list[str]
     seeds: list[int]
     reward_calls: Tensor  # (B,), images that were scored
-    stopped: list[str]  # why a sample left the batch: "target", "patience", "not finite"; "" where it ran to the end
-    embeddings: Tensor | None  # (B, L, E), of the prompts, where they were optimised
+    stopped: list[str]  # why a sample left the batch: "target", "patience", "not finite"; "" if it ran to the end
+    embeddings: Tensor | None  # (B, L, E), of the prompts, if they were optimised
 
     def pil(self) -> list[Image.Image]:
         """The images as pictures of PIL, one for each sample."""
@@ -88,7 +88,7 @@ class Result(NamedTuple):
     def parting(self, row: int | None = None, monitor: Monitor | None = None) -> Parting | None:
         """From which iteration on the held-out reward fell while the optimised one rose; None if they did not part.
 
-        Raises UserError where none was held out.
+        Raises UserError if none was held out.
         """
         if self.history[0].held_out is None:
             raise UserError("no reward was held out: give ReNO held_out=")

@@ -100,7 +100,7 @@ ROUGH = 0.05  # of unit noise: an error of the first step's that may turn a grad
 
 
 def precision(reno: ReNO) -> dict[str, str]:
-    """A caution, where the first step multiplies the rounding of the network's output by much: nothing otherwise.
+    """A caution, if the first step multiplies the rounding of the network's output by much: nothing otherwise.
 
     Of an eps network, x' = alpha' (x - sigma eps) / alpha + sigma' eps: one step from alpha = 0.068 multiplies by 15.
     """
@@ -130,14 +130,14 @@ def configured(config: RenoConfig, pipe: Any, reward: Reward | None) -> ReNO:
 def noise_settings(config: RenoConfig) -> NoiseSettings:
     """The settings of the optimisation itself: those that go by the same name, and the guidance as an object.
 
-    Raises UserError for one that is unknown or cannot be.
+    Raises UserError for an unknown name or an invalid setting.
     """
     shared = {field.name for field in fields(NoiseSettings)} & {field.name for field in fields(RenoConfig)}
     return NoiseSettings(**{name: getattr(config, name) for name in shared} | {"guidance": guidance_of(config)})
 
 
 def check(config: RenoConfig, pipe: Any = None, reward: Reward | None = None) -> None:
-    """One sentence for the first setting that cannot be, before anything is loaded."""
+    """UserError for the first invalid setting, before anything is loaded."""
     if not config.prompt:
         raise UserError("there is no prompt to optimise: give at least one --prompt")
     check_engine(None, config.enable_xformers_memory_efficient_attention)
@@ -151,7 +151,7 @@ def check(config: RenoConfig, pipe: Any = None, reward: Reward | None = None) ->
 def check_names(config: RenoConfig) -> None:
     """UserError for a held-out reward or a file to start from that is not there."""
     if config.start is not None and not Path(config.start).is_file():
-        raise UserError(f"--start {config.start} is no file: give a noise.safetensors or a picture")
+        raise UserError(f"--start {config.start} is not a file: give a noise.safetensors or a picture")
     if config.held_out is not None:
         entry(config.held_out)
 
@@ -252,7 +252,7 @@ class Keeper:
 def followed(keeper: Keeper, lives: Iterable[Live]) -> Result | None:
     """The end of a run whose pictures are collected and whose checkpoints are saved; None if it was at its end.
 
-    After an error the last whole iteration is saved, where checkpoints are.
+    After an error the last whole iteration is saved, if checkpoints are.
     """
     steps = keeper.config.checkpointing_steps
     with processes.stopping() if steps else nullcontext(processes.Stop()) as stop:
@@ -285,7 +285,7 @@ def settings_of(config: RenoConfig) -> dict[str, Any]:
 
 
 def same_run(config: RenoConfig, state: State) -> None:
-    """UserError, naming the first, where settings are not those that the state was made with."""
+    """UserError, naming the first, if settings are not those that the state was made with."""
     checkpoint.same_settings(asdict(config), {**asdict(RenoConfig()), **state.info["config"]}, FREE)
 
 
@@ -366,7 +366,7 @@ def held_out_of(samples: Sequence[dict[str, Any]], results: Sequence[Result]) ->
 
 
 def weighted_mean(curves: Sequence[tuple[list[float], int]]) -> list[float]:
-    """Of curves with weights, by iteration; one that has ended counts as it was."""
+    """The weighted mean of curves at each iteration; a curve that has ended keeps its last value."""
     length = max(len(values) for values, _ in curves)
     total = sum(weight for _, weight in curves)
     return [sum(values[min(i, len(values) - 1)] * weight for values, weight in curves) / total for i in range(length)]

@@ -30,7 +30,7 @@ class NoiseSettings(Ranged):
     decode_batch, enable_vae_tiling: images that are decoded and rewarded at a time, and whether a large one is decoded
     in tiles.
 
-    Raises UserError for a setting that is unknown or cannot be.
+    Raises UserError for an unknown name or an invalid setting.
     """
 
     num_inference_steps: Steps = 1

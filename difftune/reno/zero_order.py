@@ -121,7 +121,7 @@ class CMA(Ranged):
 
 
 def library() -> Any:
-    """The package `cma`; UserError where it is missing."""
+    """The package `cma`; UserError if it is missing."""
     if find_spec("cma") is None:
         raise UserError("optimizer 'cma' needs the package cma: pip install 'difftune[cma]'")
     return import_module("cma")

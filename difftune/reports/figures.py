@@ -26,7 +26,7 @@ def panels(names: Sequence[str], x_label: str, width: float = 6.0, height: float
 
 
 def draw(axes: Any, x: Sequence[float], y: Sequence[float], color: str = MAIN, label: str | None = None) -> None:
-    """A line, with dots where there are few points."""
+    """A line, with dots if there are few points."""
     axes.plot(x, y, color=color, linewidth=1.8, marker="o" if len(x) < 12 else None, markersize=4, label=label)
 
 

@@ -56,7 +56,7 @@ def sheet(rows: Mapping[str, Sequence[Cell | None]]) -> bytes:
 
 
 def block(cell: Cell) -> Image.Image:
-    """The pictures of a cell side by side, enlarged by a whole number where they are small."""
+    """The pictures of a cell side by side, enlarged by a whole number if they are small."""
     pictures = [as_picture(picture) for picture in cell.pictures]
     columns = cell.columns or len(pictures)
     side = min(pictures[0].size)

@@ -1,4 +1,4 @@
-"""The error of a network's prediction on noised latents: what preferences are trained on where there is no sampler.
+"""The error of a network's prediction on noised latents: what preferences are trained on if there is no sampler.
 
     x_t = alpha_t x0 + sigma_t eps,    L(x0, eps, t) = mean over the elements of (target - network(x_t, t, c))^2,
 

@@ -95,7 +95,7 @@ def per_element(x: Tensor) -> Tensor:
 def log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log N(x; mean, std^2) per element, (B,): the mean of -(x - mean)^2 / (2 std^2) - ln std - ln(2 pi) / 2.
 
-    No gradient flows to x. It is NaN or infinite where std is 0: such a step has no density.
+    No gradient flows to x. It is NaN or infinite if std is 0: such a step has no density.
     """
     return per_element(-((widen(x.detach()) - mean) ** 2) / (2 * std**2)) - std.log() - log(2 * pi) / 2
 
@@ -128,7 +128,7 @@ class Trajectory:
         return [i for i, std in enumerate(self.stds) if std > 0]
 
     def log_prob(self, i: int) -> Tensor:
-        """The log-probability (B,) per element of what step i drew; not finite where its deviation is 0."""
+        """The log-probability (B,) per element of what step i drew; not finite if its deviation is 0."""
         return log_prob(self.paths[i + 1].x, self.means[i], self.stds[i])
 
     @property

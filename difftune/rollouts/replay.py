@@ -87,7 +87,7 @@ def open_choices(session: Session[D3POConfig], policy: Policy) -> Callable[[rang
 def replay(session: Session[D3POConfig], policy: Policy, choices: Sequence[Choice]) -> Rolled:
     """The trajectories of both pictures of each choice, by the model before training.
 
-    Raises RunError, which names the line, where one does not end in its picture.
+    Raises RunError, which names the line, if one does not end in its picture.
     """
     sampler = session.images
     texts = [choice.prompt for choice in choices for _ in range(2)]

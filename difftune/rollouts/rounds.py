@@ -121,7 +121,7 @@ def repeated(prompts: Prompts, count: int) -> Prompts:
 
 @torch.no_grad()
 def make_images(session: Session, prompts: Prompts, numbers: range) -> ScoredImages:
-    """Sample and score images. Raises NotFinite where a score is not finite."""
+    """Sample and score images. Raises NotFinite if a score is not finite."""
     images = session.images
     start = images.begin(prompts, numbers)
     latents = images.latents(start)

@@ -27,7 +27,7 @@ class Session(Generic[Held]):
     run: Training  # weights, optimiser, and what a resumed run goes on from
     images: ImageSampler  # the model under the guidance method and the sampler
     prompts: Prompts  # the prompt of each sample's number
-    judge: Reward | None  # the reward; None where labels, pictures or an objective of sets take its place
+    judge: Reward | None  # the reward; None if labels, pictures or an objective of sets take its place
     attention: Verdict
     say: Say
 

@@ -66,7 +66,7 @@ def with_network(predict: GuidedPredict, network: TrainedNetwork) -> GuidedPredi
 def roll_out(session: Session, policy: Policy, prompts: Prompts, numbers: range, shared: int = 1) -> Rolled:
     """Sample and score trajectories; a sample's noise depends on the seed and its number alone.
 
-    shared: so many in a row start from the first one's x_T. Raises NotFinite where a score is not finite.
+    shared: so many in a row start from the first one's x_T. Raises NotFinite if a score is not finite.
     """
     images = session.images
     start = images.begin(prompts, numbers)
@@ -77,9 +77,9 @@ def roll_out(session: Session, policy: Policy, prompts: Prompts, numbers: range,
 
 
 def policy_of(images: ImageSampler, eta: float | None, kernel: str | None = None) -> Policy:
-    """The images' sampler as a policy with a kernel of `KERNELS`, and its paper's noise where eta is None.
+    """The images' sampler as a policy with a kernel of `KERNELS`, and its paper's noise if eta is None.
 
-    kernel None: DDIM with eta, or the SDE of a flow. UserError for the SDE of a flow where the network predicts none.
+    kernel None: DDIM with eta, or the SDE of a flow. UserError for the SDE of a flow if the network predicts none.
     """
     space = images.denoiser.prediction_type
     name = kernel or kernel_of(space)

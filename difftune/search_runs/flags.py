@@ -8,6 +8,8 @@ from difftune.lookup import known
 from guidance.search.catalogue import SEARCHES
 from guidance.search.fkc import Exponents
 
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none"}
+
 
 def settings_of(config: SearchConfig) -> dict[str, Any]:
     """The method's own settings, each in its field's type."""
@@ -52,7 +54,7 @@ def typed(name: str, value: str, hint: Any) -> Any:
         return value.lower() == "true"
     if not {int, float, bool} & set(kinds):
         return value  # a name, which the method checks
-    raise UserError(f"--setting {name}={value} is no {' or '.join(k.__name__ for k in kinds)}")
+    raise UserError(f"--setting {name}={value} is not {' or '.join(WORDS[kind] for kind in kinds)}")
 
 
 def exponents(name: str, value: str) -> dict[str, float]:
@@ -61,7 +63,7 @@ def exponents(name: str, value: str) -> dict[str, float]:
     try:
         found = {expert.strip(): float(number) for expert, _, number in pairs}
     except ValueError:
-        raise UserError(f"--setting {name}={value} is no list of exponents: write it cond:2,uncond:-1") from None
+        raise UserError(f"--setting {name}={value} is not a list of exponents: write it cond:2,uncond:-1") from None
     if len(found) < len(pairs):
         raise UserError(f"--setting {name}={value} names an expert twice: give each one exponent")
     return found

@@ -21,7 +21,7 @@ from solvers.memory.live import LiveBytes, measured
 def rows_within(memory_budget: str, adapter: Adapter, problem: Problem, config: Any, gradient: bool) -> int:
     """The rows at a time whose predicted peak stays within the budget ("6GiB", the weights included).
 
-    One row is measured; gradient: with its backward pass. Raises UserError where not even one row fits.
+    One row is measured; gradient: with its backward pass. Raises UserError if not even one row fits.
     """
     limit = parse_size(memory_budget)
     said, peak = row_peak(adapter, problem, gradient)

@@ -22,7 +22,7 @@ def picture(graph: Graph, group: int = 0, thumbnails: Mapping[int, Any] | None =
 
 
 def figure(graph: Graph, group: int = 0, thumbnails: Mapping[int, Any] | None = None) -> Figure:
-    """Nodes coloured by value (grey where there is none), and the way to the best finished sample.
+    """Nodes coloured by value (grey without one), and the way to the best finished sample.
 
     thumbnails: pictures (H, W, 3) in [0, 1] by the numbers of their nodes within the group, see `shown_leaves`; they
     stand below the tree with their values. Raises ValueError for a group without a node.
@@ -46,8 +46,8 @@ def leaves(levels: Sequence[int], values: Sequence[float]) -> list[int]:
 
 
 def shown_leaves(graph: Graph, group: int, count: int) -> dict[int, int]:
-    """Which leaves to show: node within the group -> its number among the group's leaves. The best of all, and others
-    that lie evenly across."""
+    """The leaves to show, as {node within the group: its number among the group's leaves}: the best one, and others
+    that are spread evenly across."""
     rows = (graph.groups == group).nonzero()[:, 0].tolist()
     own = {row: i for i, row in enumerate(rows)}
     parents = [own.get(parent, -1) for parent in graph.parent[rows].tolist()]
@@ -63,9 +63,9 @@ def shown_leaves(graph: Graph, group: int, count: int) -> dict[int, int]:
 
 
 def layout(parents: Sequence[int]) -> list[float]:
-    """Where each node is across: leaves side by side, a parent in the middle of its children, and no lines that cross.
+    """The horizontal place of each node: leaves stand side by side, a parent in the middle of its children.
 
-    A parent comes before its children; -1 is the parent of a root.
+    No lines cross. A parent comes before its children in the list; -1 is the parent of a root.
     """
     children: list[list[int]] = [[] for _ in parents]
     for node, parent in enumerate(parents):
@@ -84,7 +84,7 @@ def layout(parents: Sequence[int]) -> list[float]:
 
 
 def best_way(parents: Sequence[int], levels: Sequence[int], values: Sequence[float]) -> list[int]:
-    """From the finished sample of the largest value up to its root; empty before there is one."""
+    """The nodes from the finished sample of the largest value up to its root; [] before a sample is finished."""
     finished = leaves(levels, values)
     way = [max(finished, key=lambda n: values[n])] if finished else []
     while way and parents[way[-1]] >= 0:

@@ -69,7 +69,7 @@ def run(
 
 
 def check(config: SearchConfig, reward: Reward | None = None) -> None:
-    """One sentence for the first setting that cannot be, before anything is loaded."""
+    """UserError for the first invalid setting, before anything is loaded."""
     if not config.prompt:
         raise UserError("there is no prompt to search for: give at least one --prompt")
     settings = configured(config.method, settings_of(config))
@@ -131,7 +131,7 @@ class Keeper:
     """Saves where a search stands.
 
     A tree changes in place, so that a step which fails spoils it: what is saved after an error was taken before that
-    step, or before an earlier one where taking it costs more than a twentieth of the time.
+    step, or before an earlier one if taking it costs more than a twentieth of the time.
     """
 
     def __init__(self, config: SearchConfig, file: Path, model: str | None):
@@ -181,7 +181,7 @@ def comparable(config: SearchConfig) -> dict[str, Any]:
 
 
 def resumed(claim: Claim, config: SearchConfig) -> Earlier | None:
-    """What the folder's state holds; None where a search begins, or was killed before it was first saved."""
+    """What the folder's state holds; None if a search begins, or was killed before it was first saved."""
     folder, held = claim.path, claim.held()
     if held and not (config.resume_from_checkpoint and STATE in held):
         raise UserError(f"{folder} holds another run ({held[0]}): nothing was written, choose another --output_dir")
@@ -274,7 +274,7 @@ def files(config: SearchConfig, found: Found) -> Iterator[tuple[str, bytes]]:
 
 
 def thumbnails(found: Found, graph: Graph, group: int) -> dict[int, Any]:
-    """Pictures of some finished samples of a prompt by their nodes: none where nodes and samples cannot be paired."""
+    """Pictures of some finished samples of a prompt by their nodes: none if nodes and samples cannot be paired."""
     weighted = found.state.weighted()
     own = weighted.groups == group
     finished = (graph.groups == group) & (graph.level == graph.level[graph.groups == group].max())

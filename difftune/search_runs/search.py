@@ -128,7 +128,7 @@ class Search:
         yield from self._steps
 
     def run(self) -> Found:
-        """Run to the end of the search, from wherever it stands. Raises RunError where nothing was found."""
+        """Run to the end of the search, from wherever it stands. Raises RunError if nothing was found."""
         for _ in self:
             pass
         if self._last is None:
@@ -215,7 +215,7 @@ def search(
     budgets pay for; micro_batch sets them by hand. decode_batch, enable_vae_tiling: images that are decoded at a time,
     and whether a large one is in tiles. saved: what a state's `saved()` gave, to go on from; the budgets may
     have grown.
-    Raises UserError, before anything runs, for what is unknown or cannot be.
+    Raises UserError, before anything runs, for an unknown name or an invalid setting.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
@@ -242,7 +242,7 @@ def search(
 
 
 def configured(method: str, settings: Mapping[str, Any]) -> Any:
-    """The settings of a method. Raises UserError for one that is unknown or cannot be."""
+    """The settings of a method. Raises UserError for an unknown name or an invalid setting."""
     make = SEARCHES[known("search method", method, SEARCHES)].config
     for name in settings:
         known(f"setting of {method}", name, make.__dataclass_fields__)

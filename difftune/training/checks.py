@@ -15,9 +15,9 @@ from rewards.registry import Reward
 
 
 def check_training(config: TrainingConfig, pipe: Any = None) -> None:
-    """UserError for the first setting of those that all recipes share that cannot be.
+    """UserError for the first invalid setting of those that all recipes share.
 
-    The ranges of numbers and the closed sets are checked where a Config is made; the prompts are not looked at here.
+    The ranges of numbers and the closed sets are checked when a Config is made; the prompts are read later.
     """
     check_precision(config)
     check_optimizer(config.optimizer)
@@ -36,13 +36,13 @@ def check_precision(config: TrainingConfig) -> None:
 
 
 def check_reward(config: TrainingConfig, reward: Reward | None, gradient: bool) -> None:
-    """UserError for a reward that is not known or, where its gradient is needed, not differentiable."""
+    """UserError for a reward that is not known or, if its gradient is needed, not differentiable."""
     if validation.rewarded(config):
         reward_weights(config.reward if reward is None else reward, gradient)
 
 
 def check_no_dropout(config: TrainingConfig) -> None:
-    """UserError where a log-probability could not be computed again."""
+    """UserError if a log-probability could not be computed again."""
     if config.lora_dropout:
         raise UserError(
             f"lora_dropout is {config.lora_dropout}: the ratio of two probabilities would be noise, so leave it at 0"

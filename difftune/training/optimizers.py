@@ -58,7 +58,7 @@ OPTIMIZERS: dict[str, Callable[[TrainingConfig, Iterable[Tensor]], torch.optim.O
 
 
 def check_optimizer(name: str) -> None:
-    """UserError where the optimiser's library is not installed."""
+    """UserError if the optimiser's library is not installed."""
     if name == "adamw8bit":
         _bitsandbytes()
 

@@ -24,7 +24,7 @@ PICTURES = 6  # before and after, at most
 
 @torch.no_grad()
 def write_report(name: str, config: TrainingConfig, pipe: Any, trained_on: str, seconds: float) -> Path:
-    """Write the report of the run in `config.output_dir`, whose adapter `pipe` holds. Pictures are drawn where the run
+    """Write the report of the run in `config.output_dir`, whose adapter `pipe` holds. Pictures are drawn if the run
     had validations; those before training need a LoRA, which can be switched off."""
     folder = Path(config.output_dir)
     steps = list(records.records(folder / METRICS))
@@ -53,7 +53,7 @@ def images_of_a_step(config: TrainingConfig) -> int:
 
 
 def shown_prompts(config: TrainingConfig) -> list[str]:
-    """The first prompts of the validation; none where there is none, or nothing to compare with."""
+    """The first prompts of the validation; [] for a run without validations, or without a LoRA to switch off."""
     if not config.validation_steps or config.full_finetuning:
         return []
     some = validation.validation_prompts(config)
@@ -129,7 +129,7 @@ def draw(config: TrainingConfig, pipe: Any, prompts: Sequence[str]) -> Tensor:
 
 
 def settings(config: TrainingConfig) -> list[tuple[str, str, bool]]:
-    """Name, value, and whether it is not the default, of each setting that has one; the changed ones first."""
+    """(name, value, whether it was changed) of each setting that is not None; the changed ones first."""
     found = []
     for field in fields(config):
         default = field.default_factory() if field.default_factory is not MISSING else field.default

@@ -11,7 +11,7 @@ LEAST_STD = 1e-6  # added to a standard deviation that divides
 
 
 class RewardMoments(NamedTuple):
-    """Of one prompt's latest rewards."""
+    """Mean and deviation of one prompt's latest rewards."""
 
     number: int
     mean: float
@@ -39,12 +39,12 @@ class PerPrompt:
             del self.history[next(iter(self.history))]
 
     def moments(self) -> dict[str, RewardMoments]:
-        """Of each prompt, in the order in which they were met last."""
+        """The moments of each prompt, in the order in which the prompts were met last."""
         found = {prompt: torch.tensor(scores, dtype=torch.float64) for prompt, scores in self.history.items()}
         return {p: RewardMoments(len(s), s.mean().item(), s.std(correction=0).item()) for p, s in found.items()}
 
     def advantages(self, prompts: Sequence[str], scores: Tensor) -> Tensor:
-        """A_b = (r_b - mean) / (std + 1e-6), (B,), by the prompt's own rewards, or the batch's where they are too few.
+        """A_b = (r_b - mean) / (std + 1e-6), (B,), by the prompt's own rewards, or the batch's if they are too few.
 
         The batch is to be taken in by `update` before, as DDPO does.
         """

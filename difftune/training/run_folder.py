@@ -48,7 +48,7 @@ def begun(config: Config, say: Say | None = None) -> Iterator[State | None]:
     """Around a run: its folder, which no other process may write meanwhile, and the state from which it goes on.
 
     A folder of a run that had come to no checkpoint is begun anew. What a run leaves that fails before its first one is
-    removed. Raises UserError as `starting_state` does, and where the folder cannot be written.
+    removed. Raises UserError as `starting_state` does, and if the folder cannot be written.
     """
     folder = Path(config.output_dir)
     with claimed_by_main(folder) as claim:
@@ -69,7 +69,7 @@ def begun(config: Config, say: Say | None = None) -> Iterator[State | None]:
 
 @contextmanager
 def claimed_by_main(folder: Path) -> Iterator[Claim | None]:
-    """The folder for all processes, claimed by the main one; where that cannot, all of them are told."""
+    """The folder for all processes, claimed by the main one; if that cannot, all of them are told."""
     with ExitStack() as stack:
         claim, fault = None, None
         if process().is_main_process:
@@ -147,7 +147,7 @@ def rewind(config: Config, done: int) -> None:
 def follow(
     config: Config, steps: Steps, keeper: "Keeper", validator: Any, trackers: Sequence[Any]
 ) -> tuple[dict[str, float], State] | None:
-    """The last of the steps, each reported, validated and saved where that is due; None if none was left.
+    """The last of the steps, each reported, validated and saved if that is due; None if none was left.
 
     They end by themselves, by an early stop, or by a signal.
     """
@@ -205,7 +205,7 @@ class Keeper:
 
 
 def save_weights(pipe: Any, state: State, folder: Path) -> None:
-    """Write the weights that `state` trained, or their average where it has one, as diffusers loads them."""
+    """Write the weights that `state` trained, or their average if it has one, as diffusers loads them."""
     tensors = {name.partition(".")[2]: t for name, t in state.tensors.items() if name.startswith("weights.")}
     tensors |= {name.partition(".")[2]: t for name, t in state.tensors.items() if name.startswith("ema.")}
     (full_weights if state.info["config"]["full_finetuning"] else lora).save(pipe, folder, tensors)
@@ -214,7 +214,7 @@ def save_weights(pipe: Any, state: State, folder: Path) -> None:
 def validated(
     validator: validation.Validator, pipe: Any, state: State, trackers: Sequence[Any], last: bool
 ) -> Parting | None:
-    """A validation where one is due, in every process alike; the main one writes it. Returns what `Monitor` finds.
+    """A validation if one is due, in every process alike; the main one writes it. Returns what `Monitor` finds.
 
     One whose reward is not finite is skipped.
     """
@@ -267,7 +267,7 @@ def starting_state(config: Config, say: Say | None = None) -> State | None:
 
 
 def same_run(config: Config, state: State) -> None:
-    """UserError, naming the first, where settings are not those that the state was made with."""
+    """UserError, naming the first, if settings are not those that the state was made with."""
     older = asdict(type(config)()) | state.info["config"]  # a setting that is newer than the checkpoint had its default
     older |= earlier_defaults(state)
     then = {**json.loads(json.dumps(older)), "num_processes": state.info["num_processes"]}

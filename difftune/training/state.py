@@ -53,7 +53,7 @@ class Training:
     optimizer: Any
     rate: Callable[[int], float]  # the learning rate's factor
     average: "Average | None" = None  # of the weights
-    base: nn.Module | None = None  # the network before full fine-tuning, where a recipe asked for it
+    base: nn.Module | None = None  # the network before full fine-tuning, if a recipe asked for it
     done: int = 0  # optimiser steps before this process began
     skipped: int = 0  # of them and since, how many were not finite
     seen: PerPrompt = field(default_factory=PerPrompt)  # the rewards of each prompt, in all processes
@@ -273,7 +273,7 @@ def resume_training(run: Training, state: State) -> None:
 
 
 def gather_whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, gathered from all processes where FSDP has divided it."""
+    """The tensor itself, gathered from all processes if FSDP has divided it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,4 +1,4 @@
-"""One optimiser step: the backward pass of every batch, one update, and what to do where something is not finite."""
+"""One optimiser step: the backward pass of every batch, one update, and what to do if something is not finite."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,7 +71,7 @@ def take_step(
 
 
 def differentiate(run: Training, loss: Tensor) -> None:
-    """Add the loss's gradient to the weights'. Raises NotFinite where the engine meets one that is not finite."""
+    """Add the loss's gradient to the weights'. Raises NotFinite if the engine meets one that is not finite."""
     try:
         run.accelerator.backward(loss)
     except FloatingPointError as error:
@@ -83,7 +83,7 @@ def differentiate(run: Training, loss: Tensor) -> None:
 def update_weights(run: Training) -> float:
     """Clip the gradient, take an optimiser step, and return the norm before the clip.
 
-    Raises NotFinite where that is not finite. Under float16 the loss scaler finds its scale by overflowing: it then
+    Raises NotFinite if that is not finite. Under float16 the loss scaler finds its scale by overflowing: it then
     skips the step by itself, and -1 is returned, unless the loss is no longer scaled up at all.
     """
     norm = run.accelerator.clip_grad_norm_(list(run.weights.values()), run.config.max_grad_norm)
@@ -104,7 +104,7 @@ def update_weights(run: Training) -> float:
 
 
 def score_images(reward: Reward, images: Tensor, prompts: Sequence[str], run: Training) -> Tensor:
-    """The scores (B,). Raises NotFinite, in every process, where one of any process is not finite."""
+    """The scores (B,). Raises NotFinite, in every process, if one of any process is not finite."""
     scores, fault = None, None
     try:
         scores = reward(images, prompts)

@@ -38,7 +38,7 @@ class Validation(NamedTuple):
 
 
 def check_validation(config: TrainingConfig) -> None:
-    """UserError for the first setting of the validation that cannot be; nothing is loaded."""
+    """UserError for the first invalid setting of the validation; nothing is loaded."""
     if config.validation_steps is None:
         if config.early_stop or config.validation_reward is not None:
             wanted = "early_stop" if config.early_stop else "validation_reward"
@@ -59,7 +59,7 @@ def check_validation(config: TrainingConfig) -> None:
 
 
 def rewarded(config: TrainingConfig) -> bool:
-    """Whether the recipe trains on `config.reward`: not where a person's labels, a folder of pictures, or an objective
+    """Whether the recipe trains on `config.reward`: not if a person's labels, a folder of pictures, or an objective
     of sets takes its place."""
     settings = asdict(config)
     others = (settings.get("labels"), settings.get("images"), settings.get("objective", "instance") != "instance")
@@ -78,7 +78,7 @@ def validation_prompts(config: TrainingConfig) -> list[str]:
 
 
 def load_scorers(config: TrainingConfig, reward: Scorer | None) -> dict[str, Scorer]:
-    """The trained reward, as given or as named, and the held-out one where there is one.
+    """The trained reward, as given or as named, and the held-out one if there is one.
 
     Where no reward is trained on, the held-out one is alone, or `config.reward` in its place.
     """
@@ -120,8 +120,8 @@ def sampling_of(config: TrainingConfig) -> Sampling:
 def validate(validator: Validator, pipe: Any, state: State) -> Validation:
     """Draw, score, and compare with the earlier validations of this run.
 
-    The weights are the average's, where the run keeps one; the global generators are left as they were. Raises
-    NotFinite where a score is not finite.
+    The weights are the average's, if the run keeps one; the global generators are left as they were. Raises
+    NotFinite if a score is not finite.
     """
     random, config, prompts = checkpoint.randomness(), validator.config, validator.prompts
     seeds = [config.seed + i for i in range(len(prompts))]
@@ -145,7 +145,7 @@ def validate(validator: Validator, pipe: Any, state: State) -> Validation:
 
 
 def write_validation(config: TrainingConfig, found: Validation, save: Callable[[Path], Any]) -> None:
-    """Write the grid, the weights where they are the best, and the line, which comes last."""
+    """Write the grid, the weights if they are the best, and the line, which comes last."""
     folder, step = Path(config.output_dir), int(found.record["step"])
     grid = output.grid(pixels(found.images))
     output.write(folder / GRIDS / f"step-{step:06d}.png", grid)
@@ -156,7 +156,7 @@ def write_validation(config: TrainingConfig, found: Validation, save: Callable[[
 
 
 def read_validations(config: TrainingConfig) -> list[dict[str, float]]:
-    """The validations that are written: of step 0 what training began with, where a LoRA is trained."""
+    """The validations that are written: of step 0 what training began with, if a LoRA is trained."""
     path = Path(config.output_dir) / RECORDS
     return list(records.records(path)) if path.exists() else []
 
@@ -167,7 +167,7 @@ def _mean(scorer: Scorer, images: Tensor, prompts: list[str]) -> float:
 
 @contextmanager
 def _average(pipe: Any, state: State) -> Iterator[None]:
-    """The pipeline with the average of the weights, where the state has one."""
+    """The pipeline with the average of the weights, if the state has one."""
     average = {name.removeprefix("ema."): t for name, t in state.tensors.items() if name.startswith("ema.")}
     with lora.lent(lora.network_of(pipe), average):
         yield

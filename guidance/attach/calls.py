@@ -63,7 +63,7 @@ class Asked:
     guided: bool = False  # whether anything else was asked for
 
     def answer(self, request: Request) -> Answers:
-        """The answers (B, C, ...), NaN where nothing is evaluated.
+        """The answers (B, C, ...), NaN if nothing is evaluated.
 
         Where they are exactly what the pipeline stacked, its very own call gives them, so that they are bit-equal.
         """

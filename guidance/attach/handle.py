@@ -52,7 +52,7 @@ def attach(pipe: Any, guidance: Guidance, networks: Mapping[str, nn.Module] | No
 
     networks: those that a method names beside the pipeline's own, {"weak": unet}. The scale that the pipeline is called
     with only decides whether it prepares the unconditional branch (> 1); the method's own scale guides, and a warning
-    says so once where a caller chose another. What the pipeline does to its guided prediction stays in force:
+    says so once if a caller chose another. What the pipeline does to its guided prediction stays in force:
     `guidance_rescale`, SD3's skip-layer call, Qwen-Image's norm.
 
     Raises ValueError for a pipeline of no known family, a scheduler that is not in
@@ -224,8 +224,8 @@ class Run:
         return order if count > 1 else ("cond",)
 
     def _method(self, branches: tuple[str, ...]) -> Guidance:
-        """The method; the conditional prediction alone where the pipeline has stopped guiding in the middle of a run,
-        as diffusers' cutoff callbacks have it do, or where plain CFG is what the network was distilled from."""
+        """The method; the conditional prediction alone if the pipeline has stopped guiding in the middle of a run,
+        as diffusers' cutoff callbacks have it do, or if plain CFG is what the network was distilled from."""
         guidance = self.handle.guidance
         if len(branches) == 1 and self.most > 1:
             return Plain() if needs_uncond(guidance) else guidance
@@ -265,7 +265,7 @@ class Run:
 
     def _compare_scale(self, model_output: Tensor, guided: bool) -> None:
         """That the method's scale wins over the one that the pipeline was called with is said once. Raises UserError
-        where the pipeline's scale changes in the middle of a run, which the method would not follow."""
+        if the pipeline's scale changes in the middle of a run, which the method would not follow."""
         network, (theirs, error) = self.calls[0].network, scale_in(model_output)
         if not abs(theirs - self.scales.setdefault(network, theirs)) <= 2 * error:
             name = type(self.handle.guidance).__name__
@@ -323,7 +323,7 @@ def is_called_by(pipe: Any, thread: int) -> bool:
 
 
 def _defaults(pipe: Any) -> Iterator[float]:
-    """The scales that a pipeline guides with where its caller says nothing."""
+    """The scales that a pipeline guides with if its caller says nothing."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     for name in ("guidance_scale", "true_cfg_scale"):
         if name in parameters and parameters[name].default:
@@ -358,7 +358,7 @@ def _clean(stage: Stage, made: Combined, space: str) -> Tensor:
 
 
 def _moved(result: Any, here: Where, first: Combined, made: Combined, layout: Callable[[Tensor], Tensor]) -> Any:
-    """A scheduler's result, moved by CFG++'s shift: its sample, and its x0 where it tells one."""
+    """A scheduler's result, moved by CFG++'s shift: its sample, and its x0 if it tells one."""
     if first.shift is None or made.shift is None or here.weights is None:
         return result
     move = layout(here.then.alpha * (here.weights[0] * first.shift + here.weights[1] * made.shift))

@@ -36,7 +36,7 @@ class Shared(ModelHook):
 
 @contextmanager
 def hooked(network: nn.Module, mine: Mine, forward: Callable[..., Any]) -> Iterator[None]:
-    """network(...) is forward(network, its original, args, kwargs) where the call is `mine`."""
+    """network(...) is forward(network, its original, args, kwargs) if the call is `mine`."""
     run = (mine, forward)
     with LOCK:
         before = {"forward", "_diffusers_hook"} & vars(network).keys()
@@ -63,7 +63,7 @@ def _remove(registry: HookRegistry, network: nn.Module, hook: Shared) -> None:
 
 @contextmanager
 def wrapped_step(scheduler: Any, mine: Mine, step: Callable[..., Any]) -> Iterator[None]:
-    """scheduler.step(...) is step(its original, ...) where the call is `mine`, under the original's signature, which
+    """scheduler.step(...) is step(its original, ...) if the call is `mine`, under the original's signature, which
     pipelines read. Raises UserError for a scheduler that is in another run."""
     with LOCK:
         if id(scheduler) in BUSY:

@@ -17,11 +17,11 @@ from solvers.ranges import Range, Whole
 class AdaptiveGuidance(Scaled):
     """CFG until cos(eps_c, eps_u) of a sample reaches `threshold`; from then on that sample is conditional only.
 
-    The step that crosses has evaluated both; it uses `crossing`: the conditional prediction (the paper) or CFG. So a
-    sample costs T + (steps that evaluated both). The latch never reopens. threshold >= 1 is off, which is CFG.
-    min_cfg_steps: the earliest step that may cross, counted from 1. At pure noise (alpha = 0) both eps are x itself,
-    so a sample never crosses there. The default threshold is the paper's for 20 steps; it does not carry over between
-    models.
+    The step at which a sample reaches the threshold has evaluated both; `crossing` says what it uses: "cond", the
+    conditional prediction (the paper), or "cfg". A sample costs T + (steps that evaluated both), and stays conditional
+    once it has crossed. threshold >= 1 is plain CFG. min_cfg_steps: the earliest step that may cross, counted from 1.
+    At pure noise (alpha = 0) both eps equal x, so no sample crosses there. The default threshold is the paper's for 20
+    steps; another model needs another one.
     """
 
     scale: Scale = 7.5
@@ -39,11 +39,11 @@ class AdaptiveGuidance(Scaled):
         crossed = settled | self._crosses(preds, at) & (steps >= self.min_cfg_steps)
         c = preds["cond"]
         u = chosen(~(crossed if self.crossing == "cond" else settled), preds["uncond"], c)
-        out = u + strength(self.scale, at, path.x) * (c - u)  # c itself where u is
+        out = u + strength(self.scale, at, path.x) * (c - u)  # c itself in the rows where u was set to c
         return Guided(out, memory={"ag.settled": crossed, "ag.steps": steps})
 
     def _crosses(self, preds: Preds, at: Noise) -> Tensor:
-        """(B,), False in the rows that were not evaluated."""
+        """Whether each sample crosses now, (B,); False for the rows that were not evaluated."""
         if self.threshold >= 1 or at.alpha == 0:
             return torch.zeros(len(preds["cond"]), dtype=torch.bool, device=preds["cond"].device)
         return cosine(preds.to("cond", "eps"), preds.to("uncond", "eps")) >= self.threshold

@@ -38,7 +38,7 @@ class CFG(Scaled):
 
     @classmethod
     def from_original(cls, s: float) -> "CFG":
-        """Of the paper's own scale, out = c + s (c - u)."""
+        """CFG of the paper's own scale s: out = c + s (c - u)."""
         return cls(1 + s)
 
     def guide(self, path: Path, at: Noise) -> Guide:

@@ -31,7 +31,7 @@ def pair(p: Tensor, target: Tensor, rival: Tensor) -> Tensor:
 
 
 def gate(p: Tensor, target: Tensor, rival: Tensor) -> Tensor:
-    """1 where the classifier prefers another class, else 0."""
+    """1 if the classifier prefers another class, else 0."""
     return (p.argmax(1) != target).to(p.dtype)
 
 

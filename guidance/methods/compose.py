@@ -24,11 +24,12 @@ from solvers.ranges import NotNegative, Range, Ranged
 
 @dataclass(frozen=True)
 class Interval(Ranged):
-    """The method where low < sigma / alpha <= high, the conditional prediction alone elsewhere
+    """The method inside at levels low < sigma / alpha <= high, the conditional prediction at all others
     (https://arxiv.org/abs/2404.07724).
 
-    The bounds are levels of EDM's sigma = k; the defaults are the paper's for SDXL. Each evaluation goes by its own
-    level, so Heun's corrector just below `low` is not guided. Costs T + (evaluations inside), for CFG.
+    The bounds are levels k = sigma / alpha, EDM's sigma; the defaults are the paper's for SDXL. It is the level of each
+    evaluation that counts, so Heun's corrector just below `low` is not guided. Around CFG, a run of T steps costs T
+    evaluations, and one more for each step inside the interval.
     """
 
     method: Guidance = field(default_factory=CFG)
@@ -87,20 +88,20 @@ class Rescale(Ranged):
 
 
 def matched(out: Tensor, cond: Tensor, phi: float | Tensor) -> Tensor:
-    """`rescaled`, but a constant prediction, as CFG-Zero*'s zeroed step, stays."""
+    """`rescaled`, but for a constant prediction (CFG-Zero*'s zeroed step), which stays as it is."""
     spread = out.std(dim=list(range(1, out.ndim)), keepdim=True) > 0
     return torch.where(spread, rescaled(out, cond, phi), out)
 
 
 def refuse(outer: Any, reasons: dict[type, str | None]) -> None:
-    """Raises ValueError where a method inside `outer`, at any depth, is of a kind that has a reason."""
+    """UserError if a method inside `outer`, at any depth, is of a type for which `reasons` has one."""
     for inner in inside(outer):
         if reason := reasons.get(type(inner)):
             raise UserError(f"{type(outer).__name__} cannot hold {type(inner).__name__}: {reason}")
 
 
 def inside(method: Any) -> Iterator[Any]:
-    """The methods in a method, from the outside inwards."""
+    """The methods that a method holds, from the outermost inwards."""
     while "method" in vars(method):
         method = method.method
         yield method

@@ -21,7 +21,7 @@ class MultiCondition(Scaled):
     fast: out = u + scale (c - u), where `cond` has all conditions at once: 2 evaluations.
 
     conds: named conditions of `guided`, or tensors of their own (on a pipeline). scales: one each; `scale` for all
-    where none is given. fast equals slow only where the conditions contribute independently.
+    if none is given. fast equals slow only if the conditions contribute independently.
     """
 
     scale: Scale = 7.5

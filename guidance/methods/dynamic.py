@@ -25,7 +25,7 @@ class DynamicCFG(Ranged):
     with no further evaluation of the network. Each scorer's values are brought to [0, 1] over the candidates, so that
     one that is the same for all candidates decides nothing; of equals the lowest scale wins. With several scorers, a_e
     is the relative change of e since the last step, max(0, (e - e_last) / |e_last|), e being the mean over the
-    candidates; all alike at the first step and where none rises.
+    candidates; all alike at the first step and if none rises.
 
     The paper scores noisy latents with networks trained for that; here the scorers see the clean estimate x0 (B, ...),
     which any function that decodes it can score. They run under no_grad. One candidate is plain CFG.

@@ -88,7 +88,7 @@ def fit_linear_ag(cond: Tensor, uncond: Tensor, levels: Sequence[Noise]) -> Line
 
     cond, uncond: eps of M recorded runs (M, T, ...), `memory["recorded.cond"]` and `["recorded.uncond"]` of a run under
     `Recorded`. levels: the T + 1 levels of the runs. Solved in float64 by QR, so that nearly collinear regressors cost
-    no accuracy; the minimum-norm solution where they are collinear.
+    no accuracy; the minimum-norm solution if they are collinear.
     """
     c, u = cond.double().flatten(2), uncond.double().flatten(2)
     weights = [_least_squares(torch.cat([c[:, : i + 1], u[:, : i + 1]], dim=1)) for i in range(c.shape[1])]

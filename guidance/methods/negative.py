@@ -45,7 +45,7 @@ class PerpNeg(Scaled):
 
 
 def weights_of(weights: tuple[Scale, ...], count: int, default: Scale, owner: str) -> tuple[Scale, ...]:
-    """`count` weights: as given, or the default for each where none is."""
+    """`count` weights: as given, or the default for each if none is."""
     if weights and len(weights) != count:
         raise UserError(f"{owner} has {len(weights)} weights for {count} conditions: give one each")
     return weights or (default,) * count

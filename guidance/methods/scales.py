@@ -77,7 +77,7 @@ def converting() -> Iterator[None]:
 def strength(scale: Scale, at: Noise, x: Tensor) -> float | Tensor:
     """The scale at a noise level, shaped to multiply x (B, ...).
 
-    Raises ValueError for a tensor that is neither () nor (B,), and for what is no scale.
+    Raises ValueError for a tensor that is neither () nor (B,), and for what is not a scale.
     """
     value = scale(at) if callable(scale) else scale
     if isinstance(value, int | float):
@@ -90,7 +90,7 @@ def strength(scale: Scale, at: Noise, x: Tensor) -> float | Tensor:
 
 
 def nonzero(scale: float | Tensor, x: Tensor) -> Tensor | None:
-    """The rows (B,) of x that a `strength` acts on; None where it is all of them."""
+    """The rows (B,) of x that a `strength` acts on; None if it is all of them."""
     rows = torch.as_tensor(scale != 0, device=x.device).view(-1).expand(len(x))
     return None if bool(rows.all()) else rows
 
@@ -111,7 +111,7 @@ def time(at: Noise) -> float:
 
 
 def step_of(times: Sequence[float], at: Noise, owner: str) -> int:
-    """Which of the `times` the level is; ValueError where it is none of them."""
+    """Which of the `times` the level is; ValueError if it is none of them."""
     for i, known in enumerate(times):
         if isclose(known, time(at), rel_tol=0, abs_tol=1e-5):
             return i
@@ -127,7 +127,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def along_direction(a: Tensor, b: Tensor) -> Tensor:
-    """The part of a (B, ...) that is parallel to b, per sample: <a, b> / ||b||^2 b, and 0 where b is 0."""
+    """The part of a (B, ...) that is parallel to b, per sample: <a, b> / ||b||^2 b, and 0 if b is 0."""
     power = dot(b, b)
     return torch.where(power > 0, dot(a, b) / power, 0.0).to(b.dtype) * b
 

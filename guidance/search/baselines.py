@@ -62,5 +62,5 @@ def _plain_step(problem: Problem, inverse_temperature: float, population: Popula
 
 def best_of_n_kl(n: int) -> float:
     """log n - (n - 1) / n: how far, in KL, the best of n draws can be from the law that they are drawn by; exactly so
-    where no two rewards tie (https://arxiv.org/abs/2401.01879)."""
+    if no two rewards tie (https://arxiv.org/abs/2401.01879)."""
     return log(n) - (n - 1) / n

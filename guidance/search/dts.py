@@ -49,7 +49,7 @@ class DTS(Ranged):
 
     inverse_temperature: lambda in the target p(x0) e^(lambda r(x0)). policy: the child a rollout follows, "boltzmann"
     (the paper's), "uct", or "uniform" (ours: e^(lambda v) of the root is then unbiased). backup: "soft" or "max".
-    widening, growth: a node visited N times may have widening * N^growth children; None is 1 and 0.5 where the budget
+    widening, growth: a node visited N times may have widening * N^growth children; None is 1 and 0.5 if the budget
     pays for fewer than 1,000 images of each tree or there is none, and the paper's 2 and 0.8 above. exploration: c of
     "uct"; None is 1 / lambda. unit: what lambda and c are given in: "reward", the reward's own unit, or "sd" (ours),
     the standard deviation of the tree's rewards so far, so that the search is the same whatever the reward's scale.
@@ -57,7 +57,7 @@ class DTS(Ranged):
     return_best_seen: a state's sample is the leaf of the largest reward; False: the one that a descent by the values
     ends in, drawn from the target ("uct": of the largest values).
 
-    Raises ValueError for a value that cannot be.
+    Raises UserError for an invalid value.
     """
 
     inverse_temperature: Positive = 10.0
@@ -121,7 +121,7 @@ def dts(problem: Problem, config: DTS | None = None, saved: Saved | None = None)
     A state's callables speak of the trees as they are when they are called.
 
     Raises ValueError for a deterministic sampler, more branches than steps, and a saved search of other settings; warns
-    where the budget ends before the root is full.
+    if the budget ends before the root is full.
     """
     config = config or DTS()
     problem.needs_noise("a tree")
@@ -143,7 +143,7 @@ def images(problem: Problem) -> int | None:
 
 
 def shaped(problem: Problem, config: DTS) -> DTS:
-    """The settings with the widening and the growth that the budget asks for, where they are None."""
+    """The settings with the widening and the growth that the budget asks for, if they are None."""
     paid = images(problem)
     widening, growth = WIDE if paid is not None and paid >= MANY else NARROW
     given = (config.widening, config.growth)
@@ -151,7 +151,7 @@ def shaped(problem: Problem, config: DTS) -> DTS:
 
 
 def check_budget(problem: Problem, config: DTS) -> None:
-    """Warns where every rollout that the budgets pay for starts at the root: such a tree is best-of-n."""
+    """Warns if every rollout that the budgets pay for starts at the root: such a tree is best-of-n."""
     paid, widening, growth = images(problem), config.widening or 1, config.growth or 1
     if paid and all(n < widening * (n + 1) ** growth for n in range(paid)):
         warnings.warn(
@@ -197,7 +197,7 @@ class Rollout:
 
     @property
     def key(self) -> tuple[int, ...]:
-        """Of the noise on the way to `node`: where in the tree that is, and nothing else."""
+        """The key of the noise on the way to `node`, which depends on its place in the tree alone."""
         return EDGE, *self.tree.address(self.node)
 
     def arrive(self, state: Path) -> None:
@@ -216,7 +216,7 @@ class Forest:
         self.best: list[int | None] = [None] * len(self.trees)
 
     def grow(self) -> bool:
-        """One round; False where no tree could."""
+        """One round; False if no tree could."""
         before = [tree.rollouts for tree in self.trees]
         rollouts = [rollout for group in range(len(self.trees)) for rollout in self.planned(group)]
         for depth in range(1, len(self.stops) + 1):

@@ -4,7 +4,7 @@ p is the law of the sampler with the guidance inside it, whichever that is. Of e
 
     x_t ~ the sampler's step from x_s;   R = r(x0 estimated at x_s), at the steps that have a potential
     w  *= G(R, earlier R)                                             (`POTENTIALS`)
-    resample by w, where the effective number of particles is below the threshold
+    resample by w, if the effective number of particles is below the threshold
 
 and after the last step w is such that the product of G along each path is exp(lambda r(x0)).
 
@@ -30,7 +30,7 @@ from solvers.ranges import Count, Positive, Range, Ranged, Share
 class Potential(NamedTuple):
     """log G of a Feynman-Kac potential from the reward R of now, and what each particle remembers of those before.
 
-    The product of G along a path must be exp(lambda r(x0)): where it does not telescope by itself, the last potential
+    The product of G along a path must be exp(lambda r(x0)): if it does not telescope by itself, the last potential
     pays back what was applied, exp(lambda r(x0)) / product.
     """
 
@@ -89,7 +89,7 @@ def fk(problem: Problem, config: FK, saved: Saved | None = None) -> Iterator[Sta
 
 
 def _fk_step(problem: Problem, config: FK, due: list[int], population: Population) -> Particles:
-    """From level i to i + 1: move, and where a potential is due, weigh by it and resample."""
+    """From level i to i + 1: move, and if a potential is due, weigh by it and resample."""
     i, rows, particles = population.step, population.rows, population.particles
     said = problem.predicted(particles.path, i, rows)
     path = problem.move(particles.path, said, i, noises(problem, population, STEP, i))

@@ -63,8 +63,8 @@ def _ddim_weight(now: Noise, then: Noise) -> tuple[Tensor, Tensor]:
 
 
 def _euler_move(mixed: Prediction, now: Noise, then: Noise, zeta: float) -> tuple[Tensor, Tensor]:
-    """x'/alpha' = x/alpha - (1 + zeta^2) (k - k') eps + zeta sqrt(2 k (k - k')) noise; ddim's step where that is
-    infinite, from pure noise, and where it would leave noise in the data."""
+    """x'/alpha' = x/alpha - (1 + zeta^2) (k - k') eps + zeta sqrt(2 k (k - k')) noise; ddim's step if that is
+    infinite, from pure noise, and if it would leave noise in the data."""
     if now.alpha == 0 or then.sigma == 0:
         return transition(mixed, now, then, min(zeta, 1.0))
     k, part = now.sigma / now.alpha, 1 - shrinkage(now, then)
@@ -95,7 +95,7 @@ class FKC(Ranged):
     exponents: b_i by the experts' names (the problem's experts, or its conditions); None reads them off the problem's
     guidance, which is CFG of one number or none. particles: K of a run; None takes what the budget pays for. sampler:
     "ddim" with churn zeta, or "euler-maruyama" with noise zeta. zeta: None is the problem's eta; for B above 1, what
-    two seeds give differs by a finite variance only where zeta^2 > 2 (B - 1) / B.
+    two seeds give differs by a finite variance only if zeta^2 > 2 (B - 1) / B.
 
     start, stop: the share of the run in which the experts give weight. centred: their log-weights lose their mean in
     the group; clamp: the largest size of a step's, afterwards. All four are for images; `EXACT` turns them off.
@@ -162,7 +162,7 @@ def fkc(problem: Problem, config: FKC, saved: Saved | None = None) -> Iterator[S
 
     Costs S NFEs for each expert and particle, and one reward call a particle. A tilt costs a reward call (and unless it
     is "free" a backward pass) at each step below its ramp, and "difference" one reward call more, with the experts once
-    more where it reads x0.
+    more if it reads x0.
 
     Raises ValueError without noise, for guidance other than CFG of a number, for exponents of no known expert or whose
     sum is not above 0, and for an annealing whose noise no weights can make up for.
@@ -239,7 +239,7 @@ def log_weight(said: Said, exponents: Exponents, now: Noise, then: Noise, sample
 
 
 def total(exponents: Exponents) -> float:
-    """B, exactly 1 where only rounding is between."""
+    """B, exactly 1 if only rounding is between."""
     b = sum(exponents.values())
     return 1.0 if abs(b - 1) < 1e-9 else b
 
@@ -258,7 +258,7 @@ def costs(problem: Problem, config: FKC, exponents: Exponents) -> tuple[int, int
 class Tilt(NamedTuple):
     """The tilt where the particles are."""
 
-    reward: Tensor  # (B,), NaN where it was not asked for
+    reward: Tensor  # (B,), NaN if it was not asked for
     rho: Tensor  # (B,), lambda beta r
     drift: Tensor  # (B, ...), grad rho by x; zero for "free"
 
@@ -369,7 +369,7 @@ def _expert_weight(problem: Problem, config: FKC, exponents: Exponents, said: Sa
 
 
 def _weighed_out(problem: Problem, config: FKC, population: Population, particles: Particles) -> Particles:
-    """Resampled where the step gave weight, and where noise follows that tells copies apart."""
+    """Resampled if the step gave weight, and if noise follows that tells copies apart."""
     i = population.step
     weighed = _active(problem, config, i) or _reads_reward(problem, config, i)
     if not weighed or problem.levels[i + 1].sigma == 0:
@@ -464,7 +464,7 @@ def check_noise(problem: Problem, config: FKC, exponents: Exponents) -> None:
     """Raises ValueError for a zeta that the sampler cannot have, and for an unstable annealing; warns at its boundary.
 
     The relative error of the variance of q^beta grows at the rate beta (1 - zeta^2) - 1 for each e-fold of k, and
-    weights outgrow it only where zeta^2 > (beta - 1) / beta.
+    weights outgrow it only if zeta^2 > (beta - 1) / beta.
     """
     zeta = noise_of(problem, config)
     if config.zeta is None:

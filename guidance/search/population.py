@@ -21,7 +21,7 @@ from solvers.errors import UserError
 
 SAID = "said"  # what predictions are cached under
 STEP, RESAMPLING = 1, 2  # what a draw is for, in the keys of randomness
-UNPAID = 4  # particles where neither the settings nor a budget say how many
+UNPAID = 4  # particles if neither the settings nor a budget say how many
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def size_for(problem: Problem, particles: int | None, nfe: int, reward_calls: in
 def runs(problem: Problem, kind: Kind, saved: Saved | None = None) -> Iterator[State]:
     """The state after each step of each run: runs follow one another while a group can pay; one without a budget.
 
-    Raises ValueError, before anything runs, where the budget does not pay for one run, and for a saved search whose
+    Raises ValueError, before anything runs, if the budget does not pay for one run, and for a saved search whose
     runs have other sizes.
     """
     if saved is not None:
@@ -111,7 +111,7 @@ def _states(problem: Problem, kind: Kind, record: Record, population: Population
 
 
 def next_run(problem: Problem, kind: Kind, record: Record) -> Population | None:
-    """Particles at the first level, for all groups that can pay for them; None where no group can."""
+    """Particles at the first level, for all groups that can pay for them; None if no group can."""
     first = not bool(record.begun.any())
     if not first and problem.nfe_budget is None and problem.reward_budget is None:
         return None
@@ -290,7 +290,7 @@ class Resampled(Protocol):
 
 
 def resampled(problem: Problem, config: Resampled, population: Population, particles: Particles) -> Particles:
-    """The particles, resampled in each group where the settings' threshold asks for it."""
+    """The particles, resampled in each group if the settings' threshold asks for it."""
     drawn = generators(problem, population, RESAMPLING, population.step)
     return resample(particles, drawn, config.resampling, config.threshold)
 

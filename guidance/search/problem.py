@@ -53,7 +53,7 @@ class Graph(NamedTuple):
     parent: Tensor  # (n,) int64, -1 for a root; parents come before their children
     level: Tensor  # (n,) int64, index into the problem's levels
     groups: Tensor  # (n,) int64
-    value: Tensor  # (n,), a reward or an estimate of one; NaN where there is none
+    value: Tensor  # (n,), a reward or an estimate of one; NaN if there is none
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,14 @@ class Problem:
     """A sampler, a reward and a budget for G groups.
 
     levels: N + 1 of them, noisiest first. predict: makes the prediction for rows of given groups, with any guidance
-    inside; where it is a `GuidedPredict`, give each call's a `RowCounter()` of its own, and every network evaluation is
+    inside; if it is a `GuidedPredict`, give each call's a `RowCounter()` of its own, and every network evaluation is
     counted; otherwise it is one a row. reward: of finished latents, or of estimates x0 of them. shape: of one latent.
     seeds: one per group. eta: 1 is DDPM, 0 DDIM, which most methods refuse. costs: the most NFEs that a row needs at
     each step; 1 by default. experts: unguided predictions by name, for methods that combine them on their own.
     start_scale: what multiplies the unit noise at the first level; its sigma by default, which is not every pipeline's.
     nfe_budget, reward_budget: NFEs and reward calls of each group, never exceeded. micro_batch: rows at a time.
 
-    Raises ValueError for levels, seeds, costs or an eta that cannot be.
+    Raises UserError for invalid levels, seeds, costs or eta.
     """
 
     levels: Sequence[Noise]
@@ -185,7 +185,7 @@ class Problem:
         return fits
 
     def needs_noise(self, method: str) -> None:
-        """Raises ValueError where the sampler is deterministic: copies of a sample would never differ again."""
+        """Raises ValueError if the sampler is deterministic: copies of a sample would never differ again."""
         if self.eta == 0:
             raise UserError(
                 f"{method} needs a stochastic sampler: with eta = 0 all that descends from one sample stays the same; "

@@ -35,9 +35,9 @@ def load(file: str | File) -> Saved:
             header, names = found.metadata() or {}, list(found.keys())
             tensors = {name: found.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is no saved search ({error}): give the file that a search wrote") from error
+        raise UserError(f"{file} is not a saved search ({error}): give the file that a search wrote") from error
     if header.get("format") != FORMAT:
-        raise UserError(f"{file} is no saved search: its format is {header.get('format')}, not {FORMAT}")
+        raise UserError(f"{file} is not a saved search: its format is {header.get('format')}, not {FORMAT}")
     return Saved(tensors, json.loads(header["info"]))
 
 

@@ -53,7 +53,7 @@ Choose = Callable[[Tensor, Population, int], Tensor]  # rewards (A, K, M), level
 
 
 def svdd(problem: Problem, config: SVDD, saved: Saved | None = None) -> Iterator[State]:
-    """SVDD. Costs M S NFEs and M S reward calls a particle; M reward calls more where the last level holds noise."""
+    """SVDD. Costs M S NFEs and M S reward calls a particle; M reward calls more if the last level holds noise."""
     return _selection("svdd", problem, config, partial(_own_candidate, problem, config), saved)
 
 

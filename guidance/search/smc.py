@@ -70,7 +70,7 @@ def populate(path: Path, groups: int = 1, cache: Mapping[str, Tensor] | None = N
 def reweight(particles: Particles, increments: Tensor) -> Particles:
     """Particles whose log-weights grew by `increments`, (G * K,) or (G, K).
 
-    Raises ValueError where an increment is NaN or +inf, and where a whole group has weight zero.
+    Raises ValueError if an increment is NaN or +inf, or if a whole group has weight zero.
     """
     increments = increments.detach().to("cpu", torch.float64).view_as(particles.log_weights)
     if bool((increments.isnan() | (increments == torch.inf)).any()):

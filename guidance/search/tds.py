@@ -55,7 +55,7 @@ def tempered(config: TDS, i: int) -> float:
 
 def tds(problem: Problem, config: TDS, saved: Saved | None = None) -> Iterator[State]:
     """TDS, or DAS if tempered. Costs S NFEs, S reward calls and S backward passes a particle; one more reward call
-    where the last level still holds noise."""
+    if the last level still holds noise."""
     problem.needs_noise("tds")
     calls = problem.steps + (not clean_end(problem))
     size = size_for(problem, config.particles, problem.cost(), calls)

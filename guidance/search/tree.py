@@ -122,7 +122,7 @@ def revalue(tree: Tree, backup: str, lam: float) -> None:
 
 
 def spread(tree: Tree) -> float:
-    """The standard deviation of the leaves' rewards; 1 where no two differ, so that no scale is known.
+    """The standard deviation of the leaves' rewards; 1 if no two differ, so that no scale is known.
 
     Its sums are rounded once, so that it does not depend on the leaves' order.
     """
@@ -197,7 +197,7 @@ def select(tree: Tree, rule: Rule, uniforms: Sequence[float]) -> int:
 
 # ------------------------------------------------------------------------------------------------ samples
 def descend(tree: Tree, lam: float, uniforms: Sequence[float]) -> int:
-    """A leaf drawn by the values, without the network: softmax(lambda v) at every node; argmax where lam is infinite.
+    """A leaf drawn by the values, without the network: softmax(lambda v) at every node; argmax if lam is infinite.
 
     With soft values a leaf of reward r has the probability e^(lambda (r - v(root))) times 1 / (number of children) of
     every node on its way. That makes it a sample of the target, which a leaf as it was visited is not.
@@ -227,7 +227,7 @@ def best_leaf(tree: Tree) -> int:
 
 
 def softmax(values: Sequence[float], lam: float) -> list[float]:
-    """Shares proportional to e^(lambda v); all for the eldest of the largest where lam is infinite."""
+    """Shares proportional to e^(lambda v); all for the eldest of the largest if lam is infinite."""
     top = max(values)
     if math.isinf(lam):
         return [float(i == values.index(top)) for i in range(len(values))]

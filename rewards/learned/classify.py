@@ -50,7 +50,7 @@ class ClassProbability:
         return self.log_probabilities(images).gather(1, torch.tensor(index, device=images.device)[:, None]).squeeze(1)
 
     def log_probabilities(self, images: Tensor) -> Tensor:
-        """Of every class, (B, 3, H, W) in [0, 1] -> (B, classes) in float32."""
+        """The log probability of every class: images (B, 3, H, W) in [0, 1] -> (B, classes) in float32."""
         self.model.to(images.device)
         x = self.preprocess(images).to(next(self.model.parameters()).dtype)
         return self.logits(x).float().log_softmax(dim=1)

@@ -58,14 +58,14 @@ class Cosine:
         return self.scale * (self.image_features(images) * self.text_features(prompts, images.device)).sum(dim=1)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Of unit length, in float32, (B, 3, H, W) in [0, 1] -> (B, D)."""
+        """Features of unit length: images (B, 3, H, W) in [0, 1] -> (B, D) in float32."""
         self.model.to(images.device)
         x = self.preprocess(images).to(next(self.model.parameters()).dtype)
         return F.normalize(self._see(x).float(), dim=1)
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-        """Of unit length, in float32, (B, D)."""
+        """Features of unit length, (B, D) in float32."""
         self.model.to(device)
         return F.normalize(self._read(self.tokenize(list(prompts)).to(device)).float(), dim=1)
 
@@ -236,7 +236,7 @@ def _from_folder(folder: Path, dtype: str) -> TransformersCLIP:
         ).input_ids
 
     looks = folder / "preprocessor_config.json"
-    seen = Preprocess(config.vision_config.image_size)  # CLIP's own, where the folder says nothing else
+    seen = Preprocess(config.vision_config.image_size)  # CLIP's own, if the folder says nothing else
     if looks.is_file():
         seen = transformers_preprocess(json.loads(looks.read_text()))
     return TransformersCLIP(built(CLIPModel, config, state, dtype), tokenize, seen)

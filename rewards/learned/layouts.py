@@ -51,7 +51,7 @@ def renamed(state: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, 
 
 
 def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with the prefix, without it; positions, which are no weights, are left out."""
+    """The tensors whose names start with the prefix, without it; positions, which are not weights, are left out."""
     found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return {key: value for key, value in found.items() if not key.endswith("position_ids")}
 

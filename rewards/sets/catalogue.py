@@ -108,9 +108,9 @@ class Mean:
 def greedy_swap(reward: SetReward, pairs: Tensor, start: Tensor, sweeps: int = 3) -> Tensor:
     """Which item of every pair (P, 2, D) is to be in the set, (P,) of 0 and 1, so that the set's reward R is high.
 
-    From `start` (P,), a sweep goes over the pairs and swaps one where R of the set rises; it ends where a whole sweep
+    From `start` (P,), a sweep goes over the pairs and swaps one if that raises R of the set; it ends after a sweep that
     swaps nothing, or after `sweeps`. R never falls, every pair has one item in the set and one outside, and for `Mean`
-    one sweep finds the better of every pair. It may stop where no single swap helps (DRAGON,
+    one sweep finds the better of every pair. It stops at a set that no single swap improves (DRAGON,
     https://arxiv.org/abs/2504.15217). Raises ValueError unless pairs are (P, 2, D) and sweeps at least 1.
     """
     if pairs.ndim != 3 or pairs.shape[1] != 2 or start.shape != pairs.shape[:1] or sweeps < 1:

@@ -18,10 +18,10 @@ class Encoder(Protocol):
     """Pictures and texts in one space: every CLIP of `rewards.learned.clip` is one."""
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Of unit length, (B, 3, H, W) -> (B, D)."""
+        """Features of unit length: images (B, 3, H, W) -> (B, D)."""
 
     def text_features(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-        """Of unit length, (B, D)."""
+        """Features of unit length, (B, D)."""
 
 
 class TextExemplar:

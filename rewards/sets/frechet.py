@@ -29,7 +29,7 @@ class Running(NamedTuple):
 
 
 def moments(features: Tensor, shrinkage: float = 0.0) -> Moments:
-    """Of features (N, D), the covariance with N - 1.
+    """Mean and covariance (with N - 1) of features (N, D).
 
     shrinkage in [0, 1] moves the covariance towards a multiple of the identity of the same trace, which a set of few
     features wants: (1 - shrinkage) S + shrinkage tr(S) / D I.
@@ -38,7 +38,7 @@ def moments(features: Tensor, shrinkage: float = 0.0) -> Moments:
 
 
 def running(features: Tensor) -> Running:
-    """Of features (N, D), in float64. Raises ValueError unless it is a set of at least 2 items."""
+    """Mean and scatter of features (N, D), in float64. Raises ValueError unless it is a set of at least 2 items."""
     if features.ndim != 2 or len(features) < 2:
         raise RewardError(f"moments want features (N, D) of at least 2 items, not {tuple(features.shape)}")
     x = features.double()
@@ -54,7 +54,7 @@ def added(of: Running, item: Tensor) -> Running:
 
 
 def removed(of: Running, item: Tensor) -> Running:
-    """`of` without an item (D,) that is in it, which is not checked. Raises ValueError where nothing would be left."""
+    """`of` without an item (D,) that is in it, which is not checked. Raises ValueError if nothing would be left."""
     if of.n < 2:
         raise RewardError(f"a set of {of.n} items cannot lose one")
     item, n = item.double(), of.n - 1
@@ -94,7 +94,7 @@ def frechet_of(a: Moments, b: Moments, root: Tensor | None = None) -> Tensor:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), () in float64; (...) for batches of sets.
 
     tr (S_a S_b)^(1/2) is the sum of the singular values of S_a^(1/2) S_b^(1/2): nothing complex, no square root of a
-    matrix that is not symmetric. root: S_b^(1/2), where many sets are held against one (`square_root`).
+    matrix that is not symmetric. root: S_b^(1/2), if many sets are held against one (`square_root`).
     """
     root = square_root(b.covariance) if root is None else root
     overlap = torch.linalg.svdvals(square_root(a.covariance) @ root).sum(-1)

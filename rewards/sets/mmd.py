@@ -39,7 +39,10 @@ class Sums(NamedTuple):
 
 
 def sums(a: Tensor, b: Tensor, kernel: Kernel = cubic) -> Sums:
-    """Of features (N, D) and (M, D). Raises ValueError unless both are sets of at least 2 items of one width."""
+    """The sums of the kernel over all pairs of features (N, D) and (M, D).
+
+    Raises ValueError unless both are sets of at least 2 items of one width.
+    """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise RewardError(
             f"MMD wants features (N, D) and (M, D) of 2 items or more, not {tuple(a.shape)} and {tuple(b.shape)}"

@@ -30,7 +30,7 @@ def vendi_of(similarity: Tensor) -> Tensor:
 
 
 def directions(features: Tensor) -> Directions:
-    """Of features (N, D), in float64."""
+    """The sum of the outer products of the features (N, D) at unit length, in float64."""
     x = F.normalize(features.double(), dim=1)
     return Directions(len(x), x.T @ x)
 

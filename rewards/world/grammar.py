@@ -162,7 +162,7 @@ def _known(word: str, words: Sequence[str] | dict, text: str) -> str:
 
 
 def holds(caption: Caption | str, scene: Scene) -> bool:
-    """Whether the objects of the scene are exactly those that the caption names, where it says."""
+    """Whether the objects of the scene are exactly those that the caption names, if it says."""
     return explain(caption, scene) == ""
 
 

@@ -34,7 +34,7 @@ class Oracle:
         return torch.tensor(held, device=images.device).float()
 
     def explain(self, images: Tensor, prompts: Sequence[str]) -> list[str]:
-        """Why each caption is false of its picture, in one sentence; empty where it holds.
+        """Why each caption is false of its picture, in one sentence; empty if it holds.
 
         Where the picture is not a scene at all, the sentence ends in its coverage (see `Coverage`).
         """

@@ -8,7 +8,7 @@ from scipy import ndimage
 from rewards.world.render import BACKGROUNDS, COLORS, SHAPES, Scene, Thing, coverage, render
 
 MIN_AREA = 12.0  # pixels; less is a speck, not an object
-MIN_FIT = 0.7  # intersection over union with the best-fitting ideal shape; less is no shape that we know
+MIN_FIT = 0.7  # intersection over union with the best-fitting ideal shape; less is not a shape that we know
 MIN_PART_FIT = 0.85  # the same for each of several objects that touch: an oval cut in two would reach 0.8
 MIN_PART_AREA = 60.0  # pixels; smaller objects that touch are not told apart
 MOST_PARTS = 5
@@ -24,7 +24,7 @@ def read(image: np.ndarray) -> Scene:
 
     Every pixel is given the nearest colour of the palette; each connected region that is not background is an object,
     and the ideal shape that overlaps it best names it. A region that fits no shape is cut into two to five objects of
-    its colour that touch, where each of them fits one. What is left is a "blob"; a region that is no pure colour is
+    its colour that touch, where each of them fits one. What is left is a "blob"; a region that is not a pure colour is
     "mixed": no caption names those.
     """
     image = np.asarray(image, np.float64)

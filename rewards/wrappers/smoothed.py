@@ -52,7 +52,7 @@ class Smoothed:
     seed: draws the views once, the same for every picture and call, so that scores repeat. None draws others in every
     call from torch's global generator: scores then vary, and a gradient that is followed meets all views in time.
 
-    Raises ValueError, in one sentence, for settings that cannot be, for views that would be the same, and for a picture
+    Raises ValueError, in one sentence, for invalid settings, for views that would be the same, and for a picture
     that is not larger than the shifts.
     """
 

@@ -78,7 +78,7 @@ def text_encoder(setup: Setup) -> CLIPTextModel:
 
 
 def contrast(model: CLIP, setup: Setup, step: int) -> Tensor:
-    """InfoNCE in both directions; a caption of the batch that holds of a picture too is no false one of it."""
+    """InfoNCE in both directions; a caption of the batch that holds of a picture too is not a false one of it."""
     rng = np.random.default_rng([setup.seed, 3, step])
     shard = scenes.drawn(setup.seed, int(rng.choice(scenes.window(setup, step))))
     chosen = rng.choice(len(shard.scenes), setup.batch, replace=False)

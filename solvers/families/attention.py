@@ -26,7 +26,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2}  # 
 
 
 class AttentionShape(NamedTuple):
-    """Of one attention layer; the tensors are (batch, tokens, heads, width)."""
+    """The sizes of one attention layer, whose tensors are (batch, tokens, heads, width)."""
 
     queries: int
     keys: int

@@ -105,7 +105,7 @@ def predicting_half(out: Tensor, x: Tensor) -> Tensor:
 def guidance_told(network: Any, setting: str, scale: float | None) -> bool:
     """Whether the network is told a guidance scale, as `setting` of its config says.
 
-    Raises ValueError where the scale is missing, or is given to a network that has no use for it.
+    Raises ValueError if the scale is missing, or is given to a network that has no use for it.
     """
     told = bool(network.config.get(setting))
     if told != (scale is not None):

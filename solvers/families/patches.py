@@ -67,7 +67,7 @@ IMAGE_PROMPTS = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapt
 
 
 def check_ordinary(attention: Any, known: Sequence[str] = ORDINARY) -> None:
-    """Raises UserError where an attention has a processor whose work a patch in its place would leave out."""
+    """Raises UserError if an attention has a processor whose work a patch in its place would leave out."""
     name = type(attention.processor).__name__
     if name not in known:
         raise UserError(

@@ -14,7 +14,7 @@ AESTHETIC_SCORES = {"cond": 6.0, "uncond": 2.5}  # diffusers' defaults for the S
 def encode_sdxl(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
     """Hidden states of both text encoders (B, L, D), the pooled embedding (B, P), and the time ids (B, 6).
 
-    Without negatives, the unconditional embeddings are zeros where the pipeline has `force_zeros_for_empty_prompt`.
+    Without negatives, the unconditional embeddings are zeros if the pipeline has `force_zeros_for_empty_prompt`.
     """
     cond, uncond, pooled, unpooled = pipe.encode_prompt(prompts, negative_prompt=negatives)
     texts = {"cond": (cond, pooled), "uncond": (uncond, unpooled)}

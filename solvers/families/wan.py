@@ -1,4 +1,4 @@
-"""Wan video, for attach alone."""
+"""Wan, a family of video models, which `attach` alone can guide."""
 
 from solvers.families.family import TEXT_INPUTS, sequential_family
 from solvers.families.patches import SKIPPED

@@ -129,7 +129,7 @@ def _probe_images(
 
 
 def parameters_bytes(*models: Any) -> int:
-    """Of the parameters and buffers of these models, each once."""
+    """Bytes of the parameters and buffers of these models, each counted once."""
     tensors = {t.data_ptr(): t for m in models if isinstance(m, nn.Module) for t in (*m.parameters(), *m.buffers())}
     return sum(t.nbytes for t in tensors.values())
 

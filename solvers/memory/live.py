@@ -87,7 +87,7 @@ def _measured(function: Function, x: Tensor, limit: int | None) -> Footprint:
 
 @contextmanager
 def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yields what the device's allocator says of the most at once, beside what was there; 0 where it says nothing."""
+    """Yields what the device's allocator says of the most at once, beside what was there; 0 if it says nothing."""
     if device.type != "cuda":
         yield lambda: 0
         return

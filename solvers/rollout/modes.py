@@ -59,7 +59,7 @@ def rollout(
     step=None. All modes are in docs/gradients.md.
     noise: one tensor a step, for stochastic steps; drawn outside, since a recomputed region cannot draw it again.
 
-    Raises ValueError where nothing that the run depends on requires grad (outside of `torch.no_grad`), for a leaf that
+    Raises ValueError if nothing that the run depends on requires grad (outside of `torch.no_grad`), for a leaf that
     requires grad and is not in `predict.tensors`, for a scheduler as a step, and for a generator in it; backward does
     where the network changed in the meantime.
     """

@@ -88,7 +88,7 @@ class Networks:
         return cls(networks, children, _inside(children), tuple(_adapted(modules)))
 
     def now(self) -> "Networks":
-        """Of the same networks: itself while no module was added, replaced or removed since."""
+        """The same networks as they are now: `self`, if no module was added, replaced or removed since."""
         return self if _inside(self.children) == self.inside else Networks.of(self.networks)
 
 
@@ -152,7 +152,7 @@ def _check_unchanged(before: Stamp, after: Stamp) -> None:
 
 
 def check_step(step: Any) -> None:
-    """ValueError for a step that is no function of its arguments: a scheduler, a name, a partial with a generator."""
+    """UserError for a step that is not a function of its arguments: a scheduler, a name, a partial with a generator."""
     if isinstance(step, SchedulerMixin) or (inspect.ismethod(step) and isinstance(step.__self__, SchedulerMixin)):
         scheduler = step if isinstance(step, SchedulerMixin) else step.__self__
         raise UserError(

@@ -287,7 +287,7 @@ def edict(flow: Flow, levels: Sequence[Noise], p: float) -> Reversible:
     """EDICT (https://arxiv.org/abs/2211.12446), two coupled DDIM runs, x' = A x + B eps(y) and y' = A y + B eps(x'),
 
     mixed after each step as x = p x' + (1 - p) y' and y = p y' + (1 - p) x. Order 1 with a large constant; round-off
-    grows by p^-2 a step. A = alpha' / alpha: ValueError where the run starts from alpha = 0.
+    grows by p^-2 a step. A = alpha' / alpha: ValueError if the run starts from alpha = 0.
     """
     if levels[0].alpha == 0:
         raise UserError("reversible:edict divides by alpha, which is 0 at the start: use 'reversible:bdia'")

@@ -1,11 +1,11 @@
 """Optimal checkpointing over sampler steps: the exact gradient with a bounded number of stored states.
 
 Revolve (Griewank and Walther, https://doi.org/10.1145/347837.347846): with c stored states, the initial one among them,
-and r the integer with C(c + r - 1, c) < l <= C(c + r, c), a chain of l steps can be reversed with
+and r the integer with C(c + r - 1, c) < l <= C(c + r, c), reversing a chain of l steps takes at least
 
     T(l, c) = r l - C(c + r, c + 1)
 
-steps run again without a graph, beside the l that are run with one, and not with fewer.
+steps that are run again without a graph, besides the l steps that are run with one.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from solvers.rollout.sweep import Down, Gradients, RandomState, Totals, replayin
 
 
 def repeated(steps: int, slots: int) -> int:
-    """T(steps, slots): how many steps run without a graph so that all can be reversed."""
+    """T(steps, slots): how many steps are run without a graph to reverse all of them."""
     if steps <= 1:
         return 0
     r = 0
@@ -49,10 +49,10 @@ def _split(steps: int, slots: int) -> int:
 
 
 def revolve(run: Run, option: str) -> Path:
-    """Exact: `slots` states are stored, beside the one at work (https://doi.org/10.1145/347837.347846).
+    """The exact gradient with `slots` stored states besides the current one (https://doi.org/10.1145/347837.347846).
 
-    T(N, slots) + 1 + N network calls where a step makes one: one more than the least, since the last step runs before
-    its loss is known; the state that it starts from is the one at work until then.
+    Makes T(N, slots) + N + 1 network calls if a step makes one. That is one more than the minimum: the last step is run
+    once without a graph, to know the loss. Its starting state is kept as the current one until then.
     """
     if not option.isdecimal() or int(option) < 1:
         raise UserError(f"'revolve:{option}' wants the number of states to store, 1 or more, as in 'revolve:8'")
@@ -61,7 +61,7 @@ def revolve(run: Run, option: str) -> Path:
 
 
 def replayed(run: Run, slots: int) -> Path:
-    """The end of a run of `run.step`, whose gradient is a sweep with that many stored states."""
+    """The end of the run; its gradient is computed by a sweep with `slots` stored states."""
     ends, note = swept(run, Replay(run, slots))
     return unpack(ends, note.end)
 
@@ -72,8 +72,8 @@ States = list[tuple[int, Path]]  # steps, and the paths that they start from
 class Note(NamedTuple):
     """What a run leaves beside its start."""
 
-    states: States  # each is let go once it has served: a second backward pass starts from x alone
-    random: dict[int, RandomState]  # where a step drew random numbers (dropout), the state that it began with
+    states: States  # each is dropped after its use: a second backward pass starts again from x
+    random: dict[int, RandomState]  # of each step that drew random numbers (dropout): the generators before it
     end: Shape
 
 

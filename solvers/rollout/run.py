@@ -74,7 +74,7 @@ def checked() -> bool:
 
 
 def observe(run: Run, index: int, *gradients: Tensor | None) -> None:
-    """Report the norm of step `index`'s gradient. Raises FloatingPointError where it is not finite."""
+    """Report the norm of step `index`'s gradient. Raises FloatingPointError if it is not finite."""
     if not run.checked:
         return
     there = [g for g in gradients if g is not None]
@@ -89,7 +89,7 @@ def observe(run: Run, index: int, *gradients: Tensor | None) -> None:
 
 
 def observe_end(run: Run, *gradients: Tensor | None) -> None:
-    """Raises FloatingPointError where a gradient with respect to the run's end is not finite: no step is to blame."""
+    """Raises FloatingPointError if a gradient with respect to the run's end is not finite: no step is to blame."""
     if run.checked and not all(g.isfinite().all() for g in gradients if g is not None):
         raise FloatingPointError(
             f"the gradient of the loss is not finite at the run's end, before any of its {len(run.legs)} steps: look at"
@@ -109,7 +109,7 @@ def watched(run: Run, index: int, path: Path) -> Path:
 def differentiated(run: Run) -> list[Tensor]:
     """The conditions, parameters and noises that require grad, each once.
 
-    Raises ValueError where one is made from another: a sweep would count the gradient of the second twice.
+    Raises ValueError if one is made from another: a sweep would count the gradient of the second twice.
     """
     noises = [noise for *_, noise in run.legs if noise is not None]
     tensors = list({id(t): t for t in (*run.predict.tensors, *noises) if t.requires_grad}.values())

@@ -102,7 +102,7 @@ AT_LEAST_ONE = ("draft_lv", "refl")
 
 
 def parse_truncation(option: str, steps: int) -> tuple[int, str]:
-    """K and the style: "10" -> (10, "draft"), "10:refl" -> (10, "refl"). ValueError for what cannot be."""
+    """K and the style: "10" -> (10, "draft"), "10:refl" -> (10, "refl"). ValueError for invalid settings."""
     number, _, style = option.partition(":")
     style = style or "draft"
     if style not in STYLES:

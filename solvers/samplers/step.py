@@ -41,7 +41,7 @@ def transition(prediction: Prediction, now: Noise, then: Noise, eta: float = 1.0
 
 
 def drawn(noise: Tensor | None) -> Tensor:
-    """The noise of a stochastic step. Raises ValueError where the caller passed none."""
+    """The noise of a stochastic step. Raises ValueError if the caller passed none."""
     if noise is None:
         raise UserError("this step is stochastic: pass noise of the shape of path.x, or use sample()")
     return noise

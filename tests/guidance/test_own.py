@@ -52,7 +52,7 @@ def test_a_class_of_the_working_folder_is_named(module):
     ("name", "sentence"),
     [
         ("own_method:Nothing", "the module 'own_method' has no 'Nothing', which the guidance"),
-        ("own_method:NoMethod", "'own_method:NoMethod' is no guidance method: write a frozen dataclass with space"),
+        ("own_method:NoMethod", "'own_method:NoMethod' is not a guidance method: write a frozen dataclass with space"),
         ("intervall:apg", "no guidance method 'intervall' .did you mean 'interval'"),
         ("own_method", "no guidance method 'own_method'"),
         ("no such:Mean", "no guidance method 'no such'"),
@@ -69,7 +69,7 @@ class Spaceless:
 
 
 def test_an_object_that_is_no_method_is_refused_at_once():
-    with pytest.raises(UserError, match="Spaceless is no guidance method, it has no space: a method has space"):
+    with pytest.raises(UserError, match="Spaceless is not a guidance method, it has no space: a method has space"):
         attach(pipelines.sd(), Spaceless())
     with pytest.raises(UserError, match="CFG is a class: make a guidance method of it, as in CFG()"):
         guided(lambda *_: None, CFG, {"cond": {}})

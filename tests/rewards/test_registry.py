@@ -112,8 +112,11 @@ def test_function_is_weighted_on_the_command_line(module):
     [
         ("no_such_module:red", "cannot import the reward 'no_such_module:red'"),
         ("mine:green", "the module 'mine' has no 'green'"),
-        ("mine:number", "'mine:number' is no reward: it cannot be called with images and prompts"),
-        ("mine:Silent", "the class 'mine:Silent' is no reward: write `differentiable = True`, or False, in its body"),
+        ("mine:number", "'mine:number' is not a reward: it cannot be called with images and prompts"),
+        (
+            "mine:Silent",
+            "the class 'mine:Silent' is not a reward: write `differentiable = True`, or False, in its body",
+        ),
         ("mine:broken", r"the reward gives a tensor \(\) for 1 images; a reward is a function of images, a tensor"),
         ("mine:listed", r"the reward gives a list for 1 images; a reward is a function of images, a tensor"),
         ("mine:of_pil", r"the reward failed, AttributeError: .*'convert'; a reward is a function of images, a tensor"),

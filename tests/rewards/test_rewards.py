@@ -413,7 +413,7 @@ def test_text_is_compared_without_spaces_and_case():
 
 
 def test_text_is_read_by_rapidocr(monkeypatch):
-    """Its engine is given (H, W, 3) in BGR, and its lines are joined; nothing read is no text."""
+    """Its engine is given (H, W, 3) in BGR, and its lines are joined; where nothing is read there is no text."""
     given = []
 
     class Engine:

@@ -87,7 +87,7 @@ def test_a_bfloat16_network_keeps_the_gradients_direction(scale, least):
     """tiny itself: the cosine with the gradient of the float32 network, for the noise, in the median of eight noises.
 
     A single one may be far off: the first step multiplies the rounding of eps by sigma / alpha, which is 14 there, and
-    CFG by its scale. In 4 steps: 2 would start in the middle of the levels, where pure noise is no input.
+    CFG by its scale. In 4 steps: 2 would start in the middle of the levels, where pure noise is not an input.
     """
     pipe, found = load("tiny"), []
     pipe.unet.requires_grad_(False)

@@ -77,6 +77,6 @@ def commands_of(block: str) -> Iterator[tuple[list[str], str | None]]:
         if not words:
             continue
         if words[0] != "difftune":
-            raise ValueError(f"{line!r} is no difftune command: say <!-- not run: REASON --> in front of the block")
+            raise ValueError(f"{line!r} is not a difftune command: say <!-- not run: REASON --> in front of the block")
         target = words[words.index(">") + 1] if ">" in words else None
         yield words[1 : words.index(">") if target else None], target

@@ -183,7 +183,7 @@ class Fuzzer:
                 return Case("number", self._with(name, f"{option.opts[0]}={self.wrong(option.type.within)}"))
 
     def wrong(self, within: Range) -> str:
-        """A text that is no number of the range."""
+        """A text that is not a number of the range."""
         if self.draw.random() < 0.5:
             return self.draw.choice([x for x in NOT_NUMBERS if not _reads(x, within)])
         low = [within.low - 1, within.low - 1e9] if isfinite(within.low) else [-inf]

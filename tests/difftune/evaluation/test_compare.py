@@ -149,7 +149,7 @@ def test_what_is_missing_is_said(flags, saying, model, tmp_path):
 
 def test_targets():
     assert targets(["a red circle", "an orange triangle"]).tolist() == [0, len(TEXTS) - 1]
-    with pytest.raises(UserError, match="prompt 'a cat' is no class of tiny-classifier"):
+    with pytest.raises(UserError, match="prompt 'a cat' is not a class of tiny-classifier"):
         targets(["a cat"])
 
 

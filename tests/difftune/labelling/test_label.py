@@ -128,7 +128,7 @@ def test_a_mapping_from_file_to_prompt_is_a_table(tmp_path):
         ("prompts.json", '{"/etc/passwd": "x"}', "lies outside"),
         ("prompts.json", '{"absent.png": "x"}', "absent.png"),
         ("prompts.json", '{"prompts.json": "x"}', "no picture that a browser shows"),
-        ("prompts.json", '[{"file": "a.png", "prompt": "x", "seed": "y"}]', "'y' is no whole number"),
+        ("prompts.json", '[{"file": "a.png", "prompt": "x", "seed": "y"}]', "'y' is not a whole number"),
         ("prompts.jsonl", '{"file": "a.png", "prompt": "x"}\n' * 2, "listed twice"),
         ("prompts.jsonl", '{"file"', "cannot read the prompts"),
         ("prompts.csv", "name\nx\n", "lacks a file or a prompt"),
@@ -144,7 +144,7 @@ def test_a_table_that_is_wrong_is_one_sentence(name, table, saying, tmp_path):
 
 
 def test_a_folder_without_pictures_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         pictures_to_label(tmp_path / "absent")
     with pytest.raises(UserError, match="say with --prompts"):
         pictures_to_label(tmp_path)
@@ -534,7 +534,7 @@ REFUSED = {
     "another word": (400, {"place": "label", "body": {"task": 0, "choice": "best"}}),
     "a list as a choice": (400, {"place": "label", "body": {"task": 0, "choice": []}}),
     "a long body": (413, {"place": "label", "body": b" " * 100_000}),
-    "a length that is no number": (411, {"place": "label", "body": b"", "Content_Length": "many"}),
+    "a length that is not a number": (411, {"place": "label", "body": b"", "Content_Length": "many"}),
 }
 
 
@@ -577,7 +577,7 @@ def test_a_killed_labeller_loses_nothing_and_ctrl_c_ends_one(tmp_path):
 
 def test_the_command_ends_in_one_sentence(tmp_path):
     for arguments, code, words in [
-        (["--images", str(tmp_path / "absent")], 2, "is no folder"),
+        (["--images", str(tmp_path / "absent")], 2, "is not a folder"),
         (["--images", str(sampled(tmp_path / "x")), "--grid", "1"], 2, "--grid"),
         (["--images", str(tmp_path / "x"), "--labels", str(tmp_path)], 2, "cannot write labels"),
         ([], 2, "--images"),

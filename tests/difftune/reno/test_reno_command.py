@@ -299,7 +299,7 @@ def test_a_run_begins_with_a_picture_or_with_a_noise(pipe, tmp_path):
         ({"regularizer": "chy"}, "did you mean 'chi'"),
         ({"held_out": "orakle"}, "did you mean 'oracle'"),
         ({"setting": "sd-trubo"}, "did you mean 'sd-turbo'"),
-        ({"start": "absent.png"}, "absent.png is no file"),
+        ({"start": "absent.png"}, "absent.png is not a file"),
         ({"patience": 0}, "patience is 0"),
         ({"checkpointing_steps": 0}, "checkpointing_steps is 0"),
         ({"resume_from_checkpoint": "there"}, "resume_from_checkpoint.*latest"),

@@ -413,7 +413,7 @@ def test_a_method_s_scorer_is_loaded_once_and_told_the_prompts_of_its_rows(pipe,
 
 def test_a_prompt_that_the_guidance_cannot_serve_is_refused_before_anything_runs(pipe, monkeypatch):
     monkeypatch.setattr(method_parts, "_loaded_classifier", lambda: torch.nn.Identity())
-    with pytest.raises(UserError, match="prompt 'a cat' is no class of tiny-classifier"):
+    with pytest.raises(UserError, match="prompt 'a cat' is not a class of tiny-classifier"):
         searched(pipe, ["a red circle", "a cat"], guidance=ClassifierGuidance(classify="tiny-classifier"))
 
 
@@ -654,9 +654,13 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(pipe, tmp_path, m
     [
         (["fkk", "--prompt", "x"], 2, "no search method 'fkk'"),
         (["fk", "--prompt", "x", "--setting", "particles"], 2, "has no value: write it KEY=VALUE"),
-        (["fk", "--prompt", "x", "--setting", "particles=few"], 2, "particles=few is no int or NoneType"),
+        (["fk", "--prompt", "x", "--setting", "particles=few"], 2, "particles=few is not a whole number or none"),
         (["fk", "--prompt", "x", "--setting", "potential=product"], 2, "no potential 'product'"),
-        (["fkc", "--prompt", "x", "--setting", "exponents=cond"], 2, "exponents=cond is no list of exponents: write"),
+        (
+            ["fkc", "--prompt", "x", "--setting", "exponents=cond"],
+            2,
+            "exponents=cond is not a list of exponents: write",
+        ),
         (["fkc", "--prompt", "x", "--setting", "exponents=cond:1,cond:2"], 2, "an expert twice"),
         (["fkc", "--prompt", "x", "--setting", "exponents=good:1"], 2, "no expert 'good'; known: cond, uncond"),
         (["fkc", "--prompt", "x", "--expert", "blue"], 2, "--expert blue has no name: write it NAME=PROMPT"),

@@ -62,13 +62,13 @@ def test_the_file_is_never_seen_half_written(tmp_path, monkeypatch):
 
 def test_anything_else_is_refused_in_one_sentence(tmp_path):
     file = tmp_path / "search.safetensors"
-    with pytest.raises(ValueError, match="is no saved search"):
+    with pytest.raises(ValueError, match="is not a saved search"):
         saved.load(file)
     saved.save(file, FIRST)
     whole = file.read_bytes()
     for data in (b"", b"not a tree", whole[: len(whole) // 2], whole[:-1]):
         file.write_bytes(data)
-        with pytest.raises(ValueError, match="is no saved search"):
+        with pytest.raises(ValueError, match="is not a saved search"):
             saved.load(file)
     save_file({"x": torch.zeros(1)}, file, {"about": json.dumps({})})
     with pytest.raises(ValueError, match="its format is None"):
