@@ -65,6 +65,7 @@ _HOME = {  # public name -> where it lives: "module", "module:its name there", o
     "lora": "difftune.pipelines.lora:",
     **dict.fromkeys(
         (
+            "AdjointMatchingConfig",
             "AlignPropConfig",
             "D3POConfig",
             "DDPOConfig",

@@ -29,6 +29,7 @@ SHORT = {  # of each recipe, what it learns from
     "draft": "Reward gradient through the last K steps.",
     "drtune": "Reward gradient through steps all along.",
     "refl": "Reward gradient of an early prediction.",
+    "adjoint-matching": "Reward gradient, swept by the base model.",
     "ddpo": "Policy gradient (PPO) on any reward.",
     "grpo": "Groups of images, by any reward (GRPO).",
     "nft": "Noised images by any reward, no sampler.",

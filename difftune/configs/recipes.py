@@ -93,6 +93,30 @@ class DrtuneConfig(RewardGradientConfig):
 
 @documented
 @dataclass(frozen=True)
+class AdjointMatchingConfig(TrainingConfig):
+    """Adjoint matching: fine-tune a LoRA on a differentiable reward by regression on a lean adjoint
+    (https://arxiv.org/abs/2409.08861)."""
+
+    reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
+    """Rewards to raise, as a weighted sum; a weight is 1 if not given. Each must be differentiable."""
+    output_dir: str = "runs/adjoint-matching"
+    sampler: Literal["ancestral"] = "ancestral"
+    """Memoryless sampler, the only one: DDPM's steps, of a flow too."""
+    guidance: str = "none"
+    """Guidance method of the images that are made; the regression has none."""
+    learning_rate: NotNegative = 3e-4
+
+    reward_multiplier: Positive = 100.0
+    """Weight of the reward against the divergence from the model before training: the optimum is that model times
+    exp(reward_multiplier * reward)."""
+    steps_per_image: Count = 4
+    """Sampler steps that an optimiser step is taken on, half of them from the first 60 %."""
+    drop_quantile: Share = 0.9
+    """Steps whose error is above a running mean of this quantile have no gradient; 1 keeps all."""
+
+
+@documented
+@dataclass(frozen=True)
 class DDPOConfig(TrainingConfig):
     """DDPO: fine-tune a LoRA on any reward by policy gradients of the sampler (https://arxiv.org/abs/2305.13301).
     Its successor, with groups of images and fewer trained steps, is `difftune train grpo`."""

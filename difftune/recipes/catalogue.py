@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from difftune.configs.recipes import (
+    AdjointMatchingConfig,
     AlignPropConfig,
     D3POConfig,
     DDPOConfig,
@@ -32,7 +33,7 @@ Needs = Literal["gradient", "any", "labels", "pictures", "set"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training algorithm, in the file difftune/recipes/NAME.py."""
+    """One training algorithm, in the file difftune/recipes/NAME.py, with an underscore for a hyphen."""
 
     name: str
     config: type[TrainingConfig]
@@ -51,18 +52,22 @@ class Recipe:
         return f"https://arxiv.org/abs/{self.paper}"
 
     @property
+    def module(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
     def train(self) -> Callable[[Any], "Steps"]:
         """The algorithm: session -> metrics and state after each optimiser step."""
-        return self.function(f"train_{self.name}")
+        return self.function(f"train_{self.module}")
 
     @property
     def check(self) -> Callable[[Any], None]:
         """UserError for the first of its own settings that is invalid."""
-        return self.function(f"check_{self.name}")
+        return self.function(f"check_{self.module}")
 
     def function(self, name: str) -> Callable[..., Any]:
         """A function of the recipe's file."""
-        return vars(import_module(f"difftune.recipes.{self.name}"))[name]
+        return vars(import_module(f"difftune.recipes.{self.module}"))[name]
 
     def wants_reference(self, config: TrainingConfig) -> bool:
         return vars(config)[self.reference] > 0 if isinstance(self.reference, str) else self.reference
@@ -75,6 +80,7 @@ RECIPES = {
         Recipe("draft", DraftConfig, "DRaFT", "2309.17400", "gradient", reference="kl_coeff"),
         Recipe("drtune", DrtuneConfig, "DRTune", "2405.00760", "gradient", reference="kl_coeff"),
         Recipe("refl", ReflConfig, "ReFL", "2304.05977", "gradient", reference="kl_coeff"),
+        Recipe("adjoint-matching", AdjointMatchingConfig, "Adjoint matching", "2409.08861", "gradient", reference=True),
         Recipe("ddpo", DDPOConfig, "DDPO", "2305.13301", reference="kl_weight"),
         Recipe("grpo", GRPOConfig, "Flow-GRPO", "2505.05470", reference="kl_weight"),
         Recipe("nft", NFTConfig, "DiffusionNFT", "2509.16117", reference=True),

@@ -62,3 +62,16 @@ class ReferenceNetwork(TrainedNetwork):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(())
+
+
+@dataclass(frozen=True)
+class FrozenNetwork(TrainedNetwork):
+    """The model that training began with, differentiable in its input alone: for a gradient that is taken at once, and
+    not by way of DDP, which would wait for one of its weights."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with lora.off(self.prepared):
+            return self._network(*args, **kwargs)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return iter(())

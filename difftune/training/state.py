@@ -21,7 +21,7 @@ from difftune.files.checkpoint import Randomness, State
 from difftune.files.codec import decode, encode
 from difftune.pipelines import fingerprint, full_weights, lora
 from difftune.training import run_folder
-from difftune.training.network import DTYPES, ReferenceNetwork, TrainedNetwork
+from difftune.training.network import DTYPES, FrozenNetwork, ReferenceNetwork, TrainedNetwork
 from difftune.training.numbering import sample_numbers, seed_of
 from difftune.training.optimizers import OPTIMIZERS, learning_rates
 from difftune.training.reward_statistics import PerPrompt
@@ -69,6 +69,11 @@ class Training:
         if self.base is None and not lora.adapted(self.network.prepared):
             raise UserError("this recipe keeps no copy of the network for --full_finetuning: train a LoRA with it")
         return ReferenceNetwork(self.base or self.network.prepared, self.network.dtype)
+
+    @property
+    def frozen(self) -> FrozenNetwork:
+        """`reference`, but that a gradient reaches its input."""
+        return FrozenNetwork(self.reference.prepared, self.network.dtype)
 
     @property
     def rank(self) -> int:

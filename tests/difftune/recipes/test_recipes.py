@@ -37,7 +37,7 @@ def different(a: State, b: State) -> list[str]:
     return [name for name in a.tensors if not torch.equal(a.tensors[name], b.tensors[name])]
 
 
-NO_ROUNDS = ("alignprop", "draft", "refl", "drtune", "d3po", "pso")  # every step makes new images
+NO_ROUNDS = ("adjoint-matching", "alignprop", "draft", "refl", "drtune", "d3po", "pso")  # every step makes new images
 NO_DROPOUT = ("ddpo", "d3po", "pso", "grpo")  # a ratio of probabilities refuses it
 
 
@@ -306,6 +306,7 @@ class Stopped(Bright):
         ("torchrun", "ddpo"),
         ("torchrun", "grpo"),
         ("torchrun", "nft"),
+        ("torchrun", "adjoint-matching"),
     ],
 )
 def test_two_processes_equal_one_on_the_joined_batch(launcher, name, tmp_path):

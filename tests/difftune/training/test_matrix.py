@@ -20,6 +20,7 @@ AT_THE_REFERENCE |= {
     "ddpo": ("approx_kl", 0.0),
     "grpo": ("approx_kl", 0.0),
     "nft": ("old_gap", 0.0),
+    "adjoint-matching": ("control", 0.0),
 }
 
 
