@@ -152,5 +152,5 @@ def score_with_gradient(session: Session, latents: Tensor, prompts: Sequence[str
 
 
 def check_adjoint_matching(config: AdjointMatchingConfig) -> None:
-    """UserError for the first setting that cannot be, of those that this recipe alone has."""
+    """UserError for the first setting that is invalid, of those that this recipe alone has."""
     at_least(2, num_inference_steps=config.num_inference_steps)

@@ -117,7 +117,7 @@ def test_at_the_base_the_gradient_is_twice_the_engines_lean_mode(tmp_path):
     end = rollout(None, models, start.x, session.images.levels, "lean", start.noise).x
     assert torch.allclose(end, batch.trajectory.end, atol=1e-6)
     images = session.images.model.decode(end, checkpointed=True)
-    theirs = torch.autograd.grad(-3.0 * Brightness()(images, []).sum(), weights)
+    theirs = torch.autograd.grad(-3.0 * Brightness()(images, ["red"] * 2).sum(), weights)
     scale = max(one.abs().max() for one in theirs)
     assert scale > 0
     for one, two in zip(ours, theirs, strict=True):
