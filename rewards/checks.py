@@ -1,13 +1,17 @@
 """What rewards check at the door, and how they look at pictures."""
 
-from collections.abc import Sequence
-from math import isfinite
+from collections.abc import Callable, Sequence
+from functools import wraps
+from math import isfinite, nan
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rewards.errors import NotFinite, RewardError
 from rewards.registry import unknown
+
+Score = Callable[[Any, Tensor, Sequence[str]], Tensor]  # the __call__ of a reward
 
 OVERSHOOT = 0.25  # how far pixels may lie beyond black and white, as a decoder's do
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,6 +53,30 @@ def checked(scores: Tensor, name: str, prompts: Sequence[str] | None = None) -> 
         of = ", ".join(f"{i} ({prompts[i]!r})" if prompts is not None else str(i) for i in bad)
         raise NotFinite(f"reward {name!r} is not finite for prompt {of}; no step was taken with it")
     return scores
+
+
+def seen(images: Tensor) -> Tensor:
+    """Pixels in float32, within [0, 1] as a screen shows them; NaN where they are not finite, so that the score is."""
+    x = images.float()
+    return torch.where(x.isfinite(), x.clamp(0, 1), nan)
+
+
+def nan_unless_finite(score: Score) -> Score:
+    """The `__call__` of a reward without a gradient, which is then not asked about a picture with a NaN or an infinity:
+    its score is NaN, and the other pictures of the batch have theirs."""
+
+    @wraps(score)
+    def scored(self: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        paired(images, prompts)
+        whole = images.detach().isfinite().flatten(1).all(1)
+        if whole.all():
+            return score(self, images, prompts)
+        scores = torch.full((len(images),), nan, device=images.device)
+        if whole.any():
+            scores[whole] = score(self, images[whole], [prompts[i] for i in whole.nonzero().flatten().tolist()])
+        return scores
+
+    return scored
 
 
 def eight_bit(images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewards.checks import eight_bit, paired
+from rewards.checks import eight_bit, nan_unless_finite, paired, seen
 from rewards.errors import RewardError
 
 
@@ -24,8 +24,8 @@ class JPEG:
     def __post_init__(self) -> None:
         quantised(LUMA, self.quality)
 
+    @nan_unless_finite
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        paired(images, prompts)
         pictures = eight_bit(images).permute(0, 2, 3, 1).cpu().numpy()
         sizes = [self._kilobytes(Image.fromarray(picture)) for picture in pictures]
         return torch.tensor(sizes, dtype=torch.float32, device=images.device)
@@ -65,7 +65,7 @@ class JPEGProxy:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         paired(images, prompts)
-        luma, chroma = ycc(images.float())
+        luma, chroma = ycc(seen(images))
         bits = self._bits(luma, LUMA) + self._bits(F.avg_pool2d(chroma, 2), CHROMA)
         return (HEADER + self.bits_per_log2 * bits / 8) / 1000
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rewards.checks import paired
+from rewards.checks import paired, seen
 from rewards.errors import RewardError
 
 
@@ -19,7 +19,7 @@ class Brightness:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         paired(images, prompts)
-        return -(images.float().mean(dim=(1, 2, 3)) - self.target).abs()
+        return -(seen(images).mean(dim=(1, 2, 3)) - self.target).abs()
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Colorfulness:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         paired(images, prompts)
-        red, green, blue = (255 * images.float()).flatten(2).unbind(1)
+        red, green, blue = (255 * seen(images)).flatten(2).unbind(1)
         opponent = torch.stack([red - green, (red + green) / 2 - blue], dim=1)  # (B, 2, pixels)
         mean = opponent.mean(dim=2, keepdim=True)
         spread = _norm(opponent - mean) / red.shape[1] ** 0.5
@@ -49,8 +49,9 @@ class Saturation:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         paired(images, prompts)
-        high, low = images.float().amax(1), images.float().amin(1)
-        return torch.where(high > 0, (high - low) / high.clamp(min=1e-6), 0.0).mean(dim=(1, 2))
+        x = seen(images)
+        high, low = x.amax(1), x.amin(1)
+        return torch.where(high == 0, 0.0, (high - low) / high.clamp(min=1e-6)).mean(dim=(1, 2))
 
 
 LUMA = (0.299, 0.587, 0.114)  # of Rec. 601
@@ -64,7 +65,7 @@ class Contrast:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         paired(images, prompts)
-        x = images.float()
+        x = seen(images)
         luma = (x * x.new_tensor(LUMA).view(3, 1, 1)).sum(1)
         return _norm(luma - luma.mean(dim=(1, 2), keepdim=True)) / luma[0].numel() ** 0.5
 
@@ -87,7 +88,7 @@ class Symmetry:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         paired(images, prompts)
-        x = images.float()
+        x = seen(images)
         return -(x - x.flip(MIRRORS[self.mirror])).abs().mean(dim=(1, 2, 3))
 
 

@@ -7,7 +7,7 @@ from importlib import import_module, util
 import torch
 from torch import Tensor
 
-from rewards.checks import eight_bit, paired
+from rewards.checks import eight_bit, nan_unless_finite
 from rewards.errors import ExtraMissing, RewardError
 
 QUOTED = re.compile(r"[\"“]([^\"”]+)[\"”]|(?<!\w)'([^']+)'(?!\w)")
@@ -28,8 +28,8 @@ class OCR:
             raise ExtraMissing("the reward 'ocr' needs an extra: pip install 'difftune[ocr]'")
         self.engine = import_module("rapidocr").RapidOCR()
 
+    @nan_unless_finite
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        paired(images, prompts)
         wanted = [quoted(prompt) for prompt in prompts]
         pictures = eight_bit(images).flip(1).permute(0, 2, 3, 1).cpu().numpy()  # it takes BGR
         read = [self.engine(picture).txts or () for picture in pictures]

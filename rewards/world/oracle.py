@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewards.checks import eight_bit, paired
+from rewards.checks import eight_bit, nan_unless_finite, paired
 from rewards.errors import RewardError
 from rewards.world import grammar, reader
 from rewards.world.render import RESOLUTION, Scene
@@ -27,8 +27,8 @@ class Oracle:
 
     differentiable = False
 
+    @nan_unless_finite
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        paired(images, prompts)
         captions = [grammar.parse(prompt) for prompt in prompts]
         held = [grammar.holds(c, reader.read(image)) for c, image in zip(captions, _seen(images), strict=True)]
         return torch.tensor(held, device=images.device).float()
@@ -53,8 +53,8 @@ class Coverage:
 
     differentiable = False
 
+    @nan_unless_finite
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        paired(images, prompts)
         return torch.tensor([reader.explained(image) for image in _seen(images)], device=images.device).float()
 
 
@@ -64,8 +64,8 @@ class ObjectCount:
 
     differentiable = False
 
+    @nan_unless_finite
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        paired(images, prompts)
         wanted = [len(grammar.parse(prompt).phrases) for prompt in prompts]
         found = [len(reader.read(image).things) for image in _seen(images)]
         return -(torch.tensor(found) - torch.tensor(wanted)).abs().float().to(images.device)
@@ -80,8 +80,8 @@ class Position:
 
     differentiable = False
 
+    @nan_unless_finite
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        paired(images, prompts)
         captions = [_placed(prompt) for prompt in prompts]
         held = [_stands(c, reader.read(image)) for c, image in zip(captions, _seen(images), strict=True)]
         return torch.tensor(held, device=images.device).float()

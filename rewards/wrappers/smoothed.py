@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -91,7 +91,8 @@ class Smoothed:
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         unsided = torch.tensor([not SIDED.search(prompt) for prompt in prompts], device=images.device)
         scores = [self.reward(self.viewed(images, view, unsided), prompts) for view in self.views()]
-        return torch.stack(scores).mean(dim=0)
+        whole = images.detach().isfinite().flatten(1).all(1)  # a shift may leave the pixel out that is not
+        return torch.where(whole, torch.stack(scores).mean(dim=0), nan)
 
     def views(self) -> list[View]:
         """The views of one call."""

@@ -54,6 +54,7 @@ def made(tmp_path_factory, random_clip) -> dict[str, dict]:
         "hps-v2.1": hps,
         "aesthetic": aesthetic,
         "aesthetic-ava": aesthetic,
+        "aesthetic-v1": aesthetic,
         "imagereward": {"weights": weights, "vocabulary": vocabulary, **blip},
         "classifier": {"model": checkpoints.timm_classifier(tmp_path_factory.mktemp("timm"))},
         "open-clip": {},

@@ -1,6 +1,7 @@
 """Small random checkpoints in the layouts that reward models are published in."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,14 @@ def aesthetic_file(folder: Path) -> Path:
     state = {f"layers.{key}": value for key, value in aesthetic_model().state_dict().items()}
     torch.save(state, folder / "aesthetic.pth")
     return folder / "aesthetic.pth"
+
+
+def aesthetic_relu_model(width: int = 8) -> nn.Sequential:
+    """The published network that has a ReLU and dropout after each layer, but for the last two."""
+    sizes, modules = [width, 24, 12, 6, 4], []
+    for a, b in pairwise(sizes):
+        modules += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(0.2)]
+    return lively(nn.Sequential(*modules[:-1], nn.Linear(4, 1)))
 
 
 def image_reward(folder: Path) -> tuple[Path, Path]:

@@ -2,13 +2,16 @@
 
 import json
 import types
+from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 from transformers import (
@@ -22,8 +25,9 @@ from transformers import (
     CLIPModel,
 )
 
-from rewards.learned import clip
-from rewards.learned.aesthetic import Aesthetic, affine
+from rewards import hub
+from rewards.learned import aesthetic, clip
+from rewards.learned.aesthetic import Aesthetic
 from rewards.learned.classify import TinyClassifier, classifier, timm_preprocess
 from rewards.learned.imagereward import MEAN, STD, ImageReward
 from rewards.learned.layouts import built, clip_from_open_clip
@@ -144,13 +148,75 @@ def test_clips_logit_is_the_cosine_times_the_models_scale(monkeypatch):
 # ---------------------------------------------------------------------------------------------- aesthetic
 
 
-def test_affine_map_is_the_layered_network():
-    model = checkpoints.aesthetic_model(768).double()
-    layers = {f"layers.{key}": value for key, value in model.state_dict().items()}
-    weight, bias = affine(layers)
+LAION = Path(__file__).parents[2] / "data" / "laion-v1"
+RATED = np.concatenate([np.load(LAION / f"vit-l-14-rating{i}.npy") for i in range(10)])  # unit embeddings, (10, 768)
+
+
+def probes(width: int) -> torch.Tensor:
+    """Unit vectors (4, width) whose scores are known: an axis, the diagonal, a sine, and noise."""
+    rows = np.zeros((4, width))
+    rows[0, 0], rows[1], rows[2] = 1, 1, np.sin(np.arange(width) + 1)
+    rows[3] = np.random.default_rng(0).standard_normal(width)
+    return torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+PUBLISHED = {  # of the published heads, in float64
+    "sac": (4.545052400554, 4.883284854377, 5.483880132144, 4.464580885594),
+    "ava": (4.449708890988, 5.468160991696, 5.071122663904, 5.388827633230),
+    "v1": (5.402092218399, 1.513129669799, 2.482286699979, 3.996170018839),
+}
+OF_RATED = {
+    "sac": (1.655480, 2.359275, 3.069824, 3.672451, 4.238010, 4.701021, 5.073054, 5.365362, 5.576664, 5.746761),
+    "ava": (4.512627, 4.476255, 4.491877, 4.595875, 4.705411, 4.843347, 5.003933, 5.147889, 5.230896, 5.266402),
+    "v1": (-2.457908, -0.137857, 1.895110, 3.584934, 5.099726, 6.470104, 7.786990, 9.048002, 10.226408, 11.304426),
+}
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_bundled_heads_score_as_the_published_ones(variant):
+    head = aesthetic.head_of(aesthetic.bundled(variant))
+    for features, scores, tolerance in (
+        (probes(768), PUBLISHED[variant], 1e-11),
+        (torch.from_numpy(RATED).double(), OF_RATED[variant], 1e-6),
+    ):
+        expected = torch.tensor(scores, dtype=torch.float64)
+        torch.testing.assert_close(aesthetic.score(head, features), expected, rtol=0, atol=tolerance)
+        single = aesthetic.score(head, features.float())
+        torch.testing.assert_close(single, expected.float(), rtol=0, atol=1e-5)
+
+
+def test_published_files_of_the_first_predictor_are_read():
+    """With the scores of the smaller one, of ViT-B/32, and the bundled map from the larger."""
+    small = aesthetic.head_of(hub.read(LAION / "sa_0_4_vit_b_32_linear.pth"))
+    expected = [4.629550457001, 3.908163292287, 3.535471292915, 1.958557276449]
+    assert aesthetic.score(small, probes(512)).tolist() == pytest.approx(expected, abs=1e-11)
+    large, kept = hub.read(LAION / "sa_0_4_vit_l_14_linear.pth"), aesthetic.bundled("v1")
+    assert all(torch.equal(large[name].double(), kept[name]) for name in ("weight", "bias"))
+
+
+def layers_of(model: nn.Sequential, prefix: str) -> dict[str, torch.Tensor]:
+    return {f"{prefix}.{key}": value for key, value in model.state_dict().items()}
+
+
+def test_linear_layers_are_one_map_and_a_network_stays_one():
     x = torch.randn(64, 768, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(x @ weight + bias, model(x).squeeze(1), **SAME)
-    assert weight.dtype == torch.float64 and weight.shape == (768,)
+    linear, relu = checkpoints.aesthetic_model(768).double(), checkpoints.aesthetic_relu_model(768).double()
+    for model, maps in ((linear, 1), (relu, 5)):
+        head = aesthetic.head_of(layers_of(model.eval(), "layers"))
+        assert len(head) == maps
+        torch.testing.assert_close(aesthetic.score(head, x), model(x).squeeze(1), **SAME)
+    later = {key.replace("layers.7", "layers.8"): value for key, value in layers_of(linear, "layers").items()}
+    renamed = {key.replace("layers", "scoring_head"): value for key, value in later.items()}  # as v2.5 has them
+    torch.testing.assert_close(aesthetic.score(aesthetic.head_of(renamed), x), linear(x).squeeze(1), **SAME)
+
+
+@pytest.mark.parametrize("wrong", ["layers.0.weight", "layers.7.bias", "added"])
+def test_a_head_of_another_layout_is_refused(wrong):
+    layers = layers_of(checkpoints.aesthetic_model(), "layers")
+    layers = layers | {"layers.9.weight": torch.ones(1)} if wrong == "added" else layers
+    layers.pop(wrong, None)
+    with pytest.raises(ValueError, match="are no aesthetic predictor that is known: give a file of layers"):
+        aesthetic.head_of(layers)
 
 
 @torch.no_grad()
@@ -159,7 +225,7 @@ def test_aesthetic_is_the_network_on_the_normalised_embedding(made):
     features = load("clip-score", **made["clip-score"]).image_features(IMAGES)
     expected = checkpoints.aesthetic_model()(features).squeeze(1)
     torch.testing.assert_close(reward(IMAGES, PROMPTS), expected, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="the variants sac and ava, not 'v3'"):
+    with pytest.raises(ValueError, match="the variants sac, ava and v1, not 'v3'"):
         Aesthetic("v3")
 
 
