@@ -127,7 +127,7 @@ def test_a_mapping_from_file_to_prompt_is_a_table(tmp_path):
         ("prompts.json", '{"../secret.png": "x"}', "lies outside"),
         ("prompts.json", '{"/etc/passwd": "x"}', "lies outside"),
         ("prompts.json", '{"absent.png": "x"}', "absent.png"),
-        ("prompts.json", '{"prompts.json": "x"}', "no picture that a browser shows"),
+        ("prompts.json", '{"prompts.json": "x"}', "not a picture that a browser shows"),
         ("prompts.json", '[{"file": "a.png", "prompt": "x", "seed": "y"}]', "'y' is not a whole number"),
         ("prompts.jsonl", '{"file": "a.png", "prompt": "x"}\n' * 2, "listed twice"),
         ("prompts.jsonl", '{"file"', "cannot read the prompts"),
