@@ -1,25 +1,27 @@
 """Mutants: one small change of the code at a time, and whether the tests notice it.
 
-    python scripts/mutate.py --count 64 --seed 0 --table docs/mutants.md
+    python scripts/mutate.py --count 64 --seed 0 --results mutants.jsonl --table mutants.md
 
 A mutant changes a sign, a factor, an index, a comparison or an end by one. It runs the tests that
 `scripts/mutants.json` names for its file, in a copy of the tree and in a process of its own, which ends at the first
-failure or at the time limit: then it is killed. One that survives changes nothing that can be seen, and is named with
-its reason in `scripts/mutants.json`, or is a missing test: then the exit status is 1, if fewer than 95 % of the others
-are killed.
+failure or at the time limit: then it is killed. The same tests must pass without the change. A mutant that survives
+changes nothing that can be seen, and is named with its reason in `scripts/mutants.json`, or is a missing test: the exit
+status is 1 if fewer than 95 % of the others are killed. With `--results`, what that file says was killed is not tried
+again.
 """
 
 import argparse
 import ast
+import hashlib
 import json
 import os
-import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,7 @@ OPERATORS = {**SIGNS, **FACTORS}
 
 @dataclass(frozen=True)
 class Mutant:
-    """A change of one expression. `place` is the n-th of its expressions that may change in that file."""
+    """A change of one expression: the `nth` of its function with this text, the one at `place` of all in its file."""
 
     file: str
     function: str
@@ -50,11 +52,19 @@ class Mutant:
     place: int
     before: str
     after: str
+    nth: int = 1
 
     @property
     def key(self) -> str:
         """What names it in `mutants.json`, wherever its line is."""
-        return f"{self.file}::{self.function}: {self.before} -> {self.after}"
+        nth = f" #{self.nth}" if self.nth > 1 else ""
+        return f"{self.file}::{self.function}: {self.before} -> {self.after}{nth}"
+
+    @property
+    def room(self) -> str:
+        """The folder that the table counts it under."""
+        parts = self.file.split("/")
+        return "/".join(parts[: min(2, len(parts) - 1)])
 
 
 def changes(tree: ast.Module) -> Iterator[tuple[str, str, ast.AST, ast.AST]]:
@@ -116,10 +126,11 @@ def _index(node: ast.AST) -> int | None:
 
 def mutants(file: str, source: str) -> list[Mutant]:
     """All mutants of a file."""
-    found = []
+    found, seen = [], Counter()
     for place, (function, kind, node, other) in enumerate(changes(ast.parse(source))):
         before, after = ast.unparse(node), ast.unparse(ast.fix_missing_locations(ast.copy_location(other, node)))
-        found.append(Mutant(file, function, kind, node.lineno, place, before, after))
+        seen[function, before, after] += 1
+        found.append(Mutant(file, function, kind, node.lineno, place, before, after, seen[function, before, after]))
     return found
 
 
@@ -149,13 +160,17 @@ def tests_for(file: str, table: dict[str, list[str]]) -> list[str]:
 
 
 def drawn(count: int, seed: int, table: dict[str, list[str]]) -> list[Mutant]:
-    """`count` mutants of the files that have tests, in turn from each prefix of the table."""
-    generator, shelves = random.Random(seed), []
+    """`count` mutants of the files that have tests, in turn from each prefix of the table.
+
+    Each has a number of its own, by its key and the seed, and the lowest are drawn: a change of other code draws the
+    same ones.
+    """
+    shelves = []
     for prefix in sorted(table):
-        files = sorted(p for p in ROOT.glob("**/*.py") if _under(p, prefix) and _own(p, prefix, table))
-        found = [m for p in files for m in mutants(str(p.relative_to(ROOT)), p.read_text())]
-        generator.shuffle(found)
-        shelves.append(found)
+        files = sorted(p for p in ROOT.glob(f"{prefix.split('/')[0]}/**/*.py") if _under(p, prefix))
+        own = [p for p in files if _own(p, prefix, table)]
+        found = [m for p in own for m in mutants(str(p.relative_to(ROOT)), p.read_text())]
+        shelves.append(sorted(found, key=lambda m: hashlib.sha256(f"{seed} {m.key}".encode()).hexdigest()))
     turns = [shelf[i] for i in range(max(map(len, shelves), default=0)) for shelf in shelves if i < len(shelf)]
     return turns[:count]
 
@@ -169,32 +184,27 @@ def _own(path: Path, prefix: str, table: dict[str, list[str]]) -> bool:
     return not any(other != prefix and other.startswith(prefix) and _under(path, other) for other in table)
 
 
-def run(tree: Path, tests: list[str], limit: float) -> tuple[str, float]:
-    """("killed", "survived" or "timeout", seconds) of the tests in a forked process, which has torch imported."""
-    started = time.monotonic()
+def run(tree: Path, tests: list[str], limit: int) -> tuple[str, float]:
+    """("killed", "survived" or "timeout", its seconds of CPU) of the tests in a forked process, which has torch."""
     child = os.fork()
     if child == 0:
-        os.setsid()
-        _test(tree, tests)
-    while time.monotonic() - started < limit:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return ("survived" if status == 0 else "killed"), time.monotonic() - started
-        time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return "timeout", limit
+        _test(tree, tests, limit)
+    _, status, used = os.wait4(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+        return "timeout", limit
+    return ("survived" if status == 0 else "killed"), used.ru_utime + used.ru_stime
 
 
-def _test(tree: Path, tests: list[str]) -> None:
+def _test(tree: Path, tests: list[str], limit: int) -> None:
     import pytest
 
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 60))  # of the CPU: a busy machine kills no mutant
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore", "--no-header"]
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-o", "timeout=900", "-W", "ignore", "--no-header"]
     os._exit(int(pytest.main([*options, *tests])))
 
 
@@ -208,7 +218,7 @@ def copied(folder: str) -> Path:
     return Path(folder)
 
 
-def tried(mutant: Mutant, tree: Path, tests: list[str], limit: float) -> tuple[str, float]:
+def tried(mutant: Mutant, tree: Path, tests: list[str], limit: int) -> tuple[str, float]:
     """What the tests say of one mutant; the tree is as before afterwards."""
     file = tree / mutant.file
     source = file.read_text()
@@ -219,54 +229,121 @@ def tried(mutant: Mutant, tree: Path, tests: list[str], limit: float) -> tuple[s
         file.write_text(source)
 
 
-def table_of(results: list[tuple[Mutant, str, float]], equivalent: dict[str, str]) -> str:
-    """The results as a table in Markdown."""
+Result = tuple[Mutant, str]
+
+
+def table_of(results: list[Result], equivalent: dict[str, str]) -> str:
+    """Killed, equivalent and surviving mutants of each kind in each room, as a table in Markdown."""
+    kinds = sorted({mutant.kind for mutant, _ in results})
+    rows = [f"| room | {' | '.join(kinds)} | killed | equivalent | survived |", "|---" * (len(kinds) + 4) + "|"]
+    rooms = sorted({mutant.room for mutant, _ in results})
+    for name, mine in [(r, [x for x in results if x[0].room == r]) for r in rooms] + [("all", results)]:
+        cells = [_cell([x for x in mine if x[0].kind == kind], equivalent) for kind in kinds]
+        killed, counted, survivors = summary(mine, equivalent)
+        rows.append(f"| {name} | {' | '.join(cells)} | {killed} | {len(mine) - counted} | {len(survivors)} |")
+    return "\n".join(rows)
+
+
+def _cell(results: list[Result], equivalent: dict[str, str]) -> str:
+    """Killed of those that change behaviour."""
+    killed, counted, _ = summary(results, equivalent)
+    return f"{killed} of {counted}" if results else ""
+
+
+def list_of(results: list[Result], equivalent: dict[str, str]) -> str:
+    """Every mutant and what became of it, as a table in Markdown."""
     rows = ["| file | function | kind | change | result |", "|---|---|---|---|---|"]
-    for mutant, result, _ in sorted(results, key=lambda r: (r[0].file, r[0].line, r[0].place)):
+    for mutant, result in sorted(results, key=lambda r: (r[0].file, r[0].line, r[0].place)):
         change = f"`{mutant.before}` -> `{mutant.after}`".replace("|", "\\|").replace("\n", " ")
-        said = f"the same: {equivalent[mutant.key]}" if mutant.key in equivalent and result == "survived" else result
+        said = f"equivalent: {equivalent[mutant.key]}" if mutant.key in equivalent and result == "survived" else result
         rows.append(f"| {mutant.file} | {mutant.function} | {mutant.kind} | {change} | {said} |")
     return "\n".join(rows)
 
 
-def summary(results: list[tuple[Mutant, str, float]], equivalent: dict[str, str]) -> tuple[int, int, list[Mutant]]:
+def summary(results: list[Result], equivalent: dict[str, str]) -> tuple[int, int, list[Mutant]]:
     """(killed, those that change behaviour, survivors that nobody has explained)."""
-    same = [m for m, result, _ in results if result == "survived" and m.key in equivalent]
-    open_ = [m for m, result, _ in results if result == "survived" and m.key not in equivalent]
+    same = [m for m, result in results if result == "survived" and m.key in equivalent]
+    open_ = [m for m, result in results if result == "survived" and m.key not in equivalent]
     counted = len(results) - len(same)
     return counted - len(open_), counted, open_
+
+
+def known(file: Path | None) -> dict[str, str]:
+    """key -> result of the mutants that a former run killed."""
+    if file is None or not file.exists():
+        return {}
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return {row["key"]: row["result"] for row in rows if row["result"] != "survived"}
+
+
+class Runner:
+    """Tries mutants in a copy of the tree, whose tests must pass as it is."""
+
+    def __init__(self, tree: Path, table: dict[str, list[str]], limit: int, file: Path | None) -> None:
+        self.tree, self.table, self.limit, self.file = tree, table, limit, file
+        self.known, self.whole = known(file), set()
+
+    def __call__(self, mutant: Mutant) -> str:
+        if mutant.key in self.known:
+            return self.known[mutant.key]
+        tests = tests_for(mutant.file, self.table)
+        result, seconds = tried(mutant, self.tree, tests, self.limit)
+        self.check(tests, result)
+        print(f"{result:8} {seconds:5.1f} s  {mutant.key}", flush=True)
+        if self.file is not None:
+            with self.file.open("a") as file:
+                file.write(json.dumps({"key": mutant.key, "result": result, "seconds": round(seconds, 1)}) + "\n")
+        return result
+
+    def check(self, tests: list[str], result: str) -> None:
+        """Raises SystemExit if the tests fail without a mutant, too: they would kill every one."""
+        if result != "survived" and tuple(tests) not in self.whole:
+            alone, seconds = run(self.tree, tests, self.limit)
+            if alone != "survived":
+                sys.exit(f"these tests fail without a mutant, {alone} after {seconds:.0f} s: {' '.join(tests)}")
+        self.whole.add(tuple(tests))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=180.0, help="seconds of one mutant's tests")
+    parser.add_argument("--limit", type=int, default=200, help="seconds of CPU that one mutant's tests may take")
     parser.add_argument("--only", default="", help="the start of the files' names")
+    parser.add_argument("--results", type=Path, help="a file of JSON lines to go on from and to add to")
     parser.add_argument("--table", type=Path, help="a Markdown file to write")
     chosen = parser.parse_args(arguments)
     data = json.loads(DATA.read_text())
-    equivalent = data["equivalent"]
-    import diffusers  # noqa: F401  # imported once, for all children
+    table = {prefix: tests for prefix, tests in data["tests"].items() if prefix.startswith(chosen.only)}
+    preload()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        runner = Runner(copied(folder), table, chosen.limit, chosen.results)
+        results = [(mutant, runner(mutant)) for mutant in drawn(chosen.count, chosen.seed, table)]
+    return report(results, data["equivalent"], chosen.table)
+
+
+def preload() -> None:
+    """Imports once what all children would: none of it is ours."""
+    import diffusers
     import pytest  # noqa: F401
     import torch
-    import transformers  # noqa: F401
+    import transformers
 
+    for name in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline", "StableDiffusion3Pipeline"):
+        getattr(diffusers, name)
+    for name in ("CLIPTextModel", "CLIPTokenizer", "T5EncoderModel"):
+        getattr(transformers, name)
     torch.set_num_threads(1)
-    results = []
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        tree = copied(folder)
-        for mutant in drawn(chosen.count, chosen.seed, data["tests"]):
-            if not mutant.file.startswith(chosen.only):
-                continue
-            result, seconds = tried(mutant, tree, tests_for(mutant.file, data["tests"]), chosen.limit)
-            results.append((mutant, result, seconds))
-            print(f"{result:8} {seconds:5.1f} s  {mutant.key}", flush=True)
-    killed, counted, _ = summary(results, equivalent)
-    line = f"{killed} of {counted} mutants that change behaviour were killed; {len(results) - counted} change nothing."
-    print(line)
-    if chosen.table:
-        chosen.table.write_text(f"{table_of(results, equivalent)}\n\n{line}\n")
+
+
+def report(results: list[Result], equivalent: dict[str, str], file: Path | None) -> int:
+    """Prints the table and the survivors, and writes them with the list of all; 1 if below 95 %."""
+    killed, counted, survivors = summary(results, equivalent)
+    same = len(results) - counted
+    line = f"{killed} of {counted} mutants that change behaviour were killed; {same} change nothing."
+    print(table_of(results, equivalent), line, *(f"survived: {m.key}" for m in survivors), sep="\n")
+    if file is not None:
+        file.write_text(f"{table_of(results, equivalent)}\n\n{line}\n\n{list_of(results, equivalent)}\n")
     return int(killed < 0.95 * counted)
 
 
