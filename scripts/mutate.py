@@ -4,7 +4,7 @@
 
 A mutant changes a sign, a factor, an index, a comparison or an end by one. It runs the tests that
 `scripts/mutants.json` names for its file, in a copy of the tree and in a process of its own, which ends at the first
-failure or at the time limit: then it is killed. The same tests must pass without the change. A mutant that survives
+failure or at the time limit: then it is killed. That test must pass without the change. A mutant that survives
 changes nothing that can be seen, and is named with its reason in `scripts/mutants.json`, or is a missing test: the exit
 status is 1 if fewer than 95 % of the others are killed. With `--results`, what that file says was killed is not tried
 again.
@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).with_suffix("").parent / "mutants.json"
@@ -184,18 +185,40 @@ def _own(path: Path, prefix: str, table: dict[str, list[str]]) -> bool:
     return not any(other != prefix and other.startswith(prefix) and _under(path, other) for other in table)
 
 
-def run(tree: Path, tests: list[str], limit: int) -> tuple[str, float]:
-    """("killed", "survived" or "timeout", its seconds of CPU) of the tests in a forked process, which has torch."""
-    child = os.fork()
-    if child == 0:
-        _test(tree, tests, limit)
-    _, status, used = os.wait4(child, 0)
+class Ran(NamedTuple):
+    result: str  # "killed", "survived" or "timeout"
+    seconds: float  # of the CPU
+    failed: str  # the test that failed
+
+
+class Noted:
+    """A pytest plugin that writes the first failure's name to a file."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and not self.file.exists():
+            self.file.write_text(report.nodeid)
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def run(tree: Path, tests: list[str], limit: int) -> Ran:
+    """The tests in a forked process, which has torch imported."""
+    with tempfile.TemporaryDirectory() as folder:
+        note = Path(folder, "failed")
+        child = os.fork()
+        if child == 0:
+            _test(tree, tests, limit, str(note))
+        _, status, used = os.wait4(child, 0)
+        failed = note.read_text() if note.exists() else ""
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
-        return "timeout", limit
-    return ("survived" if status == 0 else "killed"), used.ru_utime + used.ru_stime
+        return Ran("timeout", limit, failed)
+    return Ran("survived" if status == 0 else "killed", used.ru_utime + used.ru_stime, failed)
 
 
-def _test(tree: Path, tests: list[str], limit: int) -> None:
+def _test(tree: Path, tests: list[str], limit: int, note: str) -> None:
     import pytest
 
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 60))  # of the CPU: a busy machine kills no mutant
@@ -205,7 +228,7 @@ def _test(tree: Path, tests: list[str], limit: int) -> None:
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-o", "timeout=900", "-W", "ignore", "--no-header"]
-    os._exit(int(pytest.main([*options, *tests])))
+    os._exit(int(pytest.main([*options, *tests], plugins=[Noted(note)])))
 
 
 def copied(folder: str) -> Path:
@@ -218,7 +241,7 @@ def copied(folder: str) -> Path:
     return Path(folder)
 
 
-def tried(mutant: Mutant, tree: Path, tests: list[str], limit: int) -> tuple[str, float]:
+def tried(mutant: Mutant, tree: Path, tests: list[str], limit: int) -> Ran:
     """What the tests say of one mutant; the tree is as before afterwards."""
     file = tree / mutant.file
     source = file.read_text()
@@ -287,21 +310,22 @@ class Runner:
         if mutant.key in self.known:
             return self.known[mutant.key]
         tests = tests_for(mutant.file, self.table)
-        result, seconds = tried(mutant, self.tree, tests, self.limit)
-        self.check(tests, result)
+        result, seconds, failed = tried(mutant, self.tree, tests, self.limit)
+        if result != "survived":
+            self.check([failed] if failed else tests)
         print(f"{result:8} {seconds:5.1f} s  {mutant.key}", flush=True)
         if self.file is not None:
             with self.file.open("a") as file:
                 file.write(json.dumps({"key": mutant.key, "result": result, "seconds": round(seconds, 1)}) + "\n")
         return result
 
-    def check(self, tests: list[str], result: str) -> None:
+    def check(self, tests: list[str]) -> None:
         """Raises SystemExit if the tests fail without a mutant, too: they would kill every one."""
-        if result != "survived" and tuple(tests) not in self.whole:
-            alone, seconds = run(self.tree, tests, self.limit)
-            if alone != "survived":
-                sys.exit(f"these tests fail without a mutant, {alone} after {seconds:.0f} s: {' '.join(tests)}")
-        self.whole.add(tuple(tests))
+        if tuple(tests) not in self.whole:
+            alone = run(self.tree, tests, self.limit)
+            if alone.result != "survived":
+                sys.exit(f"{alone.failed or tests} fails without a mutant, too: {alone.result}")
+            self.whole.add(tuple(tests))
 
 
 def main(arguments: list[str] | None = None) -> int:

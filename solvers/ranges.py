@@ -65,7 +65,7 @@ class Ranged:
 
     def __post_init__(self) -> None:
         for name, known in choices(type(self)).items():  # type: ignore[arg-type]
-            if vars(self)[name] is not None and vars(self)[name] not in known:
+            if vars(self)[name] not in known and not (vars(self)[name] is None and name in optional(type(self))):
                 raise UserError(_unknown(name, vars(self)[name], known))
         for name, within in ranges(type(self)).items():  # type: ignore[arg-type]
             kinds = numbers_alone(type(self)).get(name)  # type: ignore[arg-type]
@@ -114,6 +114,13 @@ def choices(kind: type) -> dict[str, tuple[str, ...]]:
     hints = get_type_hints(kind)
     found = {f.name: choices_of(hints[f.name]) for f in fields(kind)}  # type: ignore[arg-type]
     return {name: known for name, known in found.items() if known}
+
+
+@cache
+def optional(kind: type) -> set[str]:
+    """The fields that may be None."""
+    hints = get_type_hints(kind)
+    return {f.name for f in fields(kind) if type(None) in get_args(hints[f.name])}  # type: ignore[arg-type]
 
 
 def choices_of(hint: Any) -> tuple[str, ...]:

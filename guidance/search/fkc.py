@@ -123,6 +123,10 @@ class FKC(Ranged):
     tilt: Literal["free", "difference", "gradient"] = "free"
 
     def __post_init__(self):
+        if self.reads not in TILTS:
+            raise UserError(
+                f"the tilt reads {self.reads!r}; known: {', '.join(TILTS)} (the clean estimate, or the noisy x)"
+            )
         super().__post_init__()
         check_resampling(self.resampling, self.threshold)
         if self.start > self.stop:
