@@ -270,8 +270,9 @@ class Run:
         if not abs(theirs - self.scales.setdefault(network, theirs)) <= 2 * error:
             name = type(self.handle.guidance).__name__
             raise UserError(
-                f"the pipeline's guidance scale changed from {self.scales[network]:g} to {theirs:g} during the run (a"
-                f" callback?), and {name} guides with its own: give that one as a function of the noise level"
+                f"the pipeline's guidance scale changed from {self.scales[network]:g} to {theirs:g} during the run"
+                f" (by {callback_of(self.pipe)}), and {name} guides with its own: give that as a function of the noise"
+                " level"
             )
         if guided and network not in self.compared:
             self.compared.add(network)
@@ -292,8 +293,8 @@ class Run:
 
 def _changed(pipe: Any, what: str) -> str:
     return (
-        f"the {what} of this {type(pipe).__name__} was replaced during the run (by a callback?), which attach cannot"
-        " follow: replace it before the call"
+        f"the {what} of this {type(pipe).__name__} was replaced during the run (by {callback_of(pipe)}), which attach"
+        " cannot follow: replace it before the call"
     )
 
 
@@ -320,6 +321,18 @@ def is_called_by(pipe: Any, thread: int) -> bool:
             return owner is pipe
         frame = frame.f_back
     return threading.get_ident() == thread
+
+
+def callback_of(pipe: Any) -> str:
+    """Who changes this pipeline between its steps: the callback that it was called with, by name."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        callback = frame.f_locals.get("callback_on_step_end") or frame.f_locals.get("callback")
+        if callback is not None and frame.f_locals.get("self") is pipe:
+            name = callback.__qualname__ if inspect.isroutine(callback) else type(callback).__name__
+            return f"its callback {name}"
+        frame = frame.f_back
+    return "other code"
 
 
 def _defaults(pipe: Any) -> Iterator[float]:

@@ -220,16 +220,48 @@ def test_what_a_callback_changes_is_followed(pipe, change):
         assert torch.equal(run(pipe, callback_on_step_end=changing(**CHANGES[change]), **more), stock)
 
 
+BETAS = {key: ddim().config[key] for key in ("beta_start", "beta_end", "beta_schedule", "steps_offset")}
+SCHEDULERS = {
+    "ddim": ddim,
+    "euler": lambda: diffusers.EulerDiscreteScheduler(**BETAS),
+    "heun": lambda: diffusers.HeunDiscreteScheduler(**BETAS),
+    "dpm++": lambda: diffusers.DPMSolverMultistepScheduler(**BETAS),
+}
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_timesteps_that_a_callback_sets(name, steps):
+    """The scheduler starts anew within the pipeline's loop: what stock makes of it, an error too, is made here."""
+    own = sd(scheduler=SCHEDULERS[name]())
+
+    def reset(pipeline, i, t, tensors):
+        if i == 1:
+            pipeline.scheduler.set_timesteps(steps)
+        return tensors
+
+    def said():
+        try:
+            return run(own, guidance_scale=4.0, callback_on_step_end=reset)
+        except Exception as error:
+            return repr(error)
+
+    stock = said()
+    with attach(own, CFG(4.0)):
+        ours = said()
+    assert ours == stock if isinstance(stock, str) else torch.equal(ours, stock)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
             {"_guidance_scale": lambda pipe: 2.0},
-            "guidance scale changed from 4 to 2 during the run",
+            r"guidance scale changed from 4 to 2 during the run \(by its callback changing.<locals>.callback\)",
         ),
         (
             {"scheduler": lambda pipe: ddim()},
-            "the scheduler of this StableDiffusionPipeline was replaced",
+            r"the scheduler of this StableDiffusionPipeline was replaced during the run \(by its callback changing",
         ),
         ({"unet": lambda pipe: unet()}, "the denoiser of this StableDiffusionPipeline was replaced"),
     ],
