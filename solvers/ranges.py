@@ -65,7 +65,8 @@ class Ranged:
 
     def __post_init__(self) -> None:
         for name, known in choices(type(self)).items():  # type: ignore[arg-type]
-            if vars(self)[name] not in known and not (vars(self)[name] is None and name in optional(type(self))):
+            absent = vars(self)[name] is None and name in optional(type(self))  # type: ignore[arg-type]
+            if vars(self)[name] not in known and not absent:
                 raise UserError(_unknown(name, vars(self)[name], known))
         for name, within in ranges(type(self)).items():  # type: ignore[arg-type]
             kinds = numbers_alone(type(self)).get(name)  # type: ignore[arg-type]
