@@ -40,13 +40,14 @@ class AlignPropConfig(RewardGradientConfig):
     gradient: str | None = None
     """Mode of the engine for every optimiser step: full, checkpoint, revolve:8, truncated:10[:STYLE], adjoint:METHOD,
     reversible:METHOD or lean. If not given: truncated as the settings below say."""
-    truncation: Literal["suffix", "bernoulli_linear"] = "suffix"
-    """Which sampler steps carry gradient: suffix, the last K, as in the paper; or bernoulli_linear, each by itself,
-    step i of T with probability (i + 1) / (T + 1), as in the paper's code."""
+    truncation: Literal["suffix", "gaussian", "bernoulli_linear"] = "suffix"
+    """Which sampler steps carry gradient: suffix, the last K, K uniform, as in the paper; gaussian, the last K,
+    K = T - N(.84 T, .1 T), as in the authors' later code; or bernoulli_linear, each by itself, step i of T with
+    probability (i + 1) / (T + 1), as in their first code and TRL."""
     truncation_min: Steps = 1
-    """Least K, the number of last sampler steps that carry gradient."""
+    """Least K of suffix, the number of last sampler steps that carry gradient."""
     truncation_max: Steps = 10
-    """Greatest K, at most the sampler steps. K is uniform between the two, drawn once per optimiser step."""
+    """Greatest K of suffix, at most the sampler steps. K is uniform between the two, drawn once per optimiser step."""
 
 
 @documented

@@ -3,12 +3,13 @@ and the engine's mode and plan. The algorithm itself is read in `difftune.recipe
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import exp, hypot, log
+from math import exp, hypot, inf, log
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from difftune import processes
 from difftune.configs.recipes import RewardGradientConfig
 from difftune.pipelines.engine import (
     Engine,
@@ -79,6 +80,25 @@ def level_between(levels: Sequence[Noise], place: float) -> tuple[Noise, float]:
     return Noise(first.sigma.new_tensor(1 / norm), first.sigma.new_tensor(ratio / norm)), high - low
 
 
+# ------------------------------------------------------------------------------------------------ signal and noise
+
+
+def warn_of_noise(session: Session[RewardGradientConfig]) -> None:
+    """Say, at most once, that the run sees fewer images than the noise scale of its gradients, and what to change."""
+    config, met = session.config, session.run.gradients
+    least = None if met is None or met.warned else met.hopeless(config.max_train_steps)
+    if met is None or least is None:
+        return
+    met.warned = True
+    known = f"above {least:.0f} images" if least < inf else "beyond measure: they do not agree at all"
+    quieter = "train without guidance (--guidance none), or with" if config.guidance != "none" else "train with"
+    processes.shown(
+        f"most of this run is chance: the noise scale of the gradients is {known}, and all {config.max_train_steps} "
+        f"updates of {met.images} images see {config.max_train_steps * met.images}; {quieter} more images per update "
+        "(--gradient_accumulation_steps), or a smoother reward"
+    )
+
+
 # ------------------------------------------------------------------------------------------------ the engine
 
 
@@ -114,7 +134,7 @@ def measure_plan(session: Session[RewardGradientConfig], gradient: str | None) -
             decode=lambda x: model.decode(x, checkpointed=True),
             decoder=model.pipe.vae,
             rewards=scores_of(session.reward, start.prompts),
-            held=held(model, trained) + (trained if run.average else 0),
+            held=held(model, trained) + trained * ((run.average is not None) + (run.gradients is not None)),
             limit=limit,
         )
         model.network.eval()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from difftune import processes
+from difftune.configs.recipes import RewardGradientConfig
 from difftune.configs.training import TrainingConfig
 from difftune.errors import UserError
 from difftune.files import checkpoint
@@ -21,6 +22,7 @@ from difftune.files.checkpoint import Randomness, State
 from difftune.files.codec import decode, encode
 from difftune.pipelines import fingerprint, full_weights, lora
 from difftune.training import run_folder
+from difftune.training.gradient_log import GradientLog, Pair
 from difftune.training.network import DTYPES, FrozenNetwork, ReferenceNetwork, TrainedNetwork
 from difftune.training.numbering import sample_numbers, seed_of
 from difftune.training.optimizers import OPTIMIZERS, learning_rates
@@ -54,6 +56,7 @@ class Training:
     rate: Callable[[int], float]  # the learning rate's factor
     average: "Average | None" = None  # of the weights
     base: nn.Module | None = None  # the network before full fine-tuning, if a recipe asked for it
+    gradients: GradientLog | None = None  # of a LoRA that follows a reward's gradient
     done: int = 0  # optimiser steps before this process began
     skipped: int = 0  # of them and since, how many were not finite
     seen: PerPrompt = field(default_factory=PerPrompt)  # the rewards of each prompt, in all processes
@@ -155,6 +158,8 @@ def begin_training(config: TrainingConfig, state: State | None, pipe: Any, refer
     average = None if config.ema_decay is None else Average(config.ema_decay, copy_tensors(weights))
     called, rate = TrainedNetwork(prepared, dtype), learning_rates(config)
     run = Training(config, pipe, accelerator, called, weights, optimizer, rate, average, base)
+    if isinstance(config, RewardGradientConfig) and not config.full_finetuning:  # where a copy more would be large
+        run.gradients = GradientLog(config.train_batch_size * config.gradient_accumulation_steps * run.world)
     if state is None:
         run.generators = first_generators(config.seed, run.rank)
     else:
@@ -210,6 +215,7 @@ class StateTensors(NamedTuple):
     ema: Mapping[str, Tensor] = {}
     optimizer: Mapping[str, Mapping[str, Any]] = {}  # of each moment: of each weight
     own: Mapping[str, Tensor] = {}
+    gradient: Mapping[str, Tensor] = {}  # of the update before, which the next one's is compared with
     rng: Mapping[str, Mapping[str, Tensor]] = {}  # of each process
 
 
@@ -228,6 +234,7 @@ def take_snapshot(run: Training, step: int, metrics: Metrics, own: Kept | None =
             {name: gather_whole(t) for name, t in run.average.tensors.items()} if run.average is not None else {},
             moments_of(run),
             {name: gather_whole(tensor) for name, tensor in own.tensors.items()},
+            {} if run.gradients is None or run.gradients.previous is None else {"previous": run.gradients.previous},
             {str(rank): its.tensors for rank, its in enumerate(everyone)},
         )
     )
@@ -241,6 +248,7 @@ def take_snapshot(run: Training, step: int, metrics: Metrics, own: Kept | None =
         "skipped": run.skipped,
         "updates": run.average.updates if run.average is not None else 0,
         "seen": run.seen.state(),
+        "gradients": None if run.gradients is None else {"count": run.gradients.count, "pairs": run.gradients.pairs},
         "optimizer": {f"{key}.{name}": number for key, its in numbers.items() for name, number in its.items()},
         "own": dict(own.info),
         "rng": [its.info for its in everyone],
@@ -274,6 +282,10 @@ def resume_training(run: Training, state: State) -> None:
     run.done, run.skipped = state.step, info["skipped"]
     run.own = Kept(tensors.own, info["own"])
     run.seen.load(info["seen"])
+    if run.gradients is not None and tensors.gradient:  # a checkpoint of 0.1 has none
+        run.gradients.previous = tensors.gradient["previous"].to(run.accelerator.device)
+        run.gradients.count = info["gradients"]["count"]
+        run.gradients.pairs = [Pair(*pair) for pair in info["gradients"]["pairs"]]
     run.generators = Randomness(dict(tensors.rng[str(run.rank)]), info["rng"][run.rank])
 
 

@@ -54,8 +54,9 @@ def take_step(
     """Descend once by the gradient of the batches' mean loss: a backward pass for each, and one update.
 
     loss_of(batch) gives the loss () with its graph, and tensors () to report by name. Returned are their means over
-    all batches and processes, beside the loss, unless its name is among them, and the gradient's norm. sizes: the
-    weights of the batches in the means; None: all alike. Raises NotFinite as `update_weights` does.
+    all batches and processes, beside the loss, unless its name is among them, and the gradient's norm, with what
+    `Training.gradients` finds. sizes: the weights of the batches in the means; None: all alike. Raises NotFinite as
+    `update_weights` does.
     """
     sizes = [1] * len(batches) if sizes is None else sizes
     met: list[dict[str, Tensor]] = []
@@ -67,7 +68,8 @@ def take_step(
     norm = update_weights(run)
     means = torch.stack([torch.stack(list(found.values())).float() for found in met]).sum(0) / sum(sizes)
     loss, *rest = run.accelerator.gather(means[None]).mean(0).tolist()
-    return {"loss": loss, "grad_norm": norm, **dict(zip(list(met[0])[1:], rest, strict=True))}
+    agreement = run.gradients.metrics if run.gradients is not None else {}
+    return {"loss": loss, "grad_norm": norm, **agreement, **dict(zip(list(met[0])[1:], rest, strict=True))}
 
 
 def differentiate(run: Training, loss: Tensor) -> None:
@@ -91,6 +93,8 @@ def update_weights(run: Training) -> float:
     fault, scaler = f"the gradient is not finite, its norm is {norm}", run.accelerator.scaler
     if not norm < float("inf") and scaler is None:
         raise NotFinite(fault)
+    if run.gradients is not None and norm < float("inf"):
+        run.gradients.see(gradients_of(run))
     run.optimizer.step()
     run.optimizer.zero_grad()
     if not norm < float("inf") and scaler.get_scale() < 1:
@@ -98,6 +102,12 @@ def update_weights(run: Training) -> float:
     if run.average is not None and not run.accelerator.optimizer_step_was_skipped:
         run.average.update(run.weights)
     return norm if norm < float("inf") else -1.0
+
+
+def gradients_of(run: Training) -> list[Tensor]:
+    """Each weight's gradient, 0 where it has none."""
+    weights = run.weights.values()
+    return [gather_whole(torch.zeros_like(w) if w.grad is None else w.grad) for w in weights]
 
 
 # ------------------------------------------------------------------------------------------------ rewards

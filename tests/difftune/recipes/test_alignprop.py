@@ -229,11 +229,14 @@ def test_run_writes_what_it_should_and_goes_on_where_it_stopped(toy, tmp_path):
     weights = [(tmp_path / name / lora.WEIGHTS).read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
     curves = [
-        [(r["step"], r["reward_mean"]) for r in records.records(tmp_path / n / "metrics.jsonl")]
+        [
+            (r["step"], r["reward_mean"], r.get("grad_cosine"), r.get("noise_scale"))
+            for r in records.records(tmp_path / n / "metrics.jsonl")
+        ]
         for n in ("whole", "cut")
     ]
     assert curves[0] == curves[1]
-    assert [step for step, _ in curves[0]] == [1, 2, 3, 4]
+    assert [step for step, *_ in curves[0]] == [1, 2, 3, 4] and curves[0][-1][2] is not None
     settings = yaml.safe_load((out / "config.yaml").read_text())
     assert settings["lora_alpha"] == 8 and "resume_from_checkpoint" not in settings
     assert AlignPropConfig(**settings) == replace(toy, output_dir=str(out), checkpointing_steps=2, lora_alpha=8)

@@ -10,10 +10,11 @@ from torch.distributions import Normal, kl_divergence
 from difftune.configs.recipes import AlignPropConfig, DraftConfig, DrtuneConfig, ReflConfig
 from difftune.pipelines import lora
 from difftune.recipes import check_recipe, train
-from difftune.recipes.alignprop import alignprop_loss, ascend_once, draw_mask, truncation
+from difftune.recipes.alignprop import alignprop_loss, ascend_once, draw_gaussian, draw_mask, truncation
 from difftune.recipes.refl import refl_loss
 from difftune.recipes.reward_gradient import count_carrying, divergence, kl_rate, level_between
 from difftune.rollouts.image_sampler import ImageSampler
+from difftune.training import gradient_log
 from difftune.training.network import ReferenceNetwork, TrainedNetwork
 from difftune.training.numbering import seed_of
 from rewards.simple import Brightness, Contrast
@@ -87,6 +88,53 @@ def test_bernoulli_linear_trains_and_says_how_many(tmp_path):
     found = [m["K"] for m, _ in train(config, None, pipelines.sd(), Brightness(), said.append)]
     assert found == [draw_mask(config, step).count("1") for step in range(4)]
     assert said[1] == "gradient: truncated:MASK, step i of 3 with probability (i + 1) / 4"
+
+
+def test_gaussian_threshold_is_that_of_the_authors_repository():
+    """t = floor(N(42, 5)) within 1..49 of 50: against the density itself."""
+    config = AlignPropConfig(num_inference_steps=50, truncation="gaussian")
+    found = torch.tensor([draw_gaussian(config, step) for step in range(4000)], dtype=torch.float64)
+    t = torch.arange(1, 50)
+    chance = Normal(42.0, 5.0).cdf(torch.stack([t + 1.0, t + 0.0])).double()
+    chance = (chance[0] - chance[1]) / (chance[0] - chance[1]).sum()
+    mean = float((chance * (50 - t)).sum())
+    assert mean == pytest.approx(9.1, abs=0.05) and found.min() >= 1 and found.max() <= 49
+    assert abs(found.mean() - mean) < 4 * found.std() / len(found) ** 0.5
+    assert found.quantile(torch.tensor([0.05, 0.5, 0.95]).double()).tolist() == [2, 9, 17]
+    assert draw_gaussian(config, 7) == draw_gaussian(config, 7)
+    assert draw_gaussian(replace(config, num_inference_steps=1), 0) == 1
+
+
+def test_gaussian_trains_the_last_steps_and_says_so(tmp_path):
+    config = toy("alignprop", tmp_path, truncation="gaussian")
+    said = []
+    found = [m["K"] for m, _ in train(config, None, pipelines.sd(), Brightness(), said.append)]
+    assert found == [draw_gaussian(config, step) for step in range(4)]
+    assert said[1] == "gradient: truncated:K, K = 3 - N(2.52, 0.3) anew for each optimiser step"
+
+
+def test_run_whose_gradients_are_chance_says_what_to_change(tmp_path, capsys, monkeypatch):
+    """Once, and never of a run whose gradients agree."""
+    monkeypatch.setattr(gradient_log, "FIRST", 2)
+    chance = toy("alignprop", tmp_path, max_train_steps=5, guidance="cfg")
+    found = list(train(chance, None, pipelines.sd(), Fickle()))
+    assert all("grad_cosine" in metrics for metrics, _ in found[1:]) and "grad_cosine" not in found[0][0]
+    said = capsys.readouterr().err
+    assert said.count("most of this run is chance: the noise scale of the gradients is ") == 1
+    assert "all 5 updates of 2 images see 10; train without guidance (--guidance none), or with more images" in said
+    found = list(train(replace(chance, gradient="truncated:1"), None, pipelines.sd(), Brightness()))
+    assert found[-1][0]["grad_cosine"] > 0.5 and found[-1][0]["noise_scale"] < 10
+    assert "chance" not in capsys.readouterr().err
+
+
+class Fickle(Brightness):
+    """Brightness to be raised and lowered by turns, so that each gradient undoes the one before."""
+
+    sign = 1
+
+    def __call__(self, images, prompts):
+        self.__dict__["sign"] = -self.sign
+        return self.sign * images.mean(dim=(1, 2, 3))
 
 
 @pytest.mark.parametrize(
