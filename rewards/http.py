@@ -114,25 +114,35 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 class Deadline(io.RawIOBase):
-    """What a socket gives until a moment; TimeoutError after it, however the bytes come."""
+    """What a socket gives until the moment `end`; TimeoutError after it, however the bytes come."""
 
-    def __init__(self, connection: socket.socket, seconds: float):
-        self.connection, self.end = connection, time.monotonic() + seconds
+    def __init__(self, connection: socket.socket, end: float):
+        self.connection, self.end = connection, end
+        self.source = connection.makefile("rb", buffering=0)  # which keeps the socket open until `close`
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        self.connection.settimeout(max(self.end - time.monotonic(), 1e-3))
-        if time.monotonic() > self.end:
-            raise TimeoutError("the request did not come in time")
-        return self.connection.recv_into(buffer)
+    def readinto(self, buffer: Any) -> int | None:
+        self.connection.settimeout(left(self.end))
+        return self.source.readinto(buffer)
+
+    def close(self) -> None:
+        self.source.close()
+        super().close()
+
+
+def left(end: float) -> float:
+    """Seconds until the moment `end`; TimeoutError if it has passed."""
+    if (seconds := end - time.monotonic()) <= 0:
+        raise TimeoutError("timed out")
+    return seconds
 
 
 def drain(connection: socket.socket) -> None:
     """Read what a client still sends, for a while, so that it gets to read our answer and not a reset."""
     connection.shutdown(socket.SHUT_WR)
-    rest, most = Deadline(connection, DRAIN_SECONDS), DRAIN_BYTES
+    rest, most = Deadline(connection, time.monotonic() + DRAIN_SECONDS), DRAIN_BYTES
     buffer = bytearray(2**16)
     while most > 0 and (found := rest.readinto(buffer)):
         most -= found
@@ -147,7 +157,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.rfile = io.BufferedReader(Deadline(self.connection, self.server.seconds))  # type: ignore[assignment]
+        self.rfile = io.BufferedReader(Deadline(self.connection, time.monotonic() + self.server.seconds))  # type: ignore[assignment]
 
     def do_GET(self) -> None:
         self.server.arrived(self.connection)

@@ -14,7 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException
+from functools import partial
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
@@ -74,14 +75,13 @@ class Remote:
     def _once(self, body: bytes, count: int) -> list[float]:
         """Raises Busy if another attempt may help, Unreachable else."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.token or _token()}"}
-        end = time.monotonic() + self.timeout
         try:
             ask = urllib.request.Request(f"{self.url.rstrip('/')}/score", body, headers)
             with OPENER.open(ask, timeout=self.timeout) as answer:
-                return _scores(json.loads(_read(answer, end)), count)
+                return _scores(json.loads(_whole(answer)), count)
         except urllib.error.HTTPError as error:
             with error:
-                why = f"the reward server {self.url} refused with {error.code}: {_sentence(error, end)}"
+                why = f"the reward server {self.url} refused with {error.code}: {_sentence(error)}"
             if error.code in AGAIN:
                 raise Busy(why, seconds_of(error.headers.get("Retry-After"))) from error
             raise Unreachable(why) from error
@@ -110,7 +110,7 @@ def seconds_of(said: str | None) -> float | None:
         pass
     try:
         return max((parsedate_to_datetime(str(said)) - datetime.now(UTC)).total_seconds(), 0.0)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
@@ -129,21 +129,27 @@ def _passing(error: Exception) -> bool:
     return isinstance(reason, ConnectionError) and not isinstance(reason, TimeoutError)
 
 
-def _read(answer: Any, end: float) -> bytes:
-    """An answer, up to `ANSWER` bytes and until the moment `end`, however it drips."""
+def _read(answer: Any) -> bytes:
+    """An answer, up to `ANSWER` bytes."""
     found = b""
     while len(found) < ANSWER and (part := answer.read1(2**16)):
         found += part
-        if time.monotonic() > end:
-            raise TimeoutError("timed out")
     return found[:ANSWER]
 
 
-def _sentence(refusal: Any, end: float) -> str:
+def _whole(answer: Any) -> bytes:
+    """An answer that did not end half-way, as that of a server which is started anew: it is asked again."""
+    found = _read(answer)
+    if not found or (answer.length and len(found) < ANSWER):
+        raise ConnectionResetError("the answer ended half-way")
+    return found
+
+
+def _sentence(refusal: Any) -> str:
     """What the body of a refusal says, so far as it comes."""
     text = ""
     with suppress(OSError, HTTPException, ValueError, RecursionError):
-        text = _read(refusal, end).decode(errors="replace")
+        text = _read(refusal).decode(errors="replace")
         said = json.loads(text)
         text = said["error"] if isinstance(said, dict) and isinstance(said.get("error"), str) else text
     return _quoted(text)
@@ -163,7 +169,47 @@ class Stays(urllib.request.HTTPRedirectHandler):
         return None
 
 
-OPENER = urllib.request.build_opener(Stays)
+class Timely(HTTPConnection):
+    """A connection whose request must leave, and whose answer must come, within `timeout` seconds in all."""
+
+    def connect(self) -> None:
+        assert self.timeout is not None
+        self.end = time.monotonic() + self.timeout
+        answer: Any = partial(TimelyAnswer, end=self.end)
+        self.response_class = answer  # of a proxy too, whose answer comes in `connect`
+        super().connect()
+
+    def send(self, data: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        self.sock.settimeout(http.left(self.end))
+        super().send(data)
+
+
+class TimelyAnswer(HTTPResponse):
+    """An answer that is read until the moment `end`, however it drips: its headers too."""
+
+    def __init__(self, sock: Any, *args: Any, end: float, **kwargs: Any):
+        super().__init__(sock, *args, **kwargs)
+        self.fp.close()
+        self.fp = io.BufferedReader(http.Deadline(sock, end))
+
+
+class TimelyEncrypted(Timely, HTTPSConnection):
+    """The same by https."""
+
+
+class Opens(urllib.request.HTTPHandler):
+    def http_open(self, request: Any) -> Any:
+        return self.do_open(Timely, request)
+
+
+class OpensEncrypted(urllib.request.HTTPSHandler):
+    def https_open(self, request: Any) -> Any:
+        return self.do_open(TimelyEncrypted, request)
+
+
+OPENER = urllib.request.build_opener(Stays, Opens, OpensEncrypted)
 
 
 def _scores(answer: Any, count: int) -> list[float]:

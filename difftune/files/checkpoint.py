@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -66,8 +67,25 @@ def load(path: str | Path) -> State:
     path = Path(path)
     if fault := defect(path):
         raise RunError(f"{path} cannot be resumed from: {fault}")
-    info = json.loads((path / INFO).read_text())
-    return State(info.pop("step"), load_file(path / TENSORS), info)
+    try:
+        info = Info(json.loads((path / INFO).read_text()))
+        info.path = path
+        tensors = load_file(path / TENSORS)
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be resumed from: {type(error).__name__}: {error}") from error
+    step = info.pop("step", None)
+    if type(step) is not int or step < 0:
+        raise RunError(f"{path} cannot be resumed from: its step is {step!r}")
+    return State(step, tensors, info)
+
+
+class Info(dict[str, Any]):
+    """What JSON holds of a checkpoint; RunError for what a whole one would hold and this one, edited, does not."""
+
+    path: Path
+
+    def __missing__(self, key: str) -> Any:
+        raise RunError(f"{self.path} cannot be resumed from: it lacks {key!r}")
 
 
 def latest(folder: str | Path, say: Say = warnings.warn) -> Path | None:
@@ -119,7 +137,7 @@ def same_settings(now: Mapping[str, Any], then: Mapping[str, Any], free: Contain
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """Finished checkpoints, whole or not, oldest first: 9 before 10."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]{1,18}", path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
@@ -128,7 +146,7 @@ def defect(path: Path) -> str:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         wrong = [name for name, expected in manifest.items() if digest(path / name) != expected]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         return f"it is incomplete ({type(error).__name__}: {error})"
     missing = {TENSORS, INFO} - manifest.keys()
     return f"{', '.join(sorted([*wrong, *missing]))} is damaged" if wrong or missing else ""

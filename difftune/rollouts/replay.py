@@ -48,7 +48,7 @@ def settings_beside(picture: Path) -> Mapping[str, Any]:
     """The settings that a picture was made with."""
     try:
         return json.loads((picture.parent / SETTINGS).read_text())["settings"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, RecursionError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{picture.parent} has no {SETTINGS} of difftune sample, which D3PO needs to sample {picture.name} again"
         ) from error

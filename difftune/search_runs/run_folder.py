@@ -183,23 +183,32 @@ def comparable(config: SearchConfig) -> dict[str, Any]:
 def resumed(claim: Claim, config: SearchConfig) -> Earlier | None:
     """What the folder's state holds; None if a search begins, or was killed before it was first saved."""
     folder, held = claim.path, claim.held()
-    if held and not (config.resume_from_checkpoint and STATE in held):
+    if STATE in held and not config.resume_from_checkpoint:
+        raise UserError(
+            f"{folder} holds a search: go on with it by --resume_from_checkpoint latest, or choose another --output_dir"
+        )
+    if held and STATE not in held:
         raise UserError(f"{folder} holds another run ({held[0]}): nothing was written, choose another --output_dir")
     if not held:
         return None
     now = json.loads(json.dumps(comparable(config)))
-    if RESULT in held and settings_in(json.loads((folder / RESULT).read_text())) == now:
+    if finished(folder / RESULT) == now:
         raise UserError(
             f"{folder} holds a finished search: there is nothing to resume, give a larger --nfe_budget or another "
             "--output_dir"
         )
-    tensors, about = read(folder / STATE)
-    before = settings_in(about)
+    earlier, before = read(folder / STATE)
     for name, value in now.items():
         same_or_larger(folder, name, before[name], value)
-    return Earlier(
-        Saved(tensors, about["info"]), [Point(*point) for point in about["history"]], about.get("model_digest")
-    )
+    return earlier
+
+
+def finished(result: Path) -> dict[str, Any] | None:
+    """The settings of a search that has come to its end; None without a whole search.json, which is written anew."""
+    try:
+        return settings_in(json.loads(result.read_text("utf-8")))
+    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def settings_in(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,13 +226,17 @@ def same_or_larger(folder: Path, name: str, before: Any, now: Any) -> None:
     raise UserError(f"the search in {folder} was made with {name}={before!r}, not {now!r}: resume with that{more}")
 
 
-def read(path: Path) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
+def read(path: Path) -> tuple[Earlier, dict[str, Any]]:
+    """A search that was saved, and its settings. Raises RunError for a file that is damaged or edited."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["difftune"])
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} cannot be resumed from: {error}; remove it to start anew") from error
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        history = [Point(*point) for point in about["history"]]
+        return Earlier(Saved(tensors, about["info"]), history, about.get("model_digest")), settings_in(about)
+    except (SafetensorError, OSError, RecursionError, LookupError, TypeError, ValueError, AttributeError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RunError(f"{path} cannot be resumed from ({why}): remove it to start anew") from error
 
 
 # ------------------------------------------------------------------------------------------------ results

@@ -254,10 +254,14 @@ def starting_state(config: Config, say: Say | None = None) -> State | None:
         raise UserError(
             f"{folder} holds a run: continue it with --resume_from_checkpoint latest, or choose another --output_dir"
         )
-    if process().is_main_process and config.resume_from_checkpoint == "latest":
+    named = None if config.resume_from_checkpoint == "latest" else config.resume_from_checkpoint
+    state = checkpoint.resumed(folder, named)  # first, so that a fault of it is told
+    process().wait_for_everyone()
+    if process().is_main_process and config.resume_from_checkpoint:
         checkpoint.sort_out(folder, say)
     process().wait_for_everyone()  # every process sees the same checkpoints
-    state = checkpoint.resumed(folder, config.resume_from_checkpoint)
+    if named is None:
+        state = checkpoint.resumed(folder, config.resume_from_checkpoint)
     if state is not None:
         same_run(config, state)
         say(f"resuming from step {state.step}")

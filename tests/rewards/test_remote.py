@@ -192,11 +192,89 @@ def test_client_without_a_server_says_so():
         Remote("ftp://a")
 
 
+@contextmanager
+def listening_at(answer):
+    """The URL of a server that calls `answer` with each connection, once its request has come."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(PATIENCE)
+
+        def serve():
+            with suppress(OSError):
+                while True:
+                    client, _ = listening.accept()
+                    with client, suppress(OSError):
+                        asked = b""
+                        while b"prompts" not in asked and (part := client.recv(2**20)):
+                            asked += part
+                        answer(client)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with suppress(OSError):
+            listening.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+@contextmanager
+def answering(*answers: bytes):
+    """A server that gives these raw answers, one for each connection, the last one again and again; and its URL."""
+    given = []
+
+    def answer(client):
+        given.append(answers[min(len(given), len(answers) - 1)])
+        client.sendall(given[-1])
+        client.shutdown(socket.SHUT_WR)
+        while client.recv(2**20):
+            pass
+
+    with listening_at(answer) as url:
+        yield url, given
+
+
+GOOD_HEAD = b"HTTP/1.0 200 OK\r\nContent-Length: 17\r\n\r\n"
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    """The seconds that the client waited, without waiting."""
+    found = []
+    monkeypatch.setattr("rewards.remote.time.sleep", found.append)
+    return found
+
+
 def test_client_waits_no_longer_than_its_timeout():
     with serving(reward := Gated(opened=False)) as server:
         with pytest.raises(ConnectionError, match="no scores from the reward server .*timed out"):
             Remote(server.url, TOKEN, timeout=0.2)(IMAGES[:1], ["a"])
         reward.gate.set()  # it gave up before there was an answer
+
+
+@pytest.mark.parametrize(
+    "steady", [b"HTTP/1.0 200 OK\r\n", b"HTTP/1.0 100 Continue\r\n\r\n", GOOD_HEAD, b"HTTP/1.0 503 Busy\r\n\r\n"]
+)
+def test_client_waits_no_longer_for_an_answer_that_drips(steady):
+    """In its first line, in its headers, in its body: each byte comes well within the time, and never the last one."""
+    given = threading.Event()
+
+    def drips(client):
+        with suppress(OSError):
+            client.sendall(steady)
+            while not given.wait(0.05):
+                client.sendall(b"1")
+
+    with listening_at(drips) as url, pytest.raises(ConnectionError, match="no scores|refused with 503: 1*$"):
+        try:
+            Remote(url, timeout=0.4, retries=0)(IMAGES[:1], ["a"])
+        finally:
+            given.set()
+
+
+@pytest.mark.parametrize("sent", [b"", GOOD_HEAD + b'{"sco', b"HTTP/1.0 200 OK\r\nContent-Le"])
+def test_an_answer_that_ends_half_way_is_asked_for_again(sent, slept):
+    with answering(sent, GOOD) as (url, given):
+        assert Remote(url)(IMAGES[:1], ["a"]).tolist() == [0.5]
+    assert len(given) == 2 and len(slept) == 1
 
 
 def test_server_that_others_can_reach_needs_a_token():
@@ -225,36 +303,6 @@ def test_server_that_cannot_start_says_why(server):
         Server(Gated(), port=server.server_port)
     with pytest.raises(ValueError, match="there is no device 'nowhere': "):
         Server(Gated(), device="nowhere")
-
-
-@contextmanager
-def answering(*answers: bytes):
-    """A server that gives these raw answers, one for each connection, the last one again and again; and its URL."""
-    given = []
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        listening.settimeout(PATIENCE)
-
-        def serve():
-            with suppress(OSError):
-                while True:
-                    client, _ = listening.accept()
-                    with client, suppress(OSError):
-                        asked = b""
-                        while b"prompts" not in asked and (part := client.recv(2**20)):
-                            asked += part
-                        answer = answers[min(len(given), len(answers) - 1)]
-                        given.append(answer)
-                        client.sendall(answer)
-                        client.shutdown(socket.SHUT_WR)
-                        while client.recv(2**20):
-                            pass
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}", given
-        with suppress(OSError):
-            listening.shutdown(socket.SHUT_RDWR)
-    thread.join()
 
 
 def raw(said: str, status: str = "200 OK", *headers: str) -> bytes:
@@ -290,14 +338,6 @@ def test_nonsense_of_a_server_is_one_sentence(what):
     assert str(error.value).isprintable() and len(str(error.value)) < 400
 
 
-@pytest.fixture
-def slept(monkeypatch):
-    """The seconds that the client waited, without waiting."""
-    found = []
-    monkeypatch.setattr("rewards.remote.time.sleep", found.append)
-    return found
-
-
 @pytest.mark.parametrize("status", ["503 Busy", "429 Slow down", "502 Bad gateway", "504 Late"])
 def test_a_busy_server_is_asked_again_when_it_says(status, slept):
     with answering(raw("", status, "Retry-After: 3"), raw("", status), GOOD) as (url, given):
@@ -330,6 +370,8 @@ def test_a_server_that_is_out_of_reach_is_asked_again_and_one_that_refuses_is_no
         ("-5", 0),
         ("soon", None),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", None),
+        ("Mon, 01 Jan 2015 99999999999999:00:00 GMT", None),
         ("9" * 400, 10**9),
         ("9" * 9000, None),
         ("", None),

@@ -67,6 +67,10 @@ def odd_manifest(path):
     (path / checkpoint.MANIFEST).write_text("[]")
 
 
+def deep_manifest(path):
+    (path / checkpoint.MANIFEST).write_text("[" * 100_000)
+
+
 def empty_manifest(path):
     (path / checkpoint.MANIFEST).write_text("{}")
 
@@ -79,7 +83,17 @@ def missing_file(path):
     (path / checkpoint.INFO).unlink()
 
 
-HARMS = [cut_short, one_bit, edited, edited_below, no_manifest, odd_manifest, empty_manifest, missing_file]
+HARMS = [
+    cut_short,
+    one_bit,
+    edited,
+    edited_below,
+    no_manifest,
+    odd_manifest,
+    deep_manifest,
+    empty_manifest,
+    missing_file,
+]
 
 
 @pytest.mark.parametrize("harm", HARMS)
@@ -95,6 +109,35 @@ def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path, harm):
     with pytest.warns(UserWarning, match="checkpoint-2 was set aside as checkpoint-2.damaged"):
         assert checkpoint.latest(tmp_path).name == "checkpoint-1"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2.damaged"]
+
+
+EDITED = {
+    "[1]": "TypeError",
+    "[" * 100_000: "RecursionError",
+    "{": "JSONDecodeError",
+    "{}": "its step is None",
+    '{"step": "3"}': "its step is '3'",
+    '{"step": true}': "its step is True",
+    '{"step": -1}': "its step is -1",
+    '{"step": 3}': "it lacks 'config'",
+}
+
+
+@pytest.mark.parametrize("text", EDITED)
+def test_an_edited_checkpoint_with_a_manifest_to_match_is_one_sentence(tmp_path, text):
+    path = checkpoint.save(tmp_path, state(3))
+    (path / checkpoint.INFO).write_text(text)
+    hashes = {name: checkpoint.digest(path / name) for name in (checkpoint.INFO, checkpoint.TENSORS)}
+    (path / checkpoint.MANIFEST).write_text(json.dumps(hashes))
+    with pytest.raises(RunError, match=f"checkpoint-3 cannot be resumed from: {EDITED[text]}"):
+        checkpoint.load(path).info["config"]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-" + "9" * 240, "checkpoint-٣", "checkpoint-3.damaged", "checkpoint-"])
+def test_what_we_never_name_so_is_no_checkpoint(tmp_path, name):
+    (tmp_path / name).mkdir()
+    checkpoint.save(tmp_path, state(1), limit=1)
+    assert checkpoint.latest(tmp_path).name == "checkpoint-1" and (tmp_path / name).is_dir()
 
 
 def test_one_that_was_never_finished_is_no_checkpoint(tmp_path):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from difftune import SEARCHES, search
@@ -631,7 +631,7 @@ def test_what_is_written(pipe, tmp_path):
     assert len(samples["x0"]) == 2 * 4
     assert found["reward"] == pytest.approx(float(torch.stack([samples["reward"][samples["groups"] == g].max()
                                                                for g in range(2)]).mean()))  # fmt: skip
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="holds a search: go on with it by --resume_from_checkpoint latest"):
         run(pipe, config(tmp_path / "out"))
     with pytest.raises(UserError, match="holds a finished search"):
         run(pipe, replace(config(tmp_path / "out"), resume_from_checkpoint="latest"))
@@ -644,9 +644,24 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(pipe, tmp_path, m
     with pytest.raises(UserError, match="was made with seed=0, not 3: resume with that"):
         run(pipe, config(tmp_path / "out", resume_from_checkpoint="latest", seed=3))
     state = tmp_path / "out" / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:-40])
-    with pytest.raises(RunError, match="cannot be resumed from"):
-        run(pipe, config(tmp_path / "out", resume_from_checkpoint="latest"))
+    whole, about = load_file(state), {"settings": {}, "history": [], "info": {}}
+    edits = [json.dumps(text) for text in ([], {}, about | {"settings": 3}, about | {"history": [[1]]})]
+    damaged = [save(whole, {"difftune": text}) for text in (*edits, "[" * 9999, "{")]
+    for data in (*damaged, save(whole), state.read_bytes()[:-40], b""):
+        state.write_bytes(data)
+        with pytest.raises(RunError, match="cannot be resumed from .*: remove it to start anew") as error:
+            run(pipe, config(tmp_path / "out", resume_from_checkpoint="latest"))
+        assert "\n" not in str(error.value)
+
+
+def test_a_damaged_result_is_written_anew(pipe, tmp_path):
+    found = run(pipe, config(tmp_path / "out"))
+    result = tmp_path / "out" / "search.json"
+    for text in ("", "{", "[]", "7", '{"settings": 7}', "[" * 9999):
+        result.write_text(text)
+        assert command.finished(result) is None
+    again = run(pipe, config(tmp_path / "out", resume_from_checkpoint="latest"))
+    assert again["prompts"] == found["prompts"] == json.loads(result.read_text())["prompts"]
 
 
 @pytest.mark.parametrize(
