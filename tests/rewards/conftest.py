@@ -14,6 +14,7 @@ from rewards.remote import Server
 from tests.support import checkpoints, pipelines
 
 MEAN, STD = (0.5, 0.4, 0.6), (0.2, 0.3, 0.25)
+QUESTIONED = ["a red circle", "a blue square", "a red square", ""]  # prompts of the tests
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +46,10 @@ def made(tmp_path_factory, random_clip) -> dict[str, dict]:
     hps = clip | {"weights": checkpoints.hps_file(folder)}
     aesthetic = clip | {"predictor": checkpoints.aesthetic_file(folder)}
     weights, vocabulary = checkpoints.image_reward(folder)
+    judge, questions = {"model": checkpoints.llava(tmp_path_factory.mktemp("llava"))}, folder / "questions.jsonl"
+    asked = [["Is there a circle?", "Yes"], ["How many squares are there?", "two"]]
+    lines = [json.dumps({"prompt": prompt, "vqa_list": asked}) for prompt in QUESTIONED]
+    questions.write_text("\n".join(lines))
     blip = {"vision": checkpoints.BLIP_VISION, "text": checkpoints.BLIP_TEXT}
     return {
         "tiny-clip": {"folder": random_clip},
@@ -60,7 +65,9 @@ def made(tmp_path_factory, random_clip) -> dict[str, dict]:
         "open-clip": {},
         "text-exemplar": {"texts": ["a red circle", "a blue square"], "options": {"folder": random_clip}},
         "smooth": {"reward": "colorfulness", "pixels": 1, "noise": 0.02, "flips": True},
-        "vlm": {"model": checkpoints.llava(tmp_path_factory.mktemp("llava"))},
+        "vlm": judge,
+        "vqascore": judge,
+        "soft-tifa": judge | {"questions": questions},
     }
 
 

@@ -141,6 +141,7 @@ def timm_classifier(folder: Path) -> Path:
 VLM_WORDS = [
     "<pad>", "<s>", "</s>", "<unk>", "<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
     "yes", "no", "a", "red", "blue", "circle", "square", "picture", "image", "better",
+    "Yes", "two", "Two", "2",
 ]  # fmt: skip
 TEXT_MODEL: dict[str, Any] = {
     "vocab_size": len(VLM_WORDS), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,

@@ -26,12 +26,13 @@ from transformers import (
 )
 
 from rewards import hub
-from rewards.learned import aesthetic, clip
+from rewards.learned import aesthetic, clip, soft_tifa
 from rewards.learned.aesthetic import Aesthetic
 from rewards.learned.classify import TinyClassifier, classifier, timm_preprocess
 from rewards.learned.imagereward import MEAN, STD, ImageReward
 from rewards.learned.layouts import built, clip_from_open_clip
 from rewards.learned.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, transformers_preprocess
+from rewards.learned.soft_tifa import SoftTIFA
 from rewards.learned.vlm import VLMJudge
 from rewards.registry import load
 from tests.support import checkpoints
@@ -404,19 +405,91 @@ def judge(request, tmp_path_factory):
     return getattr(checkpoints, request.param)(tmp_path_factory.mktemp(request.param))
 
 
+def answers(model, image: torch.Tensor, question: str) -> dict[str, float]:
+    """The probability of each word as the answer, by the model's own processor on a PIL picture."""
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    text = model.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    inputs = model.processor(text=[text], images=[[pil(image)]], return_tensors="pt")
+    chances = model.network(**inputs).logits[0, -1].softmax(0)
+    return dict(zip(checkpoints.VLM_WORDS, chances.tolist(), strict=True))
+
+
 @torch.no_grad()
 def test_judge_is_the_probability_of_yes(judge):
-    """Against the model's own processor on PIL pictures, with one yes and one no in the vocabulary."""
+    """Against the model's own processor on PIL pictures, with yes, Yes and no in the vocabulary."""
     reward = VLMJudge(judge)
     images = (255 * F.interpolate(IMAGES, (24, 24))).round() / 255
     for image, prompt, score in zip(images, PROMPTS, reward(images, PROMPTS), strict=True):
-        ask = [{"type": "image"}, {"type": "text", "text": reward.question.format(prompt=prompt)}]
-        chat = [{"role": "user", "content": ask}]
-        text = reward.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        inputs = reward.processor(text=[text], images=[[pil(image)]], return_tensors="pt")
-        logits = reward.model(**inputs).logits[0, -1]
-        yes, no = logits[checkpoints.VLM_WORDS.index("yes")], logits[checkpoints.VLM_WORDS.index("no")]
-        assert abs(torch.stack([yes, no]).softmax(0)[0] - score) < 0.02
+        chances = answers(reward.model, image, reward.question.format(prompt=prompt))
+        yes, no = chances["yes"] + chances["Yes"], chances["no"]
+        assert abs(yes / (yes + no) - score) < 0.03
+
+
+ROUND = (255 * F.interpolate(IMAGES, (24, 24))).round() / 255  # as a PIL picture holds them
+
+
+@torch.no_grad()
+def test_vqascore_is_the_probability_of_yes_among_all_tokens(judge):
+    reward = load("vqascore", model=judge)
+    for image, prompt, score in zip(ROUND, PROMPTS, reward(ROUND, PROMPTS), strict=True):
+        chances = answers(reward.model, image, f'Does this figure show "{prompt}"? Please answer Yes or No.')
+        assert abs(chances["Yes"] - score) < 0.005
+    with pytest.raises(ValueError, match="does not say where the prompt stands: write {prompt}"):
+        load("vqascore", model=judge, question="Is it good?")
+    with pytest.raises(ValueError, match="over answers or vocabulary, not 'tokens'"):
+        load("vlm", model=judge, normalise="tokens")
+
+
+ASKED = {PROMPTS[0]: [("Is there a circle?", "Yes"), ("How many squares are there?", "two")]}
+
+
+@torch.no_grad()
+def test_soft_tifa_is_the_mean_probability_of_the_right_answers(judge):
+    image, asked = ROUND[:1], [f"{question} Answer in one word." for question, _ in ASKED[PROMPTS[0]]]
+    reward = load("soft-tifa", model=judge, questions=ASKED)
+    first, second = (answers(reward.model, ROUND[0], question) for question in asked)
+    yes, two = first["yes"] + first["Yes"], second["two"] + second["Two"] + second["2"]
+    assert abs(reward(image, PROMPTS[:1]).item() - (yes + two) / 2) < 0.005
+    geometric = load("soft-tifa", model=judge, questions=ASKED, mean="geometric")
+    assert abs(geometric(image, PROMPTS[:1]).item() - (yes * two) ** 0.5) < 0.005
+    twice = load("soft-tifa", model=judge, questions=ASKED, original=True)  # each word also after a space
+    assert abs(twice(image, PROMPTS[:1]).item() - (yes + two)) < 0.01
+
+
+@pytest.mark.parametrize(("mean", "expected"), [("arithmetic", 0.8), ("geometric", 0.7745966692)])
+def test_means_of_soft_tifa_over_questions(mean, expected, made, monkeypatch):
+    chances = {"a": 0.9, "b": 0.8, "c": 1.0, "d": 0.5}
+    monkeypatch.setattr(SoftTIFA, "probability", lambda self, x, question, answer: torch.tensor(chances[question]))
+    asked = {PROMPTS[0]: [(question, "yes") for question in chances]}
+    reward = load("soft-tifa", **made["vlm"], questions=asked, mean=mean)
+    assert reward(IMAGES[:1], PROMPTS[:1]).item() == pytest.approx(expected, abs=1e-7)
+
+
+def test_forms_of_an_answer():
+    assert soft_tifa.forms("Yes") == ("yes", "Yes", " yes", " Yes")
+    assert soft_tifa.forms("three") == ("three", "Three", " three", " Three", "3", " 3")
+    assert soft_tifa.forms("red") == ("red", "Red", " red", " Red")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("not json", "line 1 of .* is not"),
+        ('{"prompt": "a", "vqa_list": []}', "line 1 of .* is not"),
+        ('\n{"prompt": "a", "vqa_list": [["only a question"]]}', "line 2 of .* is not"),
+        ('{"prompt": 3, "vqa_list": [["q", "yes"]]}', "line 1 of .* is not"),
+        (
+            '{"prompt": "another", "vqa_list": [["q", "yes"]]}',
+            "no questions about the prompt 'a red circle': add a line",
+        ),
+    ],
+)
+def test_questions_of_another_form_and_prompts_without_any_are_refused(text, sentence, made, tmp_path):
+    (tmp_path / "q.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        load("soft-tifa", **made["vlm"], questions=tmp_path / "q.jsonl")(IMAGES, PROMPTS)
+    with pytest.raises(ValueError, match="there is no file of questions at"):
+        load("soft-tifa", **made["vlm"], questions=tmp_path / "none.jsonl")
 
 
 def test_judge_of_two_pictures_has_no_favourite_order(judge):
@@ -459,8 +532,8 @@ def test_processor_on_pillow_leaves_a_judge_without_a_gradient(tmp_path, monkeyp
 
 def test_judge_sees_grey_as_one_half(judge):
     reward = VLMJudge(judge)
-    looks = reward.processor.image_processor
-    seen = reward._inputs([torch.full((3, 16, 16), 0.5)], "")["pixel_values"].flatten(0, -2)
+    looks = reward.model.processor.image_processor
+    seen = reward.model.inputs([torch.full((3, 16, 16), 0.5)], "")["pixel_values"].flatten(0, -2)
     half = torch.full((3,), 0.5)
     expected = (half - torch.tensor(looks.image_mean)) / torch.tensor(looks.image_std)
     torch.testing.assert_close(seen.unique().sort().values, expected.unique().sort().values, rtol=0, atol=1e-5)
