@@ -34,7 +34,7 @@ def guidance_named(name: str, scale: float | None = None, options: Mapping[str, 
     return method
 
 
-def guidance_of(config: Any) -> Guidance:
+def method_of(config: Any) -> Guidance:
     """The method that a Config names by `guidance`, `guidance_scale` and `guidance_options`."""
     return guidance_named(config.guidance, config.guidance_scale, config.guidance_options)
 

@@ -97,7 +97,7 @@ def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
 def demo(seed: int, output_dir: str, as_json: bool) -> None:
     """The main job on the embedded models, offline: guidance, a LoRA, an optimised noise; a report with pictures."""
     with redirect_stdout(sys.stderr):
-        from difftune.demo.run import run
+        from difftune.demo.run import run_demo
 
-        found = run(output_dir, seed)
+        found = run_demo(output_dir, seed)
     show(found, as_json, f"{output_dir}/report.html")

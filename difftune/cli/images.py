@@ -88,9 +88,9 @@ def evaluate(ctx: click.Context, as_json: bool, guidance_scale: float | None, **
     with redirect_stdout(sys.stderr):
         name, settings = guidance_of(ctx)
         config = EvalConfig(**flags | {"guidance": name, "guidance_options": settings})
-        from difftune.evaluation.shapeeval import run
+        from difftune.evaluation.shapeeval import run_shapeeval
 
-        found = run(config)
+        found = run_shapeeval(config)
     show(found, as_json, _eval_table(found))
 
 
@@ -122,9 +122,9 @@ def compare(as_json: bool, **flags: Any) -> None:
     with redirect_stdout(sys.stderr):
         spoken(flags["prompt"])
         config = CompareConfig(**flags)
-        from difftune.evaluation.compare import run
+        from difftune.evaluation.compare import compare_methods
 
-        found = run(config)
+        found = compare_methods(config)
     show(found, as_json, _compare_table(found["rows"]))
 
 
@@ -143,9 +143,9 @@ def compare(as_json: bool, **flags: Any) -> None:
 def score(reward: Sequence[str], prompt: Sequence[str], image: Sequence[str], as_json: bool) -> None:
     """Score image files by rewards, and by their weighted sum."""
     with redirect_stdout(sys.stderr):
-        from difftune.evaluation.score import run
+        from difftune.evaluation.score import score_files
 
-        found = run(reward, prompt, image)
+        found = score_files(reward, prompt, image)
     header = ["image", *found[0]["rewards"], "total"]
     rows = [[s["image"], *(f"{v:.4f}" for v in s["rewards"].values()), f"{s['total']:.4f}"] for s in found]
     show(found, as_json, table([header, *rows]))

@@ -78,7 +78,7 @@ def ending(found: dict[str, Any], folder: str) -> str:
 def _search() -> click.Command:
     """`search METHOD`: the flags are the fields of SearchConfig."""
     example = 'difftune search dts-star --prompt "a red circle" --reward tiny-clip --output_dir out'
-    call = "difftune.search_runs.run_folder:run"
+    call = "difftune.search_runs.run_folder:search_in_folder"
     command = command_of("search", SearchConfig, call, "Search for images of high reward.", example)
     flags = [param for param in command.params if param.name != "method"]
     command.params = [click.Argument(["method"], metavar="METHOD"), *flags]
@@ -102,7 +102,7 @@ for _name, _recipe in RECIPES.items():
 optimize = command_of(
     "optimize",
     RenoConfig,
-    "difftune.reno.run_folder:run",
+    "difftune.reno.run_folder:optimize_in_folder",
     "Optimise the initial noise on a reward.",
     'difftune optimize --prompt "a red circle" --reward tiny-clip --output_dir out',
 )

@@ -51,7 +51,7 @@ class Budget:
     reno_iterations: int = 30
 
 
-def run(output_dir: str | Path = "runs/demo", seed: int = 0, budget: Budget | None = None) -> dict[str, Any]:
+def run_demo(output_dir: str | Path = "runs/demo", seed: int = 0, budget: Budget | None = None) -> dict[str, Any]:
     """All stages; writes report.html and metrics.json, and returns what metrics.json holds."""
     budget, began = budget or Budget(), time.perf_counter()
     with _replaced(Path(output_dir)) as folder:
@@ -160,7 +160,7 @@ def _reno(b: Budget, seed: int, folder: Path) -> dict[str, Any]:
         iterations=b.reno_iterations,
         seed=seed,
     )
-    found = reno_folder.run(config)
+    found = reno_folder.optimize_in_folder(config)
     before, after = (_read(folder / "reno", when, len(prompts)) for when in ("before", "after"))
     seeds = [entry["seed"] for entry in found["prompts"]]
     was, now = judged(before, prompts, seeds), judged(after, prompts, seeds)

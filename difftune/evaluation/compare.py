@@ -15,8 +15,8 @@ from difftune.pipelines.generate import (
     draw_pictures,
     generate_batches,
     jobs_of,
+    method_settings,
     pixels,
-    settings_of,
 )
 from difftune.pipelines.opened import opened
 from difftune.reports import sheets
@@ -74,7 +74,7 @@ def row(cell: Cell, rewards: Sequence[str], prompts: Sequence[str]) -> dict[str,
     scores = {
         name: float(load(name)(cell.made.images, prompts).mean()) for name in dict.fromkeys((*rewards, *MEASURES))
     }
-    about = {"guidance": cell.guidance, "cfg_scale": cell.scale, "options": settings_of(cell.method)}
+    about = {"guidance": cell.guidance, "cfg_scale": cell.scale, "options": method_settings(cell.method)}
     return about | scores | cell.made.cost()
 
 
@@ -88,7 +88,7 @@ def default_rewards(prompts: Sequence[str]) -> list[str]:
     return ["oracle"]
 
 
-def run(config: CompareConfig) -> dict[str, Any]:
+def compare_methods(config: CompareConfig) -> dict[str, Any]:
     """`difftune compare`: writes grid.png and compare.json; returns what compare.json holds."""
     for name in config.guidance:
         guidance_named(name)

@@ -11,21 +11,21 @@ from difftune.lookup import reward_named, reward_weights
 from rewards.registry import entry
 
 
-def run(rewards: Sequence[str], prompts: Sequence[str], images: Sequence[str]) -> list[dict[str, Any]]:
+def score_files(reward: Sequence[str], prompts: Sequence[str], images: Sequence[str]) -> list[dict[str, Any]]:
     """`difftune score`: {"image", "prompt", "rewards": {name: score}, "total"} of every file.
 
     One prompt serves all images; more must be one per image. Raises UserError, before anything is scored, for a missing
     prompt and for a file that is not an image.
     """
-    weights = reward_weights(rewards)
+    weights = reward_weights(reward)
     texts = _one_each(prompts, images, [name for name in weights if entry(name).needs_prompt])
     pictures = [read_picture(path) for path in images]
-    reward = reward_named(weights, gradient=False)
+    judge = reward_named(weights, gradient=False)
     found = []
     for path, text, picture in zip(images, texts, pictures, strict=True):
         with torch.no_grad():
-            parts = reward.parts(picture[None], [text])
-        total = float(reward.total(parts))
+            parts = judge.parts(picture[None], [text])
+        total = float(judge.total(parts))
         found.append(
             {"image": path, "prompt": text, "rewards": {n: float(s) for n, s in parts.items()}, "total": total}
         )

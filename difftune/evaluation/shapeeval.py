@@ -23,7 +23,7 @@ from difftune.files.prompts import read_prompts
 from difftune.files.versions import versions
 from difftune.lookup import guidance_named
 from difftune.pipelines.fingerprint import differ, digest_of
-from difftune.pipelines.generate import Pictures, Sampling, draw_pictures, generate_batches, pixels, settings_of
+from difftune.pipelines.generate import Pictures, Sampling, draw_pictures, generate_batches, method_settings, pixels
 from difftune.pipelines.opened import opened
 from difftune.processes import shown
 from guidance.contract import Guidance
@@ -134,7 +134,7 @@ def digest_in(path: str | Path) -> str | None:
     return settings.get("model_digest") if isinstance(settings, dict) else None
 
 
-def run(config: EvalConfig) -> dict[str, Any]:
+def run_shapeeval(config: EvalConfig) -> dict[str, Any]:
     """`difftune eval`: ShapeEval of a model as one JSON object; written to output_dir/eval.json too, beside a grid."""
     baseline, each = config.baseline, config.images_per_prompt
     before = None if baseline is None else load_results(baseline)
@@ -147,7 +147,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
         if differ(then, now):
             shown(f"--baseline {baseline} is of a model of digest {then}, and that of {config.model!r} is {now}")
         e = evaluate(pipe, method, chosen, each, config.num_inference_steps, config.seed, config.batch_size)
-        settings = config.written() | {"guidance_options": settings_of(method), "model_digest": now}
+        settings = config.written() | {"guidance_options": method_settings(method), "model_digest": now}
         found = _reported(e, before, settings)
         if claim is not None:
             grid = output.grid(pixels(e.made.images[::each]))

@@ -168,7 +168,7 @@ def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str
         made = draw_pictures(generate_batches(pipe, texts, seeds, method, sampling, noises), len(texts), "sample")
         settings = config.written() | {
             "guidance": config.guidance if guidance is None else type(guidance).__name__,
-            "guidance_options": settings_of(method),
+            "guidance_options": method_settings(method),
             "model_digest": digest_of(pipe),
             "scheduler": type(pipe.scheduler).__name__,
         }
@@ -195,6 +195,6 @@ def _results(images: Tensor, found: Mapping[str, Any], columns: int | None) -> I
     yield "sample.json", output.as_json(found)
 
 
-def settings_of(guidance: Any) -> dict[str, Any]:
-    """A method's fields, which are its settings."""
+def method_settings(guidance: Any) -> dict[str, Any]:
+    """The settings of a guidance method, with those of a method inside it."""
     return asdict(guidance)

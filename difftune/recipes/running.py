@@ -62,7 +62,7 @@ def train_saved(
         parts = load_parts(recipe, config, prompts, pipe, reward)
         steps = train_steps(recipe, config, state, parts, run_folder.resolving(config, show))
         card = partial(model_card, recipe, config, parts.pipe)
-        found = run_folder.run(config, steps, state, parts.pipe, card, parts.reward)
+        found = run_folder.run_in_folder(config, steps, state, parts.pipe, card, parts.reward)
         if processes.process().is_main_process:
             write_report(recipe.name, config, parts.pipe, trained_on(config), found["seconds"])
         if recipe.finish and processes.process().is_main_process:

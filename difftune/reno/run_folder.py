@@ -25,7 +25,7 @@ from difftune.files.claim import Claim, claimed
 from difftune.files.noises import NOISE, noises_of
 from difftune.files.output import as_json, grid, png, remove, sweep
 from difftune.files.pictures import read_picture
-from difftune.lookup import guidance_of, reward_named, reward_weights
+from difftune.lookup import method_of, reward_named, reward_weights
 from difftune.models import check_model
 from difftune.models import load as load_model
 from difftune.pipelines.engine import Engine, check_engine, kernels, offload_of
@@ -55,13 +55,15 @@ class Made(NamedTuple):
     frames: Tensor  # (iterations, B, 3, H, W), uint8
 
 
-def run(config: RenoConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None) -> dict[str, Any]:
+def optimize_in_folder(
+    config: RenoConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None
+) -> dict[str, Any]:
     """Pictures before and after, their paths, curves, optimize.json and noise.safetensors in a new folder.
 
     Returns what optimize.json holds. Nothing is written unless all of it can be, but for the checkpoints that
     `checkpointing_steps` asks for. SIGTERM and Ctrl-C save one more, and end with 143 and 130.
     """
-    check(config, pipe, reward)
+    check_optimize(config, pipe, reward)
     say = show or processes.shown
     with claimed(config.output_dir) as claim:
         if claim.ended and config.resume_from_checkpoint:
@@ -133,10 +135,10 @@ def noise_settings(config: RenoConfig) -> NoiseSettings:
     Raises UserError for an unknown name or an invalid setting.
     """
     shared = {field.name for field in fields(NoiseSettings)} & {field.name for field in fields(RenoConfig)}
-    return NoiseSettings(**{name: getattr(config, name) for name in shared} | {"guidance": guidance_of(config)})
+    return NoiseSettings(**{name: getattr(config, name) for name in shared} | {"guidance": method_of(config)})
 
 
-def check(config: RenoConfig, pipe: Any = None, reward: Reward | None = None) -> None:
+def check_optimize(config: RenoConfig, pipe: Any = None, reward: Reward | None = None) -> None:
     """UserError for the first invalid setting, before anything is loaded."""
     if not config.prompt:
         raise UserError("there is no prompt to optimise: give at least one --prompt")

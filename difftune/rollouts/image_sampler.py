@@ -10,7 +10,7 @@ from torch import Tensor
 
 from difftune.configs.training import TrainingConfig
 from difftune.files.prompts import Prompts
-from difftune.lookup import guidance_of, sampler_named
+from difftune.lookup import method_of, sampler_named
 from difftune.pipelines.engine import moving, step_of, wants_noise
 from difftune.pipelines.method_parts import trainable
 from difftune.training.network import TrainedNetwork
@@ -86,7 +86,7 @@ class ImageSampler:
     def of(cls, config: TrainingConfig, pipe: Any, network: TrainedNetwork) -> "ImageSampler":
         """The sampler that config names, of the pipeline with `network` as its denoiser."""
         model = LatentModel(pipe, config.embedded_guidance, config.decode_batch, config.enable_vae_tiling)
-        named = guidance_of(config)
+        named = method_of(config)
         guidance, networks = trainable(pipe, named)
         denoiser = replace(model.denoiser, network=network)
         others = {name: replace(denoiser, network=weak) for name, weak in networks.items()}

@@ -17,7 +17,7 @@ from difftune.errors import RunError, UserError
 from difftune.files.pictures import read_picture
 from difftune.files.prompts import listed
 from difftune.labelling.choices import Choice, decided
-from difftune.lookup import guidance_of
+from difftune.lookup import method_of
 from difftune.rollouts.policy import Policy
 from difftune.rollouts.session import Session
 from difftune.rollouts.trajectories import Rolled, with_network
@@ -56,7 +56,7 @@ def settings_beside(picture: Path) -> Mapping[str, Any]:
 
 def check_settings(config: D3POConfig, made: Mapping[str, Any], file: Path) -> None:
     """UserError for the first setting that differs from what the pictures were made with."""
-    guidance = guidance_of(config)
+    guidance = method_of(config)
     wanted = {
         "model": config.model,
         "lora": None,

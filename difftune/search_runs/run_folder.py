@@ -24,7 +24,7 @@ from difftune.files.checkpoint import Say
 from difftune.files.claim import Claim, claimed
 from difftune.files.output import as_json, grid, png, write
 from difftune.files.versions import versions
-from difftune.lookup import guidance_of, reward_named, reward_weights
+from difftune.lookup import method_of, reward_named, reward_weights
 from difftune.models import check_model
 from difftune.pipelines.fingerprint import check_resumed, digest_of
 from difftune.pipelines.generate import pixels
@@ -45,14 +45,14 @@ FORMER = {"budget": "nfe_budget"}  # names of settings in files of earlier versi
 BUDGETS = {"nfe_budget", "reward_budget"}  # what may grow
 
 
-def run(
+def search_in_folder(
     config: SearchConfig, show: Say | None = None, pipe: Any = None, reward: Reward | None = None
 ) -> dict[str, Any]:
     """Search, and write images, weights, the lineage and search.json; returns what search.json holds.
 
     SIGTERM and Ctrl-C save the state after the step that is under way, and end with 143 and 130.
     """
-    check(config, reward)
+    check_search(config, reward)
     say, began = show or processes.shown, time.perf_counter()
     with claimed(config.output_dir) as claim:
         if claim.ended and config.resume_from_checkpoint:
@@ -60,7 +60,7 @@ def run(
             return json.loads((claim.path / RESULT).read_text("utf-8"))
         claim.clear()
         earlier = resumed(claim, config)
-        found = follow(started(config, earlier, pipe, reward), config, claim.path, say)
+        found = follow_search(started(config, earlier, pipe, reward), config, claim.path, say)
         summary = {**summarised(config, found), "seconds": round(time.perf_counter() - began, 3)}
         summary["versions"] = versions()
         claim.results([*files(config, found), (RESULT, as_json(summary))])
@@ -68,13 +68,13 @@ def run(
     return summary
 
 
-def check(config: SearchConfig, reward: Reward | None = None) -> None:
+def check_search(config: SearchConfig, reward: Reward | None = None) -> None:
     """UserError for the first invalid setting, before anything is loaded."""
     if not config.prompt:
         raise UserError("there is no prompt to search for: give at least one --prompt")
     settings = configured(config.method, settings_of(config))
     experts_for(config.method, settings, experts_of(config))
-    guidance_of(config)
+    method_of(config)
     reward_weights(config.reward if reward is None else reward, gradient=config.method in GRADIENTS)
     check_model(config.model)
 
@@ -89,7 +89,7 @@ def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: 
         reward,
         config.nfe_budget,
         config.seed,
-        guidance=guidance_of(config),
+        guidance=method_of(config),
         experts=experts_of(config),
         num_inference_steps=config.num_inference_steps,
         eta=config.eta,
@@ -107,7 +107,7 @@ def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: 
     return going
 
 
-def follow(going: Search, config: SearchConfig, folder: Path, say: Say) -> Found:
+def follow_search(going: Search, config: SearchConfig, folder: Path, say: Say) -> Found:
     """The end of a search whose state is saved every few seconds, at its end, and after an error."""
     found, keeper = None, Keeper(config, folder / STATE, digest_of(going.pipe))
     with processes.stopping() as stop:

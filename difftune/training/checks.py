@@ -5,7 +5,7 @@ from typing import Any
 from difftune import processes
 from difftune.configs.training import TrainingConfig
 from difftune.errors import UserError
-from difftune.lookup import guidance_of, reward_weights
+from difftune.lookup import method_of, reward_weights
 from difftune.models import check_model, scheduler_of
 from difftune.pipelines.engine import check_engine
 from difftune.pipelines.method_parts import check_trainable
@@ -22,7 +22,7 @@ def check_training(config: TrainingConfig, pipe: Any = None) -> None:
     check_precision(config)
     check_optimizer(config.optimizer)
     validation.check_validation(config)
-    method = guidance_of(config)
+    method = method_of(config)
     check_engine(None, config.enable_xformers_memory_efficient_attention)
     if pipe is None:
         check_model(config.model)

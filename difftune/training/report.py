@@ -11,7 +11,7 @@ from torch import Tensor
 from difftune.configs.training import TrainingConfig
 from difftune.files import output, records
 from difftune.files.versions import versions
-from difftune.lookup import guidance_of
+from difftune.lookup import method_of
 from difftune.pipelines import lora
 from difftune.pipelines.generate import generate_batches, pixels
 from difftune.reports import figures, pages
@@ -122,7 +122,7 @@ def before_and_after(config: TrainingConfig, pipe: Any, prompts: Sequence[str]) 
 
 def draw(config: TrainingConfig, pipe: Any, prompts: Sequence[str]) -> Tensor:
     """Images (N, 3, H, W) in [0, 1], as a validation draws them."""
-    method = guidance_of(config)
+    method = method_of(config)
     seeds = [config.seed + i for i in range(len(prompts))]
     batches = generate_batches(pipe, prompts, seeds, method, validation.sampling_of(config))
     return torch.cat([batch.images for batch in batches])

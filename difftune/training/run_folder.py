@@ -83,7 +83,7 @@ def claimed_by_main(folder: Path) -> Iterator[Claim | None]:
         yield claim
 
 
-def run(
+def run_in_folder(
     config: Config,
     steps: Steps,
     state: State | None,
@@ -106,7 +106,7 @@ def run(
     rewind(config, done)
     validator = validation.open_validator(config, reward)
     keeper = Keeper(folder, pipe, config.checkpoints_total_limit, done, main)
-    metrics, state = follow(config, steps, keeper, validator, trackers) or (metrics, state)
+    metrics, state = follow_steps(config, steps, keeper, validator, trackers) or (metrics, state)
     if main and state is not None:
         checkpoint.prune(folder, config.checkpoints_total_limit, state.step)  # of a run that was resumed at its end
         save_weights(pipe, state, folder)
@@ -144,7 +144,7 @@ def rewind(config: Config, done: int) -> None:
     process().wait_for_everyone()  # and sees the records as they go on
 
 
-def follow(
+def follow_steps(
     config: Config, steps: Steps, keeper: "Keeper", validator: Any, trackers: Sequence[Any]
 ) -> tuple[dict[str, float], State] | None:
     """The last of the steps, each reported, validated and saved if that is due; None if none was left.

@@ -17,7 +17,7 @@ from difftune.errors import UserError
 from difftune.files import checkpoint, output, records
 from difftune.files.checkpoint import State
 from difftune.files.prompts import read_prompts
-from difftune.lookup import guidance_of, reward_named, reward_weights
+from difftune.lookup import method_of, reward_named, reward_weights
 from difftune.pipelines import lora
 from difftune.pipelines.generate import Sampling, generate_batches, pixels
 from guidance.contract import Guidance
@@ -106,7 +106,7 @@ def open_validator(config: TrainingConfig, reward: Scorer | None) -> Validator |
         return None
     some = validation_prompts(config)
     prompts = [some[i % len(some)] for i in range(config.num_validation_images)]
-    method = guidance_of(config)
+    method = method_of(config)
     return Validator(config, prompts, method, load_scorers(config, reward))
 
 

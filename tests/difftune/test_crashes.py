@@ -62,7 +62,7 @@ def optimized(out: Path, resume: bool) -> None:
         output_dir=str(out),
         resume_from_checkpoint="latest" if resume else None,
     )
-    reno.run(config, quiet, pipelines.sd())
+    reno.optimize_in_folder(config, quiet, pipelines.sd())
 
 
 def searched(out: Path, resume: bool) -> None:
@@ -70,7 +70,7 @@ def searched(out: Path, resume: bool) -> None:
     config = replace(
         config, output_dir=str(out), resume_from_checkpoint="latest" if resume else None, guidance_scale=2.0
     )
-    search.run(config, quiet, pipelines.sd())
+    search.search_in_folder(config, quiet, pipelines.sd())
 
 
 def sampled(out: Path, resume: bool) -> None:
@@ -247,10 +247,10 @@ def rewarded(name: str, out: Path, reward: Stays, resume: bool) -> None:
         train_in_folder(config, quiet, pipelines.sd(), reward)
     if name == "optimize":
         config = RenoConfig(["red"], reward=["brightness"], iterations=3, checkpointing_steps=50, output_dir=str(out))
-        reno.run(replace(config, resume_from_checkpoint=word), quiet, pipelines.sd(), reward)
+        reno.optimize_in_folder(replace(config, resume_from_checkpoint=word), quiet, pipelines.sd(), reward)
     if name == "search":
         config = SearchConfig("dts", ["red"], "tiny", ["brightness"], nfe_budget=40, num_inference_steps=5)
-        search.run(
+        search.search_in_folder(
             replace(config, output_dir=str(out), resume_from_checkpoint="latest" if resume else None),
             quiet,
             pipelines.sd(),
@@ -292,11 +292,13 @@ def test_a_command_that_fails_before_it_has_something_leaves_nothing(name, deep,
     nothing, pipe = str(tmp_path / "nothing"), pipelines.sd() if name in ("train", "optimize") else None
     commands = {
         "train": lambda: train_in_folder(short(AlignPropConfig, out), quiet, pipe, Fails()),
-        "optimize": lambda: reno.run(short(RenoConfig, out, prompt=["red"]), quiet, pipe, Fails()),
-        "search": lambda: search.run(SearchConfig("fk", ["red"], nothing, nfe_budget=8, output_dir=str(out)), quiet),
+        "optimize": lambda: reno.optimize_in_folder(short(RenoConfig, out, prompt=["red"]), quiet, pipe, Fails()),
+        "search": lambda: search.search_in_folder(
+            SearchConfig("fk", ["red"], nothing, nfe_budget=8, output_dir=str(out)), quiet
+        ),
         "sample": lambda: generate(SampleConfig(model=nothing, prompt=["red"], output_dir=str(out))),
-        "eval": lambda: shapeeval.run(EvalConfig(model=nothing, output_dir=str(out))),
-        "compare": lambda: compare.run(CompareConfig(model=nothing, prompt=["red"], output_dir=str(out))),
+        "eval": lambda: shapeeval.run_shapeeval(EvalConfig(model=nothing, output_dir=str(out))),
+        "compare": lambda: compare.compare_methods(CompareConfig(model=nothing, prompt=["red"], output_dir=str(out))),
     }
     with pytest.raises(ERRORS):
         commands[name]()

@@ -28,7 +28,7 @@ def made(tmp_path_factory):
     sd().save_pretrained(model)
     sizes = {"steps": 2, "prompts_per_category": 1, "train_steps": 2, "train_batch": 1}
     budget = run.Budget(str(model), str(model), "brightness", reno_prompts_per_category=1, reno_iterations=2, **sizes)
-    metrics = run.run(folder / "demo", budget=budget)
+    metrics = run.run_demo(folder / "demo", budget=budget)
     return folder / "demo", metrics, budget
 
 
@@ -57,7 +57,7 @@ def test_the_quoted_commands_give_the_same_settings(made, monkeypatch):
 
     budget = made[2]
     seen = []
-    for module, name in ((recipes, "train_in_folder"), (reno_folder, "run")):
+    for module, name in ((recipes, "train_in_folder"), (reno_folder, "optimize_in_folder")):
         monkeypatch.setattr(module, name, lambda config: seen.append(config) or {})
     configs = [
         AlignPropConfig(model=budget.model, reward=["brightness"], guidance_scale=5.0, output_dir="a b", rank=2),
@@ -75,7 +75,7 @@ def test_a_demo_replaces_only_a_demo(tmp_path, made):
     folder.mkdir()
     (folder / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="holds another run"):
-        run.run(folder)
+        run.run_demo(folder)
     assert (folder / "thesis.txt").read_text() == "precious"
 
     earlier = made[0]

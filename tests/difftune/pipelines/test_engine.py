@@ -121,7 +121,7 @@ def test_deterministic_holds_during_the_run_alone(toy, tmp_path, on):
     reward = Watching([])
     list(train(replace(toy, deterministic=on, decode_batch=8), None, pipelines.sd(), reward))
     config = RenoConfig(prompt=PROMPTS[:1], iterations=1, deterministic=on, output_dir=str(tmp_path / "reno"))
-    reno_folder.run(config, [].append, pipelines.sd(), reward)
+    reno_folder.optimize_in_folder(config, [].append, pipelines.sd(), reward)
     assert set(reward.seen) == {on} and len(reward.seen) == 2
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -151,7 +151,7 @@ def test_reno_within_a_budget_is_reno(tmp_path):
 def test_optimize_writes_what_was_resolved(tmp_path):
     said: list[str] = []
     config = RenoConfig(prompt=PROMPTS[:2], iterations=2, output_dir=str(tmp_path / "out"), memory_budget="1GiB")
-    summary = reno_folder.run(config, said.append, pipelines.sd(), Brightness())
+    summary = reno_folder.optimize_in_folder(config, said.append, pipelines.sd(), Brightness())
     assert summary["engine"]["gradient"] == "full" and "full, 2 of 2 images" in summary["engine"]["memory_budget"]
     assert said == [f"{name}: {line}" for name, line in summary["engine"].items()]
 
@@ -266,7 +266,10 @@ def test_offloading_goes_around_the_rollouts_of_recipes_and_of_reno(toy, monkeyp
 
 def test_optimize_says_that_it_offloads(tmp_path):
     config = RenoConfig(prompt=PROMPTS[:1], iterations=1, output_dir=str(tmp_path / "out"), offload=True)
-    assert reno_folder.run(config, [].append, pipelines.sd(), Brightness())["engine"]["offload"] == OFFLOADED
+    assert (
+        reno_folder.optimize_in_folder(config, [].append, pipelines.sd(), Brightness())["engine"]["offload"]
+        == OFFLOADED
+    )
 
 
 @pytest.mark.parametrize("gradient", ["full", "revolve:2", "lean", "adjoint:exact_endpoint"])
@@ -275,7 +278,7 @@ def test_what_cannot_be_offloaded_is_refused_at_once(toy, gradient):
     with pytest.raises(ValueError, match=what):
         next(train(replace(toy, gradient=gradient, offload=True)))
     with pytest.raises(ValueError, match=what):
-        reno_folder.check(RenoConfig(prompt=PROMPTS[:1], gradient=gradient, offload=True))
+        reno_folder.check_optimize(RenoConfig(prompt=PROMPTS[:1], gradient=gradient, offload=True))
     with pytest.raises(ValueError, match=what):
         ReNO(pipelines.sd(), SUM, gradient=gradient, offload=True, num_inference_steps=2)
 
@@ -340,7 +343,7 @@ def test_xformers_runs_where_the_probe_says_so(monkeypatch, toy, tmp_path):
     settings = RenoConfig(
         prompt=["x"], iterations=1, output_dir=str(tmp_path / "r"), enable_xformers_memory_efficient_attention=True
     )
-    summary = reno_folder.run(settings, [].append, pipelines.sd(), Brightness())
+    summary = reno_folder.optimize_in_folder(settings, [].append, pipelines.sd(), Brightness())
     assert summary["engine"]["attention"] == "sdpa (slower)"
 
 

@@ -118,22 +118,22 @@ def test_a_search_is_not_resumed_on_other_weights(model, tmp_path):
     config = SearchConfig(
         "best-of-n", ["red circle"], str(model), output_dir=str(tmp_path / "out"), nfe_budget=6, num_inference_steps=3
     )
-    search.run(config, [].append, models.load(model), Brightness())
+    search.search_in_folder(config, [].append, models.load(model), Brightness())
     retrain(model)
     with pytest.raises(UserError, match=OTHER):
-        search.run(
+        search.search_in_folder(
             replace(config, nfe_budget=12, resume_from_checkpoint="latest"), [].append, models.load(model), Brightness()
         )
 
 
 def test_a_baseline_of_other_weights_is_named(model, tmp_path, capsys):
     small = {"num_inference_steps": 2, "images_per_prompt": 1, "prompts_per_category": 1}
-    shapeeval.run(EvalConfig(model=str(model), output_dir=str(tmp_path / "old"), **small))
+    shapeeval.run_shapeeval(EvalConfig(model=str(model), output_dir=str(tmp_path / "old"), **small))
     baseline = str(tmp_path / "old/eval.json")
-    shapeeval.run(EvalConfig(model=str(model), baseline=baseline, **small))
+    shapeeval.run_shapeeval(EvalConfig(model=str(model), baseline=baseline, **small))
     assert "--baseline" not in capsys.readouterr().err
     retrain(model)
-    found = shapeeval.run(EvalConfig(model=str(model), baseline=baseline, **small))
+    found = shapeeval.run_shapeeval(EvalConfig(model=str(model), baseline=baseline, **small))
     assert found["settings"]["model_digest"] == digest_of(models.load(model))
     said = [line for line in capsys.readouterr().err.splitlines() if "--baseline" in line]
     assert said == [

@@ -58,7 +58,7 @@ def test_each_setting_of_a_noise_has_its_flag_and_reaches_it_by_name(pipe):
 def test_run_writes_pictures_paths_curves_and_the_noise(pipe, tmp_path):
     out, said = tmp_path / "out", []
     config = settings(out, prompt=[*PROMPTS, "red square"], iterations=3, batch_size=2, held_out="contrast")
-    summary = run_folder.run(config, said.append, pipe)
+    summary = run_folder.optimize_in_folder(config, said.append, pipe)
     each = [f"{i:03d}-{when}" for i in range(3) for when in ("after.png", "before.png", "path.gif")]
     assert sorted(p.name for p in out.iterdir()) == sorted(
         [*each, "curves.png", "grid.png", "noise.safetensors", "optimize.json"]
@@ -78,14 +78,14 @@ def test_run_writes_pictures_paths_curves_and_the_noise(pipe, tmp_path):
     with Image.open(out / "curves.png") as curves:
         assert curves.height > curves.width  # four panels
     noise = load_file(out / "noise.safetensors")["noise"]
-    alone = run_folder.run(
+    alone = run_folder.optimize_in_folder(
         replace(config, prompt=["red square"], seed=2, output_dir=str(tmp_path / "b")), said.append, pipe
     )
     assert abs(alone["reward_after"] - summary["prompts"][2]["reward_after"]) < 1e-5
     assert torch.allclose(noise[2:], load_file(tmp_path / "b" / "noise.safetensors")["noise"], atol=1e-5)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     with pytest.raises(UserError, match="holds another run"):
-        run_folder.run(config, said.append, pipe)
+        run_folder.optimize_in_folder(config, said.append, pipe)
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
 
 
@@ -99,7 +99,7 @@ def test_seeds_per_prompt_and_a_webp(pipe, tmp_path):
         optimizer="adam",
         learning_rate=0.5,
     )
-    summary = run_folder.run(config, [].append, pipe)
+    summary = run_folder.optimize_in_folder(config, [].append, pipe)
     assert [(s["prompt"], s["seed"]) for s in summary["prompts"]] == [
         (PROMPTS[0], 0), (PROMPTS[0], 1), (PROMPTS[1], 2), (PROMPTS[1], 3)]  # fmt: skip
     with Image.open(tmp_path / "out" / "003-path.webp") as path:
@@ -120,7 +120,7 @@ def test_a_held_out_reward_that_falls_is_said_with_its_iteration(pipe, tmp_path,
     """In optimize.json, of each sample and of the mean, and in the last line; silent where it does not fall."""
     config, said = settings(tmp_path / "a", reward=["brightness"], iterations=12, held_out="contrast"), []
     monkeypatch.setattr(run_folder, "reward_named", lambda rewards, gradient: Watched())
-    summary = run_folder.run(config, said.append, pipe)
+    summary = run_folder.optimize_in_folder(config, said.append, pipe)
     parting = summary["parting"]
     assert parting["best"] == 2 and parting["rise"] > 0 and parting["drop"] == pytest.approx(parting["rise"], rel=1e-3)
     assert said[-1].startswith("contrast fell while the reward rose: over-optimised since evaluation 2")
@@ -129,7 +129,9 @@ def test_a_held_out_reward_that_falls_is_said_with_its_iteration(pipe, tmp_path,
     assert summary["held_out_before"] == pytest.approx((curves[0][0] + curves[1][0]) / 2)
     assert summary["held_out_after"] < summary["held_out_before"]
     said.clear()
-    down = run_folder.run(replace(config, reward=["brightness=-1"], output_dir=str(tmp_path / "b")), said.append, pipe)
+    down = run_folder.optimize_in_folder(
+        replace(config, reward=["brightness=-1"], output_dir=str(tmp_path / "b")), said.append, pipe
+    )
     assert down["parting"] is None and not [line for line in said if "fell" in line]
 
 
@@ -137,7 +139,7 @@ def test_half_precision_is_of_the_networks_alone(model, tmp_path):
     found = {}
     for kind in ("no", "bf16"):
         config = settings(tmp_path / kind, model=str(model), mixed_precision=kind, iterations=3, num_inference_steps=4)
-        found[kind] = run_folder.run(config, [].append), load_file(tmp_path / kind / "noise.safetensors")
+        found[kind] = run_folder.optimize_in_folder(config, [].append), load_file(tmp_path / kind / "noise.safetensors")
     (exact, noise), (half, same) = found["no"], found["bf16"]
     assert torch.equal(same["noise_before"].bfloat16(), noise["noise_before"].bfloat16())
     assert same["noise"].dtype == torch.float32 and not torch.equal(same["noise"], noise["noise"])
@@ -158,7 +160,7 @@ def test_an_interrupted_run_goes_on_to_the_same_files(pipe, tmp_path, monkeypatc
     """It breaks in the second of two batches; what is written after resuming is what an unbroken run writes."""
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     config = settings(broken, iterations=4, batch_size=1, checkpointing_steps=2, held_out="contrast")
-    run_folder.run(replace(config, output_dir=str(whole)), [].append, pipe)
+    run_folder.optimize_in_folder(replace(config, output_dir=str(whole)), [].append, pipe)
     save, count = run_folder.checkpoint.save, []
 
     def breaking(*args, **kwargs):
@@ -168,16 +170,16 @@ def test_an_interrupted_run_goes_on_to_the_same_files(pipe, tmp_path, monkeypatc
 
     monkeypatch.setattr(run_folder.checkpoint, "save", breaking)
     with pytest.raises(KeyboardInterrupt):
-        run_folder.run(config, [].append, pipe)
+        run_folder.optimize_in_folder(config, [].append, pipe)
     monkeypatch.setattr(run_folder.checkpoint, "save", save)
     assert [p.name for p in broken.iterdir()] == ["checkpoints"]
     with pytest.raises(UserError, match="unfinished run: go on with --resume_from_checkpoint latest"):
-        run_folder.run(config, [].append, pipe)
+        run_folder.optimize_in_folder(config, [].append, pipe)
     going_on = replace(config, resume_from_checkpoint="latest")
     with pytest.raises(UserError, match="made with seed=0, not 1"):
-        run_folder.run(replace(going_on, seed=1), [].append, pipe)
+        run_folder.optimize_in_folder(replace(going_on, seed=1), [].append, pipe)
     said = []
-    run_folder.run(going_on, said.append, pipe)
+    run_folder.optimize_in_folder(going_on, said.append, pipe)
     assert "batch 0: resuming from iteration 4" in said and "batch 1: resuming from iteration 2" in said
     names = sorted(p.name for p in whole.iterdir())
     assert sorted(p.name for p in broken.iterdir()) == names
@@ -203,7 +205,7 @@ def test_sigterm_saves_the_iteration_that_is_under_way(pipe, tmp_path, monkeypat
 
     monkeypatch.setattr(optimizer.ReNO, "_live", live)
     with pytest.raises(SystemExit) as stopped:
-        run_folder.run(config, [].append, pipe)
+        run_folder.optimize_in_folder(config, [].append, pipe)
     assert stopped.value.code == 143
     assert [p.name for p in (tmp_path / "out" / "checkpoints" / "000").iterdir()] == ["checkpoint-2"]
 
@@ -257,7 +259,7 @@ def test_a_picture_has_the_size_of_the_papers_setting(pipe, tmp_path, monkeypatc
     (tmp_path / "picture.png").write_bytes(png(torch.rand(24, 24, 3).numpy()))
     config = settings(tmp_path / "out", start=str(tmp_path / "picture.png"), setting="sd-turbo", inversion_steps=2,
                       iterations=1)  # fmt: skip
-    run_folder.run(config, [].append, pipe)
+    run_folder.optimize_in_folder(config, [].append, pipe)
     assert load_file(tmp_path / "out" / "noise.safetensors")["noise_before"].shape == (2, 4, 12, 12)
 
 
@@ -266,7 +268,7 @@ def test_a_run_begins_with_a_picture_or_with_a_noise(pipe, tmp_path):
     (tmp_path / "small.png").write_bytes(png(torch.rand(8, 8, 3).numpy()))
     config = settings(tmp_path / "a", start=str(tmp_path / "picture.png"), inversion_steps=3, iterations=2,
                       max_distance=0.1, variables="both", num_inference_steps=2)  # fmt: skip
-    run_folder.run(config, [].append, pipe)
+    run_folder.optimize_in_folder(config, [].append, pipe)
     first = load_file(tmp_path / "a" / "noise.safetensors")
     expected = run_folder.configured(config, pipe, None).inverted(
         read_picture(tmp_path / "picture.png")[None], PROMPTS[0], 3
@@ -274,13 +276,13 @@ def test_a_run_begins_with_a_picture_or_with_a_noise(pipe, tmp_path):
     assert torch.allclose(first["noise_before"][0], expected[0], atol=1e-5)
     assert first["embedding"].shape == (2, 16, 16)
     plain = settings(tmp_path / "b", iterations=2)
-    run_folder.run(plain, [].append, pipe)
+    run_folder.optimize_in_folder(plain, [].append, pipe)
     onwards = replace(plain, start=str(tmp_path / "b" / "noise.safetensors"), output_dir=str(tmp_path / "c"))
-    run_folder.run(onwards, [].append, pipe)
+    run_folder.optimize_in_folder(onwards, [].append, pipe)
     made = [load_file(tmp_path / name / "noise.safetensors") for name in "bc"]
     assert torch.equal(made[1]["noise_before"], made[0]["noise"])
     with pytest.raises(UserError, match="is 8 x 8 pixels, and the model makes 16 x 16"):
-        run_folder.run(
+        run_folder.optimize_in_folder(
             replace(plain, start=str(tmp_path / "small.png"), output_dir=str(tmp_path / "d")), [].append, pipe
         )
 
@@ -308,6 +310,6 @@ def test_a_run_begins_with_a_picture_or_with_a_noise(pipe, tmp_path):
 def test_bad_settings_are_one_sentence_and_nothing_is_written(pipe, tmp_path, more, what):
     with pytest.raises(ValueError, match=what) as error:
         config = settings(tmp_path / "out", **{"reward": ["brightness"], **more})
-        run_folder.run(config, pipe=None if "model" in more else pipe)
+        run_folder.optimize_in_folder(config, pipe=None if "model" in more else pipe)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -501,7 +501,7 @@ def config(folder, method="fk", **options) -> SearchConfig:
 
 
 def run(pipe, config):
-    return command.run(config, lambda line: None, pipe, Left())
+    return command.search_in_folder(config, lambda line: None, pipe, Left())
 
 
 class Killed(Exception):
