@@ -43,7 +43,7 @@ def ddim_inversion(
 
 
 def _reread(p: Prediction, x: Tensor, now: Noise, space: str) -> Prediction:
-    """The network's own words, said of another level, as (x0, eps) of x at `now`."""
+    """The network's output at another level, as (x0, eps) of x at `now`."""
     x = widen(x)
     if space == "flow":
         x0 = (x - now.sigma * (p.eps - p.x0)) / (now.alpha + now.sigma)
@@ -80,8 +80,8 @@ def edit(
     target: Mapping[str, Cond],
     levels: Sequence[Noise],
 ) -> Tensor:
-    """The latents (B, ...) with the target's description in place of the source's: inverted under the one, sampled
-    under the other, with the same method. source == target is reconstruction."""
+    """Edit latents (B, ...): invert them under the source's conditions, and sample under the target's, with the same
+    method. With source == target this reconstructs them."""
     noisy = invert(guided(denoise, guidance, source), latents, levels)
     *_, end = sample(euler, guided(denoise, guidance, target), noisy, levels)
     return end.x

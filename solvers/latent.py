@@ -28,7 +28,7 @@ from solvers.samplers.catalogue import Generators
 
 @dataclass(frozen=True)
 class NetworkDenoiser:
-    """A diffusers network as a Denoiser; `dataclasses.replace(denoiser, network=weak)` is one of another network."""
+    """A diffusers network as a Denoiser; `dataclasses.replace(denoiser, network=weak)` has another network."""
 
     network: Any
     family: Family
@@ -122,7 +122,7 @@ class LatentModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the pipeline runs, also under offloading."""
+        """The device that the pipeline runs on, also under offloading."""
         return execution_device(self.pipe)
 
     @property
@@ -140,7 +140,7 @@ class LatentModel:
         return levels_of(self.pipe.scheduler, steps, **{**laid_out, **options})
 
     def start_scale(self, levels: Sequence[Noise]) -> float:
-        """What multiplies `noise` at the first of the levels, as the pipeline starts: see `levels.start_scale`."""
+        """The factor of `noise` at the first level, as the pipeline starts: see `levels.start_scale`."""
         return start_scale(self.pipe.scheduler, levels)
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
@@ -242,8 +242,8 @@ class LatentModel:
 
 @contextmanager
 def _tiles(vae: Any, again: bool) -> Iterator[None]:
-    """Within, the VAE decodes by tiles, each recomputed on the way back if `again`: not with weights that are lent to
-    it, which are gone by then."""
+    """Inside, the VAE decodes tile by tile. `again`: each tile is recomputed in the backward pass; not for weights that
+    are lent to the VAE, which are gone by then."""
     before, own = vae.use_tiling, vars(vae.decoder).get("forward")
     vae.use_tiling, forward = True, vae.decoder.forward
     vae.decoder.forward = partial(checkpoint, forward, use_reentrant=False) if again else forward

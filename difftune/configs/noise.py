@@ -21,7 +21,7 @@ class RenoConfig(Config):
     output_dir: str = "runs/reno"
     """Folder of the result. It must be empty, unless the run is resumed."""
     iterations: Count = 50
-    """Images made for each prompt; the noise is updated between them, one time less."""
+    """Images made for each prompt; the noise is updated after each but the last."""
     seed: Seed = 0
     """Seed of the first noise; noise i has seed + i, whatever the batch."""
     batch_size: Count = 8
@@ -30,8 +30,8 @@ class RenoConfig(Config):
     num_inference_steps: Steps = 1
     """Sampler steps of an image."""
     sampler: str = "euler"
-    """Sampler that is differentiated: one of `difftune methods`; euler is DDIM. The noise of a stochastic one is drawn
-    once and stays."""
+    """Sampler that is differentiated: one of `difftune methods`; euler is DDIM. A stochastic sampler's own noise is
+    drawn once and kept."""
     guidance: str = "none"
     """Guidance method: one of `difftune methods`; distilled few-step models want none."""
     guidance_scale: float | None = None
@@ -70,8 +70,8 @@ class RenoConfig(Config):
     regularization_weight: NotNegative = 0.01
     """Weight of the regulariser."""
     regularizer: Literal["chi", "spectral", "dno"] = "chi"
-    """Minus a log density of Gaussian noise: of its norm (chi), of its spectrum too (spectral), or of its blocks
-    (dno)."""
+    """Minus the log density that Gaussian noise gives to the noise's norm (chi), to its norm and spectrum
+    (spectral), or to its blocks (dno)."""
     normalize: bool = False
     """Divide each reward by the width of its nominal range, so that weights compare."""
     held_out: str | None = None
@@ -88,8 +88,8 @@ class RenoConfig(Config):
     inversion_steps: Steps = 50
     """Steps of that inversion."""
     max_distance: NotNegative | None = None
-    """Keep the noise, and the embedding, this near to where they began, as a share of the norm there. If not given:
-    they are free."""
+    """Largest distance of the noise, and of the embedding, from where they began, as a share of the norm there. If
+    not given: no limit."""
     setting: Literal["sd-turbo", "sdxl-turbo", "pixart-dmd", "hyper-sdxl", "flux-schnell"] | None = None
     """The paper's settings for a model. If not given: by the model's id."""
     embedded_guidance: float | None = None

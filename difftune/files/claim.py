@@ -35,16 +35,16 @@ class Claim:
         return sorted(path.name for path in self.path.iterdir() if path.name != LOCK)
 
     def note(self, *names: str) -> None:
-        """Say that these, so far as they are not there, will be written, and are worth nothing unless the run ends."""
+        """Note names that will be written: those that are not there yet are removed unless the run ends."""
         new = [name for name in names if name not in self.noted and not (self.path / name).exists()]
         if new:
             self._tell({"writes": new})
             self.noted += new
 
     def keep(self, *names: str) -> None:
-        """Say that what was written under these names, or all of it, is worth keeping: the run can go on from it."""
+        """Keep what was written under these names, or all of it, if the run fails: it can go on from there."""
         kept = set(names or self.noted) & set(self.noted)
-        self.noted = [name for name in self.noted if name not in kept]  # even if the disk takes no word of it
+        self.noted = [name for name in self.noted if name not in kept]  # even if the disk is full
         if kept:
             self._tell({"keeps": sorted(kept)})
 
@@ -173,7 +173,7 @@ def _refused(path: Path, error: Exception) -> UserError:
 
 
 def _told(path: Path) -> list[dict[str, Any]]:
-    """What was told to the folder's lock file; a line that was torn says nothing."""
+    """The records in the folder's lock file; a torn line is left out."""
     found: list[Any] = []
     for line in (path / LOCK).read_bytes().split(b"\n"):
         with suppress(ValueError):

@@ -62,7 +62,7 @@ def list_captioned(folder: str | Path, caption: str | None = None) -> list[Pictu
 
 
 def read_fitted(path: Path, height: int, width: int) -> Tensor:
-    """The picture (3, height, width) in [0, 1]: resized (antialiased bicubic) until it covers that, and its centre."""
+    """The picture as (3, height, width) in [0, 1]: resized (antialiased bicubic) to cover that size, then cropped."""
     image = read_picture(path)[None]
     scale = max(height / image.shape[2], width / image.shape[3])
     size = [max(side, round(scale * of)) for side, of in zip((height, width), image.shape[2:], strict=True)]
@@ -118,7 +118,7 @@ def _beside(path: Path) -> str | None:
 
 
 def read_picture(path: str | Path) -> Tensor:
-    """The picture of a file, (3, H, W) in [0, 1], upright as its camera noted it."""
+    """The picture of a file, (3, H, W) in [0, 1], turned as its EXIF orientation says."""
     try:
         with Image.open(path) as image:
             x = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), np.float32) / 255

@@ -1,7 +1,7 @@
 """Named changes inside a network's forward pass, each a context: patch(network, *settings), settings as text.
 
-They are found by the names of modules and undone when the context ends, also by an exception. `UNET_PATCHES` are those
-of the UNets of Stable Diffusion; their default place is the middle block, and so it is in a transformer.
+Modules are found by their names; the change is undone when the context ends, also by an exception. `UNET_PATCHES` are
+those of the UNets of Stable Diffusion, by default in the middle block, as they are in a transformer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,7 +102,7 @@ class Values:
 
 @contextmanager
 def skipped_blocks(network: nn.Module, layers: str = "") -> Iterator[None]:
-    """SLG: transformer blocks that hand on what they are given."""
+    """SLG: transformer blocks that return their input."""
     with ExitStack() as stack:
         for block in places(network, layers, BasicTransformerBlock):
             stack.enter_context(replaced(block, "forward", _passed_on))
@@ -302,7 +302,7 @@ def middle_of(network: nn.Module) -> str:
 def skipped_depth(
     network: nn.Module, layers: str = "", *, pass_on: Callable[..., Any], default: str = ""
 ) -> Iterator[None]:
-    """SLG of a transformer: blocks that hand on what they are given. `default`: where the network is deep enough."""
+    """SLG of a transformer: blocks that return their input. `default`: those to skip, if the network is deep enough."""
     found = blocks_of(network)
     usual = default if found.keys() >= set(default.split(",")) else middle_of(network)
     with ExitStack() as stack:

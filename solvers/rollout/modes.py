@@ -51,7 +51,7 @@ def rollout(
     gradient: str = "checkpoint",
     noise: Sequence[Tensor] | Tensor | None = None,
 ) -> Path:
-    """The end of a run from x, connected to x, to the conditions and to the parameters in `predict.tensors`.
+    """Run the sampler from x to its end, differentiable in x, the conditions and the parameters in `predict.tensors`.
 
     gradient: "full" keeps every graph; "checkpoint" recomputes each network call, and its gradients are the same bits;
     "truncated:K" or "truncated:K:STYLE" lets only some steps carry gradient, in a style of `truncated.STYLES`.
@@ -60,8 +60,8 @@ def rollout(
     noise: one tensor a step, for stochastic steps; drawn outside, since a recomputed region cannot draw it again.
 
     Raises ValueError if nothing that the run depends on requires grad (outside of `torch.no_grad`), for a leaf that
-    requires grad and is not in `predict.tensors`, for a scheduler as a step, and for a generator in it; backward does
-    where the network changed in the meantime.
+    requires grad and is not in `predict.tensors`, for a scheduler as a step, and for a generator in it; the backward
+    pass raises it if the network has changed in the meantime.
     """
     if step is not None:
         check_step(step)
