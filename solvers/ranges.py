@@ -70,7 +70,7 @@ class Ranged:
                 raise UserError(_unknown(name, vars(self)[name], known))
         for name, within in ranges(type(self)).items():  # type: ignore[arg-type]
             kinds = numbers_alone(type(self)).get(name)  # type: ignore[arg-type]
-            if kinds and not isinstance(vars(self)[name], kinds):
+            if kinds and (not isinstance(vars(self)[name], kinds) or isinstance(vars(self)[name], bool)):
                 raise UserError(f"{name} is {str(vars(self)[name])[:60]!r}: it must be a number")
             check(name, vars(self)[name], within)
 

@@ -11,7 +11,7 @@ from rewards.registry import unknown
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FILE_SETTINGS = "difftune.guidance"  # where a context keeps the guidance.KEY of its file
-NULL = "tag:yaml.org,2002:null"
+NULL, FLOAT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:float"
 INFINITE = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}  # as YAML writes them: as flags do
 PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp", "map", "seq")}
 
@@ -28,10 +28,11 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
     defaults: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for key, value in _mapping(path).items():
-        if key == "guidance_options" and dotted:
-            settings |= _options(path, value)
-        elif key.startswith("guidance.") and dotted:
-            settings[key.removeprefix("guidance.")] = value
+        if dotted and (key == "guidance_options" or key.startswith("guidance.")):
+            added = _options(path, value) if key == "guidance_options" else {key.removeprefix("guidance."): value}
+            if both := added.keys() & settings.keys():
+                raise click.UsageError(f"{path}: guidance.{min(both)} is given twice: give it once")
+            settings |= added
         elif key not in names:
             raise click.UsageError(f"{path}: {unknown('key', key, names)}")
         elif names[key].name in defaults:
@@ -81,7 +82,8 @@ def _value(path: str, node: Any, seen: set[int]) -> Any:
     seen.add(id(node))
     if isinstance(node, yaml.ScalarNode):
         check_text(node.value)
-        return None if node.tag == NULL else INFINITE.get(node.value.lower(), node.value)
+        named = INFINITE if node.tag == FLOAT else {}
+        return None if node.tag == NULL else named.get(node.value.lower(), node.value)
     if isinstance(node, yaml.SequenceNode):
         return [_value(path, inner, seen) for inner in node.value]
     found: dict[str, Any] = {}
@@ -104,7 +106,7 @@ def _options(path: str, value: Any) -> dict[str, Any]:
 
 def _text(path: str, key: str, value: Any) -> str:
     """What would stand after the flag."""
-    if isinstance(value, list | dict):
+    if not isinstance(value, str):
         raise click.UsageError(f"{path}: {key} takes one value, not {value}")
     return value
 

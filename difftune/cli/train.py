@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from difftune.cli import options as o
 from difftune.cli.checks import spoken
@@ -87,13 +88,17 @@ def _search() -> click.Command:
 
 def configured(ctx: click.Context, config: type) -> Any:
     """The Config that file and flags describe."""
-    flags = {f.name: ctx.params[f.name] for f in fields(config)}
-    flags |= {f.name: list(flags[f.name]) or f.default for f in fields(config) if isinstance(flags[f.name], tuple)}
+    given = {f.name: ctx.params[f.name] for f in fields(config) if not _by_default(ctx, f.name)}
+    flags = vars(config()) | {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
     if "prompt" in flags:
         spoken(flags["prompt"])
     name, settings = guidance_of(ctx)
     scale = settings.pop("scale", None)
     return config(**flags | {"guidance": name, "guidance_scale": scale, "guidance_options": settings})
+
+
+def _by_default(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is ParameterSource.DEFAULT
 
 
 for _name, _recipe in RECIPES.items():

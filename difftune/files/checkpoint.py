@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from difftune.configs.fields import with_one_scale
 from difftune.errors import RunError, UserError
 from difftune.files.output import remove, whole_folder, written
 
@@ -130,6 +131,7 @@ def same_settings(now: Mapping[str, Any], then: Mapping[str, Any], free: Contain
 
     They are compared as JSON holds them, to which a tuple is a list. free: the names of those that may differ.
     """
+    then = with_one_scale(then)
     for name, value in json.loads(json.dumps(now)).items():
         if name not in free and then.get(name) != value:
             raise UserError(f"the checkpoint was made with {name}={then.get(name)!r}, not {value!r}: resume with that")

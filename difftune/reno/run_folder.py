@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from difftune import processes
 from difftune.configs.noise import RenoConfig
+from difftune.configs.written import CONFIG, settings_yaml
 from difftune.errors import DiskError, UserError
 from difftune.files import checkpoint
 from difftune.files.checkpoint import Say, State
@@ -40,7 +41,7 @@ from rewards.registry import Reward, entry
 from solvers.latent import LatentModel
 
 CHECKPOINTS, RESULT = "checkpoints", "optimize.json"
-OWN = re.compile(r"\d{3}-(before|after)\.png|\d{3}-path\.(gif|webp)|grid\.png|curves\.png|noise\.safetensors")
+OWN = re.compile(r"\d{3}-(before|after)\.png|\d{3}-path\.(gif|webp)|(grid|curves)\.png|noise\.safetensors|config\.yaml")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FREE = {"iterations", "checkpointing_steps", "resume_from_checkpoint", "output_dir", "animation"}  # of a resumed run
 FRAMES = 50  # of an animation, at most
@@ -71,7 +72,7 @@ def optimize_in_folder(
             return json.loads((claim.path / RESULT).read_text("utf-8"))
         prepare(claim, config)
         summary, found = optimised_all(config, claim, say, pipe, reward)
-        claim.results([*files(config, found), (RESULT, as_json(summary))])
+        claim.results([*files(config, found), (CONFIG, settings_yaml(config)), (RESULT, as_json(summary))])
         claim.end(CHECKPOINTS)
     if summary.get("parting"):
         say(f"{config.held_out} fell while the reward rose: {summary['parting']['says']}")

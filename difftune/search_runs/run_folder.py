@@ -18,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from difftune import processes
+from difftune.configs.fields import with_one_scale
 from difftune.configs.search import SearchConfig
+from difftune.configs.written import CONFIG, settings_yaml
 from difftune.errors import DiskError, RunError, UserError
 from difftune.files.checkpoint import Say
 from difftune.files.claim import Claim, claimed
@@ -63,7 +65,7 @@ def search_in_folder(
         found = follow_search(started(config, earlier, pipe, reward), config, claim.path, say)
         summary = {**summarised(config, found), "seconds": round(time.perf_counter() - began, 3)}
         summary["versions"] = versions()
-        claim.results([*files(config, found), (RESULT, as_json(summary))])
+        claim.results([*files(config, found), (CONFIG, settings_yaml(config)), (RESULT, as_json(summary))])
         claim.end()
     return summary
 
@@ -214,7 +216,7 @@ def finished(result: Path) -> dict[str, Any] | None:
 def settings_in(about: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a state or a search.json was written with, by the names of today; the default for one that did
     not exist yet."""
-    before = {FORMER.get(name, name): value for name, value in about["settings"].items()}
+    before = with_one_scale({FORMER.get(name, name): value for name, value in about["settings"].items()})
     return {name: before.get(name, default) for name, default in comparable(SearchConfig()).items()}
 
 

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from difftune.errors import DiskError, UserError
+from difftune.configs.written import CONFIG, settings_yaml
+from difftune.errors import DiskError, RunError, UserError
 from difftune.files import checkpoint, records
 from difftune.files.checkpoint import Say, State
 from difftune.files.claim import LOCK, Claim, claimed
@@ -30,7 +30,7 @@ from guidance.methods.catalogue import GUIDANCE
 from rewards.errors import NotFinite
 from rewards.monitor import Parting
 
-CONFIG, METRICS, CARD = "config.yaml", "metrics.jsonl", "README.md"
+METRICS, CARD = "metrics.jsonl", "README.md"
 REPORT = "report.html"
 Config = Any  # a recipe's dataclass: output_dir, max_train_steps, checkpointing_steps, checkpoints_total_limit, ...
 Steps = Iterator[tuple[dict[str, float], State]]
@@ -107,6 +107,7 @@ def run_in_folder(
     validator = validation.open_validator(config, reward)
     keeper = Keeper(folder, pipe, config.checkpoints_total_limit, done, main)
     metrics, state = follow_steps(config, steps, keeper, validator, trackers) or (metrics, state)
+    check_stepped(state)
     if main and state is not None:
         checkpoint.prune(folder, config.checkpoints_total_limit, state.step)  # of a run that was resumed at its end
         save_weights(pipe, state, folder)
@@ -129,6 +130,15 @@ def gained(config: Config) -> dict[str, float]:
     names = {"reward_mean": "validation", "held_out_mean": "held_out"}
     pairs = {name: [r[key] for r in found if key in r] for key, name in names.items()}
     return {f"{name}_{end}": v[i] for name, v in pairs.items() if v for end, i in (("first", 0), ("last", -1))}
+
+
+def check_stepped(state: State | None) -> None:
+    """RunError where every optimiser step was skipped: what would be saved was never trained."""
+    if state is not None and state.step and state.info["skipped"] >= state.step:
+        raise RunError(
+            f"no optimiser step was taken: all {state.step} were skipped, for the reasons above, and the weights are as"
+            " they were; look at the model and the reward, then begin in another --output_dir"
+        )
 
 
 def rewind(config: Config, done: int) -> None:
@@ -298,15 +308,6 @@ def resolving(config: Config, show: Say | None) -> Say:
             write(Path(config.output_dir) / CONFIG, "".join(lines) + settings_yaml(config))
 
     return say
-
-
-def settings_yaml(config: Config) -> str:
-    """The settings with the keys of the flags, as `--config` reads them."""
-    settings = asdict(config)
-    del settings["resume_from_checkpoint"]
-    options = {f"guidance.{key}": value for key, value in settings.pop("guidance_options").items()}
-    given = {key: value for key, value in settings.items() if value is not None}
-    return yaml.safe_dump(given | options, sort_keys=False, allow_unicode=True)
 
 
 def report(folder: Path, metrics: dict[str, float], trackers: Sequence[Any], bar: Any) -> None:

@@ -161,8 +161,11 @@ class Fuzzer:
         yield "rewards serve", ["rewards", "serve", "brightness"]
 
     def _with(self, name: str, *words: str) -> list[str]:
-        """A command with further flags, which win over those that it has."""
-        base = self.bases[name]
+        """A command with further flags in place of those that it has."""
+        base = list(self.bases[name])
+        for flag in {word.partition("=")[0] for word in words} & set(base):
+            first = base.index(flag)
+            del base[first : first + 2]
         cut = base.index("--") if "--" in base else len(base)
         return [*base[:cut], *words, *base[cut:]]
 

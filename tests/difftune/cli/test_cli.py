@@ -283,7 +283,7 @@ def test_every_field_is_a_flag_with_help_and_its_default(config):
 
 def test_a_config_file_of_every_key_is_read_back(tmp_path, monkeypatch):
     import difftune.recipes
-    from difftune.training.run_folder import settings_yaml
+    from difftune.configs.written import settings_yaml
 
     seen = []
     monkeypatch.setattr(difftune.recipes, "train_in_folder", lambda config: seen.append(config) or {})

@@ -61,7 +61,7 @@ def test_run_writes_pictures_paths_curves_and_the_noise(pipe, tmp_path):
     summary = run_folder.optimize_in_folder(config, said.append, pipe)
     each = [f"{i:03d}-{when}" for i in range(3) for when in ("after.png", "before.png", "path.gif")]
     assert sorted(p.name for p in out.iterdir()) == sorted(
-        [*each, "curves.png", "grid.png", "noise.safetensors", "optimize.json"]
+        [*each, "config.yaml", "curves.png", "grid.png", "noise.safetensors", "optimize.json"]
     )
     assert json.loads((out / "optimize.json").read_text()) == summary
     assert summary["reward_after"] >= summary["reward_before"] and len(summary["prompts"][2]["history"]) == 3
@@ -184,7 +184,7 @@ def test_an_interrupted_run_goes_on_to_the_same_files(pipe, tmp_path, monkeypatc
     names = sorted(p.name for p in whole.iterdir())
     assert sorted(p.name for p in broken.iterdir()) == names
     for name in names:
-        if name != "optimize.json":  # which has the seconds and the folder
+        if name not in ("optimize.json", "config.yaml"):  # which have the seconds and the folder
             assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
     found = [json.loads((folder / "optimize.json").read_text()) for folder in (broken, whole)]
     assert found[0]["prompts"] == found[1]["prompts"]

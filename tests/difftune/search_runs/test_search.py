@@ -623,6 +623,7 @@ def test_what_is_written(pipe, tmp_path):
     assert json.loads((tmp_path / "out" / "search.json").read_text()) == json.loads(json.dumps(found))
     names = {"00000-seed0.png", "00001-seed1.png", "grid.png", "00000-lineage.png", "00001-lineage.png"}
     assert {f.name for f in (tmp_path / "out").iterdir()} == names | {
+        "config.yaml",
         "samples.safetensors",
         "search.json",
         "state.safetensors",

@@ -1,0 +1,34 @@
+"""A Config as the YAML file that `--config` reads back: the same settings, and so the same bits."""
+
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+CONFIG = "config.yaml"  # in the folder of every run whose settings are a Config
+OF_A_FOLDER = ("resume", "resume_from_checkpoint")  # whether a run goes on: no setting of a new one
+
+
+def settings_yaml(config: Any) -> str:
+    """The settings of a Config with the keys of the flags; those that are None are left out."""
+    settings = {name: value for name, value in asdict(config).items() if name not in OF_A_FOLDER}
+    options = {f"guidance.{key}": _plain(value) for key, value in settings.pop("guidance_options", {}).items()}
+    given = {name: _plain(value) for name, value in settings.items() if value is not None}
+    return yaml.dump(given | options, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes texts with a line end beside the newline in quotes, escaped: a reader takes them all for newlines."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    quoted = any(end in text for end in "\r\x85\u2028\u2029")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, '"' if quoted else None)
+
+
+Dumper.add_representer(str, _text)
+
+
+def _plain(value: Any) -> Any:
+    """As YAML has it: a tuple is a list."""
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
