@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from difftune import models
 from difftune.errors import UserError
 from guidance.contract import Guidance
-from guidance.guided import guided
+from guidance.guided import GuidedPredict, guided
 from guidance.methods.catalogue import (
     GFCG,
     GUIDANCE,
@@ -50,6 +50,15 @@ class Equipped(NamedTuple):
 
     method: Callable[[Prompts], Any]  # prompts -> the method for a batch of them; it loads and encodes nothing
     networks: Mapping[str, Any]  # those beside the pipeline's own, by the names that the method uses
+
+
+def guided_by(
+    model: LatentModel, equipped: Equipped, texts: Prompts, conds: Mapping[str, Cond], counter: Any = None
+) -> GuidedPredict:
+    """What a solver calls for rows with these prompts and conditions, the networks of the method among its own."""
+    predict = guided(model.denoiser, equipped.method(texts), conds, counter=counter)
+    others = {name: replace(model.denoiser, network=network) for name, network in equipped.networks.items()}
+    return replace(predict, networks={**predict.networks, **others})
 
 
 def fixed(method: Any, networks: Mapping[str, Any] | None = None) -> Equipped:

@@ -16,11 +16,10 @@ from torch import Tensor
 from difftune.errors import RunError
 from difftune.lookup import sampler_named
 from difftune.pipelines.engine import bound_mode, frozen, held, moving, plan_for, probe_step, scores_of, step_of
+from difftune.pipelines.method_parts import Equipped, guided_by
 from difftune.reno.regularizers import REGULARIZERS
 from difftune.reno.settings import NoiseSettings, Variables
-from guidance.contract import Guidance
-from guidance.guided import GuidedPredict, guided
-from guidance.methods.catalogue import Plain
+from guidance.guided import GuidedPredict
 from rewards.checks import checked
 from rewards.compose import WeightedSum
 from solvers.denoiser import Cond, widen
@@ -131,6 +130,7 @@ class Objective:
     reward: WeightedSum
     watched: Any  # a reward that is not optimised, or None
     prompts: list[str]
+    equipped: Equipped  # the guidance method with all that it needs
     conds: Mapping[str, Cond]
     unknowns: Unknowns
     fixed: list[Tensor] | None  # what a stochastic sampler adds: drawn once, else the objective is random
@@ -207,8 +207,7 @@ class Objective:
         conds = {branch: {key: value[rows] for key, value in cond.items()} for branch, cond in self.conds.items()}
         if self.unknowns.of != "noise":
             conds["cond"] = {**conds["cond"], EMBEDDING: self.unknowns.embedding_of(z, rows)}
-        guidance: Guidance = self.settings.guidance or Plain()
-        return guided(self.model.denoiser, guidance, conds)
+        return guided_by(self.model, self.equipped, [self.prompts[i] for i in rows.tolist()], conds)
 
     def planned(self) -> Plan:
         """The plan for the memory budget, from one step for the first sample."""

@@ -21,6 +21,7 @@ from difftune.errors import UserError
 from difftune.files.checkpoint import State
 from difftune.lookup import at_least, reward_named, reward_weights, sampler_named
 from difftune.pipelines.engine import one_at_a_time, wants_noise
+from difftune.pipelines.method_parts import equip, guided_by
 from difftune.reno.named import Rewards, needs_gradient, sized, weights_over_ranges
 from difftune.reno.objective import Iteration, Objective, Unknowns, embeddings
 from difftune.reno.paper import levels_at, setting_of
@@ -28,7 +29,6 @@ from difftune.reno.progress import Progress, beginning, chosen, of_state
 from difftune.reno.results import START, Live, Result, result
 from difftune.reno.settings import NoiseSettings
 from difftune.reno.zero_order import ranked, started
-from guidance.guided import guided
 from guidance.invert import invert
 from guidance.methods.catalogue import Plain
 from solvers.latent import Generators, LatentModel
@@ -108,7 +108,7 @@ class ReNO(NoiseSettings):
         model = LatentModel(self.pipe, self.embedded_guidance)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         conds = model.encode(texts, height=images.shape[2], width=images.shape[3])
-        predict = guided(model.denoiser, self.guidance or Plain(), conds)
+        predict = guided_by(model, equip(self.pipe, self.guidance or Plain()), texts, conds)
         levels = model.levels(num_inference_steps, *images.shape[2:])
         x = invert(predict, model.encode_images(images.to(model.device)), levels).x
         return x / model.start_scale(levels)
@@ -232,7 +232,10 @@ class ReNO(NoiseSettings):
         watched = None if self.held_out is None else reward_named(self.held_out, gradient=False)
         batch = len(prompts) * self.candidates
         whole = Plan(self.gradient or "checkpoint", batch, batch, decode_batch=self.decode_batch)
-        objective = Objective(self, model, reward, watched, prompts, conds, unknowns, fixed, levels, scale, whole)
+        equipped = equip(self.pipe, self.guidance or Plain())
+        objective = Objective(
+            self, model, reward, watched, prompts, equipped, conds, unknowns, fixed, levels, scale, whole
+        )
         with torch.enable_grad():
             plan = objective.planned()
         reward = one_at_a_time(reward, plan) if needs_gradient(self.update) else reward

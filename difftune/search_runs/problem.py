@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from difftune.pipelines.method_parts import Equipped, equip, fixed
+from difftune.pipelines.method_parts import Equipped, equip, fixed, guided_by
 from difftune.search_runs.experts import Expert, fitting
 from guidance.branches import Counter
 from guidance.contract import Guidance
-from guidance.guided import GuidedPredict, guided
+from guidance.guided import GuidedPredict
 from guidance.methods.cfg import Plain
 from guidance.search.problem import Problem, RowCounter
 from rewards.compose import WeightedSum
@@ -84,9 +84,7 @@ class Adapter:
     def guided(self, equipped: Equipped, conds: Mapping[str, Cond], groups: Tensor) -> GuidedPredict:
         """The guided prediction for rows of these groups, with a counter of its own."""
         rows = {name: rows_of(cond, groups) for name, cond in conds.items()}
-        predict = guided(self.model.denoiser, equipped.method(self.texts(groups)), rows, counter=RowCounter())
-        others = {name: replace(self.model.denoiser, network=network) for name, network in equipped.networks.items()}
-        return replace(predict, networks={**predict.networks, **others})
+        return guided_by(self.model, equipped, self.texts(groups), rows, RowCounter())
 
     def texts(self, groups: Tensor) -> list[str]:
         return [self.prompts[group] for group in groups.tolist()]
