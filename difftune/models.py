@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -153,14 +154,47 @@ def _check_complete(folder: Path, pipe: Any) -> None:
     """UserError for a part whose file has fewer tensors than the part has weights: the rest would be random."""
     for part, module in pipe.components.items():
         if (folder / part).is_dir() and isinstance(vars(type(module)).get("forward"), FunctionType):
-            wanted, have = len(list(module.named_parameters())), len(tensors_of(folder / part))
-            if have < wanted:
-                raise UserError(f"{folder / part} holds {have} of {wanted} tensors: without the others it is random")
+            wanted, names = dict(module.named_parameters()), tensors_of(folder / part)
+            if len(names) < len(wanted):
+                raise UserError(
+                    f"{folder / part} holds {len(names)} of {len(wanted)} tensors: without the others it is random"
+                )
+            _check_named(folder / part, wanted, names)
+
+
+def _check_named(part: Path, wanted: dict[str, Any], names: Iterable[str]) -> None:
+    """UserError for a weight that the files have neither under its name (a prefix may differ) nor under another one:
+    libraries rename some as they load them, and leave what they do not find random."""
+    ends = {end for name in names for end in _ends(name)}
+    lost = [name for name in wanted if not ends & set(_ends(name))]
+    spare = {tensor for tensor in names if not set(_ends(tensor)) & {end for name in wanted for end in _ends(name)}}
+    for name in lost:
+        if not _among(wanted[name], part, spare):
+            raise UserError(f"{part} has no tensor for {name}, which would be random: copy the model again")
+
+
+def _ends(name: str) -> list[str]:
+    """A name without none, one, or two of its first parts, so far as three are left."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(3) if i == 0 or len(parts) - i >= 3]
+
+
+def _among(weight: Any, part: Path, names: Iterable[str]) -> bool:
+    """Whether one of these tensors of the files has the weight's values."""
+    from safetensors import safe_open
+
+    for file in part.glob("*.safetensors"):
+        with safe_open(file, "pt") as data:
+            for name in set(names) & set(data.keys()):
+                value = data.get_tensor(name)
+                if value.numel() == weight.numel() and bool((value.flatten().to(weight) == weight.flatten()).all()):
+                    return True
+    return False
 
 
 def source(name_or_path: str | Path) -> Path | str:
     """Where a pipeline's weights are: the folder, or the Hub name as it is; ValueError for anything else."""
-    name, folder = str(name_or_path), Path(name_or_path).expanduser()
+    name, folder = str(name_or_path), _expanded(name_or_path)
     if name in MODELS and not MODELS[name].pipeline:
         raise UserError(f"{name!r} is {MODELS[name].summary}, not a pipeline; embedded pipelines: {_pipelines()}")
     if name in MODELS:
@@ -180,6 +214,14 @@ def source(name_or_path: str | Path) -> Path | str:
 def check_model(name: str) -> None:
     """UserError unless a pipeline of that name can be looked for; nothing is loaded, and the Hub is not asked."""
     source(name)
+
+
+def _expanded(folder: str | Path) -> Path:
+    """With the home folder of ~ or ~NAME in its place; as it is where there is none."""
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        return Path(folder)
 
 
 def scheduler_of(name_or_path: str | Path) -> Any:
@@ -225,7 +267,11 @@ def _assembled(name: str, own: Path, base: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "difftune"
+    """Where parts of models are put together. DiskError where there is no home folder and no XDG_CACHE_HOME."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "difftune"
+    except RuntimeError as error:  # no HOME, and no entry of this user among the system's
+        raise DiskError("there is no home folder: set XDG_CACHE_HOME to a folder that can be written") from error
 
 
 def _digest(*folders: Path) -> str:

@@ -7,6 +7,7 @@ import os
 import pickle
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -193,22 +194,29 @@ def _converted(source: Path, file: Path) -> Path:
 
 
 def _write(file: Path, data: bytes) -> Path:
-    """A whole file, or none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """A whole file, or none. WeightsMissing where the disk takes none."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as out:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
         return partial.replace(file)
+    except OSError as error:
+        remedy = "set XDG_CACHE_HOME to a folder that can be written"
+        raise WeightsMissing(f"cannot write {file}: {error.strerror}; {remedy}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _folder(name: str) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "difftune" / "rewards" / name
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError as error:  # no HOME, and no entry of this user among the system's
+        raise WeightsMissing("there is no home folder: set XDG_CACHE_HOME to a folder that can be written") from error
+    return base / "difftune" / "rewards" / name
 
 
 def _tampered(lock: Lock, file: Path, found: str) -> str:

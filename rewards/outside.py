@@ -4,7 +4,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rewards.errors import RewardError
-from rewards.registry import Entry
+from rewards.registry import Entry, imported
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,39 @@ def check_arguments(function: Callable[..., Any]) -> None:
 def described(name: str) -> Entry:
     """The entry of "module:attribute": a class, which is made with the options, or any callable of (images, prompts).
 
-    Modules of the working directory are found too. Raises ValueError if there is no such module or attribute, or if it
-    is not a reward.
+    Modules of the working directory are found too. Raises RewardError if there is no such module or attribute, or if it
+    is not a reward: a callable is called, as `plain` says.
+    """
+    told, known = stated(name)
+    if known:
+        return told
+    try:
+        reward = plain(imported(told.make))
+    except RewardError:
+        raise
+    except Exception as error:  # whatever a function of somebody else's raises
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise RewardError(f"{name!r} is not a reward: called with one image and its prompt, it raised {why}") from error
+    return replace(told, make=lambda: reward, differentiable=reward.differentiable)
+
+
+def stated(name: str) -> tuple[Entry, bool]:
+    """What "module:attribute" says of itself without being called, and whether it says that it is differentiable.
+
+    `make` of a callable that does not is the callable itself. Raises RewardError as `described` does.
     """
     thing = _found(name)
-    summary = (inspect.getdoc(thing) or "a reward of your own").splitlines()[0]
+    summary = ((inspect.getdoc(thing) or "").strip() or "a reward of your own").splitlines()[0]
     anything = (float("-inf"), float("inf"))
     if isinstance(thing, type):
-        return Entry(thing, summary, True, _stated(thing, name), anything, licence="unknown")
+        return Entry(thing, summary, True, _stated(thing, name), anything, licence="unknown"), True
     if not callable(thing):
         raise RewardError(f"{name!r} is not a reward: it cannot be called with images and prompts")
+    check_arguments(thing)
+    if "differentiable" not in dir(thing):
+        return Entry(thing, summary, True, False, anything, licence="unknown"), False
     reward = plain(thing)
-    return Entry(lambda: reward, summary, True, reward.differentiable, anything, licence="unknown")
+    return Entry(lambda: reward, summary, True, reward.differentiable, anything, licence="unknown"), True
 
 
 def _stated(kind: type, name: str) -> bool:

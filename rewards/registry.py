@@ -504,6 +504,16 @@ def _wrapping(outer: Entry, options: dict[str, Any]) -> Entry:
     return replace(inner, make=outer.make, fetch=outer.fetch, wraps=True, summary=f"smooth {name}: {inner.summary}")
 
 
+def stated(name: str) -> tuple[Entry, bool]:
+    """What is known of a reward where no code of a person's own is called: `entry`, but that a "module:attribute" which
+    does not say so is not tried for a gradient. The flag tells whether its `differentiable` is known."""
+    plain, _ = spelled(name)
+    if plain in REWARDS or ":" not in plain or plain.startswith(("http://", "https://")):
+        return entry(name), True
+    found: tuple[Entry, bool] = imported("rewards.outside:stated")(plain)  # type: ignore[assignment]
+    return found
+
+
 def _check_url(url: str) -> None:
     try:
         host = urlsplit(url).hostname if urlsplit(url).port != 0 and url.isprintable() and " " not in url else None
