@@ -1,4 +1,4 @@
-"""The error of solvers and guidance that a person can put right."""
+"""The error of solvers and guidance that a person can put right, and the warning that a person should read."""
 
 
 class UserError(ValueError):
@@ -8,3 +8,7 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+
+
+class Caution(UserWarning):
+    """What was asked for is done, and may not be what was meant. The message is one sentence for a person."""

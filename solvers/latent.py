@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from solvers.denoiser import Cond, Prediction, predicted, widen
 from solvers.errors import UserError
 from solvers.families.family import Family
+from solvers.families.prompts import caution_unread
 from solvers.families.table import family_of
 from solvers.levels import Clock, levels_of, prediction_type, start_scale
 from solvers.modules import dtype_of, execution_device
@@ -191,6 +192,7 @@ class LatentModel:
             negative_prompts = [negative_prompts] * len(prompts)
         negatives = None if negative_prompts is None else list(negative_prompts)
         assert self.family.encode is not None
+        caution_unread(self.pipe, prompts)
         return self.family.encode(self.pipe, prompts, negatives, self.size(height, width), self.embedded_guidance)
 
     def decode(self, latents: Tensor, checkpointed: bool = False) -> Tensor:

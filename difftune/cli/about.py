@@ -1,7 +1,7 @@
 """`difftune methods`, `doctor` and `demo`."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -10,7 +10,7 @@ import click
 from difftune.cli import options as o
 from difftune.cli.command import Command, Flag
 from difftune.cli.config_file import CONFIG
-from difftune.cli.output import said, show, summary
+from difftune.cli.output import paragraphs, said, show, summary
 from difftune.configs.noise import RenoConfig
 from difftune.recipes import RECIPES
 
@@ -24,8 +24,13 @@ from difftune.recipes import RECIPES
 def methods(as_json: bool) -> None:
     """List guidance methods, samplers, searches, rewards and recipes, a line each, with their classes in Python."""
     found = _methods()
-    lines = [line for kind, entries in found.items() for line in (f"{kind}:", *_named(entries), "")]
-    show(found, as_json, "\n".join(lines[:-1]))
+    listed = {kind: [(entry["name"], _worded(entry)) for entry in entries] for kind, entries in found.items()}
+    show(found, as_json, "\n\n".join(f"{kind}:\n{paragraphs(entries, 2)}" for kind, entries in listed.items()))
+
+
+def _worded(entry: Mapping[str, Any]) -> str:
+    """What an entry is, after its name in Python where it has one."""
+    return f"{entry['python']}: {entry['summary']}" if "python" in entry else entry["summary"]
 
 
 def _methods() -> dict[str, list[dict[str, Any]]]:
@@ -50,12 +55,6 @@ def _methods() -> dict[str, list[dict[str, Any]]]:
 def _described(found: Mapping[str, tuple[str, Any]]) -> list[dict[str, Any]]:
     """Name on the command line, name in Python, and what it is."""
     return [{"name": name, "python": python, "summary": summary(thing)} for name, (python, thing) in found.items()]
-
-
-def _named(entries: Sequence[dict[str, Any]]) -> list[str]:
-    shown = [key for key in ("name", "python") if key in entries[0]]
-    widths = {key: max(len(entry[key]) for entry in entries) for key in shown}
-    return ["  " + "  ".join([*(f"{e[key]:<{w}}" for key, w in widths.items()), e["summary"]]) for e in entries]
 
 
 @click.command(

@@ -1,11 +1,13 @@
 """Commands whose flags may take several values, and stand in groups in `--help`, which ends with an example."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import isfinite
 from typing import Any
 
 import click
 
+from difftune.cli.quiet import VERBOSE, quiet
 from difftune.configs.fields import GROUP_OF, GROUPS, OWN
 from solvers.ranges import Range
 
@@ -62,12 +64,26 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, example: str = "", **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.params.append(VERBOSE)
         self.example = example
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with quiet(ctx.meta.get("difftune.verbose", False)):
+            return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         for word in args:
             check_text(word)
-        return super().parse_args(ctx, list(self._spelled_out(args)))
+        words = list(self._spelled_out(args))
+        self._check_once(ctx, words)
+        return super().parse_args(ctx, words)
+
+    def _check_once(self, ctx: click.Context, words: Sequence[str]) -> None:
+        """A usage error for a flag that is given again, but for one that takes several values."""
+        _, _, order = self.make_parser(ctx).parse_args(list(words))
+        again = [param for param, times in Counter(order).items() if times > 1 and not takes_several(param)]
+        if again:
+            raise click.UsageError(f"{again[0].opts[0]} is given {Counter(order)[again[0]]} times: give it once")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The flags by their groups."""
@@ -106,6 +122,10 @@ class Command(click.Command):
                 yield from [word for v in given for word in (flag, v)] or [flag]
             else:
                 yield flag + equals + value
+
+
+def takes_several(param: click.Parameter) -> bool:
+    return isinstance(param, click.Argument) or param.multiple
 
 
 def check_text(word: str) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 import click
@@ -11,6 +13,18 @@ import click
 def show(found: Any, as_json: bool, text: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # only one of the processes that accelerate launched prints
         click.echo(json.dumps(found) if as_json else text)
+
+
+def paragraphs(entries: Sequence[Sequence[str]], indent: int = 0) -> str:
+    """Names with texts beside them, each text on lines of its own that fit the terminal."""
+    column = indent + max(len(name) for name, *_ in entries) + 2
+    room = max(24, shutil.get_terminal_size().columns - column)
+    lines = []
+    for name, *texts in entries:
+        broken = [line for text in texts for line in wrap(text, room, break_on_hyphens=False)]
+        heads = [" " * indent + name, *[""] * (len(broken) - 1)]
+        lines += [f"{head:<{column}}{line}" for head, line in zip(heads, broken, strict=True)]
+    return "\n".join(lines)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

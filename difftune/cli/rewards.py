@@ -12,7 +12,7 @@ import click
 
 from difftune.cli import options as o
 from difftune.cli.command import Command, Flag
-from difftune.cli.output import said, show, table
+from difftune.cli.output import paragraphs, said, show
 
 
 @click.group(short_help="List, describe, fetch and serve rewards.")
@@ -28,9 +28,7 @@ def list_rewards(as_json: bool) -> None:
     for why in plugins():
         click.echo(f"difftune: {why}", err=True)
     found = [_facts(name, entry) for name, entry in sorted(REWARDS.items())]
-    header = ["name", "prompt", "gradient", "licence", "summary"]
-    rows = [[f["name"], said(f["needs_prompt"]), said(f["differentiable"]), f["licence"], f["summary"]] for f in found]
-    show(found, as_json, table([header, *rows]))
+    show(found, as_json, paragraphs([(f["name"], f["summary"], _asks(f)) for f in found]))
 
 
 @rewards.command(
@@ -42,10 +40,11 @@ def list_rewards(as_json: bool) -> None:
 )
 def reward_info(name: str, as_json: bool) -> None:
     """All that is known of a reward: NAME, or module:attribute."""
-    from rewards.registry import entry
+    from rewards.registry import stated
 
     with redirect_stdout(sys.stderr):
-        found = _facts(name, entry(name))
+        entry, known = stated(name)
+        found = _facts(name, entry) | ({} if known else {"differentiable": "tried when it is loaded"})
         found["files"] = _locked(found.pop("weights"))
     show(found, as_json, "\n".join(f"{key}: {_fact(value)}" for key, value in found.items()))
 
@@ -112,6 +111,12 @@ def _facts(name: str, entry: Any) -> dict[str, Any]:
     facts = {f.name: getattr(entry, f.name) for f in fields(entry) if f.name not in ("make", "fetch", "wraps")}
     low, high = entry.range
     return {"name": name, **facts, "range": [low, high] if isfinite(low) and isfinite(high) else None}
+
+
+def _asks(facts: dict[str, Any]) -> str:
+    """What a reward asks for and gives, in words."""
+    prompt = "reads the prompt" if facts["needs_prompt"] else "reads no prompt"
+    return f"{prompt}; {'a' if facts['differentiable'] else 'no'} gradient; licence: {facts['licence']}"
 
 
 def _locked(names: Sequence[str]) -> list[dict[str, Any]]:

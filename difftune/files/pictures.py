@@ -21,6 +21,7 @@ from difftune.files.output import png, write
 from difftune.files.text import read_text
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+MOST_PIXELS = 64 << 20  # of one picture, as many as of a square of 8192
 METADATA, SAMPLES = "metadata.jsonl", "sample.json"
 
 
@@ -118,10 +119,18 @@ def _beside(path: Path) -> str | None:
 
 
 def read_picture(path: str | Path) -> Tensor:
-    """The picture of a file, (3, H, W) in [0, 1], turned as its EXIF orientation says."""
+    """The picture of a file, (3, H, W) in [0, 1], turned as its EXIF orientation says. RunError for a file that is not a
+    picture, or one of more than `MOST_PIXELS`, which are not read."""
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                size = f"{image.width} x {image.height} pixels"
+                raise RunError(
+                    f"image {str(path)!r} has {size}, and at most {MOST_PIXELS >> 20} Mi are read: resize it"
+                )
             x = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), np.float32) / 255
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+        if isinstance(error, RunError):
+            raise
         raise RunError(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from error
     return torch.from_numpy(x).permute(2, 0, 1)

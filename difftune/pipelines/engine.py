@@ -19,7 +19,7 @@ from rewards.wrappers.batched import Batched
 from solvers.denoiser import Path, Prediction, predicted
 from solvers.families.attention import Verdict, attention, choose, deterministic, obstacle
 from solvers.latent import LatentModel
-from solvers.memory.budget import Plan, Probe, parse_size, planned, resident
+from solvers.memory.budget import Plan, Probe, caution_on_cpu, parse_size, planned, resident
 from solvers.memory.offload import check_offload, offload_line, offloaded
 from solvers.noise import Noise, cosine, grid
 from solvers.rollout.modes import parse_gradient, rollout
@@ -121,6 +121,7 @@ def plan_for(
     """
     if memory_budget is None:
         return Plan(gradient or "checkpoint", batch, batch, decode_batch=decode_batch)
+    caution_on_cpu()
     try:
         return planned(measure(parse_size(memory_budget)), memory_budget, steps, batch, gradient, decode_batch)
     except ValueError:

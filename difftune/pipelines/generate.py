@@ -23,6 +23,7 @@ from difftune.pipelines.opened import opened
 from guidance.attach.handle import attach
 from guidance.contract import Guidance
 from rewards.checks import finite
+from solvers.families.prompts import caution_unread
 from solvers.families.table import family_of
 from solvers.families.tokens import packed
 from solvers.latent import LatentModel
@@ -74,6 +75,7 @@ def generate_batches(
     if sampling.embedded_guidance is not None:
         given["guidance_scale"] = sampling.embedded_guidance
     pipe.set_progress_bar_config(disable=True)
+    caution_unread(pipe, prompts)
     equipped = equip(pipe, prepared(pipe, guidance, prompts, sampling.num_inference_steps))
     for start in range(0, len(prompts), sampling.batch_size):
         chosen = slice(start, start + sampling.batch_size)

@@ -14,7 +14,7 @@ from guidance.search.population import size_for
 from guidance.search.problem import Problem, estimate
 from guidance.search.selection import SVDD, Beam
 from solvers.denoiser import Path, Prediction
-from solvers.memory.budget import parse_size, size_text
+from solvers.memory.budget import caution_on_cpu, parse_size, size_text
 from solvers.memory.live import LiveBytes, measured
 
 
@@ -23,6 +23,7 @@ def rows_within(memory_budget: str, adapter: Adapter, problem: Problem, config: 
 
     One row is measured; gradient: with its backward pass. Raises UserError if not even one row fits.
     """
+    caution_on_cpu()
     limit = parse_size(memory_budget)
     said, peak = row_peak(adapter, problem, gradient)
     base = held(adapter.model, 0, *adapter.other_models) + kept(problem, config, said, gradient)

@@ -38,7 +38,7 @@ from guidance.contract import Combined, Guidance, check_method, convert, drive
 from guidance.methods.cfg import CFG, Plain
 from guidance.methods.compose import inside
 from solvers.denoiser import Memory, Path, widen
-from solvers.errors import UserError
+from solvers.errors import Caution, UserError
 from solvers.families.family import Family
 from solvers.families.table import family_of
 from solvers.families.tokens import packed, unpacked
@@ -235,7 +235,7 @@ class Run:
         if guidance.scale != self.pipe.guidance_scale and not self.handle.said:
             self.handle.said = True
             name, told = type(network).__name__, self.pipe.guidance_scale
-            warnings.warn(f"{name} is told guidance_scale={told:g}; the scale of CFG itself is ignored", stacklevel=2)
+            warnings.warn(f"{name} is told guidance_scale={told:g}; the scale of CFG itself is ignored", Caution, 2)
         return Plain()
 
     def _look(self, sample: Tensor, timestep: Tensor) -> Stage:
@@ -288,7 +288,7 @@ class Run:
         if min((abs(theirs - scale) for scale in known), default=float("inf")) > error:
             self.handle.said = True
             name = type(method).__name__
-            warnings.warn(f"{name} guides with its own scale{told}; the pipeline's {theirs:g} is ignored", stacklevel=2)
+            warnings.warn(f"{name} guides with its own scale{told}; the pipeline's {theirs:g} is ignored", Caution, 2)
 
 
 def _changed(pipe: Any, what: str) -> str:

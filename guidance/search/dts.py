@@ -34,7 +34,7 @@ from guidance.search.tree import (
     visit,
 )
 from solvers.denoiser import Path
-from solvers.errors import UserError
+from solvers.errors import Caution, UserError
 from solvers.ranges import Count, NotNegative, Positive, Range, Ranged
 
 EDGE, SELECT, DESCEND = 1, 2, 3  # what the noise is for: the first number of its key
@@ -157,7 +157,8 @@ def check_budget(problem: Problem, config: DTS) -> None:
         warnings.warn(
             f"the budget pays for {paid} rollouts, and with widening {widening:g} and growth {growth:g} "
             "all of them start from new noise, as those of best-of-n do: raise it, or take widening 1 and growth 0.5",
-            stacklevel=3,
+            Caution,
+            3,
         )
 
 

@@ -32,7 +32,7 @@ from guidance.search.population import STEP, Kind, Population, resampled, runs, 
 from guidance.search.problem import PredictOf, Problem, RowCounter, Saved, State
 from guidance.search.smc import Particles, check_resampling, reweight
 from solvers.denoiser import Path, Predict, Prediction
-from solvers.errors import UserError
+from solvers.errors import Caution, UserError
 from solvers.noise import Noise
 from solvers.ranges import Count, NotNegative, Positive, Range, Ranged, Share
 from solvers.samplers.step import end, renoise, shrinkage, transition
@@ -485,4 +485,4 @@ def check_noise(problem: Problem, config: FKC, exponents: Exponents) -> None:
     says = f"zeta = {zeta:g} for annealing with beta = {beta:g}: zeta^2 must be above (beta - 1) / beta = {least:.4g}"
     if zeta**2 < least - BOUNDARY:
         raise UserError(f"{says}, or the particles' variance grows faster than weights repair; take zeta = 1")
-    warnings.warn(f"{says}; at the boundary, errors of the start do not die out", stacklevel=3)
+    warnings.warn(f"{says}; at the boundary, errors of the start do not die out", Caution, 3)

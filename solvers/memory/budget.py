@@ -13,6 +13,7 @@ most images at a time.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from solvers.denoiser import Path, Predict
-from solvers.errors import UserError
+from solvers.errors import Caution, UserError
 from solvers.memory.checkpointing import apart, block_checkpointing, has_blocks
 from solvers.memory.live import UNBOUNDED, Footprint, Function, measured
 from solvers.noise import Noise
@@ -201,6 +202,17 @@ def planned(
         enough = size_text(least.peak)
         raise UserError(f"memory_budget {budget} is too small: the least that does is {enough}, as {least}")
     return replace(fits[0], why=_reason(fits[0], plans[0], budget))
+
+
+def caution_on_cpu() -> None:
+    """Warn (`Caution`) that a CPU's budget is of what can be seen there, where there is no accelerator."""
+    if not torch.accelerator.is_available():
+        warnings.warn(
+            "memory_budget on a CPU counts the pipeline's weights and the tensors of the run: a reward's weights, the "
+            "scratch of operators and the libraries themselves come on top (64 MiB grew by 131)",
+            Caution,
+            3,
+        )
 
 
 def cost(plan: Plan) -> tuple[float, int, int, int]:
