@@ -32,7 +32,7 @@ def test_info_tells_the_files_and_how_far_they_are_known():
 
 
 def test_prefetch_without_a_network_says_what_is_missing():
-    refuse(1, "rewards", "prefetch", "aesthetic", saying=["HF_HUB_OFFLINE is set", "difftune rewards prefetch"])
+    refuse(1, "rewards", "prefetch", "aesthetic", saying=["not in the cache and HF_HUB_OFFLINE is set"])
     refuse(2, "rewards", "prefetch", "tiny-clip", "aesthetics", saying=["did you mean 'aesthetic'?"])
     assert succeed("rewards", "prefetch", "tiny-clip").stdout == "nothing to download\n"
     refuse(1, "rewards", "prefetch", "clip", saying=["laion/CLIP-ViT-H-14-laion2B-s32B-b79K is not in the cache"])

@@ -140,9 +140,8 @@ class H:
     refuse(2, "rewards", "info", "asked_about:nothing", saying=["has no 'nothing'"])
     picture = tmp_path / "a.png"
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(picture)
-    refuse(
-        2, "score", "--reward", "asked_about:f", picture, saying=["'asked_about:f' is no reward", "SystemError: called"]
-    )
+    says = ["'asked_about:f' is not a reward", "SystemError: called"]
+    refuse(2, "score", "--reward", "asked_about:f", picture, saying=says)
 
 
 def test_budget_of_a_cpu_says_what_it_does_not_count(monkeypatch):
