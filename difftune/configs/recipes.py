@@ -39,7 +39,8 @@ class AlignPropConfig(RewardGradientConfig):
     """Seed of the first weights, the prompts, the noise and the truncation."""
     gradient: str | None = None
     """Mode of the engine for every optimiser step: full, checkpoint, revolve:8, truncated:10[:STYLE], adjoint:METHOD,
-    reversible:METHOD or lean. If not given: truncated as the settings below say."""
+    reversible:METHOD or lean; or a surrogate, drawn anew for each: flowbp[active=4], leapalign[alpha=.3] or
+    direct-align. If not given: truncated as the settings below say."""
     truncation: Literal["suffix", "gaussian", "bernoulli_linear"] = "suffix"
     """Which sampler steps carry gradient: suffix, the last K, K uniform, as in the paper; gaussian, the last K,
     K = T - N(.84 T, .1 T), as in the authors' later code; or bernoulli_linear, each by itself, step i of T with
@@ -89,7 +90,7 @@ class DrtuneConfig(RewardGradientConfig):
 
     output_dir: str = "runs/drtune"
     truncation_steps: Steps = 5
-    """K: the number of sampler steps that are trained, evenly spaced, the last one among them."""
+    """K: the number of sampler steps that are trained, evenly spaced, from an offset drawn for each optimiser step."""
 
 
 @documented

@@ -23,6 +23,7 @@ from solvers.memory.budget import Plan, Probe, caution_on_cpu, parse_size, plann
 from solvers.memory.offload import check_offload, offload_line, offloaded
 from solvers.noise import Noise, cosine, grid
 from solvers.rollout.modes import parse_gradient, rollout
+from solvers.rollout.surrogate import SURROGATES
 from solvers.samplers.catalogue import Step, ancestral, euler, is_stochastic
 
 OWN_SOLVER = ("adjoint", "reversible", "lean")  # modes that bring their own solver, and take no step
@@ -173,8 +174,9 @@ def gradient_named(mode: str, steps: int, sampler: str = "euler", of: str = "wei
 
     It is tried on one number with as many steps, so that what the engine says of its options is said at once.
     """
-    name, option = (mode.split(":") + [""])[:2]
-    if name == "truncated" and not (option.isdecimal() and 1 <= int(option) <= steps):
+    name, option, style = (mode.split(":") + ["", ""])[:3]
+    written = style in ("mask", *SURROGATES)  # which steps carry gradient
+    if name == "truncated" and not written and not (option.isdecimal() and 1 <= int(option) <= steps):
         raise UserError(f"gradient {mode!r} wants the number of last steps that carry gradient, 1 to {steps}")
     if brings_solver(mode) and sampler != "euler":
         raise UserError(f"gradient {mode!r} brings its own solver, and would not run sampler {sampler!r}: leave it out")

@@ -26,6 +26,7 @@ from difftune.recipes.reward_gradient import (
     plan_engine,
     warn_of_noise,
 )
+from difftune.recipes.surrogates import check_surrogate, drawn_surrogates, is_surrogate
 from difftune.rollouts.session import Session
 from difftune.training.state import Metrics, take_snapshot
 from difftune.training.steps import attempt_step, gather_statistics, score_images, take_step
@@ -36,8 +37,9 @@ Loss = Callable[[Tensor], Tensor]  # scores (B,) -> the loss, ()
 
 def train_alignprop(session: Session[AlignPropConfig]) -> Iterator[tuple[Metrics, State]]:
     """Metrics and state after each optimiser step that is left."""
-    loss = partial(alignprop_loss, coefficient=session.config.loss_coeff)
-    yield from ascend(session, truncation(session.config), loss)
+    config, levels = session.config, session.images.levels
+    modes = drawn_surrogates(config, levels) if is_surrogate(config.gradient) else truncation(config)
+    yield from ascend(session, modes, partial(alignprop_loss, coefficient=config.loss_coeff))
 
 
 def alignprop_loss(scores: Tensor, coefficient: float = 1.0) -> Tensor:
@@ -148,6 +150,8 @@ def check_alignprop(config: AlignPropConfig) -> None:
     """UserError for the first of this recipe's own settings that is invalid."""
     check_gradient(config)
     at_least(config.truncation_min, truncation_max=config.truncation_max)
-    if config.gradient is not None:
+    if is_surrogate(config.gradient):
+        check_surrogate(config)
+    elif config.gradient is not None:
         gradient_named(config.gradient, config.num_inference_steps, config.sampler)
         check_offloading(config.offload, config.gradient)

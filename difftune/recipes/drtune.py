@@ -4,9 +4,11 @@
     minimise  -mean_b R_b,      where the network's input is cut off at every step, and its output at all but K
 
 What a trained step adds to the latent goes on to the end along the linear path around the network; so early steps are
-trained as well as late ones, at the memory of one call. It is AlignProp's `ascend` with another mode of the engine.
+trained as well as late ones, at the memory of one call. The K steps are evenly spaced, from an offset that is drawn
+anew for each optimiser step. It is AlignProp's `ascend` with another mode of the engine.
 """
 
+import random
 from collections.abc import Iterator
 from functools import partial
 
@@ -22,15 +24,25 @@ from difftune.training.state import Metrics
 def train_drtune(session: Session[DrtuneConfig]) -> Iterator[tuple[Metrics, State]]:
     """Metrics and state after each optimiser step that is left."""
     loss = partial(alignprop_loss, coefficient=session.config.loss_coeff)
-    yield from ascend(session, Modes(None, spread_steps(session.config)), loss)
+    yield from ascend(session, spread_steps(session.config), loss)
 
 
-def spread_steps(config: DrtuneConfig) -> str:
-    """The engine's mode; K is at most the number of steps."""
-    return f"truncated:{min(config.truncation_steps, config.num_inference_steps)}:drtune"
+def spread_steps(config: DrtuneConfig) -> Modes:
+    """The engine's modes: of T steps, floor((k + u) T / K) for k = 0 ... K - 1, with u ~ U[0, 1) drawn anew for each
+    optimiser step, the same in every process; K is at most T."""
+    count = config.num_inference_steps
+    kept = min(config.truncation_steps, count)
+
+    def drawn(step: int) -> str:
+        offset = random.Random(f"{config.seed} {step} drtune").random()
+        trained = {int((k + offset) * count / kept) for k in range(kept)}
+        return f"truncated:{''.join('01'[i in trained] for i in range(count))}:held"
+
+    words = f"truncated:MASK:held, {kept} evenly spaced steps of {count} from an offset drawn for each optimiser step"
+    return Modes(drawn, drawn(0), words)
 
 
 def check_drtune(config: DrtuneConfig) -> None:
     """UserError for the first of this recipe's own settings that is invalid."""
     check_gradient(config)
-    gradient_named(spread_steps(config), config.num_inference_steps, config.sampler)
+    gradient_named(spread_steps(config).greatest or "", config.num_inference_steps, config.sampler)

@@ -29,6 +29,7 @@ from solvers.denoiser import Path
 from solvers.memory.budget import Plan, Probe, probe
 from solvers.noise import Noise
 from solvers.rollout.recompute import Recomputed
+from solvers.rollout.truncated import steps_carrying
 from solvers.samplers.catalogue import gaussian
 
 
@@ -147,12 +148,7 @@ def measure_plan(session: Session[RewardGradientConfig], gradient: str | None) -
 def count_carrying(gradient: str, steps: int) -> int:
     """How many of the sampler's steps carry gradient in a mode of the engine."""
     name, _, option = gradient.partition(":")
-    number, _, style = option.partition(":")
-    if name != "truncated":
-        return steps
-    if style == "refl" or style == "draft_lv":
-        return 1
-    return number.count("1") if style == "mask" else int(number)
+    return steps_carrying(option) if name == "truncated" else steps
 
 
 def check_gradient(config: RewardGradientConfig) -> None:

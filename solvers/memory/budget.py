@@ -31,6 +31,7 @@ from solvers.memory.live import UNBOUNDED, Footprint, Function, measured
 from solvers.noise import Noise
 from solvers.rollout.modes import rollout
 from solvers.rollout.revolve import repeated
+from solvers.rollout.truncated import steps_carrying
 from solvers.samplers.catalogue import Step
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -258,8 +259,10 @@ def with_peak(found: Probe, plan: Plan, steps: int) -> Plan:
 
 def kept_steps(gradient: str, steps: int) -> int:
     """How many steps' latents, or graphs, a mode keeps at most."""
-    name, option = (gradient.split(":") + [""])[:2]
-    if name in ("revolve", "truncated"):
+    name, _, option = gradient.partition(":")
+    if name == "truncated":
+        return min(copies_of(gradient) * steps_carrying(option), steps)
+    if name == "revolve":
         return min(int(option), steps)
     return 2 if name == "reversible" else steps
 
@@ -273,12 +276,12 @@ def copies_of(gradient: str) -> int:
 
 def calls_of(gradient: str, steps: int) -> float:
     """Forwards of the network per step, a backward pass counted as one: 2 for "full", 3 for "checkpoint"."""
-    name, option = (gradient.split(":") + [""])[:2]
+    name, _, option = gradient.partition(":")
     if name == "full":
         return 2.0
     if name == "revolve":
         return 2 + (repeated(steps, int(option)) + 1) / steps  # the last step, too, is first run plainly
-    return 1 + 2 * int(option) / steps if name == "truncated" else 3.0
+    return 1 + 2 * copies_of(gradient) * steps_carrying(option) / steps if name == "truncated" else 3.0
 
 
 def _modes(steps: int) -> list[str]:

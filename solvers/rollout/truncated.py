@@ -1,24 +1,26 @@
 """Truncation: only some steps of a run carry gradient. `STYLES` is the list."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from solvers.denoiser import Path, Predict, Prediction, widen
+from solvers.denoiser import Path, widen
 from solvers.errors import UserError
 from solvers.noise import Noise
 from solvers.rollout.recompute import Recomputed
 from solvers.rollout.run import Run, descend, step_of
+from solvers.rollout.surrogate import SURROGATES, held, without_graph
 from solvers.samplers.catalogue import euler
 
 
 def truncated(run: Run, option: str) -> Path:
     """Only some steps carry gradient: "K" or "K:STYLE", the style being one of `STYLES`, and draft if unsaid; or those
-    that "0011:mask" marks with a 1."""
+    that "0011:mask" marks with a 1; or a surrogate of `solvers.rollout.surrogate`, as in "0011:held"."""
     if option.endswith(":mask"):
         return masked(run, parse_mask(option, len(run.legs)))
+    if (style := option.rpartition(":")[2]) in SURROGATES:
+        return SURROGATES[style](run, option)
     kept, style = parse_truncation(option, len(run.legs))
     return STYLES[style](run, kept)
 
@@ -29,17 +31,18 @@ def draft(run: Run, kept: int) -> Path:
     So x gets no gradient unless K = N, which is "checkpoint".
     """
     cut = len(run.legs) - kept
-    return descend(run, Recomputed(run.predict), _without_graph(run, cut), cut)
+    return descend(run, Recomputed(run.predict), without_graph(run, cut), cut)
 
 
 def alignprop(run: Run, kept: int) -> Path:
     """AlignProp (https://arxiv.org/abs/2310.03739): before the last K steps, only what the network says is cut off.
 
     The gradients of parameters and conditions are those of `draft`; x gets that of the linear path around the network,
-    prod_i (alpha_{i+1} / alpha_i) for Euler's steps, times the last K steps' own.
+    prod_i (alpha_{i+1} / alpha_i) for Euler's steps, times the last K steps' own; 1 on the levels of a flow, whose
+    velocity is what is cut off.
     """
     cut = len(run.legs) - kept
-    path = descend(run, Linear(run.predict, trained=False), Path(widen(run.x)), 0, cut)
+    path = descend(run, held(run, 0.0), Path(widen(run.x)), 0, cut)
     return descend(run, Recomputed(run.predict), path, cut)
 
 
@@ -50,7 +53,7 @@ def draft_lv(run: Run, copies: int) -> Path:
     denoised: a path of K * B samples, copy after copy, whose mean loss has the mean gradient, of lower variance.
     """
     last, (now, then, noise) = len(run.legs) - 1, run.legs[-1]
-    before = _without_graph(run, last)
+    before = without_graph(run, last)
     with torch.no_grad():
         path = step_of(run)(run.predict, before, now, then, noise)
         clean = path.x / then.alpha if path.x0 is None or then.sigma == 0 else path.x0
@@ -68,7 +71,7 @@ def refl(run: Run, kept: int) -> Path:
     now = run.legs[cut][0]
     clean = Noise(torch.ones_like(now.alpha), torch.zeros_like(now.sigma))
     jump = run._replace(step=euler, legs=[*run.legs[:cut], (now, clean, None)])
-    return descend(jump, Recomputed(run.predict), _without_graph(run, cut), cut)
+    return descend(jump, Recomputed(run.predict), without_graph(run, cut), cut)
 
 
 def drtune(run: Run, kept: int) -> Path:
@@ -81,7 +84,7 @@ def drtune(run: Run, kept: int) -> Path:
     trained = {count - 1 - j * count // kept for j in range(kept)}
     path = Path(widen(run.x))
     for i in range(count):
-        path = descend(run, Linear(run.predict, trained=i in trained), path, i, i + 1)
+        path = descend(run, held(run, float(i in trained)), path, i, i + 1)
     return path
 
 
@@ -93,7 +96,7 @@ def masked(run: Run, kept: Sequence[bool]) -> Path:
     """
     path = Path(widen(run.x))
     for i, keep in enumerate(kept):
-        path = descend(run, Recomputed(run.predict) if keep else Linear(run.predict, trained=False), path, i, i + 1)
+        path = descend(run, Recomputed(run.predict) if keep else held(run, 0.0), path, i, i + 1)
     return path
 
 
@@ -118,6 +121,16 @@ def parse_truncation(option: str, steps: int) -> tuple[int, str]:
     return int(number), style
 
 
+def steps_carrying(option: str) -> int:
+    """How many steps carry gradient, as "10", "0011:mask" or "0,2,0.3:leap" have it; more copies of one are one."""
+    number, _, style = option.partition(":")
+    if style in ("refl", "draft_lv", "direct"):
+        return 1
+    if style in ("mask", "held", "bridge"):
+        return number.partition(",")[0].count("1")
+    return 2 if style == "leap" else int(number)
+
+
 def parse_mask(option: str, steps: int) -> list[bool]:
     """Which steps carry gradient: "0011:mask" -> [False, False, True, True]; ValueError unless each has a digit."""
     digits = option.removesuffix(":mask")
@@ -126,43 +139,6 @@ def parse_mask(option: str, steps: int) -> list[bool]:
             f"'truncated:{option}' wants {steps} digits, 1 for a step that carries gradient and 0 for others"
         )
     return [digit == "1" for digit in digits]
-
-
-@dataclass(frozen=True)
-class Linear:
-    """`predict` with its input cut off from x, so that gradients pass around the network.
-
-    eps is taken as the network's own, and x0 = (x - sigma eps) / alpha follows x; at alpha = 0, eps = x / sigma does.
-    Untrained, the network's answer is a constant too, and it is called without a graph.
-    """
-
-    predict: Predict
-    trained: bool
-
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        return self.predict.tensors
-
-    def __call__(self, path: Path, at: Noise) -> Prediction:
-        start = path.detach()
-        if self.trained:
-            p = Recomputed(self.predict)(start, at)
-        else:
-            with torch.no_grad():
-                p = self.predict(start, at)
-        moved = path.x - start.x  # zero, with the gradient of x
-        if at.alpha == 0:
-            return p._replace(eps=p.eps + moved / at.sigma)
-        return p._replace(x0=p.x0 + moved / at.alpha)
-
-
-def _without_graph(run: Run, count: int) -> Path:
-    """The path after the first steps, cut off from x; x itself where there are none."""
-    path = Path(widen(run.x))
-    if not count:
-        return path
-    with torch.no_grad():
-        return descend(run, run.predict, path.detach(), 0, count)
 
 
 def _together(paths: Sequence[Path]) -> Path:

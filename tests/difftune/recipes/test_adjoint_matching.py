@@ -134,6 +134,9 @@ def test_one_update_raises_the_reward(make, tmp_path):
     with adjoint_matching.attempt_step(session.run, 0) as metrics:
         metrics.update(match(session, policy, [before], Limit(), 0))
     assert metrics["control"] == 0 == metrics["dropped"] and metrics["grad_norm"] > 0
+    chosen, stds = draw_steps(config, policy, 0), before.trajectory.stds
+    of_the_end = [(stds[k] ** 2 * before.adjoints[k + 1].square().flatten(1).sum(1)).mean() for k in chosen]
+    assert metrics["loss"] == pytest.approx(float(sum(of_the_end)) / len(chosen), rel=1e-4)
     assert sweep_back(session, policy, range(4)).scores.mean() > before.scores.mean()
 
 

@@ -45,7 +45,7 @@ def test_each_recipe_is_its_mode_of_the_engine(tmp_path):
     for name, more, gradient in [
         ("draft", {"truncation_steps": 2}, "truncated:2"),
         ("draft", {"truncation_steps": 3}, "full"),
-        ("drtune", {"truncation_steps": 2}, "truncated:2:drtune"),
+        ("drtune", {"truncation_steps": 3}, "truncated:3:drtune"),
         ("refl", {"truncation_min": 2, "truncation_max": 2, "loss_coeff": 1.0}, "truncated:2:refl"),
     ]:
         _, ours = first(name, tmp_path, **more)
