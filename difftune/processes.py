@@ -28,11 +28,11 @@ class Stop:
     number: int = 0
 
     def leave(self, step: int) -> None:
-        shown(f"stopped by {signal.Signals(self.number).name} after step {step}, which is saved")
+        say_once(f"stopped by {signal.Signals(self.number).name} after step {step}, which is saved")
         leave(self.number)
 
 
-def agreed(stop: Stop) -> int:
+def agree_to_stop(stop: Stop) -> int:
     """The signal that asked any of the processes for the end, or 0, told at the same step to all.
 
     One that left alone would leave the others waiting for it. A signal that comes meanwhile is for the next step.
@@ -59,7 +59,7 @@ def stopping() -> Iterator[Stop]:
         yield stop
 
 
-def shown(text: str) -> None:
+def say_once(text: str) -> None:
     """For people, once per run: stdout is for results."""
     if process().is_main_process:
         print(text, file=sys.stderr)

@@ -32,7 +32,7 @@ from difftune.evaluation.compare import at_cfg_scale
 from difftune.lookup import guidance_named, takes_scale
 from difftune.pipelines.generate import Sampling, generate_batches
 from difftune.pipelines.method_parts import TEXTS
-from difftune.pipelines.opened import opened
+from difftune.pipelines.opened import open_pipeline
 from guidance.attach.handle import attach
 from guidance.contract import Guidance
 from guidance.guided import guided
@@ -244,7 +244,7 @@ def invert_all(folder: File, size: Size) -> None:
 
 
 def _pipe() -> Any:
-    pipe = opened("tiny")
+    pipe = open_pipeline("tiny")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -46,7 +46,7 @@ from difftune.evaluation import intervals, shapeeval
 from difftune.files import checkpoint, records
 from difftune.files.output import write
 from difftune.lookup import guidance_named
-from difftune.pipelines.opened import opened
+from difftune.pipelines.opened import open_pipeline
 from difftune.recipes import RECIPES
 from difftune.training.run_folder import CONFIG, METRICS
 from rewards.compose import parse_rewards, weighted
@@ -164,7 +164,7 @@ def example_of(recipe: str) -> str:
 
 def measured(job: Job, settings: Mapping[str, Any], lora: Path | None) -> dict[str, Tensor]:
     """{"reward", "oracle" (N,), "latents" (N, C, h, w), "vendi" (P,)} of N pictures of P held-out prompts."""
-    pipe = opened(settings["model"], None if lora is None else str(lora))
+    pipe = open_pipeline(settings["model"], None if lora is None else str(lora))
     options = {k.removeprefix("guidance."): v for k, v in settings.items() if k.startswith("guidance.")}
     guidance = guidance_named(settings["guidance"], settings.get("guidance_scale"), options)
     entries, steps = shapeeval.entries_of(job.per_category), settings["num_inference_steps"]

@@ -188,7 +188,7 @@ def measured(part: Part, run: Run, store: Store) -> dict[str, Any]:
     began = time.perf_counter()
     made = METHODS[run.method](part, run, store)
     seconds = time.perf_counter() - began
-    holds = [r.holds for r in shapeeval.judged(made.pop("images"), run.prompts, range(len(run.entries)))]
+    holds = [r.holds for r in shapeeval.judge_images(made.pop("images"), run.prompts, range(len(run.entries)))]
     return {"prompts": run.prompts, "holds": holds, **made, "seconds": seconds}
 
 

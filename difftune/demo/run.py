@@ -20,12 +20,12 @@ from difftune.configs.noise import RenoConfig
 from difftune.configs.recipes import AlignPropConfig
 from difftune.demo import report
 from difftune.evaluation.intervals import Result, differences
-from difftune.evaluation.shapeeval import Evaluation, entries_of, evaluate, judged, scores
+from difftune.evaluation.shapeeval import Evaluation, entries_of, evaluate, judge_images, scores
 from difftune.files import output, records
 from difftune.files.pictures import read_picture
 from difftune.lookup import guidance_named
 from difftune.pipelines.generate import pixels
-from difftune.pipelines.opened import opened
+from difftune.pipelines.opened import open_pipeline
 from difftune.recipes import train_in_folder
 from difftune.reno import run_folder as reno_folder
 from rewards.compose import weighted
@@ -93,7 +93,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
 def _guidance(b: Budget, seed: int) -> tuple[dict[str, Any], Evaluation]:
     """The same prompts and seeds without guidance and with it."""
     _say("guidance: none against cfg")
-    pipe, entries = opened(b.model), entries_of(b.prompts_per_category)
+    pipe, entries = open_pipeline(b.model), entries_of(b.prompts_per_category)
     settings: dict[str, dict[str, Any]] = {"none": {}, "cfg": {"scale": b.guidance_scale}}
     made = {
         name: evaluate(pipe, guidance_named(name, None, options), entries, b.images_per_prompt, b.steps, seed)
@@ -127,7 +127,7 @@ def _alignprop(b: Budget, seed: int, folder: Path, before: Evaluation) -> dict[s
     )
     trained = train_in_folder(config)
     method = guidance_named("cfg", b.guidance_scale)
-    pipe = opened(b.model, config.output_dir)
+    pipe = open_pipeline(b.model, config.output_dir)
     after = evaluate(pipe, method, entries_of(b.prompts_per_category), b.images_per_prompt, b.steps, seed)
     curve = [record["reward_mean"] for record in records.records(folder / "alignprop" / "metrics.jsonl")]
     metrics = {
@@ -163,7 +163,7 @@ def _reno(b: Budget, seed: int, folder: Path) -> dict[str, Any]:
     found = reno_folder.optimize_in_folder(config)
     before, after = (_read(folder / "reno", when, len(prompts)) for when in ("before", "after"))
     seeds = [entry["seed"] for entry in found["prompts"]]
-    was, now = judged(before, prompts, seeds), judged(after, prompts, seeds)
+    was, now = judge_images(before, prompts, seeds), judge_images(after, prompts, seeds)
     totals = [[record["total"] for record in entry["history"]] for entry in found["prompts"]]
     metrics = {
         "reward_before": found["reward_before"],

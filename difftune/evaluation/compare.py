@@ -18,7 +18,7 @@ from difftune.pipelines.generate import (
     method_settings,
     pixels,
 )
-from difftune.pipelines.opened import opened
+from difftune.pipelines.opened import open_pipeline
 from difftune.reports import sheets
 from guidance.contract import Guidance
 from guidance.methods.cfgpp import CFGpp
@@ -95,7 +95,7 @@ def compare_methods(config: CompareConfig) -> dict[str, Any]:
     rewards = list(reward_weights(config.reward)) or default_rewards(config.prompt)
     with fresh(config.output_dir) as claim:
         reward_named(dict.fromkeys((*rewards, *MEASURES), 1.0), gradient=False)  # all can be loaded
-        pipe = opened(config.model, config.lora)
+        pipe = open_pipeline(config.model, config.lora)
         texts, seeds = jobs_of(config.prompt, config.num_images, config.seed)
         sampling = Sampling(config.num_inference_steps, config.batch_size)
         made = list(cells(pipe, config.guidance, config.scales, texts, seeds, sampling))
@@ -104,7 +104,7 @@ def compare_methods(config: CompareConfig) -> dict[str, Any]:
             "rows": [row(cell, rewards, texts) for cell in made],
             "versions": versions(),
         }
-        grid = labelled(made, config.scales, config.num_images)
+        grid = draw_sheet(made, config.scales, config.num_images)
         claim.results([("grid.png", grid), ("compare.json", output.as_json(found))])
     return found
 
@@ -112,7 +112,7 @@ def compare_methods(config: CompareConfig) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ the picture
 
 
-def labelled(made: Sequence[Cell], scales: Sequence[float], columns: int) -> bytes:
+def draw_sheet(made: Sequence[Cell], scales: Sequence[float], columns: int) -> bytes:
     """Rows of methods and columns of scales, each cell a block of its images `columns` wide under the method's own
     scale and its NFE, as PNG."""
     rows: dict[str, list[sheets.Cell | None]] = {}

@@ -24,8 +24,8 @@ from difftune.files.versions import versions
 from difftune.lookup import guidance_named
 from difftune.pipelines.fingerprint import differ, digest_of
 from difftune.pipelines.generate import Pictures, Sampling, draw_pictures, generate_batches, method_settings, pixels
-from difftune.pipelines.opened import opened
-from difftune.processes import shown
+from difftune.pipelines.opened import open_pipeline
+from difftune.processes import say_once
 from guidance.contract import Guidance
 from rewards.world import draw, grammar
 from rewards.world.oracle import Oracle
@@ -76,7 +76,7 @@ def plan(entries: Sequence[Mapping[str, str]], images_per_prompt: int, seed: int
     return [prompt for prompt, _ in jobs], [s for _, s in jobs]
 
 
-def judged(images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> list[Result]:
+def judge_images(images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> list[Result]:
     """The oracle's word on images (B, 3, H, W) in [0, 1]."""
     kinds = [grammar.category(grammar.parse(prompt)) for prompt in prompts]
     holds = Oracle()(images, prompts).bool().tolist()
@@ -103,7 +103,7 @@ def evaluate(
     texts, seeds = plan(entries, images_per_prompt, seed)
     batches = generate_batches(pipe, texts, seeds, guidance, Sampling(num_inference_steps, batch_size))
     made = draw_pictures(batches, len(texts), "eval")
-    return Evaluation(judged(made.images, texts, seeds), made)
+    return Evaluation(judge_images(made.images, texts, seeds), made)
 
 
 # ------------------------------------------------------------------------------------------------ as JSON
@@ -142,10 +142,10 @@ def run_shapeeval(config: EvalConfig) -> dict[str, Any]:
     method = guidance_named(config.guidance, None, config.guidance_options)
     chosen = entries_of(config.prompts_per_category, config.prompts)
     with nullcontext() if config.output_dir is None else fresh(config.output_dir) as claim:
-        pipe = opened(config.model, config.lora)
+        pipe = open_pipeline(config.model, config.lora)
         now = digest_of(pipe)
         if differ(then, now):
-            shown(f"--baseline {baseline} is of a model of digest {then}, and that of {config.model!r} is {now}")
+            say_once(f"--baseline {baseline} is of a model of digest {then}, and that of {config.model!r} is {now}")
         e = evaluate(pipe, method, chosen, each, config.num_inference_steps, config.seed, config.batch_size)
         settings = config.written() | {"guidance_options": method_settings(method), "model_digest": now}
         found = _reported(e, before, settings)

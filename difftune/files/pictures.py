@@ -119,8 +119,10 @@ def _beside(path: Path) -> str | None:
 
 
 def read_picture(path: str | Path) -> Tensor:
-    """The picture of a file, (3, H, W) in [0, 1], turned as its EXIF orientation says. RunError for a file that is not a
-    picture, or one of more than `MOST_PIXELS`, which are not read."""
+    """The picture of a file, (3, H, W) in [0, 1], turned as its EXIF orientation says.
+
+    RunError for a file that is not a picture, and for one of more than `MOST_PIXELS`, which are not read.
+    """
     try:
         with Image.open(path) as image:
             if image.width * image.height > MOST_PIXELS:

@@ -19,7 +19,7 @@ from difftune.files.versions import versions
 from difftune.lookup import guidance_named
 from difftune.pipelines.fingerprint import digest_of
 from difftune.pipelines.method_parts import Equipped, equip, prepared
-from difftune.pipelines.opened import opened
+from difftune.pipelines.opened import open_pipeline
 from guidance.attach.handle import attach
 from guidance.contract import Guidance
 from rewards.checks import finite
@@ -166,7 +166,7 @@ def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str
     noises = None if config.noise is None else noises_of(config.noise, len(texts))
     sampling = Sampling(config.num_inference_steps, config.batch_size, config.eta)
     with fresh(config.output_dir) as claim:
-        pipe = opened(config.model, config.lora)
+        pipe = open_pipeline(config.model, config.lora)
         made = draw_pictures(generate_batches(pipe, texts, seeds, method, sampling, noises), len(texts), "sample")
         settings = config.written() | {
             "guidance": config.guidance if guidance is None else type(guidance).__name__,

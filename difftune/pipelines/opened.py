@@ -13,10 +13,10 @@ from difftune.pipelines import full_weights
 from difftune.pipelines.fingerprint import differ, digest_of, recorded
 from difftune.pipelines.lora import WEIGHTS, check_head, mix
 from difftune.pipelines.lora import attach as attach_lora
-from difftune.processes import shown
+from difftune.processes import say_once
 
 
-def opened(model: str, lora: str | Sequence[str] | None = None) -> Any:
+def open_pipeline(model: str, lora: str | Sequence[str] | None = None) -> Any:
     """The pipeline, on the GPU if there is one, with what training wrote to the folder `lora`: a LoRA, or a network.
 
     Several LoRAs are mixed, each with its share: ["a=0.7", "b=0.3"].
@@ -36,7 +36,7 @@ def _compare(pipe: Any, model: str, folders: Iterable[str]) -> None:
         adapter = Path(folder, WEIGHTS)
         then = recorded(adapter if adapter.is_file() else full_weights.folder_of(pipe, folder) / full_weights.FILE)
         if differ(then, now):
-            shown(f"--lora {folder} was trained on a model of digest {then}, and that of {model!r} is {now}")
+            say_once(f"--lora {folder} was trained on a model of digest {then}, and that of {model!r} is {now}")
 
 
 def shares_of(loras: Sequence[str]) -> dict[str, float]:

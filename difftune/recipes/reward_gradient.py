@@ -93,7 +93,7 @@ def warn_of_noise(session: Session[RewardGradientConfig]) -> None:
     met.warned = True
     known = f"above {least:.0f} images" if least < inf else "beyond measure: they do not agree at all"
     quieter = "train without guidance (--guidance none), or with" if config.guidance != "none" else "train with"
-    processes.shown(
+    processes.say_once(
         f"most of this run is chance: the noise scale of the gradients is {known}, and all {config.max_train_steps} "
         f"updates of {met.images} images see {config.max_train_steps * met.images}; {quieter} more images per update "
         "(--gradient_accumulation_steps), or a smoother reward"

@@ -58,7 +58,7 @@ def train_saved(
 ) -> dict[str, Any]:
     """`difftune.recipes.train_in_folder`, of settings that were checked."""
     prompts = prompts_named(config.prompts, config.seed)
-    with run_folder.begun(config, show) as state:
+    with run_folder.begin_run(config, show) as state:
         parts = load_parts(recipe, config, prompts, pipe, reward)
         steps = train_steps(recipe, config, state, parts, run_folder.resolving(config, show))
         card = partial(model_card, recipe, config, parts.pipe)

@@ -65,38 +65,38 @@ def optimize_in_folder(
     `checkpointing_steps` asks for. SIGTERM and Ctrl-C save one more, and end with 143 and 130.
     """
     check_optimize(config, pipe, reward)
-    say = show or processes.shown
+    say = show or processes.say_once
     with claimed(config.output_dir) as claim:
         if claim.ended and config.resume_from_checkpoint:
             say(f"{claim.path} was finished: nothing is left to do")
             return json.loads((claim.path / RESULT).read_text("utf-8"))
         prepare(claim, config)
-        summary, found = optimised_all(config, claim, say, pipe, reward)
-        claim.results([*files(config, found), (CONFIG, settings_yaml(config)), (RESULT, as_json(summary))])
+        summary, found = optimize_batches(config, claim, say, pipe, reward)
+        claim.results([*optimize_files(config, found), (CONFIG, settings_yaml(config)), (RESULT, as_json(summary))])
         claim.end(CHECKPOINTS)
     if summary.get("parting"):
         say(f"{config.held_out} fell while the reward rose: {summary['parting']['says']}")
     return summary
 
 
-def optimised_all(
+def optimize_batches(
     config: RenoConfig, claim: Claim, say: Say, pipe: Any, reward: Reward | None
 ) -> tuple[dict[str, Any], list[Made]]:
     """What optimize.json holds, and every batch."""
-    started, reno = time.perf_counter(), configured(config, pipe, reward)
+    started, reno = time.perf_counter(), make_reno(config, pipe, reward)
     if torch.cuda.is_available() and pipe is None:
         reno.pipe.to("cuda")
     network, exact = LatentModel(reno.pipe, reno.embedded_guidance).network, config.deterministic
     with kernels(config.enable_xformers_memory_efficient_attention, exact, network) as attention:
-        batches = list(batched(config))
+        batches = list(batches_of(config))
         plan = reno.planned(batches[0].prompts)
         engine = Engine(plan, attention, exact, offload_of(config.offload, network.device)).lines(plan.gradient)
         engine |= precision(reno)
         for name, line in engine.items():
             say(f"{name}: {line}")
         start = None if config.start is None else start_of(config, reno)
-        found = [optimised(config, reno, batch, start, claim, say) for batch in batches]
-    return {**summarised(config, found), "engine": engine, "seconds": time.perf_counter() - started}, found
+        found = [optimize_batch(config, reno, batch, start, claim, say) for batch in batches]
+    return {**optimize_summary(config, found), "engine": engine, "seconds": time.perf_counter() - started}, found
 
 
 ROUGH = 0.05  # of unit noise: an error of the first step's that may turn a gradient around
@@ -120,7 +120,7 @@ def precision(reno: ReNO) -> dict[str, str]:
     }
 
 
-def configured(config: RenoConfig, pipe: Any, reward: Reward | None) -> ReNO:
+def make_reno(config: RenoConfig, pipe: Any, reward: Reward | None) -> ReNO:
     """The ReNO that the settings describe."""
     return ReNO(
         load_model(config.model, torch_dtype=DTYPES[config.mixed_precision]) if pipe is None else pipe,
@@ -171,7 +171,7 @@ class Batch:
     first: int  # number of its first sample
 
 
-def batched(config: RenoConfig) -> Iterator[Batch]:
+def batches_of(config: RenoConfig) -> Iterator[Batch]:
     """Each prompt `seeds_per_prompt` times, `batch_size` at a time."""
     samples = every(config)
     for number, start in enumerate(range(0, len(samples), config.batch_size)):
@@ -209,7 +209,7 @@ def prepare(claim: Claim, config: RenoConfig) -> None:
     claim.note(CHECKPOINTS)
 
 
-def optimised(config: RenoConfig, reno: ReNO, batch: Batch, start: Tensor | None, claim: Claim, say: Say) -> Made:
+def optimize_batch(config: RenoConfig, reno: ReNO, batch: Batch, start: Tensor | None, claim: Claim, say: Say) -> Made:
     """One batch, from its newest checkpoint if the run is resumed."""
     folder = claim.path / CHECKPOINTS / f"{batch.number:03d}"
     checkpoint.sort_out(folder, say)
@@ -223,7 +223,7 @@ def optimised(config: RenoConfig, reno: ReNO, batch: Batch, start: Tensor | None
     frames = [] if state is None else list(state.tensors["frames"])
     keeper = Keeper(config, claim, folder, frames, digest_of(reno.pipe))
     lives = reno.iterate(batch.prompts, **call)
-    best = followed(keeper, tqdm(lives, "ReNO", config.iterations, initial=len(frames), disable=None))
+    best = follow_iterations(keeper, tqdm(lives, "ReNO", config.iterations, initial=len(frames), disable=None))
     return Made(best or replace(reno, progress=False).optimize(batch.prompts, **call), torch.stack(frames))
 
 
@@ -252,7 +252,7 @@ class Keeper:
             self.saved = self.live.progress.iteration
 
 
-def followed(keeper: Keeper, lives: Iterable[Live]) -> Result | None:
+def follow_iterations(keeper: Keeper, lives: Iterable[Live]) -> Result | None:
     """The end of a run whose pictures are collected and whose checkpoints are saved; None if it was at its end.
 
     After an error the last whole iteration is saved, if checkpoints are.
@@ -312,7 +312,7 @@ def start_of(config: RenoConfig, reno: ReNO) -> Tensor:
 # ------------------------------------------------------------------------------------------------ what is written
 
 
-def summarised(config: RenoConfig, found: Sequence[Made]) -> dict[str, Any]:
+def optimize_summary(config: RenoConfig, found: Sequence[Made]) -> dict[str, Any]:
     """What optimize.json says: the settings, and each sample's rewards, iteration by iteration."""
     results = [made.result for made in found]
     samples = [sample_of(result, row) for result in results for row in range(len(result.images))]
@@ -375,7 +375,7 @@ def weighted_mean(curves: Sequence[tuple[list[float], int]]) -> list[float]:
     return [sum(values[min(i, len(values) - 1)] * weight for values, weight in curves) / total for i in range(length)]
 
 
-def files(config: RenoConfig, found: Sequence[Made]) -> Iterable[tuple[str, bytes]]:
+def optimize_files(config: RenoConfig, found: Sequence[Made]) -> Iterable[tuple[str, bytes]]:
     """Names and contents of the pictures, the paths, the curves and the noise."""
     pictures, i = [], 0
     for made in found:

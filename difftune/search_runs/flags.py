@@ -11,7 +11,7 @@ from guidance.search.fkc import Exponents
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none"}
 
 
-def settings_of(config: SearchConfig) -> dict[str, Any]:
+def method_settings_of(config: SearchConfig) -> dict[str, Any]:
     """The method's own settings, each in its field's type."""
     make = SEARCHES[known("search method", config.method, SEARCHES)].config
     hints, found = get_type_hints(make), {}

@@ -30,11 +30,11 @@ from difftune.lookup import method_of, reward_named, reward_weights
 from difftune.models import check_model
 from difftune.pipelines.fingerprint import check_resumed, digest_of
 from difftune.pipelines.generate import pixels
-from difftune.pipelines.opened import opened
+from difftune.pipelines.opened import open_pipeline
 from difftune.search_runs.experts import experts_for
-from difftune.search_runs.flags import experts_of, settings_of
+from difftune.search_runs.flags import experts_of, method_settings_of
 from difftune.search_runs.lineage_plot import picture, shown_leaves
-from difftune.search_runs.search import GRADIENTS, Found, Point, Search, configured, decoded, search
+from difftune.search_runs.search import GRADIENTS, Found, Point, Search, decode_each, method_config, search
 from guidance.search.problem import Graph, Saved
 from rewards.registry import Reward
 
@@ -55,17 +55,17 @@ def search_in_folder(
     SIGTERM and Ctrl-C save the state after the step that is under way, and end with 143 and 130.
     """
     check_search(config, reward)
-    say, began = show or processes.shown, time.perf_counter()
+    say, began = show or processes.say_once, time.perf_counter()
     with claimed(config.output_dir) as claim:
         if claim.ended and config.resume_from_checkpoint:
             say(f"{claim.path} was finished: nothing is left to do")
             return json.loads((claim.path / RESULT).read_text("utf-8"))
         claim.clear()
-        earlier = resumed(claim, config)
-        found = follow_search(started(config, earlier, pipe, reward), config, claim.path, say)
-        summary = {**summarised(config, found), "seconds": round(time.perf_counter() - began, 3)}
+        earlier = read_earlier(claim, config)
+        found = follow_search(begin_search(config, earlier, pipe, reward), config, claim.path, say)
+        summary = {**search_summary(config, found), "seconds": round(time.perf_counter() - began, 3)}
         summary["versions"] = versions()
-        claim.results([*files(config, found), (CONFIG, settings_yaml(config)), (RESULT, as_json(summary))])
+        claim.results([*search_files(config, found), (CONFIG, settings_yaml(config)), (RESULT, as_json(summary))])
         claim.end()
     return summary
 
@@ -74,18 +74,18 @@ def check_search(config: SearchConfig, reward: Reward | None = None) -> None:
     """UserError for the first invalid setting, before anything is loaded."""
     if not config.prompt:
         raise UserError("there is no prompt to search for: give at least one --prompt")
-    settings = configured(config.method, settings_of(config))
+    settings = method_config(config.method, method_settings_of(config))
     experts_for(config.method, settings, experts_of(config))
     method_of(config)
     reward_weights(config.reward if reward is None else reward, gradient=config.method in GRADIENTS)
     check_model(config.model)
 
 
-def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: Reward | None) -> Search:
+def begin_search(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: Reward | None) -> Search:
     """The search, from its beginning or from where it was saved."""
     reward = reward_named(config.reward if reward is None else reward, gradient=config.method in GRADIENTS)
     going = search(
-        opened(config.model, config.lora) if pipe is None else pipe,
+        open_pipeline(config.model, config.lora) if pipe is None else pipe,
         config.prompt,
         config.method,
         reward,
@@ -101,7 +101,7 @@ def started(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: 
         decode_batch=config.decode_batch,
         enable_vae_tiling=config.enable_vae_tiling,
         saved=None if earlier is None else earlier.saved,
-        **settings_of(config),
+        **method_settings_of(config),
     )
     if earlier is not None:
         check_resumed(going.pipe, earlier.model)
@@ -182,7 +182,7 @@ def comparable(config: SearchConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in FREE}
 
 
-def resumed(claim: Claim, config: SearchConfig) -> Earlier | None:
+def read_earlier(claim: Claim, config: SearchConfig) -> Earlier | None:
     """What the folder's state holds; None if a search begins, or was killed before it was first saved."""
     folder, held = claim.path, claim.held()
     if STATE in held and not config.resume_from_checkpoint:
@@ -199,7 +199,7 @@ def resumed(claim: Claim, config: SearchConfig) -> Earlier | None:
             f"{folder} holds a finished search: there is nothing to resume, give a larger --nfe_budget or another "
             "--output_dir"
         )
-    earlier, before = read(folder / STATE)
+    earlier, before = read_state(folder / STATE)
     for name, value in now.items():
         same_or_larger(folder, name, before[name], value)
     return earlier
@@ -228,7 +228,7 @@ def same_or_larger(folder: Path, name: str, before: Any, now: Any) -> None:
     raise UserError(f"the search in {folder} was made with {name}={before!r}, not {now!r}: resume with that{more}")
 
 
-def read(path: Path) -> tuple[Earlier, dict[str, Any]]:
+def read_state(path: Path) -> tuple[Earlier, dict[str, Any]]:
     """A search that was saved, and its settings. Raises RunError for a file that is damaged or edited."""
     try:
         with safe_open(path, "pt") as file:
@@ -244,7 +244,7 @@ def read(path: Path) -> tuple[Earlier, dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------ results
 
 
-def summarised(config: SearchConfig, found: Found) -> dict[str, Any]:
+def search_summary(config: SearchConfig, found: Found) -> dict[str, Any]:
     """What search.json says: the settings, each prompt's best, and the curve."""
     state = found.state
     prompts = [
@@ -274,7 +274,7 @@ def image_name(config: SearchConfig, i: int) -> str:
     return f"{i:05d}-seed{config.seed + i}.png"
 
 
-def files(config: SearchConfig, found: Found) -> Iterator[tuple[str, bytes]]:
+def search_files(config: SearchConfig, found: Found) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the pictures and of the weighted samples."""
     pictures = pixels(found.images)
     for i, image in enumerate(pictures):
@@ -297,5 +297,5 @@ def thumbnails(found: Found, graph: Graph, group: int) -> dict[int, Any]:
     if len(values) != int(own.sum()) or not torch.allclose(values.double(), weighted.reward[own].double().cpu()):
         return {}
     shown = shown_leaves(graph, group, THUMBNAILS)
-    images = decoded(found.decode, weighted.x0[own][list(shown.values())])
+    images = decode_each(found.decode, weighted.x0[own][list(shown.values())])
     return dict(zip(shown, pixels(images), strict=True))

@@ -64,7 +64,7 @@ class Found:
     @cached_property
     def images(self) -> Tensor:
         """(P, 3, H, W) in [0, 1], on the CPU: the best finished sample of each prompt; NaN before there is one."""
-        return decoded(self.decode, self.state.x0)
+        return decode_each(self.decode, self.state.x0)
 
     def pil(self) -> list[Image.Image]:
         """The images as pictures of PIL, one for each prompt. Raises RunError before there is one."""
@@ -105,7 +105,7 @@ class Found:
 
 
 @torch.no_grad()
-def decoded(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
+def decode_each(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
     """Images on the CPU, one at a time: a decoder's activations are the largest there are."""
     return torch.cat([decode(latent[None]).float().cpu() for latent in latents])
 
@@ -143,7 +143,7 @@ class Search:
         decode = LatentModel(self.pipe).decode
         with tqdm(total=self._total(), desc=self.method, unit="NFE", disable=None if self.progress else True) as bar:
             for state in self._unwatched():
-                self.history = appended(self.history, state)
+                self.history = append_point(self.history, state)
                 self._last = Found(state, self.history, decode)
                 bar.set_postfix(standing(state), refresh=False)
                 bar.update(int(state.nfe.sum()) - bar.n)
@@ -169,7 +169,7 @@ def standing(state: State) -> dict[str, str]:
     return {**said, "reward calls": str(int(state.reward_calls.sum()))}
 
 
-def appended(history: tuple[Point, ...], state: State) -> tuple[Point, ...]:
+def append_point(history: tuple[Point, ...], state: State) -> tuple[Point, ...]:
     """The curve with another point; of a flat stretch, the ends alone, and a point that is there already once."""
     point = Point(state.nfe.tolist(), state.reward_calls.tolist(), state.reward.tolist())
     if history and history[-1] == point:  # a search that is resumed at its end says it again
@@ -220,7 +220,7 @@ def search(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise UserError("the list of prompts is empty: give at least one")
-    config = configured(method, settings)
+    config = method_config(method, settings)
     named = experts_for(method, config, experts)
     reward = reward_named({"tiny-clip": 1.0} if reward is None else reward, gradient=method in GRADIENTS)
     at_least(1, num_inference_steps=num_inference_steps, nfe_budget=nfe_budget or 1, reward_budget=reward_budget or 1)
@@ -241,7 +241,7 @@ def search(
     return Search(problem, method, states, pipe, progress, others=others)
 
 
-def configured(method: str, settings: Mapping[str, Any]) -> Any:
+def method_config(method: str, settings: Mapping[str, Any]) -> Any:
     """The settings of a method. Raises UserError for an unknown name or an invalid setting."""
     make = SEARCHES[known("search method", method, SEARCHES)].config
     for name in settings:

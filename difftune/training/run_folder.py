@@ -23,7 +23,7 @@ from difftune.files.claim import LOCK, Claim, claimed
 from difftune.files.output import sweep, write
 from difftune.lookup import guidance_kinds
 from difftune.pipelines import full_weights, lora
-from difftune.processes import agreed, process, shown, stopping
+from difftune.processes import agree_to_stop, process, say_once, stopping
 from difftune.training import trackers as log
 from difftune.training import validation
 from guidance.methods.catalogue import GUIDANCE
@@ -44,7 +44,7 @@ OWN = (CONFIG, METRICS, CARD, REPORT, validation.RECORDS, validation.GRIDS, vali
 
 
 @contextmanager
-def begun(config: Config, say: Say | None = None) -> Iterator[State | None]:
+def begin_run(config: Config, say: Say | None = None) -> Iterator[State | None]:
     """Around a run: its folder, which no other process may write meanwhile, and the state from which it goes on.
 
     A folder of a run that had come to no checkpoint is begun anew. What a run leaves that fails before its first one is
@@ -103,7 +103,7 @@ def run_in_folder(
     done = 0 if state is None else state.step
     metrics: dict[str, float] = {} if state is None else dict(state.info["metrics"])
     started = time.perf_counter()
-    rewind(config, done)
+    rewind_records(config, done)
     validator = validation.open_validator(config, reward)
     keeper = Keeper(folder, pipe, config.checkpoints_total_limit, done, main)
     metrics, state = follow_steps(config, steps, keeper, validator, trackers) or (metrics, state)
@@ -141,7 +141,7 @@ def check_stepped(state: State | None) -> None:
         )
 
 
-def rewind(config: Config, done: int) -> None:
+def rewind_records(config: Config, done: int) -> None:
     """Write the settings, and drop what records say of later steps than those that are done."""
     folder = Path(config.output_dir)
     process().wait_for_everyone()  # every process has seen the folder as it was
@@ -169,18 +169,18 @@ def follow_steps(
             if validator is not None and now.step == 1:
                 validate_start(validator, keeper.pipe, now, trackers)
             if keeper.main:
-                report(keeper.folder, metrics, trackers, bar)
+                report_step(keeper.folder, metrics, trackers, bar)
             last = now.step == config.max_train_steps
-            parting = validated(validator, keeper.pipe, now, trackers, last) if validator else None
+            parting = validate_if_due(validator, keeper.pipe, now, trackers, last) if validator else None
             ends = config.early_stop and parting is not None
-            asked = agreed(stop)
+            asked = agree_to_stop(stop)
             if now.step % config.checkpointing_steps == 0 or last or ends or asked:
                 keeper.save()
             if asked:
                 process().wait_for_everyone()  # the main one has saved
                 stop.leave(now.step)
             if ends:
-                shown(f"stopped at step {now.step}: {parting}")
+                say_once(f"stopped at step {now.step}: {parting}")
                 break
     return None if keeper.state is None else (metrics, keeper.state)
 
@@ -209,7 +209,7 @@ class Keeper:
         if isinstance(error, Exception) and self.state is not None and self.state.step != self.saved:
             with suppress(DiskError):  # which may be what ended the run
                 self.save()
-                shown(
+                say_once(
                     f"step {self.saved}, the last whole one, is saved: --resume_from_checkpoint latest goes on from it"
                 )
 
@@ -221,7 +221,7 @@ def save_weights(pipe: Any, state: State, folder: Path) -> None:
     (full_weights if state.info["config"]["full_finetuning"] else lora).save(pipe, folder, tensors)
 
 
-def validated(
+def validate_if_due(
     validator: validation.Validator, pipe: Any, state: State, trackers: Sequence[Any], last: bool
 ) -> Parting | None:
     """A validation if one is due, in every process alike; the main one writes it. Returns what `Monitor` finds.
@@ -235,7 +235,7 @@ def validated(
     try:
         found = validation.validate(validator, pipe, state)
     except NotFinite as error:
-        shown(f"the validation at step {state.step} is skipped: {error}")
+        say_once(f"the validation at step {state.step} is skipped: {error}")
     if found is not None and process().is_main_process:
         validation.write_validation(config, found, partial(save_weights, pipe, state))
         log.show(trackers, "validation", found.record, found.images)
@@ -248,7 +248,7 @@ def validate_start(validator: validation.Validator, pipe: Any, state: State, tra
     off."""
     if not validator.config.full_finetuning:
         with lora.off(lora.network_of(pipe)):
-            validated(validator, pipe, state._replace(step=0, tensors={}), trackers, last=True)
+            validate_if_due(validator, pipe, state._replace(step=0, tensors={}), trackers, last=True)
 
 
 def starting_state(config: Config, say: Say | None = None) -> State | None:
@@ -256,7 +256,7 @@ def starting_state(config: Config, say: Say | None = None) -> State | None:
 
     Raises UserError for a folder that holds something, unless it is a run of ours that is resumed with its settings.
     """
-    say, folder = say or shown, Path(config.output_dir)
+    say, folder = say or say_once, Path(config.output_dir)
     held = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
     if held and CONFIG not in held and not checkpoint.checkpoints(folder):
         raise UserError(f"{folder} holds something else ({held[0]}): choose another --output_dir")
@@ -302,7 +302,7 @@ def resolving(config: Config, show: Say | None) -> Say:
     lines: list[str] = []
 
     def say(line: str) -> None:
-        (show or shown)(line)
+        (show or say_once)(line)
         lines.append(f"# {line}\n")
         if process().is_main_process:
             write(Path(config.output_dir) / CONFIG, "".join(lines) + settings_yaml(config))
@@ -310,7 +310,7 @@ def resolving(config: Config, show: Say | None) -> Say:
     return say
 
 
-def report(folder: Path, metrics: dict[str, float], trackers: Sequence[Any], bar: Any) -> None:
+def report_step(folder: Path, metrics: dict[str, float], trackers: Sequence[Any], bar: Any) -> None:
     records.append(folder / METRICS, metrics)
     for tracker in trackers:
         tracker.log(metrics, step=int(metrics["step"]))

@@ -40,7 +40,7 @@ def attempt_step(run: Training, step: int) -> Iterator[Metrics]:
         run.skipped += 1
         if run.skipped > config.max_skipped_steps:
             raise RunError(f"step {step + 1}: {error}; checkpoints are as they were") from error
-        processes.shown(f"step {step + 1} is skipped, {run.skipped} of {config.max_skipped_steps}: {error}")
+        processes.say_once(f"step {step + 1} is skipped, {run.skipped} of {config.max_skipped_steps}: {error}")
     rate = run.optimizer.param_groups[0]["lr"]
     metrics.update({"lr": rate, "skipped": run.skipped, "seconds": time.perf_counter() - started})
 

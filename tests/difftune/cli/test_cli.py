@@ -78,10 +78,10 @@ def test_sample_writes_images_a_grid_and_its_settings(model, tmp_path):
 
 def test_an_image_depends_on_its_seed_alone(model):
     from difftune.pipelines.generate import Sampling, generate_batches
-    from difftune.pipelines.opened import opened
+    from difftune.pipelines.opened import open_pipeline
     from guidance.methods.catalogue import CFG
 
-    pipe = opened(model)
+    pipe = open_pipeline(model)
     prompts, seeds = ["a red circle", "a blue square"] * 2, [0, 1, 2, 3]
     together = torch.cat([b.images for b in generate_batches(pipe, prompts, seeds, CFG(5.0), Sampling(2))])
     alone = torch.cat([b.images for b in generate_batches(pipe, prompts, seeds, CFG(5.0), Sampling(2, 1))])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from difftune.cli.program import cli
 from difftune.errors import UserError
-from difftune.evaluation.compare import Cell, caption, labelled
+from difftune.evaluation.compare import Cell, caption, draw_sheet
 from difftune.lookup import guidance_named, takes_scale
 from difftune.pipelines import method_parts
 from difftune.pipelines.generate import Pictures
@@ -186,7 +186,7 @@ def test_the_images_of_a_cell_lie_under_its_labels():
     def cell(name: str, scale: float | None, gray: float) -> Cell:
         return Cell(name, scale, CFG(), Pictures(torch.full((1, 3, 8, 8), gray), [1.0], {"cond": 1.0}, 1.0))
 
-    picture = labelled([cell("none", None, 0.2), cell("cfg", 1.0, 0.4), cell("cfg", 2.0, 0.6)], [1.0, 2.0], 1)
+    picture = draw_sheet([cell("none", None, 0.2), cell("cfg", 1.0, 0.4), cell("cfg", 2.0, 0.6)], [1.0, 2.0], 1)
     pixels = np.asarray(Image.open(BytesIO(picture)))
     corners = {}
     for gray in (0.2, 0.4, 0.6):

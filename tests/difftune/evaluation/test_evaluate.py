@@ -115,7 +115,7 @@ def test_the_oracle_judges():
     caption = grammar.parse("a red circle")
     picture = render(draw.draw_scene(np.random.default_rng(0), caption))
     images = torch.from_numpy(np.stack([picture, picture])).permute(0, 3, 1, 2)
-    judged = shapeeval.judged(images, ["a red circle", "a blue circle"], [3, 4])
+    judged = shapeeval.judge_images(images, ["a red circle", "a blue circle"], [3, 4])
     assert judged == [Result("a red circle", "colors", 3, True), Result("a blue circle", "colors", 4, False)]
 
 

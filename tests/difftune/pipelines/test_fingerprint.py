@@ -18,7 +18,7 @@ from difftune.evaluation import shapeeval
 from difftune.files.claim import claimed
 from difftune.pipelines import fingerprint
 from difftune.pipelines.fingerprint import digest_of
-from difftune.pipelines.opened import opened
+from difftune.pipelines.opened import open_pipeline
 from difftune.recipes import train_in_folder
 from difftune.reno import run_folder as reno
 from difftune.search_runs import run_folder as search
@@ -82,10 +82,10 @@ def test_training_is_not_resumed_on_other_weights_and_its_adapter_says_whose_it_
     config = replace(toy("alignprop", tmp_path), model=str(model), output_dir=str(tmp_path / "out"), max_train_steps=1)
     config = replace(config, full_finetuning=full)
     train_in_folder(config, [].append, None, Bright())
-    opened(str(model), str(tmp_path / "out"))
+    open_pipeline(str(model), str(tmp_path / "out"))
     assert "was trained on" not in capsys.readouterr().err
     retrain(model, "vae")
-    opened(str(model), str(tmp_path / "out"))
+    open_pipeline(str(model), str(tmp_path / "out"))
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "was trained on" in line]
     assert f"--lora {tmp_path / 'out'} was trained on a model of digest" in said
     with pytest.raises(UserError, match=OTHER):
@@ -102,16 +102,16 @@ def test_noise_optimisation_is_not_resumed_on_other_weights(model, tmp_path):
         checkpointing_steps=1,
         output_dir=str(tmp_path / "out"),
     )
-    noise = reno.configured(config, models.load(model), None)
+    noise = reno.make_reno(config, models.load(model), None)
     batch = reno.Batch(0, ["red circle"], 0)
     again = replace(config, resume_from_checkpoint="latest")
     with claimed(config.output_dir) as claim:
-        reno.optimised(config, noise, batch, None, claim, [].append)
-        reno.optimised(again, noise, batch, None, claim, [].append)
+        reno.optimize_batch(config, noise, batch, None, claim, [].append)
+        reno.optimize_batch(again, noise, batch, None, claim, [].append)
         retrain(model)
-        other = reno.configured(config, models.load(model), None)
+        other = reno.make_reno(config, models.load(model), None)
         with pytest.raises(UserError, match=OTHER):
-            reno.optimised(again, other, batch, None, claim, [].append)
+            reno.optimize_batch(again, other, batch, None, claim, [].append)
 
 
 def test_a_search_is_not_resumed_on_other_weights(model, tmp_path):

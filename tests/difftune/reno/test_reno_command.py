@@ -49,7 +49,7 @@ OTHER = {"num_inference_steps": 3, "sampler": "ancestral", "guidance": "cfg", "e
 def test_each_setting_of_a_noise_has_its_flag_and_reaches_it_by_name(pipe):
     names = {field.name for field in fields(NoiseSettings)} - {"timesteps"}  # which a paper's setting gives
     assert names == OTHER.keys() and all(getattr(RenoConfig(), name) != OTHER[name] for name in names)
-    reno = run_folder.configured(RenoConfig(reward=["brightness"], **OTHER), pipe, None)
+    reno = run_folder.make_reno(RenoConfig(reward=["brightness"], **OTHER), pipe, None)
     found = {name: getattr(reno, name) for name in names}
     assert found == {**OTHER, "guidance": CFG(7.5)}
     assert run_folder.noise_settings(RenoConfig()) == NoiseSettings(guidance=Plain())
@@ -270,7 +270,7 @@ def test_a_run_begins_with_a_picture_or_with_a_noise(pipe, tmp_path):
                       max_distance=0.1, variables="both", num_inference_steps=2)  # fmt: skip
     run_folder.optimize_in_folder(config, [].append, pipe)
     first = load_file(tmp_path / "a" / "noise.safetensors")
-    expected = run_folder.configured(config, pipe, None).inverted(
+    expected = run_folder.make_reno(config, pipe, None).inverted(
         read_picture(tmp_path / "picture.png")[None], PROMPTS[0], 3
     )
     assert torch.allclose(first["noise_before"][0], expected[0], atol=1e-5)

@@ -31,7 +31,7 @@ from difftune.pipelines import method_parts
 from difftune.search_runs import run_folder as command
 from difftune.search_runs import search as searching
 from difftune.search_runs.experts import Expert
-from difftune.search_runs.flags import settings_of
+from difftune.search_runs.flags import method_settings_of
 from difftune.search_runs.held import kept, rows_within
 from difftune.search_runs.problem import Adapter
 from difftune.search_runs.search import GRADIENTS, Search
@@ -353,7 +353,7 @@ def test_a_second_prompt_on_the_command_line(pipe, tmp_path):
 def test_exponents_are_given_on_the_command_line():
     for value, want in (("cond:1.5, uncond:-.5", {"cond": 1.5, "uncond": -0.5}), ("none", None)):
         given = SearchConfig("fkc", PROMPTS, "tiny", output_dir="out", setting=[f"exponents={value}"])
-        assert settings_of(given) == {"exponents": want}
+        assert method_settings_of(given) == {"exponents": want}
 
 
 def test_the_gradient_raises_the_reward_and_leaves_the_pipeline_alone(pipe):
@@ -607,7 +607,7 @@ def test_a_population_that_its_budget_sized_is_not_gone_on_with_under_another(pi
 
 
 def test_killed_while_results_are_written_it_resumes_at_the_end(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "files", lambda *args: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(command, "search_files", lambda *args: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         run(pipe, config(tmp_path / "a"))
     monkeypatch.undo()
@@ -639,7 +639,7 @@ def test_what_is_written(pipe, tmp_path):
 
 
 def test_a_state_of_other_settings_or_a_damaged_one_is_refused(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "files", lambda *args: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(command, "search_files", lambda *args: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         run(pipe, config(tmp_path / "out"))
     with pytest.raises(UserError, match="was made with seed=0, not 3: resume with that"):
