@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from difftune.errors import DiskError, UserError
+from guidance.files import whole_folder
 from rewards.registry import unknown
 
 if TYPE_CHECKING:
@@ -250,19 +250,11 @@ def _assembled(name: str, own: Path, base: Path) -> Path:
     if done.is_dir():
         return done
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+        with whole_folder(done, replace=False) as partial:
+            _merge(base, own, partial)
     except OSError as error:
-        remedy = "set XDG_CACHE_HOME to a folder that can be written"
-        raise DiskError(f"cannot write to {cache} ({error.strerror}): {remedy}") from error
-    try:
-        _merge(base, own, partial)
-        partial.rename(done)
-    except OSError:
-        if not done.is_dir():  # else another process was faster, and its folder is as good
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        why, remedy = error.strerror or str(error), "set XDG_CACHE_HOME to a folder that can be written"
+        raise DiskError(f"cannot write to {cache} ({' '.join(why.split())}): {remedy}") from error
     return done
 
 

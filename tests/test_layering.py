@@ -27,7 +27,7 @@ FLOORS = {
         {"invert", "search"},
         {"attach", "guided", "guider"},
         {"branches", "methods"},
-        {"codec", "contract"},
+        {"codec", "contract", "files"},
     ],
     "rewards": [
         {"learned"},

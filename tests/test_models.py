@@ -1,5 +1,8 @@
 import json
 import multiprocessing
+import os
+import resource
+import stat
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from difftune import models
+from difftune.errors import DiskError
 from tests.support import pipelines
 
 
@@ -90,6 +94,26 @@ def test_cache_that_cannot_be_written_names_the_remedy(root, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(root / "file"))
     with pytest.raises(OSError, match=r"cannot write to .*: set XDG_CACHE_HOME"):
         models.path("tiny-turbo")
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_leaves_nothing(root):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(DiskError, match=r"cannot write to .*File too large.*: set XDG_CACHE_HOME") as error:
+            models.path("tiny-turbo")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value) and list((root / "cache/difftune").iterdir()) == []
+
+
+def test_others_may_read_what_the_umask_lets_them(root):
+    before = os.umask(0o022)
+    try:
+        found = models.path("tiny-turbo")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (found, *found.rglob("*"))} <= {0o755, 0o644}
 
 
 def test_folder_of_ones_own(root):

@@ -4,7 +4,6 @@ Everything is judged by the oracle, which no stage trains on, and by the reward 
 """
 
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,9 +18,11 @@ from torch import Tensor
 from difftune.configs.noise import RenoConfig
 from difftune.configs.recipes import AlignPropConfig
 from difftune.demo import report
+from difftune.errors import UserError
 from difftune.evaluation.intervals import Result, differences
 from difftune.evaluation.shapeeval import Evaluation, entries_of, evaluate, judge_images, scores
 from difftune.files import output, records
+from difftune.files.claim import claimed
 from difftune.files.pictures import read_picture
 from difftune.lookup import guidance_named
 from difftune.pipelines.generate import pixels
@@ -31,6 +32,8 @@ from difftune.reno import run_folder as reno_folder
 from rewards.compose import weighted
 
 MARK = ".difftune-demo"  # what tells a demo's folder from any other
+EARLIER = ".earlier"  # where the files of the demo before lie meanwhile
+WRITTEN = (MARK, "alignprop", "reno", "report.html", "metrics.json")
 
 
 @dataclass(frozen=True)
@@ -68,23 +71,38 @@ def run_demo(output_dir: str | Path = "runs/demo", seed: int = 0, budget: Budget
 
 @contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
-    """The folder, empty; an earlier demo comes back if this one fails. UserError for a folder that is not a demo's."""
-    mine = folder.is_dir() and (folder / MARK).exists()
-    if not mine:
-        output.unused(folder)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if mine:
-        folder.rename(old)
-    try:
-        output.write(folder / MARK, "")
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        if mine:
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    """The folder, empty and ours alone; an earlier demo comes back if this one fails, or was killed.
+
+    Raises UserError for a folder that is not a demo's, and where another process has it.
+    """
+    with claimed(folder) as claim:
+        claim.clear()
+        _bring_back(folder)
+        held = claim.held()
+        if held and MARK not in held:
+            raise UserError(f"{folder} holds another run ({held[0]}): nothing was written, choose another --output_dir")
+        with output.written(folder):
+            (folder / EARLIER).mkdir()
+            for name in held:
+                (folder / name).rename(folder / EARLIER / name)
+        claim.note(*WRITTEN)
+        try:
+            claim.write(MARK, "")
+            yield folder
+        except BaseException:
+            claim.clear()
+            _bring_back(folder)
+            raise
+        claim.end(EARLIER)
+
+
+def _bring_back(folder: Path) -> None:
+    """Put back the files of the demo before the one that was cleared."""
+    if (folder / EARLIER).is_dir():
+        with output.written(folder):
+            for path in (folder / EARLIER).iterdir():
+                path.rename(folder / path.name)
+            (folder / EARLIER).rmdir()
 
 
 # ------------------------------------------------------------------------------------------------ stages

@@ -1,8 +1,7 @@
-"""Whole files and whole folders: each is complete under its name, or not there.
+"""Whole files and whole folders, by `guidance.files`, with DiskError, one sentence, where the disk refuses.
 
-What is being written lies beside its place as `.NAME.XXXXXXXX.partial`, is flushed to the disk, and is renamed. A
-folder that takes another's place puts that aside as `.NAME.XXXXXXXX.old` for a moment. A process that was killed leaves
-such names, and `sweep` clears them up: a partial one goes, and an old one comes back where nothing took its place.
+A process that was killed leaves temporary names, and `sweep` clears them up: a partial one goes, and an old one comes
+back where nothing took its place.
 """
 
 import io
@@ -10,8 +9,6 @@ import json
 import math
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,30 +17,13 @@ from typing import Any
 from PIL import Image
 from safetensors import SafetensorError
 
-from difftune.errors import DiskError, UserError
+from difftune.errors import DiskError
+from guidance import files
+from guidance.files import OLD, PARTIAL, beside, flush
 
-PARTIAL, OLD = "partial", "old"
+__all__ = ["beside", "flush"]
+
 TEMPORARY = re.compile(rf"\.(.+)\.[0-9a-f]{{8}}\.({PARTIAL}|{OLD})")
-
-
-def unused(folder: str | Path) -> Path:
-    """The folder, if it is absent or empty: nothing of another run is ever overwritten."""
-    folder = Path(folder)
-    try:
-        there = folder.exists()
-    except OSError as error:
-        raise UserError(f"cannot use {str(folder)[:60]}...: {error.strerror}; choose another --output_dir") from error
-    if folder.is_dir() and not any(folder.iterdir()):
-        return folder
-    if there:
-        held = f"holds another run ({min(p.name for p in folder.iterdir())})" if folder.is_dir() else "is a file"
-        raise UserError(f"{folder} {held}: nothing was written, choose another --output_dir")
-    return folder
-
-
-def beside(path: Path, kind: str = PARTIAL) -> Path:
-    """A temporary name in the path's folder, unlike any other."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
 
 
 @contextmanager
@@ -60,28 +40,15 @@ def written(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A place to write a file at, which takes the place of `path` at the end; after an exception nothing has changed.
-
-    It bears the name of `path`, in a temporary folder: loaders look at every file beside it. The file gets the mode
-    that the umask allows, whoever wrote it. Raises DiskError if the disk refuses.
-    """
-    with written(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = beside(path)
-        partial.mkdir()
-        try:
-            yield partial / path.name
-            settle(partial / path.name, mode_in(partial))
-            os.replace(partial / path.name, path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        flush(path.parent)
+    """`guidance.files.whole_file`. Raises DiskError where the disk refuses."""
+    with written(path), files.whole_file(path) as partial:
+        yield partial
 
 
 def write(path: Path, data: bytes | str) -> None:
-    """Write a whole file, and make its folder if there is none. Raises DiskError if the disk refuses."""
-    with whole_file(path) as partial:
-        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+    """Write a whole file, and make its folder where there is none. Raises DiskError where the disk refuses."""
+    with written(path):
+        files.write(path, data)
 
 
 def as_json(value: Any) -> bytes:
@@ -94,55 +61,15 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `path` at the end, or is removed after an exception.
-
-    Its files get the modes that the umask allows, whoever wrote them. Raises DiskError if the disk refuses.
-    """
-    with written(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = beside(path)
-        partial.mkdir()
-        try:
-            yield partial
-            for inner in (*partial.rglob("*"), partial):
-                settle(inner, mode_in(partial))
-            replace_folder(partial, path)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-def mode_in(folder: Path) -> int:
-    """The mode of a new file under the umask, which `mkdir` followed when it made the folder."""
-    return folder.stat().st_mode & 0o666
-
-
-def settle(path: Path, mode: int) -> None:
-    """Give a file its mode, and wait until it, or what is in a folder, is on the disk."""
-    if path.is_file():
-        path.chmod(mode)
-    flush(path)
-
-
-def replace_folder(new: Path, path: Path) -> None:
-    """Rename a folder to `path`; one that is there is removed once the new one has its place."""
-    old = beside(path, OLD)
-    if path.exists():
-        os.rename(path, old)
-    os.rename(new, path)
-    flush(path.parent)
-    if old.exists():
-        remove(old)
+    """`guidance.files.whole_folder`. Raises DiskError where the disk refuses."""
+    with written(path), files.whole_folder(path) as partial:
+        yield partial
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, which leaves its name at once, and the disk after that. DiskError if it refuses."""
+    """Remove a file or a folder, which leaves its name at once, and the disk after that. DiskError where it refuses."""
     with written(path):
-        if path.is_dir() and not path.is_symlink():
-            doomed = path if path.name.endswith(f".{PARTIAL}") else path.rename(beside(path))
-            shutil.rmtree(doomed)
-        else:
-            path.unlink(missing_ok=True)
+        files.remove(path)
 
 
 def sweep(folder: Path) -> None:
@@ -173,15 +100,6 @@ def append_to(descriptor: int, data: bytes) -> None:
         with suppress(OSError):
             os.ftruncate(descriptor, size)
         raise
-
-
-def flush(path: Path) -> None:
-    """Wait until what was written to a file, or into a folder, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def png(image: Any) -> bytes:

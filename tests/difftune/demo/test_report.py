@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import shlex
 
@@ -14,6 +15,7 @@ from difftune.configs.recipes import AlignPropConfig
 from difftune.demo import run
 from difftune.errors import UserError
 from difftune.reno import run_folder as reno_folder
+from tests.support.crashes import crashing, killed_at, tree
 from tests.support.pipelines import sd
 
 
@@ -68,6 +70,35 @@ def test_the_quoted_commands_give_the_same_settings(made, monkeypatch):
         result = CliRunner().invoke(cli, arguments)
         assert result.exit_code == 0, result.stderr
     assert seen == configs
+
+
+def demo_of(folder, text):
+    with run._replaced(folder) as claimed:
+        (claimed / "alignprop").mkdir()
+        (claimed / "alignprop" / "a").write_text(text)
+        (claimed / "report.html").write_text(text)
+
+
+def test_a_demo_that_is_killed_anywhere_costs_neither_itself_nor_the_one_before(tmp_path):
+    demo_of(tmp_path / "whole", "old")
+    old = tree(tmp_path / "whole")
+    with crashing(tmp_path) as counted:
+        demo_of(tmp_path / "whole", "new")
+    for k in sorted(random.Random(0).sample(range(len(counted.seen)), 10)):
+        folder = tmp_path / str(k)
+        demo_of(folder, "old")
+        assert killed_at(tmp_path, k, lambda folder=folder: demo_of(folder, "new")), counted.seen[k]
+        with pytest.raises(ZeroDivisionError), run._replaced(folder):
+            raise ZeroDivisionError
+        assert tree(folder) in (old, tree(tmp_path / "whole")), counted.seen[k]
+        demo_of(folder, "new")
+        assert tree(folder) == tree(tmp_path / "whole")
+    assert len(counted.seen) > 20
+
+
+def test_two_demos_do_not_share_a_folder(tmp_path):
+    with run._replaced(tmp_path), pytest.raises(UserError, match="is in use by process"), run._replaced(tmp_path):
+        pass
 
 
 def test_a_demo_replaces_only_a_demo(tmp_path, made):
