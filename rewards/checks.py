@@ -1,11 +1,14 @@
 """What rewards check at the door, and how they look at pictures."""
 
+import io
 from collections.abc import Callable, Sequence
 from functools import wraps
 from math import isfinite, nan
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from rewards.errors import NotFinite, RewardError
@@ -82,3 +85,10 @@ def nan_unless_finite(score: Score) -> Score:
 def eight_bit(images: Tensor) -> Tensor:
     """The pictures as a file would hold them: (B, 3, H, W) in [0, 1] -> uint8, rounded, detached."""
     return (finite(images.detach(), "a picture").float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()

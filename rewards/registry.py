@@ -320,6 +320,15 @@ REWARDS: dict[str, Entry] = {
         preprocessing="rounded to 8 bits, sent as PNG",
         licence="the server's",
     ),
+    "judge": Entry(
+        "rewards.judge:Judge",
+        "what a vision-language model behind a server of OpenAI's protocol (vLLM, SGLang) thinks of the picture",
+        needs_prompt=True,
+        differentiable=False,
+        range=(0, 5),
+        preprocessing="rounded to 8 bits, sent as PNG",
+        licence="the model's",
+    ),
     "vlm": Entry(
         "rewards.learned.vlm:VLMJudge",
         "probability that a vision-language model says yes: the picture shows the prompt, or beats a reference",

@@ -31,9 +31,9 @@ FLOORS = {
     ],
     "rewards": [
         {"learned"},
-        {"compose", "jpeg", "remote", "sets", "simple", "world", "wrappers"},
+        {"compose", "jpeg", "judge", "remote", "sets", "simple", "world", "wrappers"},
         {"checks", "hub", "outside"},
-        {"monitor", "registry"},
+        {"client", "monitor", "registry"},
         {"errors", "http"},
     ],
     "difftune": [

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from rewards import hub
 from rewards.registry import Reward, load
 from rewards.remote import Server
-from tests.support import checkpoints, pipelines
+from tests.support import checkpoints, judge_server, pipelines
 
 MEAN, STD = (0.5, 0.4, 0.6), (0.2, 0.3, 0.25)
 QUESTIONED = ["a red circle", "a blue square", "a red square", ""]  # prompts of the tests
@@ -82,11 +82,18 @@ def server():
         thread.join()
 
 
+@pytest.fixture(scope="session")
+def judge_url():
+    """A server process of OpenAI's protocol."""
+    with judge_server.judging() as (url, _):
+        yield url
+
+
 @pytest.fixture
-def options(made, server, random_clip, monkeypatch) -> dict[str, dict]:
-    """`made`, a Hub that has one model of open_clip, and a server."""
+def options(made, server, judge_url, random_clip, monkeypatch) -> dict[str, dict]:
+    """`made`, a Hub that has one model of open_clip, and two servers."""
     monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", lambda model, **_: str(random_clip))
-    return made | {"remote": {"url": server.url}}
+    return made | {"remote": {"url": server.url}, "judge": {"url": judge_url, "model": "bright"}}
 
 
 LOADED: dict[str, Reward] = {}

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from rewards.checks import png
 from rewards.compose import parse_rewards, weighted
-from rewards.remote import Limits, Remote, Server, png
+from rewards.remote import Limits, Remote, Server
 
 IMAGES = (255 * torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))).round() / 255
 PROMPTS = list("abcde")
@@ -239,7 +240,7 @@ GOOD_HEAD = b"HTTP/1.0 200 OK\r\nContent-Length: 17\r\n\r\n"
 def slept(monkeypatch):
     """The seconds that the client waited, without waiting."""
     found = []
-    monkeypatch.setattr("rewards.remote.time.sleep", found.append)
+    monkeypatch.setattr("rewards.client.time.sleep", found.append)
     return found
 
 
@@ -378,7 +379,7 @@ def test_a_server_that_is_out_of_reach_is_asked_again_and_one_that_refuses_is_no
     ],
 )
 def test_retry_after_is_read_and_bounded(said, seconds):
-    from rewards.remote import pause, seconds_of
+    from rewards.client import pause, seconds_of
 
     assert seconds_of(said) == seconds
     assert 0 <= pause(3, seconds_of(said)) <= 30

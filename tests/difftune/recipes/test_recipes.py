@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from difftune.errors import RunError
 from difftune.files import checkpoint
 from difftune.files.checkpoint import State
 from difftune.pipelines import lora
-from difftune.recipes import RECIPES, train
+from difftune.recipes import RECIPES, train, train_in_folder
+from rewards.judge import Judge
 from rewards.simple import Brightness
 from tests.support import pipelines
+from tests.support.judge_server import judging
 from tests.support.toys import Bright, toy
 
 
@@ -146,6 +148,44 @@ def test_what_is_not_finite_is_skipped_counted_and_never_saved(name, fault, tmp_
         json.dumps(state.info, allow_nan=False)
 
 
+def test_a_judge_that_is_gone_costs_steps_and_then_ends_a_run_that_resumes(tmp_path, monkeypatch):
+    """Its server dies in the second step: that one is skipped, the next ends the run, and all is as after the first."""
+    monkeypatch.setattr("rewards.client.time.sleep", lambda seconds: None)
+    folder = tmp_path / "run"
+    more: dict[str, Any] = {"max_skipped_steps": 1, "max_train_steps": 4, "output_dir": str(folder)}
+    config = toy("ddpo", tmp_path, checkpointing_steps=1, **more, **rounds("ddpo", 1))
+
+    def told() -> list[int]:
+        return [json.loads(line)["skipped"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    with judging() as (url, process):
+        kills = Kills(Judge(url, "m", retries=1), process, after=1)
+        with pytest.warns(UserWarning, match="have no score"), pytest.raises(RunError, match="not finite"):
+            train_in_folder(config, pipe=pipelines.sd(), reward=kills)
+    assert told() == [0, 1]
+    with judging() as (url, _):
+        resumed = replace(config, resume_from_checkpoint="latest")
+        train_in_folder(resumed, pipe=pipelines.sd(), reward=Judge(url, "m"))
+    assert told() == [0, 1, 1, 1]
+
+
+@dataclass
+class Kills:
+    """A judge whose server dies after so many calls."""
+
+    judge: Judge
+    process: Any
+    after: int
+    differentiable = False
+
+    def __call__(self, images, prompts):
+        if not self.after:
+            self.process.kill()
+            self.process.wait()
+        self.after -= 1
+        return self.judge(images, prompts)
+
+
 # ------------------------------------------------------------------------------------------------ real processes
 
 SCRIPT = """
@@ -167,7 +207,7 @@ TWICE = """
 import json, sys
 import torch
 torch.set_num_threads(1)
-from difftune.recipes import RECIPES, train
+from difftune.recipes import RECIPES, train, train_in_folder
 from tests.support import pipelines
 from tests.support.toys import Bright
 for name, settings in json.loads(sys.argv[1]).items():

@@ -1,0 +1,162 @@
+"""The judge behind a server, against a server process that speaks the protocol and fails in every way."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from rewards.judge import TEMPLATES, Judge, numbers_of, probability_of_yes, read_answer
+from rewards.registry import load
+from tests.support.judge_server import judging
+
+IMAGES = torch.arange(1, 9).view(8, 1, 1, 1).expand(8, 3, 4, 4) / 10
+PROMPTS = list("abcdefgh")
+
+
+@pytest.fixture
+def url(judge_url):
+    return judge_url
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    """The seconds that the client waited, without waiting."""
+    found = []
+    monkeypatch.setattr("rewards.client.time.sleep", found.append)
+    return found
+
+
+def brightness(images):
+    """What the server sees: 8 bits."""
+    return (255 * images).round().mean((1, 2, 3)) / 255
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+
+def test_a_judge_gives_the_probability_of_yes(url):
+    for given in (url, f"{url}/v1", f"{url}/"):
+        scores = load("judge", url=given, model="m")(IMAGES, PROMPTS)
+        torch.testing.assert_close(scores, brightness(IMAGES), rtol=0, atol=1e-5)
+
+
+def test_a_judge_reads_the_number_of_its_template(url):
+    scores = load("judge", url=url, model="m", template="unified-reward")(IMAGES, PROMPTS)
+    torch.testing.assert_close(scores, 1 + 4 * brightness(IMAGES), rtol=0, atol=1e-4)
+
+
+def test_probabilities_of_yes_and_no_are_summed_over_their_forms():
+    told = [{"token": t, "logprob": p} for t, p in (("Yes", -0.2), ("No", -1.8), (" yes", -4.0), ("Maybe", -0.1))]
+    assert probability_of_yes(told, of_all=False) == pytest.approx(0.8350878769, abs=1e-10)
+    assert probability_of_yes(told, of_all=True) == pytest.approx(0.8370463920, abs=1e-10)
+
+
+ANSWER = "Alignment Score (1-5): 2.6947\nCoherence Score (1-5): 3\nStyle Score (1-5): 4.5"
+
+
+def test_numbers_of_an_answer_are_read_or_refused():
+    template = TEMPLATES["unified-reward-2"]
+    assert numbers_of(ANSWER, template) == pytest.approx((2.6947 + 3 + 4.5) / 3)
+    assert numbers_of(f"Style Score: 1\n{ANSWER}", template) == pytest.approx((2.6947 + 3 + 4.5) / 3)  # the last
+    for wrong in (ANSWER.replace("4.5", "45"), ANSWER.replace("Style", "Taste"), ""):
+        with pytest.raises(ValueError, match="its answer has no score from 1 to 5"):
+            numbers_of(wrong, template)
+
+
+@pytest.mark.parametrize("answer", [None, [], {"choices": [None]}, {"choices": [{"logprobs": {"content": [{}]}}]}])
+def test_an_answer_of_another_form_is_named(answer):
+    with pytest.raises(ValueError, match=r"it answered without choices\[0\]\.logprobs"):
+        read_answer(answer, TEMPLATES["yes"])
+    with pytest.raises(ValueError, match=r"it answered without choices\[0\]\.message"):
+        read_answer(answer, TEMPLATES["score"])
+
+
+def test_the_request_is_what_the_protocol_wants(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    extra = {"chat_template_kwargs": {"enable_thinking": False}}
+    body = Judge("http://host", "some/model", extra=extra).body(b"png", 'a "red" {circle}')
+    (message,) = body["messages"]
+    picture, text = message["content"]
+    assert picture == {"type": "image_url", "image_url": {"url": "data:image/png;base64,cG5n"}}
+    assert text == {"type": "text", "text": 'Does this picture show "a "red" {circle}"? Answer yes or no.'}
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("some/model", 0, 1)
+    assert (body["logprobs"], body["top_logprobs"]) == (True, 20) and body["chat_template_kwargs"] == extra[
+        "chat_template_kwargs"
+    ]
+    assert "secret" not in json.dumps(body) + repr(Judge("http://host", "m"))
+
+
+# ---------------------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize(
+    ("prompt", "why"),
+    [
+        ("html", "Expecting value"),
+        ("truncated", "Unterminated string|Expecting"),
+        ("missing", r"it answered without choices\[0\]\.logprobs"),
+        ("empty", "it answered without choices"),
+        ("list", "it answered without choices"),
+        ("undecided", "neither yes nor no is among the tokens"),
+        ("broken", "refused with 500"),
+    ],
+)
+def test_a_picture_without_an_answer_has_no_score_and_says_why(prompt, why, url, slept):
+    with pytest.warns(UserWarning, match=rf"1 of 8 pictures have no score: .*{why}"):
+        scores = Judge(url, "m")(IMAGES, [*PROMPTS[:3], prompt, *PROMPTS[4:]])
+    assert scores[3].isnan() and scores[3].numel() == 1
+    rest = [0, 1, 2, 4, 5, 6, 7]
+    torch.testing.assert_close(scores[rest], brightness(IMAGES)[rest], rtol=0, atol=1e-5)
+
+
+def test_a_slow_answer_is_given_up(url):
+    with pytest.warns(UserWarning, match="1 of 1 pictures have no score: .*timed out"):
+        assert Judge(url, "m", timeout=0.3)(IMAGES[:1], ["slow"]).isnan()
+
+
+def test_a_request_that_is_denied_is_an_error_at_once(url):
+    with pytest.raises(ConnectionError, match=r"the judge .* refused with 404: no such model\\x1b\[31m"):
+        Judge(url, "m")(IMAGES[:1], ["wrong model"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"url": "localhost:8000"}, "starts with http:// or https://, not 'localhost:8000'"),
+        ({"template": "vqscore"}, r"no template 'vqscore' \(did you mean 'vqascore'\?\).* with {prompt} in it"),
+        ({"concurrency": 0}, "concurrency is 0: give 1 or more"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Judge(**{"url": "http://host", "model": "m"} | options)
+
+
+def test_equal_pictures_are_asked_about_once_and_in_parallel(url):
+    judge = Judge(url, "m")
+    judge(IMAGES, PROMPTS)
+    asked = len(judge.answered)
+    judge(IMAGES.flip(0), PROMPTS[::-1])
+    assert asked == len(judge.answered) == 8
+
+
+def test_two_hundred_pictures_of_which_a_tenth_fails_first_are_all_scored_in_order(slept):
+    """Concurrency 16: 429 is asked again, and the order of the answers does not matter."""
+    values = torch.linspace(0.05, 0.95, 200)
+    images = values.view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    with judging(0.1) as (url, _):
+        scores = Judge(url, "m", concurrency=16)(images, [f"prompt {i}" for i in range(200)])
+    torch.testing.assert_close(scores, brightness(images), rtol=0, atol=1e-5)
+    assert 5 <= len(slept) <= 60
+
+
+def test_a_server_that_is_gone_leaves_no_score(slept):
+    with judging() as (url, process):
+        judge = Judge(url, "m", retries=2)
+        assert judge(IMAGES[:2], PROMPTS[:2]).isfinite().all()
+        process.kill()
+        process.wait()
+        with pytest.warns(UserWarning, match="2 of 2 pictures have no score: no scores from the judge .*refused"):
+            assert judge(IMAGES[2:4], PROMPTS[2:4]).isnan().all()
+    assert len(slept) == 4 and math.isclose(sum(slept), 3.0, rel_tol=0.3)
