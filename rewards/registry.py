@@ -312,7 +312,7 @@ REWARDS: dict[str, Entry] = {
         fetch="rewards.sets.exemplar:fetch_encoder",
     ),
     "remote": Entry(
-        "rewards.remote:Remote",
+        "rewards.network.remote:Remote",
         "the scores of `difftune rewards serve`, by its URL; on the command line the URL is the reward's name",
         needs_prompt=True,
         differentiable=False,
@@ -321,7 +321,7 @@ REWARDS: dict[str, Entry] = {
         licence="the server's",
     ),
     "judge": Entry(
-        "rewards.judge:Judge",
+        "rewards.network.judge:Judge",
         "what a vision-language model behind a server of OpenAI's protocol (vLLM, SGLang) thinks of the picture",
         needs_prompt=True,
         differentiable=False,
@@ -495,7 +495,7 @@ def entry(name: str) -> Entry:
     name, options = spelled(name)
     if name.startswith(("http://", "https://")):
         _check_url(name)
-        return replace(REWARDS["remote"], make=partial(imported("rewards.remote:Remote"), name))
+        return replace(REWARDS["remote"], make=partial(imported("rewards.network.remote:Remote"), name))
     if name not in REWARDS and ":" in name:
         return imported("rewards.outside:described")(name)
     if name not in REWARDS:

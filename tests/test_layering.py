@@ -31,10 +31,10 @@ FLOORS = {
     ],
     "rewards": [
         {"learned"},
-        {"compose", "jpeg", "judge", "remote", "sets", "simple", "world", "wrappers"},
+        {"compose", "jpeg", "network", "sets", "simple", "world", "wrappers"},
         {"checks", "hub", "outside"},
-        {"client", "monitor", "registry"},
-        {"errors", "http"},
+        {"monitor", "registry"},
+        {"errors"},
     ],
     "difftune": [
         {"__main__"},

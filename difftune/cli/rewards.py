@@ -97,8 +97,8 @@ def serve(name: str, batch_size: int | None, max_images: int, as_json: bool, **p
     The token is better given in DIFFTUNE_REWARD_TOKEN than on the command line, where other users see it.
     """
     with redirect_stdout(sys.stderr):
+        from rewards.network.remote import Limits, Server
         from rewards.registry import load
-        from rewards.remote import Limits, Server
 
         server = Server(load(name, batch_size), limits=Limits(images=max_images), **place)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background

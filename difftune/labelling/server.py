@@ -20,8 +20,8 @@ from difftune.errors import RunError
 from difftune.labelling.label_file import LabelFile
 from difftune.labelling.session import WORDS, Session
 from difftune.labelling.tasks import Picture, draw_tasks, pictures_to_label
-from rewards import http
-from rewards.http import Answer, Refused
+from rewards.network import http
+from rewards.network.http import Answer, Refused
 
 BODY = 4096  # bytes of a request
 SECONDS = 30.0  # for a request to arrive, and for its answer to leave

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from rewards import hub
+from rewards.network.remote import Server
 from rewards.registry import Reward, load
-from rewards.remote import Server
 from tests.support import checkpoints, judge_server, pipelines
 
 MEAN, STD = (0.5, 0.4, 0.6), (0.2, 0.3, 0.25)

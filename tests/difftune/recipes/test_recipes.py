@@ -22,7 +22,7 @@ from difftune.files import checkpoint
 from difftune.files.checkpoint import State
 from difftune.pipelines import lora
 from difftune.recipes import RECIPES, train, train_in_folder
-from rewards.judge import Judge
+from rewards.network.judge import Judge
 from rewards.simple import Brightness
 from tests.support import pipelines
 from tests.support.judge_server import judging
@@ -150,7 +150,7 @@ def test_what_is_not_finite_is_skipped_counted_and_never_saved(name, fault, tmp_
 
 def test_a_judge_that_is_gone_costs_steps_and_then_ends_a_run_that_resumes(tmp_path, monkeypatch):
     """Its server dies in the second step: that one is skipped, the next ends the run, and all is as after the first."""
-    monkeypatch.setattr("rewards.client.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("rewards.network.client.time.sleep", lambda seconds: None)
     folder = tmp_path / "run"
     more: dict[str, Any] = {"max_skipped_steps": 1, "max_train_steps": 4, "output_dir": str(folder)}
     config = toy("ddpo", tmp_path, checkpointing_steps=1, **more, **rounds("ddpo", 1))

@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from rewards import client
 from rewards.checks import eight_bit, nan_unless_finite, png
 from rewards.errors import RewardError, Unreachable
+from rewards.network import client
 from rewards.registry import unknown
 
 TOKENS = ("DIFFTUNE_JUDGE_TOKEN", "OPENAI_API_KEY")  # of the environment, the first that is set

@@ -17,7 +17,7 @@ import torch
 
 from rewards.checks import png
 from rewards.compose import parse_rewards, weighted
-from rewards.remote import Limits, Remote, Server
+from rewards.network.remote import Limits, Remote, Server
 
 IMAGES = (255 * torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))).round() / 255
 PROMPTS = list("abcde")
@@ -240,7 +240,7 @@ GOOD_HEAD = b"HTTP/1.0 200 OK\r\nContent-Length: 17\r\n\r\n"
 def slept(monkeypatch):
     """The seconds that the client waited, without waiting."""
     found = []
-    monkeypatch.setattr("rewards.client.time.sleep", found.append)
+    monkeypatch.setattr("rewards.network.client.time.sleep", found.append)
     return found
 
 
@@ -379,7 +379,7 @@ def test_a_server_that_is_out_of_reach_is_asked_again_and_one_that_refuses_is_no
     ],
 )
 def test_retry_after_is_read_and_bounded(said, seconds):
-    from rewards.client import pause, seconds_of
+    from rewards.network.client import pause, seconds_of
 
     assert seconds_of(said) == seconds
     assert 0 <= pause(3, seconds_of(said)) <= 30
@@ -460,7 +460,7 @@ def test_fifty_clients_at_once_are_all_answered_and_nothing_is_left():
 
 
 def test_clients_beyond_the_limit_are_told_to_come_back(monkeypatch):
-    monkeypatch.setattr("rewards.http.DRAIN_SECONDS", PATIENCE)
+    monkeypatch.setattr("rewards.network.http.DRAIN_SECONDS", PATIENCE)
     with serving(reward := Gated(opened=False), Limits(connections=2)) as server, ThreadPoolExecutor(8) as pool:
         taken = [pool.submit(ask, server, body()) for _ in range(2)]
         assert comes(lambda: at_work(server, 2))
@@ -554,10 +554,10 @@ def test_a_client_that_drips_after_its_503_is_dropped_and_holds_nobody_up(monkey
     with serving(reward := Gated(opened=False), Limits(connections=2)) as server, ThreadPoolExecutor(3) as pool:
         taken = [pool.submit(ask, server, body()) for _ in range(2)]
         assert comes(lambda: at_work(server, 2))
-        monkeypatch.setattr("rewards.http.DRAIN_SECONDS", 0.3)
+        monkeypatch.setattr("rewards.network.http.DRAIN_SECONDS", 0.3)
         with turned_away(server) as client:
             assert dropped(client)
-        monkeypatch.setattr("rewards.http.DRAIN_SECONDS", PATIENCE)
+        monkeypatch.setattr("rewards.network.http.DRAIN_SECONDS", PATIENCE)
         with turned_away(server) as client:  # which drips all the while
             answered = threading.Event()
             drips = pool.submit(dropped, client, answered.is_set)

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards import client, http
 from rewards.checks import eight_bit, finite, nan_unless_finite, png
 from rewards.errors import RewardError, Unreachable
+from rewards.network import client, http
 from rewards.registry import Reward
 
 TOKEN = "DIFFTUNE_REWARD_TOKEN"  # of the environment: what client and server share
@@ -83,7 +83,7 @@ class Limits:
     body: int = 64 * 2**20  # bytes of a request: 413
     images: int = 64  # of a request: 413
     pixels: int = 2**24  # of all images of a request: 413
-    connections: int = 64  # at a time, see `rewards.http`
+    connections: int = 64  # at a time, see `rewards.network.http`
     seconds: float = 30.0  # for a request to arrive, and for its answer to leave
 
 

@@ -14,8 +14,8 @@ from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any, TypeVar
 
-from rewards import http
 from rewards.errors import Unreachable
+from rewards.network import http
 
 Found = TypeVar("Found")
 ANSWER = 2**20  # bytes that a client reads of an answer

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from rewards.judge import TEMPLATES, Judge, numbers_of, probability_of_yes, read_answer
+from rewards.network.judge import TEMPLATES, Judge, numbers_of, probability_of_yes, read_answer
 from rewards.registry import load
 from tests.support.judge_server import judging
 
@@ -23,7 +23,7 @@ def url(judge_url):
 def slept(monkeypatch):
     """The seconds that the client waited, without waiting."""
     found = []
-    monkeypatch.setattr("rewards.client.time.sleep", found.append)
+    monkeypatch.setattr("rewards.network.client.time.sleep", found.append)
     return found
 
 
