@@ -14,7 +14,6 @@ MEANT_FOR_PEOPLE = {"ValueError", "OSError", "FileNotFoundError", "ImportError",
 INTERNAL = {  # caught where they are raised, or raised before there is a command line
     ("difftune/__init__.py", "ImportError"),
     ("difftune/files/output.py", "OSError"),
-    ("rewards/network/remote.py", "ValueError"),
     ("difftune/labelling/label_file.py", "OSError"),
 }
 

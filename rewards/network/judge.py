@@ -182,7 +182,7 @@ def read_answer(answer: Any, template: Template) -> float:
         return probability_of_yes(choice["logprobs"]["content"][0]["top_logprobs"], template.of_all)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         wanted = "choices[0].message.content" if template.patterns else "choices[0].logprobs.content[0].top_logprobs"
-        raise ValueError(f"it answered without {wanted}") from error
+        raise RewardError(f"it answered without {wanted}") from error
 
 
 def probability_of_yes(tokens: Sequence[Mapping[str, Any]], of_all: bool) -> float:
@@ -193,7 +193,7 @@ def probability_of_yes(tokens: Sequence[Mapping[str, Any]], of_all: bool) -> flo
         if word in chance and type(logarithm) in (int, float):
             chance[word] += math.exp(min(logarithm, 0.0))
     if not any(chance.values()):
-        raise ValueError("neither yes nor no is among the tokens that it might have answered")
+        raise RewardError("neither yes nor no is among the tokens that it might have answered")
     return chance["yes"] if of_all else chance["yes"] / (chance["yes"] + chance["no"])
 
 
@@ -204,6 +204,6 @@ def numbers_of(text: str, template: Template) -> float:
     for pattern in template.patterns:
         numbers = [float(number) for number in re.findall(pattern, text, re.IGNORECASE)]
         if not numbers or not low <= numbers[-1] <= high:
-            raise ValueError(f"its answer has no score from {low:g} to {high:g}: {client.quoted(text)}")
+            raise RewardError(f"its answer has no score from {low:g} to {high:g}: {client.quoted(text)}")
         found.append(numbers[-1])
     return sum(found) / len(found)

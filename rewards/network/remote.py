@@ -63,9 +63,9 @@ class Remote:
 def _scores(answer: Any, count: int) -> list[float]:
     scores = answer.get("scores") if isinstance(answer, dict) else None
     if not isinstance(scores, list) or not all(type(score) in (int, float) for score in scores):
-        raise ValueError("it answered, but not with {scores: [number, ...]}")
+        raise RewardError("it answered, but not with {scores: [number, ...]}")
     if len(scores) != count:
-        raise ValueError(f"{len(scores)} scores for {count} images")
+        raise RewardError(f"{len(scores)} scores for {count} images")
     return [float(score) for score in scores]
 
 
