@@ -80,7 +80,7 @@ def _own_method(name: str) -> Callable[..., Guidance]:
     if not (isinstance(kind, type) and is_dataclass(kind) and {"guide", "space"} <= set(dir(kind))):
         raise UserError(
             f'{name!r} is not a guidance method: write a frozen dataclass with space = "any" and a generator '
-            "guide(self, path, at), as docs/guides/your-own.md shows"
+            "guide(self, path, at), as docs/guides/your-guidance.md shows"
         )
     made: Any = kind
     return made

@@ -74,6 +74,15 @@ def weights(name: str) -> Path:
     return file
 
 
+def fetched(name: str) -> bool:
+    """Whether a file of `lock.json` was fetched already; it is not hashed."""
+    record = _folder(name) / "record.json"
+    if not record.is_file():
+        return False
+    kept = json.loads(record.read_text())
+    return kept["revision"] == locks()[name].revision and Path(kept["file"]).is_file()
+
+
 def state(name: str) -> dict[str, Tensor]:
     """The tensors of `weights(name)`, on the CPU."""
     return read(weights(name))

@@ -12,7 +12,7 @@ from difftune.cli.checks import spoken
 from difftune.cli.command import Command, Flag
 from difftune.cli.config_file import CONFIG
 from difftune.cli.guidance import guidance_of
-from difftune.cli.output import show, table
+from difftune.cli.output import planned, show, table
 from difftune.configs.images import CompareConfig, EvalConfig, SampleConfig
 
 
@@ -31,13 +31,14 @@ from difftune.configs.images import CompareConfig, EvalConfig, SampleConfig
         Flag(["--eta"], type=o.NOT_NEGATIVE, default=0.0, help="Noise of DDIM's steps; 1 is DDPM."),
         Flag(["--noise"], metavar="FILE", help="The noise.safetensors of `difftune optimize`: a noise for each image."),
         o.OUTPUT_DIR,
+        o.DRY_RUN,
         o.JSON,
     ],
     short_help="Draw images under a guidance method.",
     example='difftune sample --model tiny --prompt "a red circle" --num_images 4 --output_dir out',
 )
 @click.pass_context
-def sample(ctx: click.Context, as_json: bool, guidance_scale: float | None, **flags: Any) -> None:
+def sample(ctx: click.Context, as_json: bool, dry_run: bool, guidance_scale: float | None, **flags: Any) -> None:
     """Draw images under a guidance method: PNGs, a grid and sample.json.
 
     Image i of a prompt is drawn with seed + i, whatever the batch.
@@ -46,9 +47,13 @@ def sample(ctx: click.Context, as_json: bool, guidance_scale: float | None, **fl
         spoken(flags["prompt"])
         name, settings = guidance_of(ctx)
         config = SampleConfig(**flags | {"guidance": name, "guidance_options": settings})
+        from difftune.pipelines import dry_run as plan
         from difftune.pipelines.generate import generate
 
-        found = generate(config)
+        found = plan.sample(config) if dry_run else generate(config)
+    if dry_run:
+        show(found, as_json, planned(found))
+        return
     show(found, as_json, f"{len(found['images'])} images in {flags['output_dir']}, {found['nfe']:g} NFE each")
 
 

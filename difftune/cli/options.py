@@ -73,6 +73,12 @@ STEPS = Flag(
 SEED = Flag(["--seed"], type=number(Seed), default=0, help="Seed of all random numbers.")
 OUTPUT_DIR = Flag(["--output_dir"], metavar="FOLDER", required=True, help="Folder of the results: new, or empty.")
 BATCH_SIZE = Flag(["--batch_size"], type=AT_LEAST_ONE, default=16, help="Images at a time; it changes no image.")
+DRY_RUN = Flag(
+    ["--dry_run"],
+    is_flag=True,
+    show_default=False,
+    help="Only say what would be loaded, downloaded and drawn, and measure time and memory on a small part of it.",
+)
 JSON = Flag(["--json", "as_json"], is_flag=True, show_default=False, help="Print JSON alone on stdout.")
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
@@ -32,6 +32,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     full = [[*row, *[""] * (width - len(row))] for row in rows]
     columns = [max(map(len, column)) for column in zip(*full, strict=True)]
     return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, columns, strict=True)).rstrip() for row in full)
+
+
+def planned(lines: Mapping[str, str]) -> str:
+    """The lines of a dry run."""
+    return paragraphs([(f"{name}:", text) for name, text in lines.items()])
 
 
 def summary(thing: Any) -> str:

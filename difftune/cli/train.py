@@ -14,7 +14,7 @@ from difftune.cli.checks import spoken
 from difftune.cli.command import Command
 from difftune.cli.fields import options_of
 from difftune.cli.guidance import guidance_of
-from difftune.cli.output import show, summary
+from difftune.cli.output import planned, show, summary
 from difftune.configs.noise import RenoConfig
 from difftune.configs.search import SearchConfig
 from difftune.recipes import RECIPES
@@ -43,17 +43,17 @@ SHORT = {  # of each recipe, what it learns from
 }
 
 
-def command_of(name: str, config: type, call: str, short: str, example: str) -> click.Command:
-    """The command that calls "module:function" with a Config, whose fields are its flags."""
+def command_of(name: str, config: type, call: str, plan: str, short: str, example: str) -> click.Command:
+    """The command that calls "module:function" with a Config, whose fields are its flags; `plan` for --dry_run."""
 
     @click.pass_context
-    def run(ctx: click.Context, as_json: bool, **flags: Any) -> None:
+    def run(ctx: click.Context, as_json: bool, dry_run: bool, **flags: Any) -> None:
         with redirect_stdout(sys.stderr):
-            module, _, function = call.partition(":")
+            module, _, function = (plan if dry_run else call).partition(":")
             found = vars(import_module(module))[function](configured(ctx, config))
-        show(found, as_json, ending(found, flags["output_dir"]))
+        show(found, as_json, planned(found) if dry_run else ending(found, flags["output_dir"]))
 
-    params = [*options_of(config), o.JSON]
+    params = [*options_of(config), o.DRY_RUN, o.JSON]
     return Command(name, params=params, callback=run, help=summary(config), short_help=short, example=example)
 
 
@@ -80,7 +80,8 @@ def _search() -> click.Command:
     """`search METHOD`: the flags are the fields of SearchConfig."""
     example = 'difftune search dts-star --prompt "a red circle" --reward tiny-clip --output_dir out'
     call = "difftune.search_runs.run_folder:search_in_folder"
-    command = command_of("search", SearchConfig, call, "Search for images of high reward.", example)
+    plan = "difftune.search_runs.dry_run:search"
+    command = command_of("search", SearchConfig, call, plan, "Search for images of high reward.", example)
     flags = [param for param in command.params if param.name != "method"]
     command.params = [click.Argument(["method"], metavar="METHOD"), *flags]
     return command
@@ -103,11 +104,13 @@ def _by_default(ctx: click.Context, name: str) -> bool:
 
 for _name, _recipe in RECIPES.items():
     _example = f"difftune train {_name} --config tiny-{_name} --output_dir out"
-    train.add_command(command_of(_name, _recipe.config, "difftune.recipes:train_in_folder", SHORT[_name], _example))
+    _call, _plan = "difftune.recipes:train_in_folder", "difftune.recipes.dry_run:training"
+    train.add_command(command_of(_name, _recipe.config, _call, _plan, SHORT[_name], _example))
 optimize = command_of(
     "optimize",
     RenoConfig,
     "difftune.reno.run_folder:optimize_in_folder",
+    "difftune.reno.dry_run:optimize",
     "Optimise the initial noise on a reward.",
     'difftune optimize --prompt "a red circle" --reward tiny-clip --output_dir out',
 )

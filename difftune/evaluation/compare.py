@@ -23,6 +23,7 @@ from difftune.reports import sheets
 from guidance.contract import Guidance
 from guidance.methods.cfgpp import CFGpp
 from guidance.methods.classifier import GFCG
+from guidance.methods.scales import converting
 from rewards.registry import load
 from rewards.world import grammar
 from solvers.levels import levels_of
@@ -47,7 +48,8 @@ def at_cfg_scale(name: str, scale: float, pipe: Any, steps: int) -> Guidance:
         scale = CFGpp.from_cfg_scale(scale, levels_of(pipe.scheduler, steps)).scale  # type: ignore[assignment]
     elif kind is GFCG:
         scale = GFCG.from_cfg_scale(scale).scale  # type: ignore[assignment]
-    return guidance_named(name, scale)
+    with converting():
+        return guidance_named(name, scale)
 
 
 def cells(

@@ -14,6 +14,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 def test_page(name):
     page, overview = (DOCS / "guidance" / f"{name}.md").read_text(), (DOCS / "guidance.md").read_text()
     assert page.startswith(f"# {name}: ") and f"(guidance/{name}.md)" in overview
+    kind = GUIDANCE[name].__name__
+    assert f"`{kind}`" in page and f"`{kind}`" in overview
     if name in ("none", "null-text"):
         return
     for field in fields(GUIDANCE[name]):

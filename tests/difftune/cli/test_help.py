@@ -25,7 +25,7 @@ PYTHON_WORDS = re.compile(r"\bNone\b|\bTrue\b|\bFalse\b|\[\"|guidance_options|\b
 )
 def test_the_flags_of_the_commands_that_draw_are_the_fields_of_their_configs(name, config):
     flags = {param.name: param for param in cli.commands[name].params if param.expose_value}
-    assert flags.keys() - {"as_json", "guidance_scale"} == {field.name for field in fields(config)}
+    assert flags.keys() - {"as_json", "dry_run", "guidance_scale"} == {field.name for field in fields(config)}
     for field in fields(config):
         given = flags[field.name].to_info_dict()["default"]
         if field.default is not MISSING and given is not None:
