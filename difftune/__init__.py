@@ -75,6 +75,7 @@ _HOME = {  # public name -> where it lives: "module", "module:its name there", o
             "DragonConfig",
             "DrtuneConfig",
             "GRPOConfig",
+            "HypernoiseConfig",
             "KTOConfig",
             "NFTConfig",
             "PSOConfig",

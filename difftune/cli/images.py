@@ -30,6 +30,7 @@ from difftune.configs.images import CompareConfig, EvalConfig, SampleConfig
         o.count("num_images", 1, "Images of each prompt."),
         Flag(["--eta"], type=o.NOT_NEGATIVE, default=0.0, help="Noise of DDIM's steps; 1 is DDPM."),
         Flag(["--noise"], metavar="FILE", help="The noise.safetensors of `difftune optimize`: a noise for each image."),
+        Flag(["--noise_lora"], metavar="FOLDER", help="Folder of `difftune train hypernoise`: moves the noise."),
         o.OUTPUT_DIR,
         o.DRY_RUN,
         o.JSON,

@@ -31,6 +31,7 @@ SHORT = {  # of each recipe, what it learns from
     "drtune": "Reward gradient through steps all along.",
     "refl": "Reward gradient of an early prediction.",
     "adjoint-matching": "Reward gradient, swept by the base model.",
+    "hypernoise": "A LoRA that moves the noise, by reward gradient.",
     "ddpo": "Policy gradient (PPO) on any reward.",
     "grpo": "Groups of images, by any reward (GRPO).",
     "nft": "Noised images by any reward, no sampler.",

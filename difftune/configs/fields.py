@@ -14,7 +14,7 @@ from solvers.ranges import Ranged
 
 GROUPS = {  # title: the fields and the flags of all commands that stand there
     "What it works on": """config model lora prompt prompts reward images labels caption exemplars encoder image
-        baseline noise expert held_out validation_reward start""",
+        baseline noise noise_lora expert held_out validation_reward start""",
     "Sampling": """num_inference_steps sampler eta guidance guidance_scale guidance_options scales num_images
         images_per_prompt prompts_per_category batch_size height width embedded_guidance transition seed
         seeds_per_prompt num_images_per_prompt inversion_steps""",

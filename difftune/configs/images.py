@@ -32,6 +32,7 @@ class SampleConfig(ImagesConfig):
     """Images of prompts: image i of a prompt is drawn with seed + i.
 
     eta: the noise of DDIM's steps; 1 is DDPM. noise: a file of `difftune optimize`, with a noise for each image.
+    noise_lora: the folder of `difftune train hypernoise`, whose LoRA moves each image's noise.
     """
 
     prompt: Sequence[str]
@@ -41,6 +42,7 @@ class SampleConfig(ImagesConfig):
     num_images: Count = 1
     eta: NotNegative = 0.0
     noise: str | None = None
+    noise_lora: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

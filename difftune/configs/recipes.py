@@ -119,6 +119,29 @@ class AdjointMatchingConfig(TrainingConfig):
 
 @documented
 @dataclass(frozen=True)
+class HypernoiseConfig(TrainingConfig):
+    """HyperNoise: train a LoRA that moves the noise of a few-step model in one pass (https://arxiv.org/abs/2508.09968)."""
+
+    model: str = "tiny-turbo"
+    """Model whose noise is moved, distilled to a few steps: tiny-turbo, a folder in diffusers' format, or an id on the
+    Hub."""
+    reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
+    """Rewards to raise, as a weighted sum; a weight is 1 if not given. Each must be differentiable."""
+    output_dir: str = "runs/hypernoise"
+    num_inference_steps: Steps = 1
+    """Sampler steps of an image, all of which are differentiated."""
+    guidance: str = "none"
+    """Guidance method; distilled few-step models want none."""
+    lora_layers: Literal["attention", "attention+ff+conv"] = "attention+ff+conv"
+    """Layers with a LoRA: the attention, or also the feed-forward, projection, time and convolution layers."""
+    learning_rate: NotNegative = 1e-3
+
+    regularization_weight: NotNegative = 0.5
+    """Weight of the mean square of what is added to the noise, per element."""
+
+
+@documented
+@dataclass(frozen=True)
 class DDPOConfig(TrainingConfig):
     """DDPO: fine-tune a LoRA on any reward by policy gradients of the sampler (https://arxiv.org/abs/2305.13301).
     Its successor, with groups of images and fewer trained steps, is `difftune train grpo`."""

@@ -19,6 +19,7 @@ from difftune.files.versions import versions
 from difftune.lookup import guidance_named
 from difftune.pipelines.fingerprint import digest_of
 from difftune.pipelines.method_parts import Equipped, equip, prepared
+from difftune.pipelines.noise_lora import moved_by
 from difftune.pipelines.opened import open_pipeline
 from guidance.attach.handle import attach
 from guidance.contract import Guidance
@@ -163,9 +164,13 @@ def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str
     """
     method = guidance_named(config.guidance, None, config.guidance_options) if guidance is None else guidance
     texts, seeds = jobs_of(config.prompt, config.num_images, config.seed)
+    if config.noise is not None and config.noise_lora is not None:
+        raise UserError("--noise gives the noises and --noise_lora moves drawn ones: leave one of them out")
     noises = None if config.noise is None else noises_of(config.noise, len(texts))
     sampling = Sampling(config.num_inference_steps, config.batch_size, config.eta)
     with fresh(config.output_dir) as claim:
+        if config.noise_lora is not None:
+            noises = moved_by(config.noise_lora, config.model, texts, seeds, config.num_inference_steps)
         pipe = open_pipeline(config.model, config.lora)
         made = draw_pictures(generate_batches(pipe, texts, seeds, method, sampling, noises), len(texts), "sample")
         settings = config.written() | {

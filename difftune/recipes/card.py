@@ -33,8 +33,7 @@ tags: [{"full-weights" if config.full_finetuning else "lora"}, text-to-image, re
 {config.seed}.{reward} A reward that is trained on is not evidence of quality: evaluate on another.
 
 ```python
-{loading_code(config, pipe)}
-{drawing_code(config, pipe)}
+{moving_code(config) if recipe.name == "hypernoise" else loading_code(config, pipe)}
 ```
 
 It was trained under {guidance_text(config)}, {config.num_inference_steps} sampler steps and the sampler
@@ -83,8 +82,19 @@ def trained_on(config: TrainingConfig) -> str:
     return ", ".join(config.reward)
 
 
+def moving_code(config: TrainingConfig) -> str:
+    """Python that draws a picture whose noise is moved by the LoRA, which is not for the model itself."""
+    settings = f'model="{config.model}", noise_lora="{config.output_dir}", prompt=["a prompt"]'
+    return (
+        "from difftune import generate\nfrom difftune.configs.images import SampleConfig\n"
+        f"config = SampleConfig({settings}, guidance={config.guidance!r},\n"
+        f'                      num_inference_steps={config.num_inference_steps}, output_dir="pictures")\n'
+        "generate(config)"
+    )
+
+
 def loading_code(config: TrainingConfig, pipe: Any) -> str:
-    """Python that makes `pipe`: the base model, with what the run has trained."""
+    """Python that makes `pipe`, the base model with what the run has trained, and draws a picture with it."""
     folder = config.output_dir
     lines = ["from difftune import load_model", f'pipe = load_model("{config.model}")']
     if config.full_finetuning:
@@ -97,4 +107,4 @@ def loading_code(config: TrainingConfig, pipe: Any) -> str:
     else:  # PixArt's pipeline has no such method
         lines[0] = "from difftune import load_model, lora"
         lines.append(f'lora.attach(pipe, "{folder}")')
-    return "\n".join(lines)
+    return "\n".join([*lines, drawing_code(config, pipe)])

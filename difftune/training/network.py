@@ -70,8 +70,12 @@ class FrozenNetwork(TrainedNetwork):
     not by way of DDP, which would wait for one of its weights."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with lora.off(self.prepared):
-            return self._network(*args, **kwargs)
+        learning = self._network.training
+        try:
+            with lora.off(self.prepared):
+                return self._network.eval()(*args, **kwargs)
+        finally:
+            self._network.train(learning)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(())

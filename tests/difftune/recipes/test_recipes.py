@@ -39,7 +39,8 @@ def different(a: State, b: State) -> list[str]:
     return [name for name in a.tensors if not torch.equal(a.tensors[name], b.tensors[name])]
 
 
-NO_ROUNDS = ("adjoint-matching", "alignprop", "draft", "refl", "drtune", "d3po", "pso")  # every step makes new images
+EVERY_STEP = ("alignprop", "draft", "refl", "drtune", "adjoint-matching", "hypernoise")
+NO_ROUNDS = (*EVERY_STEP, "d3po", "pso")  # every step makes new images
 NO_DROPOUT = ("ddpo", "d3po", "pso", "grpo")  # a ratio of probabilities refuses it
 
 
@@ -347,6 +348,7 @@ class Stopped(Bright):
         ("torchrun", "grpo"),
         ("torchrun", "nft"),
         ("torchrun", "adjoint-matching"),
+        ("torchrun", "hypernoise"),
     ],
 )
 def test_two_processes_equal_one_on_the_joined_batch(launcher, name, tmp_path):

@@ -21,6 +21,7 @@ AT_THE_REFERENCE |= {
     "grpo": ("approx_kl", 0.0),
     "nft": ("old_gap", 0.0),
     "adjoint-matching": ("control", 0.0),
+    "hypernoise": ("kl", 0.0),
 }
 
 
