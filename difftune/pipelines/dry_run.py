@@ -15,7 +15,7 @@ from difftune import models
 from difftune.configs.images import SampleConfig
 from difftune.lookup import guidance_named, reward_weights
 from difftune.pipelines.generate import Sampling, generate_batches
-from difftune.pipelines.opened import opened
+from difftune.pipelines.opened import open_pipeline
 from rewards import hub
 from rewards.registry import entry
 from solvers.memory.budget import parameters_bytes, size_text
@@ -135,7 +135,7 @@ def sample(config: SampleConfig) -> Lines:
     lines = {"model": model_line(config.model), "work": f"{count} images of {steps} steps under {config.guidance}"}
     if not here(config.model):
         return {**lines, "time": not_measured(config.model)}
-    cost, _ = picture_cost(opened(config.model, config.lora), method, steps)
+    cost, _ = picture_cost(open_pipeline(config.model, config.lora), method, steps)
     each = cost.seconds / min(STEPS, steps)
     basis = f"{each:.2g} s a step of one image, decoding included; a batch of {config.batch_size} takes more memory"
     return lines | cost_lines(each * count * steps, cost.peak, basis)

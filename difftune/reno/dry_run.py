@@ -6,7 +6,7 @@ import torch
 
 from difftune.configs.noise import RenoConfig
 from difftune.pipelines import dry_run
-from difftune.reno.run_folder import check_optimize, configured
+from difftune.reno.run_folder import check_optimize, make_reno
 
 ITERATIONS = 4  # that are run to measure
 
@@ -20,7 +20,7 @@ def optimize(config: RenoConfig) -> dry_run.Lines:
     lines = {"model": dry_run.model_line(config.model), **dry_run.reward_lines(rewards), "work": work}
     if not (dry_run.here(config.model) and dry_run.rewards_here(rewards)):
         return {**lines, "time": dry_run.not_measured(config.model, rewards)}
-    reno = replace(configured(config, None, None), progress=False)
+    reno = replace(make_reno(config, None, None), progress=False)
     if torch.cuda.is_available():
         reno.pipe.to("cuda")
     cost = dry_run.measured(lambda: reno.optimize(config.prompt[:1], ITERATIONS, config.seed), reno.pipe)

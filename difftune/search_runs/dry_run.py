@@ -3,7 +3,7 @@
 from difftune.configs.search import SearchConfig
 from difftune.lookup import method_of
 from difftune.pipelines import dry_run
-from difftune.pipelines.opened import opened
+from difftune.pipelines.opened import open_pipeline
 from difftune.search_runs.run_folder import check_search
 
 
@@ -16,7 +16,7 @@ def search(config: SearchConfig) -> dry_run.Lines:
     lines = {"model": dry_run.model_line(config.model), **dry_run.reward_lines(rewards), "work": work}
     if not dry_run.here(config.model):
         return {**lines, "time": dry_run.not_measured(config.model)}
-    pipe = opened(config.model, config.lora)
+    pipe = open_pipeline(config.model, config.lora)
     cost, nfe = dry_run.picture_cost(pipe, method_of(config), config.num_inference_steps)
     each = cost.seconds / nfe
     basis = f"{each:.2g} s an evaluation of one image, decoding included; reward calls come on top"
