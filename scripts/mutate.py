@@ -304,11 +304,12 @@ class Runner:
 
     def __init__(self, tree: Path, table: dict[str, list[str]], limit: int, file: Path | None) -> None:
         self.tree, self.table, self.limit, self.file = tree, table, limit, file
-        self.known, self.whole = known(file), set()
+        self.whole: set[tuple[str, ...]] = set()
 
     def __call__(self, mutant: Mutant) -> str:
-        if mutant.key in self.known:
-            return self.known[mutant.key]
+        before = known(self.file)  # read anew: several may run at a time
+        if mutant.key in before:
+            return before[mutant.key]
         tests = tests_for(mutant.file, self.table)
         result, seconds, failed = tried(mutant, self.tree, tests, self.limit)
         if result != "survived":
