@@ -161,28 +161,26 @@ def tests_for(file: str, table: dict[str, list[str]]) -> list[str]:
 
 
 def drawn(count: int, seed: int, table: dict[str, list[str]]) -> list[Mutant]:
-    """`count` mutants of the files that have tests, in turn from each prefix of the table.
+    """`count` mutants of the files that have tests, in turn from each room.
 
     Each has a number of its own, by its key and the seed, and the lowest are drawn: a change of other code draws the
     same ones.
     """
-    shelves = []
-    for prefix in sorted(table):
-        files = sorted(p for p in ROOT.glob(f"{prefix.split('/')[0]}/**/*.py") if _under(p, prefix))
-        own = [p for p in files if _own(p, prefix, table)]
-        found = [m for p in own for m in mutants(str(p.relative_to(ROOT)), p.read_text())]
-        shelves.append(sorted(found, key=lambda m: hashlib.sha256(f"{seed} {m.key}".encode()).hexdigest()))
+    rooms: dict[str, list[Mutant]] = {}
+    for file in files_of(table):
+        for mutant in mutants(file, (ROOT / file).read_text()):
+            rooms.setdefault(mutant.room, []).append(mutant)
+    number = lambda m: hashlib.sha256(f"{seed} {m.key}".encode()).hexdigest()  # noqa: E731
+    shelves = [sorted(rooms[room], key=number) for room in sorted(rooms)]
     turns = [shelf[i] for i in range(max(map(len, shelves), default=0)) for shelf in shelves if i < len(shelf)]
     return turns[:count]
 
 
-def _under(path: Path, prefix: str) -> bool:
-    return str(path.relative_to(ROOT)).startswith(prefix)
-
-
-def _own(path: Path, prefix: str, table: dict[str, list[str]]) -> bool:
-    """Whether no longer prefix takes the file."""
-    return not any(other != prefix and other.startswith(prefix) and _under(path, other) for other in table)
+def files_of(table: dict[str, list[str]]) -> list[str]:
+    """The Python files that a prefix of the table names."""
+    folders = sorted({prefix.split("/")[0] for prefix in table})
+    files = [str(path.relative_to(ROOT)) for folder in folders for path in sorted((ROOT / folder).glob("**/*.py"))]
+    return [file for file in files if tests_for(file, table)]
 
 
 class Ran(NamedTuple):
