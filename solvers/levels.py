@@ -58,14 +58,13 @@ def prediction_type(scheduler: Scheduler) -> str:
 def start_scale(scheduler: Scheduler, levels: Sequence[Noise]) -> float:
     """What a pipeline multiplies its unit noise by, in the coordinates of `levels`, those of its run (`levels_of`).
 
-    1 for most schedulers and for all flows, whatever the first level is; those of `STEPS_IN_K` start at
-    `init_noise_sigma` times the noise, which is k / sqrt(1 + k^2) or 1 here, k = sigma / alpha.
+    1 for most schedulers and for all flows, whatever the first level is. Those of `STEPS_IN_K` start at k times the
+    noise in the spacings "linspace" and "trailing", k = sigma / alpha, which is k / sqrt(1 + k^2) here; else at 1.
     """
-    if _name(scheduler) not in STEPS_IN_K:
+    if _name(scheduler) not in STEPS_IN_K or scheduler.config["timestep_spacing"] == "leading":
         return 1.0
-    run = deepcopy(scheduler)
-    run.set_timesteps(len(levels) - 1)
-    return float(run.init_noise_sigma) / hypot(1, float(levels[0].sigma / levels[0].alpha))
+    k = float(levels[0].sigma / levels[0].alpha)
+    return k / hypot(1, k)
 
 
 class Clock:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers.loaders import PeftAdapterMixin, SD3LoraLoaderMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -34,6 +34,7 @@ LAYOUTS = {
     "attention": ATTENTION + JOINT,
     "attention+ff+conv": ATTENTION + JOINT + FEED_FORWARD + CONVOLUTIONS,
 }
+MAGNITUDES = "lora_magnitude_vector"  # of DoRA
 NAME = "default"  # of the adapter that is trained, as diffusers' own scripts have it
 
 
@@ -171,10 +172,20 @@ def chosen(network: Any, name: str | None = None) -> str:
 
 
 def adapter_of(network: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """An adapter's weights by peft's own keys: LAYER.lora_A.weight and LAYER.lora_B.weight."""
-    state = None if tensors is None else dict(tensors)
-    found = get_peft_model_state_dict(network, state, adapter_name=name)
-    return {k: v.detach().cpu().contiguous() for k, v in found.items()}
+    """An adapter's weights by peft's own keys: LAYER.lora_A.weight and LAYER.lora_B.weight.
+
+    Not by peft's function, which leaves out LAYER where a part of its name is that of another adapter ("0").
+    """
+    found = {}
+    for layer, module in network.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            for key, value in module.state_dict().items():
+                side, _, rest = key.partition(".")
+                given = value if tensors is None else tensors.get(f"{layer}.{key}")
+                if side.startswith("lora_") and f"{rest}.".startswith(f"{name}.") and given is not None:
+                    end = "" if side == MAGNITUDES else rest.removeprefix(name)
+                    found[f"{layer}.{side}{end}"] = given.detach().cpu().contiguous()
+    return found
 
 
 def export_kohya(pipe: Any, file: str | Path, adapter_name: str | None = None) -> Path:
@@ -207,6 +218,8 @@ def attach(pipe: Any, folder: str | Path, name: str | None = None) -> str:
     """Load an adapter that `save` wrote, and return its name, one that is free unless given: `pipe.load_lora_weights`,
     also for a pipeline that has none (PixArt's). Raises UserError if the pipeline uses not all of its tensors."""
     name = name or free_name(network_of(pipe))
+    if "." in name:
+        raise UserError(f"an adapter is named {name!r}: torch allows no dot in a name")
     wanted = check_head(Path(folder, WEIGHTS))
     _attach(pipe, folder, name)
     if (used := _used(pipe, name)) < wanted:
@@ -233,7 +246,7 @@ def _used(pipe: Any, name: str) -> int:
     """The tensors of an adapter in all parts of the pipeline."""
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     with_it = [part for part in parts if name in vars(part).get("peft_config", {})]
-    return sum(len(get_peft_model_state_dict(part, adapter_name=name)) for part in with_it)
+    return sum(len(adapter_of(part, name)) for part in with_it)
 
 
 def free_name(network: Any) -> str:

@@ -10,6 +10,7 @@ from difftune.training.numbering import seed_of
 from guidance.methods.cfg import Plain
 from solvers.families.tokens import unpacked
 from solvers.latent import LatentModel
+from solvers.levels import READERS, levels_of, start_scale
 from solvers.samplers.catalogue import euler
 from tests.support import dits
 from tests.support.pipelines import ddim, sd, sdxl
@@ -59,6 +60,22 @@ SCHEDULERS = {
     "heun": lambda: diffusers.HeunDiscreteScheduler(**LINSPACE),
     "kdpm2": lambda: diffusers.KDPM2DiscreteScheduler(**LINSPACE),
     "lms": lambda: diffusers.LMSDiscreteScheduler(**LINSPACE),
+    "heun-leading": lambda: diffusers.HeunDiscreteScheduler(**LEADING),
+    "ancestral-trailing": lambda: diffusers.EulerAncestralDiscreteScheduler(
+        **{**TABLE, "timestep_spacing": "trailing"}
+    ),
+    "kdpm2-ancestral": lambda: diffusers.KDPM2AncestralDiscreteScheduler(**LINSPACE),
+    "lms-karras": lambda: diffusers.LMSDiscreteScheduler(**LEADING, use_karras_sigmas=True),
+    "euler-zero-snr": lambda: diffusers.EulerDiscreteScheduler(
+        **{**TABLE, "timestep_spacing": "trailing"}, rescale_betas_zero_snr=True
+    ),
+    "ddim-parallel": lambda: diffusers.DDIMParallelScheduler(**LEADING, set_alpha_to_one=False),
+    "ddpm-parallel": lambda: diffusers.DDPMParallelScheduler(**LEADING),
+    "tcd": lambda: diffusers.TCDScheduler(**{k: v for k, v in TABLE.items() if k != "steps_offset"}),
+    "singlestep": lambda: diffusers.DPMSolverSinglestepScheduler(
+        **{k: v for k, v in TABLE.items() if k != "steps_offset"}
+    ),
+    "sa-solver": lambda: diffusers.SASolverScheduler(**LINSPACE),
 }
 FAMILIES = {
     "sdxl": lambda: sdxl(scheduler=SCHEDULERS["euler-linspace"]()),
@@ -67,6 +84,8 @@ FAMILIES = {
     "pixart": dits.pixart,
     "sana": dits.sana,
     "sana-euler": lambda: dits.sana(dits.flow()),
+    "sd3-heun": lambda: dits.sd3(diffusers.FlowMatchHeunDiscreteScheduler()),
+    "sd3-lcm": lambda: dits.sd3(diffusers.FlowMatchLCMScheduler()),
 }
 PIPELINES = {**{name: lambda make=make: sd(scheduler=make()) for name, make in SCHEDULERS.items()}, **FAMILIES}
 
@@ -90,3 +109,19 @@ def test_every_loop_starts_as_the_pipeline_does(name):
         chain = ImageSampler(model, model.denoiser, Plain(), euler, levels, seed=0)
         x = chain.begin(lambda index: "red", [0], "full").x
         torch.testing.assert_close(x, model.start_scale(levels) * drawn)
+
+
+def test_the_schedulers_of_all_levels_are_tried():
+    flows = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"}
+    assert {type(make()).__name__ for make in SCHEDULERS.values()} | flows == set(READERS)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+def test_a_run_of_sigmas_of_its_own_starts_at_its_own_first_level(spacing):
+    """As Align Your Steps gives them: not where a run of as many ordinary steps would."""
+    scheduler = diffusers.EulerDiscreteScheduler(**{**TABLE, "timestep_spacing": spacing})
+    sigmas = [3.0, 1.0, 0.3]
+    levels = levels_of(scheduler, sigmas=sigmas, num_inference_steps=None)
+    scheduler.set_timesteps(sigmas=sigmas)
+    theirs = float(scheduler.init_noise_sigma) / 10**0.5  # x / sqrt(1 + k^2) is what the network reads
+    assert start_scale(scheduler, levels) == pytest.approx(theirs, rel=1e-6)

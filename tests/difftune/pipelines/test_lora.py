@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from difftune.errors import UserError
@@ -179,6 +179,36 @@ def test_an_adapter_of_any_name_is_saved_exported_and_mixed(tmp_path, layers):
     assert torch.allclose(output(loaded), base, atol=1e-5)  # what was loaded before is off
     lora.mix(loaded, {str(tmp_path / "m"): 0.25, str(tmp_path / "again"): 0.75})
     assert torch.allclose(output(loaded), expected, atol=1e-5) and len(loaded.unet.peft_config) == 4
+
+
+@pytest.mark.parametrize("name", ["0", "to_q", "weight", "lora_A"])
+def test_an_adapter_beside_one_that_is_named_as_a_part_of_a_layer_is_whole(tmp_path, name):
+    """peft's own function leaves out the layers whose names have that part."""
+    lora.save(perturbed(pipelines.sd(), rank=2, alpha=6), tmp_path / "m")
+    expected, pipe = output(lora_of(tmp_path / "m")), pipelines.sd()
+    pipe.load_lora_weights(tmp_path / "m", adapter_name=name)
+    lora.mix(pipe, {str(tmp_path / "m"): 1.0})
+    assert torch.allclose(output(pipe), expected, atol=1e-5)
+    for adapter in (name, "default"):
+        lora.save(pipe, tmp_path / adapter, adapter_name=adapter)
+        assert torch.allclose(output(lora_of(tmp_path / adapter)), expected, atol=1e-5)
+    with pytest.raises(UserError, match="an adapter is named 'a.b': torch allows no dot in a name"):
+        lora.attach(pipe, tmp_path / "m", "a.b")
+
+
+def lora_of(folder):
+    pipe = pipelines.sd()
+    lora.attach(pipe, folder)
+    return pipe
+
+
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}], ids=["plain", "dora"])
+def test_an_adapters_weights_have_pefts_own_keys(more):
+    pipe = pipelines.sd()
+    targets = list(lora.LAYOUTS["attention" if more else "attention+ff+conv"])
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **more), "mine")
+    found, theirs = lora.adapter_of(pipe.unet, "mine"), get_peft_model_state_dict(pipe.unet, adapter_name="mine")
+    assert found.keys() == theirs.keys() and all(torch.equal(found[key], theirs[key]) for key in theirs)
 
 
 def test_an_open_choice_of_adapters_is_named(tmp_path):

@@ -3,6 +3,7 @@
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import diffusers
 import pytest
@@ -185,6 +186,38 @@ def test_methods_that_ask_for_the_condition_alone_go_on_after_a_cutoff(pipe):
             whole = run(pipe)
             cut = run(pipe, guidance_scale=4.0, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
         assert torch.allclose(whole, cut, atol=1e-5)
+
+
+class Calling:
+    """A callback that calls the network and the scheduler itself."""
+
+    def __init__(self):
+        g = torch.Generator().manual_seed(2)
+        self.x, self.text = torch.randn(1, 4, 8, 8, generator=g), torch.randn(1, 16, 16, generator=g)
+        self.said, self.stepped = [], []
+
+    def __call__(self, pipeline, i, t, tensors):
+        self.said.append(pipeline.unet(self.x, 7, self.text)[0])
+        self.stepped.append(pipeline.scheduler.step(self.x, t, tensors["latents"])[0])
+        return tensors
+
+    def method(self, *arguments):
+        return self(*arguments)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda c: c, lambda c: c.method, lambda c: partial(c), lambda c: lambda *a: c(*a)],
+    ids=["object", "method", "partial", "function"],
+)
+def test_what_a_callback_itself_asks_of_the_network_and_the_scheduler_is_stock(pipe, form):
+    theirs, ours = Calling(), Calling()
+    stock = run(pipe, guidance_scale=4.0, callback_on_step_end=form(theirs))
+    with attach(pipe, CFG(4.0)):
+        assert torch.equal(run(pipe, guidance_scale=4.0, callback_on_step_end=form(ours)), stock)
+    for a, b in zip(theirs.said + theirs.stepped, ours.said + ours.stepped, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(run(pipe, guidance_scale=4.0), stock)
 
 
 def changing(**attributes):
