@@ -27,6 +27,7 @@ from rewards.registry import OF_ALL, entry, fitting, imported, spelled, unknown
 LOCKS = Path(__file__).parent / "lock.json"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SAFE = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]  # never a pickle
+SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 TIMEOUT = 30.0  # seconds without a byte
 
 
@@ -128,18 +129,20 @@ def fetch_model(model: str | Path, **_: Any) -> list[Path]:
     return [snapshot(model)]
 
 
-def snapshot(model: str | Path) -> Path:
-    """The folder of a model on the Hub, without its pickles; a folder is itself.
+def snapshot(model: str | Path, weights: bool = True) -> Path:
+    """The folder of a model on the Hub, without its pickles; a folder is itself. Not `weights`: its small files alone.
 
     The first download pins the commit, so that the model does not change under a later run. Raises FileNotFoundError
     if there is no such model, none with safetensors, or no network to fetch it.
     """
     if Path(model).is_dir():
-        return _safe(Path(model))
+        return _safe(Path(model)) if weights else Path(model)
     record = _folder("models") / f"{str(model).replace('/', '--')}@main.json"
     pinned = json.loads(record.read_text())["revision"] if record.is_file() else None
     try:
-        folder = _safe(Path(huggingface_hub.snapshot_download(str(model), revision=pinned, allow_patterns=SAFE)))
+        wanted = SAFE if weights else SMALL
+        folder = Path(huggingface_hub.snapshot_download(str(model), revision=pinned, allow_patterns=wanted))
+        folder = _safe(folder) if weights else folder
     except LocalEntryNotFoundError as error:
         raise NotFetched(_unreached(str(model))) from error
     except (HfHubHTTPError, HFValidationError) as error:

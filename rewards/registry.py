@@ -255,6 +255,16 @@ REWARDS: dict[str, Entry] = {
         weights=("hps-v2.1",),
         memory_mb=3940,
     ),
+    "hps-v3": Entry(
+        "rewards.learned.hpsv3:HPSv3",
+        "Human Preference Score v3 (Qwen2-VL 7B): what people prefer, of any picture and prompt",
+        needs_prompt=True,
+        differentiable=True,
+        range=(-5, 15),
+        preprocessing="antialiased bicubic resize to multiples of 28 with about 200,704 pixels, CLIP's mean and std",
+        fetch="rewards.learned.hpsv3:fetch_hpsv3",
+        memory_mb=33200,
+    ),
     "imagereward": Entry(
         "rewards.learned.imagereward:ImageReward",
         "ImageReward v1: what people prefer, by BLIP reading the prompt over the picture",

@@ -60,6 +60,7 @@ def made(tmp_path_factory, random_clip) -> dict[str, dict]:
         "aesthetic": aesthetic,
         "aesthetic-ava": aesthetic,
         "aesthetic-v1": aesthetic,
+        "hps-v3": dict(zip(("weights", "base"), checkpoints.hpsv3(tmp_path_factory.mktemp("hpsv3")), strict=True)),
         "imagereward": {"weights": weights, "vocabulary": vocabulary, **blip},
         "classifier": {"model": checkpoints.timm_classifier(tmp_path_factory.mktemp("timm"))},
         "open-clip": {},

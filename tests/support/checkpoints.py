@@ -199,3 +199,38 @@ def qwen(folder: Path) -> Path:
         chat_template=template("<|vision_start|><|image_pad|><|vision_end|>"),
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def hpsv3(folder: Path) -> tuple[Path, Path]:
+    """(weights, base): HPSv3's file in its published names, before transformers 4.52, and the base model's folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLModel
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    words = [*special, "<|video_pad|>", "<unk>", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    base = folder / "base"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<|endoftext|>", additional_special_tokens=special[1:]
+    ).save_pretrained(base)
+    text = {
+        "vocab_size": len(words) + 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+    }  # fmt: skip
+    eyes = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
+    config = Qwen2VLConfig(
+        text_config=text, vision_config=eyes, image_token_id=5, video_token_id=6, vision_start_token_id=3,
+        vision_end_token_id=4,
+    )  # fmt: skip
+    config.save_pretrained(base)
+    config.text_config.vocab_size = len(words) + 1  # as HPSv3's own: with its token, and fewer than the base's
+    model = lively(Qwen2VLModel(config))
+    state = {key.replace("language_model.", "model."): value for key, value in model.state_dict().items()}
+    state["lm_head.weight"] = torch.zeros(len(words) + 1, 32)
+    for n, a, b in ((0, 32, 12), (3, 12, 6), (5, 6, 2)):
+        layer = lively(nn.Linear(a, b))
+        state |= {f"rm_head.{n}.weight": layer.weight.detach(), f"rm_head.{n}.bias": layer.bias.detach()}
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / "HPSv3.safetensors")
+    return folder / "HPSv3.safetensors", base
