@@ -12,7 +12,7 @@ from difftune.cli.command import Command, Flag
 from difftune.cli.config_file import CONFIG
 from difftune.cli.output import paragraphs, said, show, summary
 from difftune.configs.noise import RenoConfig
-from difftune.recipes import RECIPES
+from difftune.recipes import RECIPES, Recipe
 
 
 @click.command(
@@ -30,7 +30,11 @@ def methods(as_json: bool) -> None:
 
 def _worded(entry: Mapping[str, Any]) -> str:
     """What an entry is, after its name in Python where it has one."""
-    return f"{entry['python']}: {entry['summary']}" if "python" in entry else entry["summary"]
+    said = f"{entry['python']}: {entry['summary']}" if "python" in entry else entry["summary"]
+    if "forwards" not in entry:
+        return said
+    judge = "Needs a gradient" if entry["needs_gradient"] else "Needs no gradient"
+    return f"{said} {judge}; {entry['policy']}; {entry['forwards']} forwards an image; tested: {entry['families']}."
 
 
 def _methods() -> dict[str, list[dict[str, Any]]]:
@@ -48,8 +52,14 @@ def _methods() -> dict[str, list[dict[str, Any]]]:
             {"name": name, "summary": r.summary, "differentiable": r.differentiable, "needs_prompt": r.needs_prompt}
             for name, r in REWARDS.items()
         ],
-        "recipes": _described({name: (recipe.config.__name__, recipe.config) for name, recipe in RECIPES.items()}),
+        "recipes": [_recipe(recipe) for recipe in RECIPES.values()],
     }
+
+
+def _recipe(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe is, needs and costs."""
+    (about,) = _described({recipe.name: (recipe.config.__name__, recipe.config)})
+    return {**about, "needs_gradient": recipe.reward == "gradient", **recipe.facts._asdict()}
 
 
 def _described(found: Mapping[str, tuple[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from difftune.configs.recipes import (
     AdjointMatchingConfig,
@@ -29,6 +29,36 @@ if TYPE_CHECKING:
 
     Steps = Iterator[tuple[dict[str, float], State]]
 
+
+class Facts(NamedTuple):
+    """What a recipe costs, and whose images it learns from, as `difftune methods` says it."""
+
+    policy: str = "on-policy"  # off-policy: of other weights than those that are trained
+    forwards: str = ""
+    """Network calls for an image and an update, without guidance and a divergence, a backward pass counted as two: T
+    sampler steps, of which K, W or n are trained."""
+    families: str = "sd"  # of pipelines that the tests train
+
+
+ROUND, LABELS = "on-policy, off-policy after a round's first update", "on-policy, off-policy from labels"
+FACTS = {
+    "alignprop": Facts(forwards="T + 3K", families="sd sdxl sd3 flux pixart sana"),
+    "draft": Facts(forwards="T + 3K"),
+    "drtune": Facts(forwards="T + 3K"),
+    "refl": Facts(forwards="T - K + 3"),
+    "adjoint-matching": Facts(forwards="4T + 4n", families="sd sd3"),
+    "hypernoise": Facts(forwards="4 + 3T", families="sd sd3"),
+    "ddpo": Facts(ROUND, "4T", "sd sdxl sd3"),
+    "grpo": Facts(ROUND, "T + 3W", "sd sd3"),
+    "nft": Facts("off-policy, by an average of the weights", "T + 4n", "sd sd3"),
+    "d3po": Facts(LABELS, "5T", "sd sdxl sd3"),
+    "dpo": Facts(LABELS, "T + 4", "sd sdxl sd3"),
+    "kto": Facts(LABELS, "T + 4"),
+    "dro": Facts(LABELS, "T + 3"),
+    "pso": Facts("on-policy, off-policy from pictures", "5T"),
+    "dragon": Facts(ROUND, "T + 4"),
+}
+
 Needs = Literal["gradient", "any", "labels", "pictures", "set"]
 
 
@@ -51,6 +81,10 @@ class Recipe:
     @property
     def url(self) -> str:
         return f"https://arxiv.org/abs/{self.paper}"
+
+    @property
+    def facts(self) -> Facts:
+        return FACTS.get(self.name, Facts())
 
     @property
     def module(self) -> str:

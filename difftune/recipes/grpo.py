@@ -23,7 +23,7 @@ from difftune.errors import UserError
 from difftune.files.checkpoint import State
 from difftune.recipes.ddpo import ddpo_loss, trust_region
 from difftune.rollouts.denoising import target
-from difftune.rollouts.groups import judge_groups
+from difftune.rollouts.groups import judge_groups, part_rewards
 from difftune.rollouts.policy import Policy, kl, log_prob, per_element
 from difftune.rollouts.rounds import Rounds, repeated
 from difftune.rollouts.session import Session
@@ -137,8 +137,9 @@ def sample_round(session: Session[GRPOConfig], policy: Policy, steps: range) -> 
     group = config.num_images_per_prompt
     prompts, shared = repeated(session.prompts, group), group if config.shared_noise else 1
     numbers = [part for step in steps for part in run.numbers(step)]
-    batches = [roll_out(session, policy, prompts, part, shared) for part in numbers]
-    found, metrics = judge_groups(session, numbers, [batch.scores for batch in batches])
+    judged, parted = part_rewards(session)
+    batches = [roll_out(judged, policy, prompts, part, shared) for part in numbers]
+    found, metrics = judge_groups(session, numbers, [batch.scores for batch in batches], parted)
     return JudgedGroups(policy, batches, found, {**metrics, "window": float(window.start)})
 
 

@@ -25,7 +25,7 @@ from difftune.errors import UserError
 from difftune.files.checkpoint import State
 from difftune.recipes.ddpo import ddpo_loss
 from difftune.rollouts.denoising import Draws, Said, draw_levels, said_at
-from difftune.rollouts.groups import judge_groups
+from difftune.rollouts.groups import judge_groups, part_rewards
 from difftune.rollouts.image_sampler import ImageSampler
 from difftune.rollouts.policy import per_element
 from difftune.rollouts.rounds import Rounds, ScoredImages, lend_weights, make_images, repeated
@@ -186,8 +186,9 @@ def sample_round(session: Session[NFTConfig], steps: range) -> JudgedImages:
     """The images of a round's optimiser steps, and their advantages in their groups, over all processes."""
     prompts = repeated(session.prompts, session.config.num_images_per_prompt)
     numbers = [part for step in steps for part in session.run.numbers(step)]
-    made = [make_images(session, prompts, part) for part in numbers]
-    found, metrics = judge_groups(session, numbers, [images.scores for images in made])
+    judged, parted = part_rewards(session)
+    made = [make_images(judged, prompts, part) for part in numbers]
+    found, metrics = judge_groups(session, numbers, [images.scores for images in made], parted)
     return JudgedImages([ImageBatch(*batch) for batch in zip(numbers, made, found, strict=True)], metrics)
 
 

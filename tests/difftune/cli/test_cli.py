@@ -148,6 +148,10 @@ def test_score_weighs_rewards(picture):
 def test_lists_and_doctor_print_json_alone():
     found = json.loads(succeed("methods", "--json").stdout)
     assert {"guidance", "samplers", "searches", "noise", "rewards", "recipes"} == found.keys()
+    about = {entry["name"]: entry for entry in found["recipes"]}
+    assert about.keys() == RECIPES.keys() and all(entry["forwards"] for entry in about.values())
+    assert about["alignprop"]["needs_gradient"] and not about["grpo"]["needs_gradient"]
+    assert about["nft"]["policy"].startswith("off-policy") and about["grpo"]["forwards"] == "T + 3W"
     assert {"name": "ag", "python": "AdaptiveGuidance"}.items() <= found["guidance"][4].items()
     assert [entry["python"] for entry in found["noise"]] == ["ReNO"]
     assert all(entry["name"] and entry["summary"] for entries in found.values() for entry in entries)

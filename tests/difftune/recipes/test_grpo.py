@@ -13,9 +13,10 @@ from difftune.files import checkpoint
 from difftune.recipes import check_recipe, grpo, train
 from difftune.recipes.ddpo import ddpo_loss
 from difftune.recipes.grpo import guard_log_ratio, velocity_gap, window_of
-from difftune.rollouts.groups import group_advantages, group_statistics, judge_groups
+from difftune.rollouts.groups import Parted, group_advantages, group_statistics, judge_groups, scaled_advantages
 from difftune.rollouts.policy import KERNELS, Policy, cps_transition, dance_transition, flow_transition, kl, log_prob
 from difftune.rollouts.trajectories import policy_of
+from rewards.compose import WeightedSum, weighted
 from rewards.simple import Brightness
 from solvers.denoiser import predicted
 from solvers.exact import Gaussian
@@ -167,12 +168,47 @@ def test_a_group_is_its_numbers_whichever_process_made_them():
     everyone = iter([torch.cat([*told[0], *told[1]]), torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])])
     run = SimpleNamespace(world=2, rank=1, accelerator=SimpleNamespace(gather=lambda own: next(everyone)))
     session = SimpleNamespace(config=GRPOConfig(num_images_per_prompt=4, advantage_std="group"), run=run)
-    found, metrics = judge_groups(session, numbers[1], told[1])
+    found, metrics = judge_groups(session, numbers[1], told[1], Parted(Brightness()))
     assert torch.stack(list(found)).tolist() == [
         pytest.approx([0.44717, 1.34152], abs=1e-5),
         pytest.approx([-0.57732, 1.73195], abs=1e-5),
     ]
     assert metrics["reward_mean"] == pytest.approx(6.75)
+
+
+def test_rewards_are_scaled_in_their_group_before_they_are_summed():
+    """Of r1 = 0, 1, 0, 1 and r2 = 10, 20, 30, 40: by the plain sum the middle two are the other way around."""
+    parts = torch.tensor([[0.0, 10.0], [1.0, 20.0], [0.0, 30.0], [1.0, 40.0]], dtype=torch.float64)
+    found = scaled_advantages(parts, [1.0, 1.0], 4)
+    assert found.tolist() == pytest.approx([-1.37638, 0.32492, -0.32492, 1.37638], abs=1e-5)
+    plain = group_advantages(parts.sum(1), 4)
+    assert plain[1] < plain[2]
+    assert torch.allclose(scaled_advantages(parts * torch.tensor([100.0, 0.01]) + 7, [1.0, 1.0], 4), found)
+    assert torch.allclose(scaled_advantages(parts, [1.0, 0.0], 4), torch.tensor([-1.0, 1, -1, 1], dtype=torch.float64))
+    assert torch.allclose(scaled_advantages(parts, [-1.0, -1.0], 4), -found)
+    constant = torch.cat([parts, torch.full((4, 1), 0.1, dtype=torch.float64)], 1)
+    assert torch.allclose(scaled_advantages(constant, [1.0, 1.0, 50.0], 4), found)
+    assert not scaled_advantages(torch.full((4, 2), 0.1), [1.0, 1.0], 2).any()
+
+
+@pytest.mark.parametrize("name", ["grpo", "nft"])
+def test_a_reward_of_a_hundred_times_the_scale_does_not_drown_the_other(name, tmp_path):
+    """Under reward_scaling group, a run with saturation times 100 is the run without, bit for bit but for rounding."""
+    reward = weighted({"brightness": 1.0, "saturation": 1.0})
+
+    class Hundred(Brightness):
+        def __call__(self, images, prompts):
+            return 100 * reward.rewards["saturation"](images, prompts)
+
+    other = WeightedSum({"brightness": reward.rewards["brightness"], "big": Hundred()}, {"brightness": 1.0, "big": 1.0})
+    ends = {}
+    for scaling in ("group", "none"):
+        config = toy(name, tmp_path, reward_scaling=scaling, max_train_steps=1, train_batch_size=4)
+        runs = [next(train(config, None, pipelines.sd(), judge))[1] for judge in (reward, other)]
+        keys = [key for key in runs[0].tensors if key.startswith("optimizer.exp_avg.")]
+        ends[scaling] = [torch.cat([run.tensors[key].flatten() for key in keys]) for run in runs]
+    assert torch.allclose(*ends["group"], rtol=1e-3, atol=1e-6)
+    assert torch.cosine_similarity(*ends["none"], 0) < 0.999
 
 
 def test_equal_scores_of_a_prompt_give_no_advantage_and_are_counted():
