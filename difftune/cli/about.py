@@ -1,8 +1,6 @@
 """`difftune methods`, `doctor` and `demo`."""
 
-import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from typing import Any
 
 import click
@@ -75,10 +73,9 @@ def _described(found: Mapping[str, tuple[str, Any]]) -> list[dict[str, Any]]:
 )
 def doctor(as_json: bool) -> None:
     """Versions, devices, attention backends, embedded models, cache."""
-    with redirect_stdout(sys.stderr):
-        from difftune.environment import report
+    from difftune.environment import report
 
-        found = report()
+    found = report()
     show(found, as_json, "\n".join(_lines(found)))
 
 
@@ -105,8 +102,7 @@ def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
 )
 def demo(seed: int, output_dir: str, as_json: bool) -> None:
     """The main job on the embedded models, offline: guidance, a LoRA, an optimised noise; a report with pictures."""
-    with redirect_stdout(sys.stderr):
-        from difftune.demo.run import run_demo
+    from difftune.demo.run import run_demo
 
-        found = run_demo(output_dir, seed)
+    found = run_demo(output_dir, seed)
     show(found, as_json, f"{output_dir}/report.html")

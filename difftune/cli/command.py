@@ -1,12 +1,15 @@
 """Commands whose flags may take several values, and stand in groups in `--help`, which ends with an example."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
 from math import isfinite
 from typing import Any
 
 import click
 
+from difftune.cli.output import STDOUT
 from difftune.cli.quiet import VERBOSE, quiet
 from difftune.configs.fields import GROUP_OF, GROUPS, OWN
 from solvers.ranges import Range
@@ -68,7 +71,9 @@ class Command(click.Command):
         self.example = example
 
     def invoke(self, ctx: click.Context) -> Any:
-        with quiet(ctx.meta.get("difftune.verbose", False)):
+        """Run the command; what libraries print meanwhile goes to stderr."""
+        ctx.meta[STDOUT] = sys.stdout
+        with redirect_stdout(sys.stderr), quiet(ctx.meta.get("difftune.verbose", False)):
             return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

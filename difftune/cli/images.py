@@ -1,8 +1,6 @@
 """`difftune sample`, `eval`, `compare`, `score` and `export`."""
 
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from typing import Any
 
 import click
@@ -44,14 +42,13 @@ def sample(ctx: click.Context, as_json: bool, dry_run: bool, guidance_scale: flo
 
     Image i of a prompt is drawn with seed + i, whatever the batch.
     """
-    with redirect_stdout(sys.stderr):
-        spoken(flags["prompt"])
-        name, settings = guidance_of(ctx)
-        config = SampleConfig(**flags | {"guidance": name, "guidance_options": settings})
-        from difftune.pipelines import dry_run as plan
-        from difftune.pipelines.generate import generate
+    spoken(flags["prompt"])
+    name, settings = guidance_of(ctx)
+    config = SampleConfig(**flags | {"guidance": name, "guidance_options": settings})
+    from difftune.pipelines import dry_run as plan
+    from difftune.pipelines.generate import generate
 
-        found = plan.sample(config) if dry_run else generate(config)
+    found = plan.sample(config) if dry_run else generate(config)
     if dry_run:
         show(found, as_json, planned(found))
         return
@@ -91,12 +88,11 @@ def evaluate(ctx: click.Context, as_json: bool, guidance_scale: float | None, **
     The images of a prompt are correlated, so the intervals resample prompts. A difference counts only when its interval
     excludes 0.
     """
-    with redirect_stdout(sys.stderr):
-        name, settings = guidance_of(ctx)
-        config = EvalConfig(**flags | {"guidance": name, "guidance_options": settings})
-        from difftune.evaluation.shapeeval import run_shapeeval
+    name, settings = guidance_of(ctx)
+    config = EvalConfig(**flags | {"guidance": name, "guidance_options": settings})
+    from difftune.evaluation.shapeeval import run_shapeeval
 
-        found = run_shapeeval(config)
+    found = run_shapeeval(config)
     show(found, as_json, _eval_table(found))
 
 
@@ -125,12 +121,11 @@ def compare(as_json: bool, **flags: Any) -> None:
 
     A scale is CFG's; cfgpp and gfcg are given the one of their own that corresponds to it.
     """
-    with redirect_stdout(sys.stderr):
-        spoken(flags["prompt"])
-        config = CompareConfig(**flags)
-        from difftune.evaluation.compare import compare_methods
+    spoken(flags["prompt"])
+    config = CompareConfig(**flags)
+    from difftune.evaluation.compare import compare_methods
 
-        found = compare_methods(config)
+    found = compare_methods(config)
     show(found, as_json, _compare_table(found["rows"]))
 
 
@@ -148,10 +143,9 @@ def compare(as_json: bool, **flags: Any) -> None:
 )
 def score(reward: Sequence[str], prompt: Sequence[str], image: Sequence[str], as_json: bool) -> None:
     """Score image files by rewards, and by their weighted sum."""
-    with redirect_stdout(sys.stderr):
-        from difftune.evaluation.score import score_files
+    from difftune.evaluation.score import score_files
 
-        found = score_files(reward, prompt, image)
+    found = score_files(reward, prompt, image)
     header = ["image", *found[0]["rewards"], "total"]
     rows = [[s["image"], *(f"{v:.4f}" for v in s["rewards"].values()), f"{s['total']:.4f}"] for s in found]
     show(found, as_json, table([header, *rows]))

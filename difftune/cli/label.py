@@ -1,9 +1,6 @@
 """`difftune label`: the page on which a person says which of some pictures is best."""
 
-import json
 import signal
-import sys
-from contextlib import redirect_stdout
 from typing import Any
 
 import click
@@ -11,6 +8,7 @@ import click
 from difftune.cli import options as o
 from difftune.cli.command import Command, Flag, Number
 from difftune.cli.config_file import CONFIG
+from difftune.cli.output import show
 from solvers.ranges import Range, Seed
 
 
@@ -35,12 +33,11 @@ def label(as_json: bool, **flags: Any) -> None:
 
     Each choice is on the disk before the next one is shown, and can be undone. Started again, it goes on.
     """
-    with redirect_stdout(sys.stderr):
-        from difftune.labelling.server import open_server
+    from difftune.labelling.server import open_server
 
-        server = open_server(**flags)
+    server = open_server(**flags)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
     path = str(server.session.labels.path)
-    click.echo(json.dumps({"url": server.url, "labels": path}) if as_json else f"{server.url}\nlabels go to {path}")
+    show({"url": server.url, "labels": path}, as_json, f"{server.url}\nlabels go to {path}")
     with server:
         server.serve_forever()

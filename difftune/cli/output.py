@@ -9,10 +9,13 @@ from typing import Any
 
 import click
 
+STDOUT = "difftune.stdout"  # where a command's context keeps the standard output, to which `show` alone writes
+
 
 def show(found: Any, as_json: bool, text: str) -> None:
+    """Print the result of the command."""
     if os.environ.get("RANK", "0") == "0":  # only one of the processes that accelerate launched prints
-        click.echo(json.dumps(found) if as_json else text)
+        click.echo(json.dumps(found) if as_json else text, file=click.get_current_context().meta[STDOUT])
 
 
 def paragraphs(entries: Sequence[Sequence[str]], indent: int = 0) -> str:

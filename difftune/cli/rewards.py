@@ -1,9 +1,7 @@
 """`difftune rewards`."""
 
 import signal
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import asdict, fields
 from math import isfinite
 from typing import Any
@@ -42,10 +40,9 @@ def reward_info(name: str, as_json: bool) -> None:
     """All that is known of a reward: NAME, or module:attribute."""
     from rewards.registry import stated
 
-    with redirect_stdout(sys.stderr):
-        entry, known = stated(name)
-        found = _facts(name, entry) | ({} if known else {"differentiable": "tried when it is loaded"})
-        found["files"] = _locked(found.pop("weights"))
+    entry, known = stated(name)
+    found = _facts(name, entry) | ({} if known else {"differentiable": "tried when it is loaded"})
+    found["files"] = _locked(found.pop("weights"))
     show(found, as_json, "\n".join(f"{key}: {_fact(value)}" for key, value in found.items()))
 
 
@@ -64,14 +61,13 @@ def prefetch(name: Sequence[str], model: str | None) -> None:
 
     NAME may have options, which decide what that is: "open-clip[model=ViT-B-16, pretrained=laion2b_s34b_b88k]".
     """
-    with redirect_stdout(sys.stderr):
-        from rewards.hub import prefetch as fetch
-        from rewards.registry import entry
+    from rewards.hub import prefetch as fetch
+    from rewards.registry import entry
 
-        for one in name:
-            entry(one)
+    for one in name:
+        entry(one)
 
-        files = [file for one in name for file in fetch(one, **({"model": model} if model else {}))]
+    files = [file for one in name for file in fetch(one, **({"model": model} if model else {}))]
     show(None, False, "\n".join(map(str, files)) or "nothing to download")
 
 
@@ -96,11 +92,10 @@ def serve(name: str, batch_size: int | None, max_images: int, as_json: bool, **p
 
     The token is better given in DIFFTUNE_REWARD_TOKEN than on the command line, where other users see it.
     """
-    with redirect_stdout(sys.stderr):
-        from rewards.network.remote import Limits, Server
-        from rewards.registry import load
+    from rewards.network.remote import Limits, Server
+    from rewards.registry import load
 
-        server = Server(load(name, batch_size), limits=Limits(images=max_images), **place)
+    server = Server(load(name, batch_size), limits=Limits(images=max_images), **place)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
     show({"url": server.url, "reward": name}, as_json, f"{name} at {server.url}")
     with server:

@@ -1,7 +1,5 @@
 """`difftune train`, `optimize` and `search`: the flags are the fields of a Config."""
 
-import sys
-from contextlib import redirect_stdout
 from dataclasses import fields
 from importlib import import_module
 from typing import Any
@@ -31,7 +29,7 @@ SHORT = {  # of each recipe, what it learns from
     "drtune": "Reward gradient through steps all along.",
     "refl": "Reward gradient of an early prediction.",
     "adjoint-matching": "Reward gradient, swept by the base model.",
-    "hypernoise": "A LoRA that moves the noise, by reward gradient.",
+    "hypernoise": "A LoRA that moves the noise, by gradients.",
     "ddpo": "Policy gradient (PPO) on any reward.",
     "grpo": "Groups of images, by any reward (GRPO).",
     "nft": "Noised images by any reward, no sampler.",
@@ -49,9 +47,8 @@ def command_of(name: str, config: type, call: str, plan: str, short: str, exampl
 
     @click.pass_context
     def run(ctx: click.Context, as_json: bool, dry_run: bool, **flags: Any) -> None:
-        with redirect_stdout(sys.stderr):
-            module, _, function = (plan if dry_run else call).partition(":")
-            found = vars(import_module(module))[function](configured(ctx, config))
+        module, _, function = (plan if dry_run else call).partition(":")
+        found = vars(import_module(module))[function](configured(ctx, config))
         show(found, as_json, planned(found) if dry_run else ending(found, flags["output_dir"]))
 
     params = [*options_of(config), o.DRY_RUN, o.JSON]
