@@ -34,7 +34,7 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether a difference counts."""
+        """Whether the interval leaves out 0, so that a difference counts."""
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:

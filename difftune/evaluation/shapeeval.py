@@ -156,7 +156,7 @@ def run_shapeeval(config: EvalConfig) -> dict[str, Any]:
 
 
 def _reported(e: Evaluation, baseline: Sequence[Result] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What eval.json holds, with the long list of images last."""
+    """The contents of eval.json, with the long list of images last."""
     found = summary(e.results, baseline)
     images = {"images": found.pop("images")}
     return found | e.made.cost() | {"settings": settings, "versions": versions()} | images

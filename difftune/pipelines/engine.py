@@ -1,4 +1,4 @@
-"""From a recipe's settings to the engine's: the gradient mode, the memory plan, the attention, and a line for each.
+"""The engine's settings of a recipe: the gradient mode, the memory plan, the attention, and a line of text for each.
 
 All that differentiate a sampler have the same: `gradient`, `memory_budget`, `offload`,
 `enable_xformers_memory_efficient_attention` and `deterministic`.
@@ -79,7 +79,7 @@ class Engine:
     offload: str | None = None  # what it does
 
     def lines(self, gradient: str) -> dict[str, str]:
-        """What was resolved, in words; `gradient` is the recipe's own word for the mode."""
+        """A line of text for each setting that was resolved; `gradient` is the recipe's own name of the mode."""
         found = {"gradient": gradient, "attention": f"{self.attention.backend} ({self.attention.why})"}
         if self.plan.peak:
             found["memory_budget"] = str(self.plan)
@@ -89,7 +89,7 @@ class Engine:
 
 
 def offload_of(offload: bool, device: torch.device) -> str | None:
-    """What offloading does on this device, if it is asked for."""
+    """A line on how this device offloads; None if that is not asked for."""
     return offload_line(device) if offload else None
 
 

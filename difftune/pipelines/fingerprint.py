@@ -1,4 +1,4 @@
-"""Which weights a run, an adapter or an evaluation was made with: a digest that is written with them and compared."""
+"""The digest of the weights that a run, an adapter or an evaluation was made with, which is written and compared."""
 
 import hashlib
 from collections.abc import Iterator
@@ -76,7 +76,7 @@ def recorded(file: Path) -> str | None:
 
 
 def differ(then: str | None, now: str | None) -> bool:
-    """Whether both are known, and other weights."""
+    """Whether both digests are known, and not the same."""
     return then is not None and now is not None and then != now
 
 

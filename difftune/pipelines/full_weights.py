@@ -23,7 +23,7 @@ def add(pipe: Any) -> dict[str, Tensor]:
 
 
 def folder_of(pipe: Any, folder: str | Path) -> Path:
-    """Where `save` puts the network: `folder/unet`, or `folder/transformer`."""
+    """The folder in which `save` puts the network: `folder/unet`, or `folder/transformer`."""
     return Path(folder, family_of(pipe).denoisers[0])
 
 

@@ -128,7 +128,7 @@ class Pictures(NamedTuple):
         return sum(self.nfes) / len(self.nfes)
 
     def cost(self) -> dict[str, Any]:
-        """As results write it down."""
+        """The cost as results write it down."""
         return {"nfe": self.nfe, "nfe_by_branch": self.branches, "seconds": round(self.seconds, 3)}
 
 

@@ -1,4 +1,4 @@
-"""What a guidance method only names, found for a pipeline and its prompts: classifiers, weaker networks, negatives.
+"""The parts that a guidance method only names (classifiers, weaker networks, negatives), found for a pipeline.
 
 `PARTS` has one function per method that needs something; a method whose fields hold the things themselves stays.
 """

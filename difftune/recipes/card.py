@@ -71,7 +71,7 @@ def options_of(config: TrainingConfig) -> dict[str, Any]:
 
 
 def trained_on(config: TrainingConfig) -> str:
-    """What judged the images, in words."""
+    """The reward, or what took its place, in words."""
     settings = vars(config)
     if settings.get("labels"):
         return "a person's labels"

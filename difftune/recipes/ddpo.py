@@ -87,7 +87,7 @@ def reinforce(session: Session[DDPOConfig], policy: Policy, judged: "Judged", sh
 
 
 def trust_region(log_ratios: Tensor, clip_range: float) -> dict[str, Tensor]:
-    """Where a batch is: the mean ratio, half the mean squared log-ratio, and the share outside the trust region."""
+    """The mean ratio, half the mean squared log-ratio, and the share of ratios that have left the trust region."""
     ratios = log_ratios.exp()
     clipped = ((ratios - 1).abs() > clip_range).float().mean()
     return {"ratio": ratios.mean(), "approx_kl": log_ratios.square().mean() / 2, "clip_fraction": clipped}

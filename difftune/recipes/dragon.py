@@ -154,7 +154,7 @@ def contrastive_loss(config: DragonConfig, run: Training, after: PairErrors, bef
 
 
 def choose_pairs(config: DragonConfig, run: Training, numbers: range) -> list[int]:
-    """Which of the round's pairs a batch takes: all in turn, in an order that is new in every pass over them."""
+    """The round's pairs that a batch takes: all in turn, in an order that is drawn anew for every pass over them."""
     first = (numbers.start - run.rank * len(numbers)) // run.world
     chosen = listed(list(range(config.pairs_per_round)), config.seed)
     return [chosen(first + i) for i in range(len(numbers))]

@@ -22,7 +22,7 @@ from rewards.registry import Reward
 
 @dataclass(frozen=True)
 class Parts:
-    """What the settings name, loaded."""
+    """The model, the prompts and the reward that the settings name, loaded."""
 
     pipe: Any
     prompts: Prompts

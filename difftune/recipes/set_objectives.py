@@ -125,7 +125,7 @@ def load_exemplars(config: DragonConfig, model: LatentModel) -> tuple[Encoder, T
 
 
 def exemplars_of(config: DragonConfig) -> Path:
-    """Where the exemplars are. Raises UserError if there are none, or fewer than a distribution needs."""
+    """The exemplars' file or folder. Raises UserError if there are none, or fewer than a distribution needs."""
     if config.exemplars is None:
         raise UserError(f"objective {config.objective!r} wants --exemplars: a folder of pictures, or a file of texts")
     source = Path(config.exemplars)

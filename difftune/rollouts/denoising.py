@@ -76,7 +76,7 @@ def draw_levels(model: LatentModel, seeds: Sequence[str], among: Sequence[Noise]
 
 
 class Said(NamedTuple):
-    """What a network says of noised images."""
+    """A network's prediction for noised images."""
 
     out: Tensor  # (B, ...), as it comes
     x0: Tensor  # (B, ...), the clean images that this stands for
@@ -113,7 +113,7 @@ def noised_output(denoiser: NetworkDenoiser, x0: Tensor, draws: Draws, cond: Con
 
 
 def target(space: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What a perfect network of that prediction type emits."""
+    """The output of a perfect network of that prediction type."""
     return {
         "eps": lambda: eps,
         "x0": lambda: x0,

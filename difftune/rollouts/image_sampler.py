@@ -1,4 +1,4 @@
-"""From prompts and numbered noise to images, under a recipe's guidance and sampler."""
+"""The sampler of a recipe: images of prompts and numbered noise, under its guidance."""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -70,7 +70,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class ImageSampler:
-    """From prompts and noise to images, differentiable in the network's weights."""
+    """Samples images of prompts and noise, differentiable in the network's weights."""
 
     model: LatentModel
     denoiser: NetworkDenoiser

@@ -23,7 +23,7 @@ Images = TypeVar("Images")
 
 
 class Turn(NamedTuple, Generic[Images]):
-    """What one backward pass is taken on: samples' numbers, and their images."""
+    """The samples of one backward pass: their numbers and their images."""
 
     numbers: range
     images: Images

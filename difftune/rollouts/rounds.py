@@ -1,4 +1,4 @@
-"""What preferences and policy gradients are trained on: images that the model itself makes, round by round.
+"""The data of preferences and policy gradients: images that the model itself makes, round by round.
 
 A round is sampled by the weights that it begins with and serves one optimiser step or several. A run that is resumed
 within a round samples it again, by those weights and from the statistics of the rewards before it, which are saved with
@@ -28,13 +28,13 @@ Held = TypeVar("Held", covariant=True)
 
 
 class Source(Protocol[Held]):
-    """What the optimiser steps of a run are taken on."""
+    """The data of a run's optimiser steps."""
 
     def at(self, step: int) -> Held:
-        """What the step is taken on."""
+        """The data of the step."""
 
     def kept(self) -> Kept:
-        """What `take_snapshot` is to save, so that a resumed run finds the same."""
+        """The state that `take_snapshot` is to save, so that a resumed run finds the same data."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Rounds(Generic[Found]):
     found: Found | None = None
 
     def at(self, step: int) -> Found:
-        """What the round of `step` holds."""
+        """The data of the round that `step` belongs to."""
         first, run = step - step % self.length, self.run
         if self.first != first:
             within = first < step == run.done

@@ -21,7 +21,7 @@ Held = TypeVar("Held", bound=TrainingConfig, covariant=True)
 
 @dataclass(frozen=True)
 class Session(Generic[Held]):
-    """What a recipe trains with."""
+    """Everything that a recipe trains with."""
 
     config: Held
     run: Training  # weights, optimiser, and what a resumed run goes on from

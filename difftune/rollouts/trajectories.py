@@ -40,7 +40,7 @@ class Rolled:
         return with_network(self.predict, network)
 
     def after(self, i: int) -> Tensor:
-        """Where step i ended, (B, ...)."""
+        """The latents (B, ...) at the end of step i."""
         return self.trajectory.paths[i + 1].x
 
     def rows(self, index: Tensor) -> "Rolled":

@@ -1,4 +1,4 @@
-"""What is wrong with a training's settings, in one sentence, before anything is loaded."""
+"""The checks of a training's settings: one sentence for what is wrong, before anything is loaded."""
 
 from typing import Any
 

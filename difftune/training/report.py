@@ -61,7 +61,7 @@ def shown_prompts(config: TrainingConfig) -> list[str]:
 
 
 def parted(checks: Sequence[Mapping[str, float]]) -> Parting | None:
-    """Where the held-out reward of the validations left the trained one."""
+    """The validation from which on the held-out reward no longer follows the trained one, if there is one."""
     both = [record for record in checks if {"reward_mean", "held_out_mean"} <= record.keys()]
     return Monitor()([r["reward_mean"] for r in both], [r["held_out_mean"] for r in both]) if both else None
 
@@ -69,7 +69,7 @@ def parted(checks: Sequence[Mapping[str, float]]) -> Parting | None:
 def numbers(
     steps: Sequence[Mapping[str, float]], checks: Sequence[Mapping[str, float]], seconds: float
 ) -> list[tuple[str, str]]:
-    """What stands at the head of the page: the trained and the held-out reward, first and last, and the time."""
+    """The numbers at the head of the page: the trained and the held-out reward, first and last, and the time."""
     found = []
     for title, key, some in (
         ("training reward, first and last step", "reward_mean", steps),

@@ -55,7 +55,7 @@ class PerPrompt:
         return ((exact - means) / (stds + LEAST_STD)).to(scores)
 
     def state(self) -> dict[str, list[float]]:
-        """What JSON keeps of it."""
+        """The history as JSON holds it."""
         return {prompt: list(scores) for prompt, scores in self.history.items()}
 
     def load(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What surrounds a recipe on the command line: its folder, metrics, checkpoints, resumption and signals.
+"""The run of a recipe in a folder: metrics, checkpoints, resumption and signals.
 
 A recipe yields (metrics, state) after each optimiser step and knows nothing of this.
 """
@@ -252,7 +252,7 @@ def validate_start(validator: validation.Validator, pipe: Any, state: State, tra
 
 
 def starting_state(config: Config, say: Say | None = None) -> State | None:
-    """Where a run begins: None at step 0, else the state of the checkpoint that is to be resumed.
+    """The state of the checkpoint that a run resumes; None for a run that begins at step 0.
 
     Raises UserError for a folder that holds something, unless it is a run of ours that is resumed with its settings.
     """
@@ -291,14 +291,14 @@ def same_run(config: Config, state: State) -> None:
 
 
 def earlier_defaults(state: State) -> dict[str, Any]:
-    """What a checkpoint of 0.1 leaves unsaid and would mean otherwise today: its CFG had scale 5 if none was given."""
+    """Settings that a checkpoint of 0.1 does not hold and whose default was another one: its CFG had scale 5."""
     made = state.info["config"]
     said = made["guidance_scale"] is not None or "scale" in made["guidance_options"] or "model_digest" in state.info
     return {} if said or guidance_kinds(made["guidance"])[-1] is not GUIDANCE["cfg"] else {"guidance_scale": 5.0}
 
 
 def resolving(config: Config, show: Say | None) -> Say:
-    """What says a line to people and writes it, as a comment, at the head of the run's config.yaml."""
+    """A function that prints a line and writes it, as a comment, at the head of the run's config.yaml."""
     lines: list[str] = []
 
     def say(line: str) -> None:

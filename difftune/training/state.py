@@ -1,4 +1,4 @@
-"""What a run trains and all that its next step depends on: begun, saved and resumed bit for bit."""
+"""The state of a run: what it trains and all that its next step depends on, saved and resumed bit for bit."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -33,7 +33,7 @@ Metrics = dict[str, float]
 
 
 class Kept(NamedTuple):
-    """What a recipe itself must find again, as `Training.own` of a resumed run."""
+    """A recipe's own state, which a resumed run finds in `Training.own`."""
 
     tensors: Mapping[str, Tensor]
     info: Mapping[str, Any]
@@ -45,7 +45,7 @@ def keep_nothing() -> Kept:
 
 @dataclass
 class Training:
-    """What a run trains and with what; made by `begin_training`."""
+    """The trained weights of a run, their optimiser and the rest of its state; made by `begin_training`."""
 
     config: TrainingConfig
     pipe: Any
@@ -220,7 +220,7 @@ class StateTensors(NamedTuple):
 
 
 def state_tensors(state: State) -> StateTensors:
-    """What a state's tensors are, by owner."""
+    """The tensors of a state by their owner."""
     return decode(StateTensors, state.tensors)
 
 

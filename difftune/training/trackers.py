@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl always, one of accelerate's trackers on request."""
+"""The reports of a run: metrics.jsonl always, one of accelerate's trackers on request."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -92,7 +92,7 @@ def load_scorers(config: TrainingConfig, reward: Scorer | None) -> dict[str, Sco
 
 @dataclass(frozen=True)
 class Validator:
-    """What every validation of a run draws and scores: the names of the settings, resolved once."""
+    """The prompts, the guidance method and the rewards of all validations of a run, resolved once."""
 
     config: TrainingConfig
     prompts: list[str]  # of each image
