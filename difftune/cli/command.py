@@ -31,7 +31,8 @@ class Number(click.ParamType):
         except (ValueError, OverflowError):
             self.fail(f"{shortened(value)!r} is not a {'whole ' if self.within.whole else ''}number", param, ctx)
         if number not in self.within:
-            finite = "" if isinstance(number, int) or isfinite(number) else ", and finite"
+            known = isinstance(number, int) or isfinite(number) or "finite" in str(self.within)
+            finite = "" if known else ", and finite"
             self.fail(f"{shortened(value)} is out of its range: it must be {self.within}{finite}", param, ctx)
         return number
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from difftune.configs.fields import Config, documented
-from solvers.ranges import Count, NotNegative, Seed, Side, Steps
+from solvers.ranges import Count, NotNegative, Positive, Seed, Side, Steps
 
 
 @documented
@@ -63,7 +63,7 @@ class RenoConfig(Config):
     learning_rate: NotNegative | None = None
     """Learning rate. If not given: the paper's for its model, else 5 sqrt(D / 16384) for D latent elements, or the
     optimiser's own."""
-    grad_clip: NotNegative | None = None
+    grad_clip: Positive | None = None
     """The norm of each prompt's gradient is clipped to this. If not given: the optimiser's own, 0.1 for sgd."""
     variables: Literal["noise", "prompt", "both"] = "noise"
     """What is optimised: the noise, the prompt's embedding, or both."""

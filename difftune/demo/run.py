@@ -57,7 +57,7 @@ class Budget:
 def run_demo(output_dir: str | Path = "runs/demo", seed: int = 0, budget: Budget | None = None) -> dict[str, Any]:
     """All stages; writes report.html and metrics.json, and returns what metrics.json holds."""
     budget, began = budget or Budget(), time.perf_counter()
-    with _replaced(Path(output_dir)) as folder:
+    with _replaced(output_dir) as folder:
         guided, before = _guidance(budget, seed)
         aligned = _alignprop(budget, seed, folder, before)
         noises = _reno(budget, seed, folder)
@@ -70,13 +70,14 @@ def run_demo(output_dir: str | Path = "runs/demo", seed: int = 0, budget: Budget
 
 
 @contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
+def _replaced(output_dir: str | Path) -> Iterator[Path]:
     """The folder, empty and ours alone; an earlier demo comes back if this one fails, or was killed.
 
     Raises UserError for a folder that is not a demo's, and where another process has it.
     """
-    with claimed(folder) as claim:
+    with claimed(output_dir) as claim:
         claim.clear()
+        folder = claim.path
         _bring_back(folder)
         held = claim.held()
         if held and MARK not in held:

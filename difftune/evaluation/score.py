@@ -35,6 +35,8 @@ def score_files(reward: Sequence[str], prompts: Sequence[str], images: Sequence[
 def _one_each(prompts: Sequence[str], images: Sequence[str], needing: Sequence[str]) -> Sequence[str]:
     if needing and not prompts:
         raise UserError(f"reward {needing[0]!r} needs a prompt: give --prompt once, or once per image")
+    if needing and not all(prompt.strip() for prompt in prompts):
+        raise UserError(f"reward {needing[0]!r} needs a prompt, and one is empty: say what the picture is to show")
     if len(prompts) not in (0, 1, len(images)):
         raise UserError(f"{len(prompts)} prompts for {len(images)} images: give --prompt once, or once per image")
     return prompts if len(prompts) == len(images) else [*prompts, ""][:1] * len(images)

@@ -17,7 +17,7 @@ from difftune.errors import UserError
 from difftune.files.pictures import list_pictures, read_all
 from difftune.files.prompts import read_prompts
 from difftune.lookup import reward_named
-from rewards.registry import Reward
+from rewards.registry import Reward, entry
 from rewards.sets.catalogue import MMD, Frechet, Mean, SetReward, Vendi
 from rewards.sets.exemplar import Encoder, encoder_of
 from rewards.sets.frechet import frames, frechet_of, moments, square_root
@@ -139,6 +139,7 @@ def exemplars_of(config: DragonConfig) -> Path:
 
 def check_objective(config: DragonConfig) -> None:
     """UserError for the first invalid setting of the objective; nothing is loaded."""
+    entry(config.encoder)
     if config.objective not in WITHOUT_EXEMPLARS:
         exemplars_of(config)
 

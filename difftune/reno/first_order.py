@@ -35,7 +35,7 @@ class SGD(Ranged):
 
     learning_rate: NotNegative | None = None  # None: 5 sqrt(D / 16384), the paper's 5 at its D
     momentum: Decay = 0.9
-    grad_clip: NotNegative | None = 0.1  # of a sample's gradient norm; None: no clip
+    grad_clip: Positive | None = 0.1  # of a sample's gradient norm; None: no clip
 
     def start(self, z: Tensor) -> Memory:
         return {"velocity": torch.zeros_like(z)}
@@ -58,7 +58,7 @@ class Adam(Ranged):
     beta1: Decay = 0.9
     beta2: Decay = 0.999
     epsilon: Positive = 1e-8
-    grad_clip: NotNegative | None = None
+    grad_clip: Positive | None = None
 
     def start(self, z: Tensor) -> Memory:
         return {"mean": torch.zeros_like(z), "square": torch.zeros_like(z), "steps": torch.zeros(len(z)).to(z)}

@@ -157,6 +157,8 @@ def check_names(config: RenoConfig) -> None:
         raise UserError(f"--start {config.start} is not a file: give a noise.safetensors or a picture")
     if config.held_out is not None:
         entry(config.held_out)
+        if config.held_out in reward_weights(config.reward):
+            raise UserError(f"held_out {config.held_out!r} is optimised: what is held out must be another")
 
 
 # ------------------------------------------------------------------------------------------------ batches, checkpoints

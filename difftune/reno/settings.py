@@ -9,7 +9,7 @@ from difftune.reno.named import needs_gradient, optimizer_named
 from difftune.reno.paper import PAPER
 from difftune.reno.regularizers import REGULARIZERS
 from guidance.contract import Guidance
-from solvers.ranges import Count, NotNegative, Ranged, Side, Steps
+from solvers.ranges import Count, NotNegative, Positive, Ranged, Side, Steps
 
 Variables = Literal["noise", "prompt", "both"]
 
@@ -44,7 +44,7 @@ class NoiseSettings(Ranged):
     variables: Variables = "noise"
     optimizer: Any = "sgd"
     learning_rate: NotNegative | None = None
-    grad_clip: NotNegative | None = None
+    grad_clip: Positive | None = None
     regularizer: str = "chi"  # a name of `regularizers.REGULARIZERS`
     regularization_weight: NotNegative = 0.01
     normalize: bool = False  # divide each reward by the width of its nominal range, so that weights compare

@@ -71,7 +71,7 @@ class SPSA(Ranged):
     radius: Positive = 0.1  # of each element
     learning_rate: NotNegative | None = None  # None: 5 sqrt(D / 16384)
     momentum: Decay = 0.9
-    grad_clip: NotNegative | None = 0.1
+    grad_clip: Positive | None = 0.1
 
     def __post_init__(self):
         super().__post_init__()

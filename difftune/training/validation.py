@@ -39,12 +39,12 @@ class Validation(NamedTuple):
 
 def check_validation(config: TrainingConfig) -> None:
     """UserError for the first invalid setting of the validation; nothing is loaded."""
+    validation_prompts(config)
     if config.validation_steps is None:
         if config.early_stop or config.validation_reward is not None:
             wanted = "early_stop" if config.early_stop else "validation_reward"
             raise UserError(f"{wanted} needs validations: give --validation_steps, as in 50")
         return
-    validation_prompts(config)
     if config.validation_reward is None:
         if config.early_stop:
             raise UserError("early_stop compares with a reward that is not trained on: give --validation_reward")
