@@ -1,7 +1,7 @@
 """HPSv3 (https://arxiv.org/abs/2508.03789): what people prefer, by Qwen2-VL reading the picture, then the prompt."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import ceil, floor, sqrt
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from rewards import hub
 from rewards.checks import paired
 from rewards.errors import RewardError
-from rewards.learned.imagereward import PARTS
+from rewards.learned.imagereward import head
 from rewards.learned.layouts import built, under
 from rewards.learned.preprocess import CLIP_MEAN, CLIP_STD
 
@@ -28,7 +28,6 @@ CHAT = (
 )  # Qwen2-VL's template, up to the reward token: what comes after it is not seen
 PIXELS = 256 * 28 * 28  # of a picture as the network sees it, at most
 UNIT = 28  # both sides are multiples: two patches of 14 become one token
-HEAD = (0, 3, 5)  # rm_head.N: 1024, 16 and 2 outputs, with a ReLU after each but the last
 
 
 class HPSv3:
@@ -55,7 +54,7 @@ class HPSv3:
         config = configured(AutoConfig.from_pretrained(folder), state["model.embed_tokens.weight"])
         body = {key: value for key, value in state.items() if key.startswith(("visual.", "model."))}
         self.model = built(Qwen2VLModel, config, body, dtype)
-        self.head = reward_head(under(state, "rm_head."))
+        self.head = head(under(state, "rm_head."), nn.ReLU)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         paired(images, prompts)
@@ -101,17 +100,6 @@ def configured(config: PreTrainedConfig, embedding: Tensor) -> PreTrainedConfig:
     """The base's configuration with as many tokens as HPSv3 has."""
     config.text_config.vocab_size = len(embedding)
     return config
-
-
-def reward_head(layers: Mapping[str, Tensor]) -> nn.Sequential:
-    """The layers `N.weight`, `N.bias` of `HEAD`, frozen, in float32."""
-    parts: list[nn.Module] = []
-    for n in HEAD:
-        out, into = layers[f"{n}.weight"].shape
-        linear = nn.Linear(into, out)
-        linear.load_state_dict({part: layers[f"{n}.{part}"].float() for part in PARTS})
-        parts += [linear, nn.ReLU()]
-    return nn.Sequential(*parts[:-1]).eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------ pictures

@@ -50,6 +50,7 @@ def made(tmp_path_factory, random_clip) -> dict[str, dict]:
     asked = [["Is there a circle?", "Yes"], ["How many squares are there?", "two"]]
     lines = [json.dumps({"prompt": prompt, "vqa_list": asked}) for prompt in QUESTIONED]
     questions.write_text("\n".join(lines))
+    cycle, _ = checkpoints.image_reward(tmp_path_factory.mktemp("cycle"), (0, 2, 4, 6, 8))
     blip = {"vision": checkpoints.BLIP_VISION, "text": checkpoints.BLIP_TEXT}
     return {
         "tiny-clip": {"folder": random_clip},
@@ -62,6 +63,7 @@ def made(tmp_path_factory, random_clip) -> dict[str, dict]:
         "aesthetic-v1": aesthetic,
         "hps-v3": dict(zip(("weights", "base"), checkpoints.hpsv3(tmp_path_factory.mktemp("hpsv3")), strict=True)),
         "imagereward": {"weights": weights, "vocabulary": vocabulary, **blip},
+        "cyclereward": {"weights": cycle, "vocabulary": vocabulary, **blip},
         "classifier": {"model": checkpoints.timm_classifier(tmp_path_factory.mktemp("timm"))},
         "open-clip": {},
         "text-exemplar": {"texts": ["a red circle", "a blue square"], "options": {"folder": random_clip}},

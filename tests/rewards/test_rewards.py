@@ -88,8 +88,8 @@ BETTER = {  # a better picture, a worse one, and the prompt
     "contrast": lambda: (NOISE, gray(0.5), ""),
 }
 DOWNLOADED = {  # or the user's own model, or another reward
-    "clip-score", "clip", "open-clip", "pickscore", "hps-v2", "hps-v2.1", "hps-v3", "imagereward", "aesthetic",
-    "aesthetic-ava", "aesthetic-v1",
+    "clip-score", "clip", "open-clip", "pickscore", "hps-v2", "hps-v2.1", "hps-v3", "imagereward", "cyclereward",
+    "aesthetic", "aesthetic-ava", "aesthetic-v1",
     "classifier", "vlm", "vqascore", "soft-tifa", "text-exemplar", "judge", "remote", "smooth",
 }  # fmt: skip
 WITH_DTYPE = DOWNLOADED - {"text-exemplar", "remote", "smooth", "judge"}

@@ -1,6 +1,6 @@
 """Small random checkpoints in the layouts that reward models are published in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ BLIP_VISION: dict[str, Any] = {
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "circle", "square"]
 BLIP_TEXT: dict[str, Any] = {
     "vocab_size": len(WORDS), "hidden_size": 16, "encoder_hidden_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 40, "layer_norm_eps": 1e-12,
+    "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 140, "layer_norm_eps": 1e-12,
     "is_decoder": True,
 }  # fmt: skip
 
@@ -88,8 +88,9 @@ def aesthetic_relu_model(width: int = 8) -> nn.Sequential:
     return lively(nn.Sequential(*modules[:-1], nn.Linear(4, 1)))
 
 
-def image_reward(folder: Path) -> tuple[Path, Path]:
-    """(weights, vocabulary), in the layout of ImageReward.pt: BLIP's own names and the head."""
+def image_reward(folder: Path, numbers: Sequence[int] = (0, 2, 4, 6, 7)) -> tuple[Path, Path]:
+    """(weights, vocabulary), in the layout of ImageReward.pt: BLIP's own names and the head, whose layers have these
+    numbers."""
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
     eyes = lively(BlipVisionModel(BlipVisionConfig(**BLIP_VISION)))
@@ -99,7 +100,7 @@ def image_reward(folder: Path) -> tuple[Path, Path]:
     state |= {f"blip.text_encoder.{key}": value for key, value in words.state_dict().items()}
     state["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
     state |= {"blip.vision_proj.weight": torch.ones(4, 32), "blip.text_proj.weight": torch.ones(4, 16)}
-    for n, a, b in zip((0, 2, 4, 6, 7), sizes, sizes[1:], strict=False):
+    for n, a, b in zip(numbers, sizes, sizes[1:], strict=False):
         layer = lively(nn.Linear(a, b))
         state |= {f"mlp.layers.{n}.weight": layer.weight.detach(), f"mlp.layers.{n}.bias": layer.bias.detach()}
     torch.save(state, folder / "ImageReward.pt")

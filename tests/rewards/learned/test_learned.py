@@ -233,20 +233,37 @@ def test_aesthetic_is_the_network_on_the_normalised_embedding(made):
 # ---------------------------------------------------------------------------------------------- imagereward
 
 
-@torch.no_grad()
-def test_imagereward_is_transformers_blip_under_its_head(made):
-    """The parts built by themselves with the weights that the checkpoint was made of."""
+def first_states() -> torch.Tensor:
+    """What the head sees, by the parts built by themselves with the weights that the checkpoints were made of."""
     eyes = checkpoints.lively(BlipVisionModel(BlipVisionConfig(**checkpoints.BLIP_VISION)))
     words = checkpoints.lively(BlipTextModel(BlipTextConfig(**checkpoints.BLIP_TEXT), add_pooling_layer=False))
-    state = torch.load(made["imagereward"]["weights"], weights_only=True)
     seen = eyes(pixel_values=Preprocess(32)(IMAGES)).last_hidden_state
     ids = torch.tensor([[2, 5, 6, 8, 3], [2, 5, 7, 9, 3], [2, 5, 6, 9, 3]])  # [CLS] a red circle [SEP]
-    x = words(input_ids=ids, encoder_hidden_states=seen, attention_mask=torch.ones(3, 5)).last_hidden_state[:, 0]
+    return words(input_ids=ids, encoder_hidden_states=seen, attention_mask=torch.ones(3, 5)).last_hidden_state[:, 0]
+
+
+@torch.no_grad()
+def test_imagereward_is_transformers_blip_under_its_head(made):
+    x, state = first_states(), torch.load(made["imagereward"]["weights"], weights_only=True)
     for n in (0, 2, 4, 6, 7):
         x = F.linear(x, state[f"mlp.layers.{n}.weight"], state[f"mlp.layers.{n}.bias"])
     scores = ImageReward(**made["imagereward"])(IMAGES, PROMPTS)
     torch.testing.assert_close(scores, (x.squeeze(1) - MEAN) / STD, **SAME)
     assert abs(MEAN - 0.16717363) < 1e-8 and abs(STD - 1.03333950) < 1e-8
+
+
+@torch.no_grad()
+def test_cyclereward_has_a_gelu_between_its_layers_and_no_mean(made):
+    x, state = first_states(), torch.load(made["cyclereward"]["weights"], weights_only=True)
+    for n in (0, 2, 4, 6, 8):
+        x = F.linear(F.gelu(x) if n else x, state[f"mlp.layers.{n}.weight"], state[f"mlp.layers.{n}.bias"])
+    reward = load("cyclereward", **made["cyclereward"])
+    torch.testing.assert_close(reward(IMAGES, PROMPTS), x.squeeze(1), **SAME)
+    long = [" ".join(["red"] * count) for count in (100, 126, 127)]
+    scores = reward(IMAGES[:1].expand(3, -1, -1, -1), long)
+    assert scores[0] != scores[1] and scores[1] == scores[2]  # 128 tokens, of which two are marks
+    with pytest.raises(ValueError, match="the pairs Combo, T2I and I2T, not 'T2V'"):
+        load("cyclereward", pairs="T2V")
 
 
 def test_imagereward_reads_the_prompt_and_cuts_what_is_longer(made):
