@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint types bench docs package clean
+.PHONY: demo test test-slow lint types bench docs gallery package clean
 
 demo: $(STAMP)  ## the main job on the embedded model: runs/demo/report.html
 	@$(BIN)/difftune demo --output_dir runs/demo
@@ -28,6 +28,9 @@ bench: $(STAMP)
 
 docs: $(STAMP)  ## build/site/index.html; offline, and a link to nowhere is an error
 	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+
+gallery: $(STAMP)  ## the pictures of docs/gallery.md and of the README, by the commands that stand there
+	@$(BIN)/python scripts/make_gallery.py
 
 package: $(STAMP)  ## dist/: a wheel and a source archive, checked
 	@rm -rf build dist

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Cond, along
-from solvers.errors import UserError
+from solvers.errors import Caution, UserError
 from solvers.noise import Noise
 from solvers.ranges import NotNegative, Range, Ranged
 
@@ -34,7 +34,7 @@ class Usual(NamedTuple):
     says: str
 
 
-class UnusualScale(UserWarning):
+class UnusualScale(Caution):
     """A scale beyond those that a method is used at: that of another convention, as a rule."""
 
 
