@@ -93,7 +93,7 @@ def _spread(part: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _groups(request: Request, jobs: Mapping[str, Inputs]) -> dict[tuple[str, str | None, str], list[str]]:
-    """Which branches can share a forward: same network, same patch, inputs of the same names and shapes."""
+    """The branches that can share a forward: same network, same patch, inputs of the same names and shapes."""
     groups: dict[tuple[str, str | None, str], list[str]] = {}
     for name, inputs in jobs.items():
         key = (request[name].network, request[name].patch, str(_shapes(inputs)))

@@ -82,7 +82,7 @@ def _named(record: Any) -> bool:
 
 
 def _parts(record: Any) -> dict[str, Any] | None:
-    """What a record holds, by name; None for a number, a string and None."""
+    """The fields of a record by name; None for a number, a string and None."""
     if isinstance(record, Mapping):
         return dict(record)
     if _named(record):
@@ -127,7 +127,7 @@ def _optional(hint: Any) -> bool:
 
 
 def _under(name: str, tensors: Tensors, info: Any) -> tuple[dict[str, Tensor], Any]:
-    """What is under a name: its tensors, by the rest of theirs, and its info."""
+    """The tensors and the info under a name, by the rest of their names."""
     inner = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
     return inner | ({"": tensors[name]} if name in tensors else {}), (info or {}).get(name)
 

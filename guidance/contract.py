@@ -53,7 +53,7 @@ class Preds(dict[str, Tensor]):
 
 
 class Guided(NamedTuple):
-    """What a method returns, in the method's space."""
+    """The result of a guidance method, in the method's space."""
 
     out: Tensor  # (B, ...), the prediction that the sampler steps with
     data: Tensor | None = None  # (B, ...), CFG++ only: says where the clean data is; shift = x0(data) - x0(out)
@@ -77,7 +77,7 @@ class Guidance(Protocol):
 
 
 class Combined(NamedTuple):
-    """What a method made of its answers, in the network's space."""
+    """The result of a guidance method, in the network's space."""
 
     out: Tensor  # (B, ...)
     shift: Tensor | None  # (B, ...), x0(data) - x0(out)

@@ -82,7 +82,7 @@ class Guider(BaseGuidance):
 
 
 def combined(guidance: Guidance, cond: Tensor, uncond: Tensor) -> Tensor:
-    """What the method makes of two raw predictions (B, ...), taken to be in the method's own space."""
+    """The method's result for two raw predictions (B, ...), taken to be in the method's own space."""
     space = guidance.space if guidance.space in SPACES else "flow"
     answers = {"cond": cond, "uncond": uncond}
     return drive(guidance, lambda request: answers, Path(cond), noise(1.0, 1.0), space, space).out

@@ -1,4 +1,4 @@
-"""From an image back to its noise, in our own loop: DDIM inversion under any method, editing, null-text inversion.
+"""Inversion of an image to its noise, in our own loop: DDIM inversion under any method, editing, null-text inversion.
 
 noisy = invert(guided(denoise, CFGpp(0.6), source), latents, levels)       # levels: noisiest first
 *_, end = sample(euler, guided(denoise, CFGpp(0.6), target), noisy, levels)
@@ -90,7 +90,7 @@ def edit(
 # ------------------------------------------------------------------------------------------------ null-text inversion
 @dataclass(frozen=True)
 class NullText:
-    """What null-text inversion optimises, and how far; the defaults are the paper's for its 50 steps.
+    """The settings of null-text inversion; the defaults are the paper's for its 50 steps.
 
     Of T steps, the i-th learns at lr (1 - i / (2 T)), from `lr` to about half of it, and is done at a loss of
     tolerance (1 + 100 i / T). At T = 50 these are the paper's lr (1 - i / 100) and 1e-5 + 2e-5 i.

@@ -1,4 +1,4 @@
-"""What rewards check at the door, and how they look at pictures."""
+"""The checks of a reward's arguments, and the forms in which rewards see pictures."""
 
 import io
 from collections.abc import Callable, Sequence

@@ -164,7 +164,7 @@ class Clipped:
 
 
 def non_dominated(scores: Tensor) -> Tensor:
-    """Which items of a batch no other dominates: scores (B, R), one column per reward -> (B,) bool.
+    """The items of a batch that no other dominates: scores (B, R), one column per reward -> (B,) bool.
 
     a dominates b if it is at least as high in every reward, and higher in one (Parrot,
     https://arxiv.org/abs/2401.05675). Equal items do not dominate each other. Scores need no common scale.

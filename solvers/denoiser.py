@@ -19,7 +19,7 @@ SPACES = ("eps", "v", "x0", "flow")
 
 
 class Prediction(NamedTuple):
-    """What is said at (x, at): x = alpha * x0 + sigma * eps holds."""
+    """A prediction at (x, at): x = alpha * x0 + sigma * eps holds."""
 
     x0: Tensor  # (B, ...)
     eps: Tensor  # (B, ...)
@@ -28,7 +28,7 @@ class Prediction(NamedTuple):
 
 
 class Denoiser(Protocol):
-    """What a diffusion model is to us; `prediction_type` is the space of its raw output: eps, v, x0 or flow."""
+    """A diffusion model; `prediction_type` is the space of its raw output: eps, v, x0 or flow."""
 
     @property
     def prediction_type(self) -> str: ...
@@ -59,7 +59,7 @@ class Path:
 
 
 class Shape(NamedTuple):
-    """How a path's tensors are read."""
+    """The layout of a path's tensors."""
 
     has_x0: bool = False
     keys: tuple[str, ...] = ()

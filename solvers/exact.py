@@ -24,7 +24,7 @@ DATA = noise(1.0, 0.0)
 
 
 class Exact:
-    """What closed forms have in common: no network, hence nothing to patch."""
+    """The base of the closed forms: no network, hence nothing to patch."""
 
     def patched(self, name: str) -> AbstractContextManager[Any]:
         raise UserError(f"no patch {name!r} of {type(self).__name__}: a closed form has no layers to change")
@@ -43,7 +43,7 @@ class Gaussian(Exact):
         return Prediction(self.mean + at.alpha * self.std**2 / variance * gap, at.sigma / variance * gap)
 
     def flow(self, x: Tensor, now: Noise, then: Noise) -> Tensor:
-        """Where the probability flow carries x: alpha' mu + sqrt(v'/v) (x - alpha mu)."""
+        """The place to which the probability flow carries x: alpha' mu + sqrt(v'/v) (x - alpha mu)."""
         (gap, variance), (_, variance_then) = self._around(x, now), self._around(x, then)
         return then.alpha * self.mean + (variance_then / variance) ** 0.5 * gap
 

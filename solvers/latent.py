@@ -53,7 +53,7 @@ class NetworkDenoiser:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in; diffusers walks through all its modules to tell."""
+        """The dtype that the network computes in; diffusers walks through all its modules to tell."""
         return dtype_of(self.network)
 
     def one_run(self) -> "NetworkDenoiser":

@@ -56,7 +56,7 @@ def prediction_type(scheduler: Scheduler) -> str:
 
 
 def start_scale(scheduler: Scheduler, levels: Sequence[Noise]) -> float:
-    """What a pipeline multiplies its unit noise by, in the coordinates of `levels`, those of its run (`levels_of`).
+    """The factor of a pipeline's unit noise, in the coordinates of `levels`, those of its run (`levels_of`).
 
     1 for most schedulers and for all flows, whatever the first level is. Those of `STEPS_IN_K` start at k times the
     noise in the spacings "linspace" and "trailing", k = sigma / alpha, which is k / sqrt(1 + k^2) here; else at 1.

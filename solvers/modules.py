@@ -1,4 +1,4 @@
-"""What torch and diffusers find by a slow walk through all modules of a network, found by a quick one."""
+"""Quick walks through the modules of a network, for what torch and diffusers look up by slow ones."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any

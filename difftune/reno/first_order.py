@@ -1,4 +1,4 @@
-"""How a noise moves by its gradient: a step for a batch of samples, of which none sees another.
+"""Optimisers that move a noise by its gradient: a step for a batch of samples, each of which is optimised by itself.
 
     step(z, loss, gradient, memory) -> (z, memory),     z and gradient (B, D), loss (B,), memory batch-first.
 

@@ -1,4 +1,4 @@
-"""What ReNO's settings name, as objects: optimisers, and rewards as one weighted sum."""
+"""ReNO's settings as objects: optimisers by their names, and rewards as one weighted sum."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace

@@ -45,7 +45,7 @@ class Iteration(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """What one evaluation found of A samples."""
+    """The results of one evaluation of A samples."""
 
     images: Tensor  # (A, 3, H, W) in [0, 1]
     record: Iteration
@@ -55,7 +55,7 @@ class Evaluated(NamedTuple):
 
 @dataclass(frozen=True)
 class Unknowns:
-    """How z (B, D) is laid out: the noise's elements, then the change of the prompt's embedding in units of its RMS."""
+    """The layout of z (B, D): the noise's elements, then the change of the prompt's embedding in units of its RMS."""
 
     of: Variables
     noise: Tensor  # (B, C, h, w), where it starts
@@ -243,7 +243,7 @@ class Objective:
 
 
 def joined(records: Sequence[Iteration]) -> Iteration:
-    """What was recorded of parts of a batch, as of the whole."""
+    """The records of the parts of a batch, joined to one."""
     parts = {name: torch.cat([record.parts[name] for record in records]) for name in records[0].parts}
     rest = [None if column[0] is None else torch.cat(column) for column in list(zip(*records, strict=True))[1:]]
     return Iteration(parts, *rest)  # type: ignore[arg-type]

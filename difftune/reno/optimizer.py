@@ -96,7 +96,7 @@ class ReNO(NoiseSettings):
         yield from self._iterate(objective, iterations, self._progress(objective, seeds, state))
 
     def planned(self, prompts: str | Sequence[str], seeds_per_prompt: int = 1) -> Plan:
-        """How the engine runs for these prompts; measured if there is a memory budget."""
+        """The engine's plan for these prompts; measured if there is a memory budget."""
         return self._objective(prompts, 1, 0, None, seeds_per_prompt, None)[0].plan
 
     @torch.no_grad()
@@ -129,7 +129,7 @@ class ReNO(NoiseSettings):
         yield from walk(objective, optimizer, iterations, progress)
 
     def _descend(self, objective: Objective, optimizer: Any, iterations: int, progress: Progress) -> Iterator[Live]:
-        """By the gradient: evaluate, keep the best, move."""
+        """Follow the gradient: evaluate, keep the best, move."""
         memory = optimizer.start(progress.z)
         if progress.iteration and memory.keys() != progress.memory.keys():
             raise self._of_another()
@@ -159,7 +159,7 @@ class ReNO(NoiseSettings):
         return progress.moved(z, memory, rows)
 
     def _search(self, objective: Objective, optimizer: Any, iterations: int, progress: Progress) -> Iterator[Live]:
-        """By rewards alone: evaluate the candidates of each sample, keep the best, ask for the next."""
+        """Search by rewards alone: evaluate the candidates of each sample, keep the best, ask for the next."""
         if len(progress.told) != progress.iteration:
             raise self._of_another()
         every = progress.rows.tolist()

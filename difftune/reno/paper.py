@@ -1,4 +1,4 @@
-"""What ReNO's authors ran, model by model, from their code (https://github.com/ExplainableML/ReNO): the defaults here.
+"""The settings of ReNO's authors by model, from their code (https://github.com/ExplainableML/ReNO): the defaults here.
 
 All: one step without guidance, SGD with Nesterov momentum 0.9, a clip of 0.1, gamma = 0.01, 50 iterations, seed 0.
 """
@@ -20,7 +20,7 @@ PAPER_RATE, PAPER_SIZE = 5.0, 16_384  # learning rate at D = 4 x 64 x 64
 
 @dataclass(frozen=True)
 class Setting:
-    """What differs between the models of the paper."""
+    """The settings of one of the paper's models."""
 
     models: tuple[str, ...]  # on the Hub, by which a pipeline is known again; empty: it has to be named
     size: int  # of an image, in pixels

@@ -1,4 +1,4 @@
-"""Where a noise optimisation stands: what it needs to go on, and what it would return. All of it is batch-first."""
+"""The progress of a noise optimisation: what it needs to go on, and what it would return, batch-first."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -32,7 +32,7 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """What is written of a `Progress` as it stands."""
+    """The part of a `Progress` that is written as it is."""
 
     prompts: Sequence[str]
     seeds: Sequence[int]
@@ -66,15 +66,15 @@ class Progress(Standing):
         return self.active.nonzero().squeeze(1)
 
     def heard(self, row: int) -> list[Tensor]:
-        """What the search of an active sample was told so far."""
+        """The values that the search of an active sample was sent so far."""
         return [values[row] for values in self.told]
 
     def told_of(self, values: Tensor, rows: Tensor) -> "Progress":
-        """With what the searches of the samples `rows` are told, (A, N)."""
+        """The progress after the searches of the samples `rows` are sent these values (A, N)."""
         return replace(self, told=(*self.told, spread(values, rows, len(self.z))))
 
     def seen(self, found: Evaluated, z: Tensor, rows: Tensor, calls: Tensor) -> "Progress":
-        """With one more evaluation, of z (A, D): the best kept, by reward alone, and the samples that are done gone."""
+        """The progress after an evaluation of z (A, D): the best by reward is kept, and samples that are done leave."""
         if self.moments is None:
             first = Made(found.images, z, found.record.total)
             return replace(self, moments=Moments(first, first, first)).seen(found, z, rows, calls)
@@ -110,12 +110,12 @@ class Progress(Standing):
         return replace(self, stopped=tuple(stopped), active=active)
 
     def moved(self, z: Tensor, memory: Mapping[str, Tensor], rows: Tensor) -> "Progress":
-        """With these samples' z and memory replaced."""
+        """The progress with the z and the memory of these samples replaced."""
         kept = {key: self.memory[key].index_copy(0, rows, value) for key, value in memory.items()}
         return replace(self, z=self.z.index_copy(0, rows, z), memory=kept, pending=False)
 
     def state(self) -> State:
-        """As tensors and JSON."""
+        """The progress as tensors and JSON."""
         standing = {one.name: getattr(self, one.name) for one in fields(Standing)}
         made = {} if self.moments is None else self.moments._asdict()
         tensors, info = encode({**standing, **made, "history": stacked(self.history)})
@@ -140,7 +140,7 @@ def beginning(settings: NoiseSettings, z: Tensor, prompts: Sequence[str], seeds:
 def of_state(
     state: State, settings: NoiseSettings, z: Tensor, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Progress:
-    """What `Progress.state` gave, for the same samples; z as it would begin. UserError if the samples differ."""
+    """The progress that `Progress.state` gave; z as it would begin. UserError if the samples are not the same."""
     for name, mine in (("prompts", list(prompts)), ("seeds", list(seeds))):
         if state.info[name] != mine:
             raise UserError(f"the state is of {name} {state.info[name]}, not of {mine}: resume with those")

@@ -1,4 +1,4 @@
-"""What keeps an optimised noise Gaussian: K(noise) (B,), minus a log density of something that Gaussian noise has.
+"""Regularisers that keep an optimised noise Gaussian: K(noise) (B,), minus the log density of some statistic of it.
 
 `REGULARIZERS` is the list. Each is computed in float64, whatever the noise is in, and summed over a sample's elements.
 """
@@ -99,7 +99,7 @@ def spectral(noise: Tensor) -> Tensor:
 
 @cache
 def _frequencies(h: int, w: int) -> Tensor:
-    """Where in a flat rfft2 each independent complex frequency is, lowest first, in whole bands."""
+    """The places in a flat rfft2 of the independent complex frequencies, lowest first, in whole bands."""
     rows, columns = torch.meshgrid(torch.fft.fftfreq(h), torch.fft.rfftfreq(w), indexing="ij")
     paired = (torch.arange(w // 2 + 1) == 0) | (torch.arange(w // 2 + 1) * 2 == w)  # conjugates of each other
     independent = ~paired[None] | ((rows > 0) & (rows < 0.5))

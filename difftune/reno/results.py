@@ -1,4 +1,4 @@
-"""What a noise optimisation gives: each iteration as it is made, and the best of all at its end."""
+"""The results of a noise optimisation: each iteration as it is made, and the best of all at its end."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ START = "start"  # of a state's tensors, the noise that the run began with
 
 
 class Live(NamedTuple):
-    """Where an optimisation stands. Of a sample that has left the batch, its best."""
+    """An optimisation after an iteration; a sample that has left the batch is shown by its best."""
 
     iteration: int  # from 0
     images: Tensor  # (B, 3, H, W) in [0, 1], of this iteration
@@ -31,7 +31,7 @@ class Live(NamedTuple):
 
     @property
     def best(self) -> "Result":
-        """What `optimize` would return if it ended here."""
+        """The result that `optimize` would return if it ended here."""
         return result(self.objective, self.progress)
 
     @property
@@ -86,7 +86,7 @@ class Result(NamedTuple):
         return curve(self.history, name, row)
 
     def parting(self, row: int | None = None, monitor: Monitor | None = None) -> Parting | None:
-        """From which iteration on the held-out reward fell while the optimised one rose; None if they did not part.
+        """The iteration from which on the held-out reward fell while the optimised one rose; None if they did not part.
 
         Raises UserError if none was held out.
         """

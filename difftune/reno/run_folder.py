@@ -82,7 +82,7 @@ def optimize_in_folder(
 def optimize_batches(
     config: RenoConfig, claim: Claim, say: Say, pipe: Any, reward: Reward | None
 ) -> tuple[dict[str, Any], list[Made]]:
-    """What optimize.json holds, and every batch."""
+    """The contents of optimize.json, and every batch."""
     started, reno = time.perf_counter(), make_reno(config, pipe, reward)
     if torch.cuda.is_available() and pipe is None:
         reno.pipe.to("cuda")
@@ -315,7 +315,7 @@ def start_of(config: RenoConfig, reno: ReNO) -> Tensor:
 
 
 def optimize_summary(config: RenoConfig, found: Sequence[Made]) -> dict[str, Any]:
-    """What optimize.json says: the settings, and each sample's rewards, iteration by iteration."""
+    """The contents of optimize.json: the settings, and each sample's rewards, iteration by iteration."""
     results = [made.result for made in found]
     samples = [sample_of(result, row) for result in results for row in range(len(result.images))]
     mean = {
@@ -357,7 +357,7 @@ def numbers(record: Any, row: int) -> dict[str, Any]:
 
 
 def parted(parting: Any) -> dict[str, Any] | None:
-    """From which iteration, counted from 0, and how far."""
+    """The iteration at which the rewards part, counted from 0, and how far they do."""
     return None if parting is None else {**parting._asdict(), "says": str(parting)}
 
 
@@ -395,7 +395,7 @@ def optimize_files(config: RenoConfig, found: Sequence[Made]) -> Iterable[tuple[
 
 
 def noises(results: Sequence[Result]) -> dict[str, Tensor]:
-    """What noise.safetensors holds."""
+    """The contents of noise.safetensors."""
     found = {
         "noise": torch.cat([r.noises for r in results]).cpu(),
         "noise_before": torch.cat([r.noises_before for r in results]).cpu(),

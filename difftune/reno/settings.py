@@ -1,4 +1,4 @@
-"""How a noise is optimised, whatever pipeline and reward it is optimised for."""
+"""The settings of noise optimisation that hold for any pipeline and reward."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

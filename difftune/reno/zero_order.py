@@ -1,4 +1,4 @@
-"""How a noise moves by rewards alone: for scores that have no gradient, and for models too large for one.
+"""Optimisers that move a noise by rewards alone: for scores that have no gradient, and for models too large for one.
 
     candidates (N, D) = search.send(values (N,))
 

@@ -86,6 +86,6 @@ def fitting(name: str, pipe: Any, own: LatentModel, size: tuple[int, int], level
 
 
 def traits(model: LatentModel, size: tuple[int, int]) -> dict[str, Any]:
-    """What pipelines must share for their networks to be asked about the same latents."""
+    """The traits that pipelines must share so that their networks can be called with the same latents."""
     statistics = tuple(model.pipe.vae.config.get(name) for name in STATISTICS)
     return {"shape of a latent": model.shape(*size), "VAE's scale": statistics, "device": str(model.device)}

@@ -1,4 +1,4 @@
-"""What --setting and --expert of `difftune search` say, as a method's settings and as experts."""
+"""The values of --setting and --expert of `difftune search`, as a method's settings and as experts."""
 
 from typing import Any, get_args, get_type_hints
 

@@ -1,4 +1,4 @@
-"""What a search holds on the device: the rows that fit into a memory budget, beside the samples that it keeps."""
+"""The memory of a search on the device: the rows that fit into a memory budget, beside the samples that it keeps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +37,7 @@ def rows_within(memory_budget: str, adapter: Adapter, problem: Problem, config: 
 
 
 def row_peak(adapter: Adapter, problem: Problem, gradient: bool) -> tuple[Prediction, int]:
-    """What the last step says of one row, and the most bytes that evaluating it takes at once."""
+    """The prediction of the last step for one row, and the peak of bytes while it is computed."""
     group, i = torch.zeros(1, dtype=torch.int64), problem.steps - 1
     x, said = problem.start(0, -1).x, list[Prediction]()
 

@@ -183,7 +183,7 @@ def comparable(config: SearchConfig) -> dict[str, Any]:
 
 
 def read_earlier(claim: Claim, config: SearchConfig) -> Earlier | None:
-    """What the folder's state holds; None if a search begins, or was killed before it was first saved."""
+    """The search that the folder's state holds; None if there is none yet."""
     folder, held = claim.path, claim.held()
     if STATE in held and not config.resume_from_checkpoint:
         raise UserError(
@@ -245,7 +245,7 @@ def read_state(path: Path) -> tuple[Earlier, dict[str, Any]]:
 
 
 def search_summary(config: SearchConfig, found: Found) -> dict[str, Any]:
-    """What search.json says: the settings, each prompt's best, and the curve."""
+    """The contents of search.json: the settings, each prompt's best, and the curve."""
     state = found.state
     prompts = [
         {

@@ -55,7 +55,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has found so far, a row for each prompt; `history` is its curve up to here."""
+    """The results of a search so far, a row for each prompt; `history` is its curve up to here."""
 
     state: State
     history: tuple[Point, ...]
@@ -163,7 +163,7 @@ class Search:
 
 
 def standing(state: State) -> dict[str, str]:
-    """What a progress bar says beside the NFEs: the mean over prompts of the best reward so far, and all calls."""
+    """The text of a progress bar beside the NFEs: the mean over prompts of the best reward so far, and all calls."""
     best = float(state.reward.mean())
     said = {"best reward": f"{best:.4f}"} if best > -torch.inf else {}
     return {**said, "reward calls": str(int(state.reward_calls.sum()))}

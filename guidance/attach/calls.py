@@ -1,4 +1,4 @@
-"""What a pipeline asked of its denoiser in one step, taken apart so that it can be answered for any branch."""
+"""The calls of its denoiser that a pipeline makes in one step, taken apart so that any branch can be evaluated."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ class Call:
         return len(self.sample)
 
     def repeated(self, **changed: Any) -> Any:
-        """What the pipeline's very own call gives, some keyword arguments changed."""
+        """The result of the pipeline's own call, with some keyword arguments changed."""
         return self.forward(*self.args, **{**self.kwargs, **changed})
 
 

@@ -168,7 +168,7 @@ class Run:
         self.control: Call | None = None
 
     def forward(self, network: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Tensor]:
-        """In place of the denoiser's own: the call is written down."""
+        """Replaces the denoiser's forward: writes the call down."""
         if self.pipe.scheduler is not self.scheduler:
             raise UserError(_changed(self.pipe, "scheduler"))
         call = recorded(network, original, args, kwargs, self.family.batch_first)
@@ -179,7 +179,7 @@ class Run:
         return (stand_in(call.sample, len(call) // 2 if self.family.batched else len(call) * (len(self.calls) == 2)),)
 
     def control_forward(self, network: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """In place of a ControlNet's own: as `forward`, with residuals that `Asked` replaces."""
+        """Replaces a ControlNet's forward, as `forward` does, with residuals that `Asked` replaces."""
         self.control = recorded(network, original, args, kwargs, CONTROLNET_INPUTS)
         return [], self.control.sample[:, :0]
 
@@ -207,7 +207,7 @@ class Run:
         return _moved(original(layout(made.out), timestep, sample, *args, **more), stage.where, first, made, layout)
 
     def _branches(self, sample: Tensor) -> tuple[str, ...]:
-        """What the pipeline stacked along the batch, or called for in turn."""
+        """The branches that the pipeline stacked along the batch, or called for in turn."""
         name, order, calls = type(self.pipe).__name__, self.family.order, self.calls
         known = (1,) if self.family.batched else (1, len(order))
         if not calls:
@@ -251,7 +251,7 @@ class Run:
             raise UserError(f"{method} shifts x0, which {name} clips; set clip_sample=False and thresholding=False")
 
     def _finished(self, made: Combined, asked: Asked) -> Combined:
-        """With what the pipeline does to its guided prediction."""
+        """The guided prediction after what the pipeline itself does to it."""
         after = self.family.after
         if after is None or len(asked.branches) == 1 or not after.active(self.pipe, len(self.extra)):
             return made
@@ -342,7 +342,7 @@ def _callback_in(pipeline: FrameType) -> Any:
 
 
 def callback_of(pipe: Any) -> str:
-    """Who changes this pipeline between its steps: the callback that it was called with, by name."""
+    """The name of the callback that this pipeline was called with, which may change it between its steps."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         callback = _callback_in(frame)

@@ -1,4 +1,4 @@
-"""Where a diffusers scheduler is: the noise level of a network call, and that of the step which it is part of.
+"""The noise levels of a diffusers scheduler: that of a network call, and that of the step it is part of.
 
 `SCHEDULERS` has one function per scheduler. Each reads the scheduler between `scale_model_input` and `step`, and
 changes nothing.
@@ -28,7 +28,7 @@ class Where(NamedTuple):
 
 
 def where(scheduler: Any, timestep: Tensor) -> Where:
-    """Where `scheduler` is at `timestep`, before its `step`.
+    """The place of `scheduler` at `timestep`, before its `step`.
 
     Raises ValueError, naming the known ones, for a scheduler that is not in `SCHEDULERS`.
     """

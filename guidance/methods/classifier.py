@@ -122,7 +122,7 @@ class GFCG(Scaled):
         return RULES[self.rule]
 
     def _strengths(self, confusion: Tensor, at: Noise, x: Tensor) -> tuple[float | Tensor, Tensor | None]:
-        """What multiplies c - rival, and the rows (B,) that need it."""
+        """The factor of c - rival, and the rows (B,) that need it."""
         scale = strength(self.scale, at, x)
         if self.network != "main":
             return scale, None

@@ -53,7 +53,7 @@ def weights_of(weights: tuple[Scale, ...], count: int, default: Scale, owner: st
 
 @dataclass(frozen=True)
 class _InAttention(Scaled):
-    """What NASA and NAG share: the conditional evaluation alone, with the negative's tokens at hand in cross-attention.
+    """The common part of NASA and NAG: one conditional evaluation, whose cross-attention also sees the negative prompt.
 
     negative: hidden states of the negative prompt, (1, L, D) or (B, L, D).
     """

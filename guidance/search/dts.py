@@ -79,7 +79,7 @@ class DTS(Ranged):
                 raise UserError(f"no {kind} {name!r}; known: {', '.join(known)}")
 
     def rule(self, tree: Tree) -> Rule:
-        """How a tree grows on, with lambda and c in the reward's own unit."""
+        """The rule by which a tree grows on, with lambda and c in the reward's own unit."""
         assert self.widening is not None and self.growth is not None, "`shaped` was not applied"
         exploration = 1 / self.inverse_temperature if self.exploration is None else self.exploration
         unit = spread(tree) if self.unit == "sd" else 1.0
@@ -325,7 +325,7 @@ class Forest:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a search that goes on must share with the one that was saved."""
+        """The settings that a search which goes on must share with the saved one."""
         return {"seeds": list(map(int, self.problem.seeds)), "levels": len(self.problem.levels), **asdict(self.config)}
 
     def restore(self, saved: Saved) -> None:

@@ -289,7 +289,7 @@ def _looks_ahead(problem: Problem, config: FKC, i: int) -> bool:
 def _evaluated(
     problem: Problem, config: FKC, exponents: Exponents, population: Population
 ) -> tuple[dict[str, Prediction], Tilt]:
-    """What the experts say where the particles are, and the tilt there."""
+    """The experts' predictions at the particles, and the tilt there."""
     i, path, rows = population.step, population.particles.path, population.rows
     now, scale, names = problem.levels[i], strength(problem, config, population.step), tuple(exponents)
     read = partial(_read, config, exponents, now)
@@ -305,7 +305,7 @@ def _evaluated(
 
 
 def _read(config: FKC, exponents: Exponents, at: Noise, said: Mapping[str, Prediction], x: Tensor) -> Tensor:
-    """What the tilt reads: x / alpha, or the experts' mean estimate sum b_i x0_i / B."""
+    """The input of the tilt: x / alpha, or the experts' mean estimate sum b_i x0_i / B."""
     if config.reads == "x":
         return x / at.alpha
     return _sum(exponents, {name: said[name].x0 for name in exponents}) / total(exponents)

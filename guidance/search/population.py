@@ -56,7 +56,7 @@ class Kind(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What finished runs left."""
+    """The results of finished runs."""
 
     begun: Tensor  # (G,) int64: samples begun
     best: Best
@@ -196,7 +196,7 @@ def state_of(problem: Problem, kind: Kind, record: Record, population: Populatio
 
 
 class Rest(NamedTuple):
-    """What is saved of a run part-way beside the path of its particles."""
+    """The state of a run part-way that is saved beside the path of its particles."""
 
     groups: Tensor
     offsets: Tensor
@@ -223,7 +223,7 @@ def saved_of(kind: Kind, record: Record, population: Population | None, spent: S
 
 
 def restored(problem: Problem, kind: Kind, saved: Saved) -> tuple[Record, Population | None]:
-    """What `saved_of` saved; the problem's counters are put back."""
+    """Restore what `saved_of` saved, the problem's counters too."""
     if (before := saved.info["sizes"]) != list(kind.sizes):
         raise UserError(
             f"the saved {kind.name} has runs of {max(before)} particles, and this one of {max(kind.sizes)}: a "
@@ -251,7 +251,7 @@ def placed(problem: Problem, name: str, value: Tensor) -> Tensor:
 
 
 class Remembered(NamedTuple):
-    """What is cached of a prediction, under `SAID`."""
+    """The part of a prediction that is cached under `SAID`."""
 
     said: Prediction
 

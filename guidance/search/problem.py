@@ -1,4 +1,4 @@
-r"""What a search is about: one interface for every particle and tree method.
+r"""The problem that a search solves: one interface for every particle and tree method.
 
 A `Problem` is a stochastic sampler (levels, a prediction, eta), a reward of finished latents, and G groups of samples:
 one for each prompt, searched together and never mixed. It evaluates in micro-batches, counts exactly what each group
@@ -48,7 +48,7 @@ class Weighted(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """Who descends from whom: the nodes of trees, or the lineages of particles."""
+    """The descent of samples: the nodes of trees, or the lineages of particles."""
 
     parent: Tensor  # (n,) int64, -1 for a root; parents come before their children
     level: Tensor  # (n,) int64, index into the problem's levels
@@ -58,7 +58,7 @@ class Graph(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """Where a search stands; each tensor has a row per group. The callables make what is seldom asked for."""
+    """A search after a step; each tensor has a row per group. The callables compute what is seldom needed."""
 
     x0: Tensor  # (G, ...), the best finished sample; NaN before there is one
     reward: Tensor  # (G,), its reward; -inf before there is one
@@ -89,7 +89,7 @@ class RowCounter(Counter):
 
 
 class Spent(NamedTuple):
-    """What each group has spent, each (G,) int64 and added to in place."""
+    """The NFEs and the calls that each group has spent, each (G,) int64 and added to in place."""
 
     nfe: Tensor  # network evaluations; one under CFG counts two
     reward_calls: Tensor
@@ -107,7 +107,7 @@ class Best(NamedTuple):
     reward: Tensor  # (G,)
 
     def improved(self, x0: Tensor, reward: Tensor, groups: Tensor) -> "Best":
-        """With finished samples (B, ...) taken into account; the earlier stays in a tie."""
+        """The best samples after finished ones (B, ...) are taken into account; the earlier stays in a tie."""
         best, score = self.x0.clone(), self.reward.clone()
         for row, (group, value) in enumerate(zip(groups.tolist(), reward.to(score), strict=True)):
             if value > score[group]:
@@ -257,7 +257,7 @@ class Problem:
         return {name: joined([p[name] for p in said]) for name in experts}, torch.cat(rewards), torch.cat(gradients)
 
     def nothing_yet(self) -> Best:
-        """What a search has found before its first sample is finished."""
+        """The best samples of a search before any is finished: none."""
         shape = (len(self.seeds), *self.shape)
         found = torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)
         return Best(found, torch.full(shape[:1], -torch.inf, dtype=torch.float64))

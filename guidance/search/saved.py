@@ -27,7 +27,7 @@ def save(file: str | File, saved: Saved) -> None:
 
 
 def load(file: str | File) -> Saved:
-    """What `save` wrote. Raises ValueError, in one sentence, for anything else."""
+    """Read what `save` wrote. Raises ValueError, in one sentence, for anything else."""
     try:
         with safe_open(file, "pt") as found:
             header, names = found.metadata() or {}, list(found.keys())

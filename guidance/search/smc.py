@@ -128,7 +128,7 @@ def draw(particles: Particles, generators: Generators) -> Tensor:
 
 
 def ancestry(parents: Sequence[Tensor]) -> Tensor:
-    """Where the ancestors of the last particles were: (S + 1, G, K) from the `parents` of S states, the start first."""
+    """The places of the last particles' ancestors: (S + 1, G, K) from the `parents` of S states, the start first."""
     lines = [torch.arange(parents[-1].shape[1]).expand_as(parents[-1])]
     for step in reversed(parents):
         lines.append(step.gather(1, lines[-1]))

@@ -136,7 +136,7 @@ def spread(tree: Tree) -> float:
 # ------------------------------------------------------------------------------------------------ which child
 @dataclass(frozen=True)
 class Rule:
-    """How a tree grows.
+    """The rule by which a tree grows.
 
     policy: of `POLICIES`. lam: lambda. widening, growth: a node visited N times may have widening * N^growth children.
     exploration: c of "uct".
@@ -211,7 +211,7 @@ def descend(tree: Tree, lam: float, uniforms: Sequence[float]) -> int:
 
 
 def probabilities(tree: Tree, lam: float) -> dict[int, float]:
-    """With what probability `descend` ends in each leaf; they sum to one."""
+    """The probability with which `descend` ends in each leaf; they sum to one."""
     found = {ROOT: 1.0}
     for node in range(len(tree)):  # parents come before their children
         if node in found and not tree.is_leaf(node):

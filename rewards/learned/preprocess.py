@@ -1,4 +1,4 @@
-"""How networks see pictures: a differentiable resize, then mean and standard deviation."""
+"""The preprocessing of networks: a differentiable resize, then mean and standard deviation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

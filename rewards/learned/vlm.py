@@ -41,7 +41,7 @@ class VisionLanguageModel:
         return self.network(**self.inputs(seen, question), use_cache=False).logits[0, -1].float()
 
     def inputs(self, pictures: Sequence[Tensor], question: str) -> dict[str, Any]:
-        """What the network is called with."""
+        """The network's arguments."""
         ask: list[dict[str, str]] = [{"type": "image"} for _ in pictures]
         ask.append({"type": "text", "text": question})
         chat = [{"role": "user", "content": ask}]

@@ -29,7 +29,7 @@ def gaussian(bandwidth: float) -> Kernel:
 
 
 class Sums(NamedTuple):
-    """What MMD^2 needs of two sets, in float64: an item is replaced without looking at the other pairs again."""
+    """The sums of MMD^2 of two sets, in float64: replacing an item needs no other pairs again."""
 
     a: Tensor  # (N, D)
     b: Tensor  # (M, D)
@@ -116,7 +116,7 @@ def permutation_test(
 
 
 def _splits(n: int, total: int, permutations: int, generator: torch.Generator | None) -> Tensor:
-    """Which of `total` items are in the first set, (P, total), the observed split first."""
+    """The items of `total` that are in the first set, as a mask (P, total), the observed split first."""
     if math.comb(total, n) <= permutations + 1:
         chosen = torch.tensor(list(combinations(range(total), n)))
     else:

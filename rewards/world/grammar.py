@@ -32,7 +32,7 @@ COMPOSITIONAL = ("two_objects", "counting", "position", "attribute_binding")
 
 @dataclass(frozen=True, order=True)
 class Phrase:
-    """What a caption says of one object; None is left open."""
+    """A caption's description of one object; None is left open."""
 
     shape: str
     color: str | None = None
@@ -186,7 +186,7 @@ def explain(caption: Caption | str, scene: Scene) -> str:
 
 
 def relation(first: Thing, second: Thing) -> str:
-    """Where the first object is from the second, along the axis of larger centre distance; y points down."""
+    """The direction of the first object from the second, along the axis of larger centre distance; y points down."""
     dx, dy = second.x - first.x, second.y - first.y
     if abs(dx) > abs(dy):
         return "left of" if dx > 0 else "right of"
@@ -212,7 +212,7 @@ def category(caption: Caption) -> str:
 
 
 def content(caption: Caption) -> tuple:
-    """What a caption says, whatever the order of its objects and the background: what is held out from training."""
+    """A caption's content, whatever the order of its objects and its background: captions are held out by it."""
     phrases, where = caption.phrases, caption.relation
     if where in ("right of", "below"):
         phrases, where = phrases[::-1], {"right of": "left of", "below": "above"}[where]

@@ -91,7 +91,7 @@ def _things_at(image: np.ndarray, region: np.ndarray, name: str, base: np.ndarra
 
 
 def _cover(image: np.ndarray, region: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """How much of each pixel near a region has the region's colour rather than the background's, in [0, 1]."""
+    """The share of each pixel near a region that has the region's colour rather than the background's, in [0, 1]."""
     near = ndimage.binary_dilation(region, BLOCK, iterations=2)
     inside = ndimage.binary_erosion(region) if ndimage.binary_erosion(region).any() else region
     tone = np.median(image[inside], axis=0) - base

@@ -48,7 +48,7 @@ class Scene:
 
 
 def coverage(shape: str, x: float, y: float, r: float, size: int = RESOLUTION) -> np.ndarray:
-    """How much of each pixel the shape covers, (size, size) in [0, 1]: its signed distance, one pixel soft."""
+    """The share of each pixel that the shape covers, (size, size) in [0, 1]: its signed distance, one pixel soft."""
     centres = np.arange(size) + 0.5
     dx, dy = centres[None, :] - x, centres[:, None] - y
     if shape == "circle":

@@ -1,4 +1,4 @@
-"""Which attention a network runs: torch's scaled_dot_product_attention (SDPA), or xformers where that is no slower.
+"""The attention of a network: torch's scaled_dot_product_attention (SDPA), or xformers where that is no slower.
 
 xformers is never needed. It is measured on the GPU at hand, forwards and backwards, and set on one network alone:
 diffusers' `set_attention_backend` would switch every model of the process, those included that it cannot serve.

@@ -1,4 +1,4 @@
-"""What is said about a family of pipelines, and what its network is called with."""
+"""The record of a family of pipelines, and the arguments of its network."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager

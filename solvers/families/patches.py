@@ -254,7 +254,7 @@ def _heads(attn: Any, x: Tensor) -> Tensor:
 
 
 def _unprojected(attn: Any, processor: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """What a processor hands to the output projection."""
+    """The attention's result, before the output projection."""
     projection = attn.to_out
     attn.to_out = nn.ModuleList([nn.Identity(), nn.Identity()])
     try:

@@ -1,4 +1,4 @@
-"""What differs between families of pipelines, in one table: `LatentModel` and `attach` read it, nothing else knows.
+"""The table of the families of pipelines, which `LatentModel` and `attach` read: nothing else knows their differences.
 
 A new family is one file beside this one, and its name in `FAMILIES`. `attach` needs what the pipeline calls its
 denoiser with and what it does to the guided prediction; `LatentModel` needs `encode` and `call` besides, and says so of

@@ -1,4 +1,4 @@
-"""What the UNets of Stable Diffusion 1, 2 and XL have in common."""
+"""The common part of the families with UNets: Stable Diffusion 1, 2 and XL."""
 
 from functools import partial
 from typing import Any

@@ -137,13 +137,13 @@ def parameters_bytes(*models: Any) -> int:
 
 
 def resident(device: torch.device, *models: Any) -> int:
-    """What is there before a run: all that this process holds on a GPU; on a CPU, the weights of these models."""
+    """The bytes that are held before a run: all of this process on a GPU; on a CPU, the weights of these models."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else parameters_bytes(*models)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the engine is set, and why. `str(plan)` is one line for people."""
+    """The engine's settings, and why. `str(plan)` is one line for people."""
 
     gradient: str
     micro_batch: int  # images at a time
@@ -258,7 +258,7 @@ def with_peak(found: Probe, plan: Plan, steps: int) -> Plan:
 
 
 def kept_steps(gradient: str, steps: int) -> int:
-    """How many steps' latents, or graphs, a mode keeps at most."""
+    """The greatest number of steps whose latents, or graphs, a mode keeps."""
     name, _, option = gradient.partition(":")
     if name == "truncated":
         return min(copies_of(gradient) * steps_carrying(option), steps)
@@ -268,7 +268,7 @@ def kept_steps(gradient: str, steps: int) -> int:
 
 
 def copies_of(gradient: str) -> int:
-    """How many images a mode makes of one noise: truncated:K:draft_lv makes K."""
+    """The number of images that a mode makes of one noise: truncated:K:draft_lv makes K."""
     name, _, rest = gradient.partition(":")
     kept, _, style = rest.partition(":")
     return int(kept) if (name, style) == ("truncated", "draft_lv") else 1

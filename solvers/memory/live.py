@@ -1,4 +1,4 @@
-"""What a computation needs of memory, measured.
+"""The memory that a computation needs, measured.
 
 `LiveBytes` counts tensors as they come and go, on a CPU as on a GPU: what a CPU's allocator does not tell, and what the
 hooks of saved tensors do not see (a closure's tensors, a state that an autograd function keeps by itself).
@@ -64,7 +64,7 @@ UNBOUNDED = Footprint(2**62, 2**62)  # of what there is no room for
 
 
 def measured(function: Function, x: Tensor, limit: int | None = None) -> Footprint:
-    """What function(x) -> tensors needs, with the gradient with respect to x; parameters' gradients are left out.
+    """The memory of function(x) -> tensors with the gradient with respect to x; parameters' gradients are left out.
 
     Runs once, forwards and backwards, and leaves the random state as it was. UNBOUNDED where the device has no room for
     it, or where it would take more than `limit`: then it is stopped.

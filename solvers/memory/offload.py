@@ -31,7 +31,7 @@ def check_offload(gradient: str) -> None:
 
 
 def offload_line(device: torch.device | str) -> str:
-    """What offloading from a device does."""
+    """A line on what offloading from a device does."""
     if _on_host(device):
         return "nothing to do, the latents are in the host's memory already"
     return f"the latents that are kept wait in the host's memory, and come back to {device} one by one"

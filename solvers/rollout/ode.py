@@ -113,7 +113,7 @@ def checked_flow(flow: Flow, run: Run) -> Flow:
 
 
 def increment(tableau: Tableau, slope: Flow, w: Tensor, now: Noise, then: Noise) -> Tensor:
-    """What one step of a Runge-Kutta method adds to w."""
+    """The increment of w in one step of a Runge-Kutta method."""
     h, slopes = tau(then) - tau(now), list[Tensor]()
     for row, c in zip(tableau.a, tableau.c, strict=True):
         slopes.append(slope(w + h * weighted(row, slopes), between(now, then, c)))

@@ -108,7 +108,7 @@ def unchanged(networks: Networks, tensors: Sequence[Tensor] = ()) -> Callable[[]
 
 
 class Stamp(NamedTuple):
-    """What a network's answer depends on besides its input."""
+    """The state of a network that its output depends on, besides its input."""
 
     adapters: tuple[Any, ...]
     training: tuple[bool, ...]
@@ -132,7 +132,7 @@ def _adapted(modules: Iterable[nn.Module]) -> Iterator[Any]:
 
 
 def _setting(layer: Any) -> tuple[Any, ...]:
-    """Which of its adapters a layer of peft's applies, and how strongly."""
+    """The adapters that a layer of peft's applies, and their strengths."""
     scaling = tuple(vars(layer).get("scaling", {}).items())
     return id(layer), layer.disable_adapters, tuple(layer.active_adapters), tuple(layer.merged_adapters), scaling
 

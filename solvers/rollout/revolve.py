@@ -70,7 +70,7 @@ States = list[tuple[int, Path]]  # steps, and the paths that they start from
 
 
 class Note(NamedTuple):
-    """What a run leaves beside its start."""
+    """The record of a run beside its start."""
 
     states: States  # each is dropped after its use: a second backward pass starts again from x
     random: dict[int, RandomState]  # of each step that drew random numbers (dropout): the generators before it

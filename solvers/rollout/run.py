@@ -1,4 +1,4 @@
-"""What every gradient mode is handed, and what all of them check and report."""
+"""The argument of every gradient mode, and the checks and reports that they share."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ _CHECKED: ContextVar[bool] = ContextVar("checked", default=True)
 
 
 class Run(NamedTuple):
-    """What is to be differentiated."""
+    """The run that is to be differentiated."""
 
     step: Step | None  # None: the mode brings its own solver
     predict: Predict
@@ -194,7 +194,7 @@ def _is_leaf(node: Any) -> bool:
 
 
 def _origin(tensor: Tensor) -> Any:
-    """What a tensor's place in the graph is known by."""
+    """The identity of a tensor's place in the graph."""
     return id(tensor) if tensor.grad_fn is None else tensor.grad_fn
 
 
@@ -214,7 +214,7 @@ def no_option(name: str, option: str) -> None:
 
 
 def no_step(name: str, run: Run) -> None:
-    """For a mode with a solver of its own."""
+    """UserError for a step that is given to a mode with a solver of its own."""
     if run.step is not None:
         raise UserError(f"gradient mode {name!r} brings its own solver: pass step=None, or 'checkpoint' with a step")
     if not run.legs:

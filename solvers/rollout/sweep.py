@@ -21,7 +21,7 @@ Gradients = Sequence[Tensor | None]
 
 
 class Down(NamedTuple):
-    """What a run without a graph leaves."""
+    """The record of a run without a graph."""
 
     ends: Sequence[Tensor]  # what is differentiated
     kept: Sequence[Tensor]  # all that the way back needs, beside the conditions and parameters

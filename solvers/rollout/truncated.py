@@ -132,7 +132,7 @@ def steps_carrying(option: str) -> int:
 
 
 def parse_mask(option: str, steps: int) -> list[bool]:
-    """Which steps carry gradient: "0011:mask" -> [False, False, True, True]; ValueError unless each has a digit."""
+    """The steps that carry gradient: "0011:mask" -> [False, False, True, True]; ValueError unless each has a digit."""
     digits = option.removesuffix(":mask")
     if set(digits) - {"0", "1"} or len(digits) != steps:
         raise UserError(

@@ -110,7 +110,7 @@ def _unipc(predict: Predict, path: Path, now: Noise, then: Noise, order: int) ->
 
 
 def _correction(path: Path, p: Prediction) -> Tensor:
-    """What UniC adds to x at the end of the last step; weight / (1 - k'/k), that of guidance, is the share."""
+    """UniC's correction of x at the end of the last step; weight / (1 - k'/k), that of guidance, is the share."""
     weight, share = along(path.memory["unipc.weight"], p.x0), along(path.memory["unipc.share"], p.x0)
     plain = weight * (p.x0 - path.memory["unipc.expected"])
     return plain if p.shift is None else plain + share * (p.shift - path.memory["unipc.shift"])

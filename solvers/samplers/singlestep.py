@@ -158,7 +158,7 @@ def _level(now: Noise, then: Noise, tau: Tensor) -> Noise:
 
 
 def _part(now: Noise, at: Noise, then: Noise) -> Tensor:
-    """How much of the step in rho lies before a level."""
+    """The share of the step in rho that lies before a level."""
     return (RHO.time(at) - RHO.time(now)) / (RHO.time(then) - RHO.time(now))
 
 

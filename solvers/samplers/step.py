@@ -1,4 +1,4 @@
-"""What every sampler is made of: where a step ends, and how much of it is noise."""
+"""The parts of every sampler: the end of a step, and its share of noise."""
 
 from collections.abc import Callable
 
