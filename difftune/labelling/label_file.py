@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,9 @@ from typing import Any
 from difftune.errors import RunError, UserError
 from difftune.files.output import append, append_to, flush, written
 
-STARTS = (b'{"prompt": ', b'{"undo": ')  # how the lines begin that we write
+PROMPT = rb'\{"prompt": "(?:[^"\\]|\\.)*"'
+STARTS = (b'{"prompt": "', b'{"undo": ')  # how the lines begin that we write
+THEN = b', "a": "'  # and how they go on after the prompt
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def _mended(descriptor: int, path: Path, torn: bytes, end: int, number: int) -> 
     """Repair what follows the last line break, which is at `end`; returns the label that it holds, if it is whole."""
     if not torn:
         return []
-    if not any(torn[: len(start)] == start[: len(torn)] for start in STARTS):
+    if not _begins_a_line(torn):
         raise UserError(f"{path} does not end with a label: mend it, or give --labels")
     if _is_json(torn):
         line = _label(torn, path, number)
@@ -111,6 +114,13 @@ def _mended(descriptor: int, path: Path, torn: bytes, end: int, number: int) -> 
     os.ftruncate(descriptor, end)
     os.fsync(descriptor)
     return []
+
+
+def _begins_a_line(torn: bytes) -> bool:
+    """Whether a line that we write begins so, however short it was cut."""
+    prompt = re.match(PROMPT, torn)
+    rest, known = (torn[prompt.end() :], (THEN,)) if prompt else (torn, STARTS)
+    return any(rest[: len(start)] == start[: len(rest)] for start in known)
 
 
 def _is_json(data: bytes) -> bool:

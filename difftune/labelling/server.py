@@ -161,9 +161,13 @@ def open_server(
     Raises UserError, before the label file is touched, if there is nothing to choose.
     """
     todo = draw_tasks(pictures_to_label(images, prompts), grid, rounds, seed)
-    file = LabelFile.open(Path(images, "labels.jsonl") if labels is None else Path(labels))
+    path = Path(images, "labels.jsonl") if labels is None else Path(labels)
+    there = path.exists()
+    file = LabelFile.open(path)
     try:
         return Server(Session(todo, file), port)
     except BaseException:
+        if not there:
+            path.unlink()
         file.close()
         raise

@@ -214,7 +214,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def from_here(self) -> None:
         """Refuses a request for another host: a page elsewhere whose name was pointed at this machine sends such."""
-        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
+        try:
+            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
+        except ValueError:  # "[::1"
+            host = ""
         if not loopback(host):
             raise Refused(403, "this server is for this machine: ask it at 127.0.0.1")
 

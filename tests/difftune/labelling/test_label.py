@@ -381,6 +381,8 @@ WRONG = {
     "nul": b"\x00\x00",
     "a label, then a picture": b'{"undo": 1}\n\x89PNG',
     "deep JSON": b"[" * 100_000 + b"\n",
+    "lines of another tool, cut": b'{"prompt": "a", "completion": "b", "cho',
+    "one line of another tool, cut": b'{"prompt": "a \\"b\\"", "image": "c.png',
     "paths that are numbers": b'{"a": 1, "b": 2, "choice": "a"}\n',
 }
 
@@ -518,6 +520,7 @@ REFUSED = {
     "a long number": (404, {"place": "image/" + "9" * 5000}),
     "another host": (403, {"place": "state", "Host": "evil.example"}),
     "a host that begins alike": (403, {"place": "state", "Host": "localhost.evil.example:80"}),
+    "half a host": (403, {"place": "state", "Host": "[::1"}),
     "another origin": (403, {"place": "label", "body": {"task": 0, "choice": 0}, "Origin": "http://evil.example"}),
     "no origin": (403, {"place": "undo", "body": {}, "Origin": "null"}),
     "a form": (415, {"place": "label", "body": b"task=0", "Content_Type": "text/plain"}),
@@ -591,6 +594,7 @@ def test_a_taken_port_is_one_sentence_and_the_label_file_is_free_again(server, t
     port = server.server_address[1]
     with pytest.raises(RunError, match="cannot listen"):
         open_server(sampled(tmp_path / "other"), port=port)
+    assert not (tmp_path / "other" / "labels.jsonl").exists()
     LabelFile.open(tmp_path / "other" / "labels.jsonl").close()
 
 

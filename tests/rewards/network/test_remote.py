@@ -288,7 +288,7 @@ def test_server_that_others_can_reach_needs_a_token():
         assert ask(server, body(), token="one that nobody asked for")[0] == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:80", "192.168.0.1", ""])
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:80", "192.168.0.1", "", "[::1", "]"])
 def test_without_a_token_only_this_machine_is_answered(host):
     """A page elsewhere whose name was pointed at 127.0.0.1 would ask with its own name."""
     with serving(token="") as server:
