@@ -101,8 +101,9 @@ def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
     example="difftune demo --output_dir demo",
 )
 def demo(seed: int, output_dir: str, as_json: bool) -> None:
-    """The main job on the embedded models, offline: guidance, a LoRA, an optimised noise; a report with pictures."""
-    from difftune.demo.run import run_demo
+    """The main job on the embedded models, offline: guidance, a LoRA, an optimised noise, a search; a report with
+    pictures."""
+    from difftune.demo.run import run_demo, summarise
 
     found = run_demo(output_dir, seed)
-    show(found, as_json, f"{output_dir}/report.html")
+    show(found, as_json, f"{output_dir}/report.html\n{summarise(found)}")

@@ -3,15 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+from difftune.demo.stages import Stage
 from difftune.files.versions import versions
 from difftune.reports import figures, pages
 
 Facts = Mapping[str, Any]
 
 
-def render(stages: Mapping[str, Facts], metrics: Facts, budget: Facts, seed: int) -> str:
-    """The report as HTML; `stages` as `difftune.demo.run` makes them."""
-    facts = {"stages": stages, "metrics": metrics, "budget": budget, "seed": seed, "versions": versions()}
+def render(stages: Mapping[str, Stage], metrics: Facts, seed: int) -> str:
+    """The report as HTML."""
+    facts = {"stages": stages, "metrics": metrics, "seed": seed, "versions": versions()}
     return pages.render("demo.html.j2", curve=curve, **facts)
 
 

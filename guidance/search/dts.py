@@ -153,10 +153,11 @@ def shaped(problem: Problem, config: DTS) -> DTS:
 def check_budget(problem: Problem, config: DTS) -> None:
     """Warns if every rollout that the budgets pay for starts at the root: such a tree is best-of-n."""
     paid, widening, growth = images(problem), config.widening or 1, config.growth or 1
+    narrower = "" if (widening, growth) == NARROW else ", or take widening 1 and growth 0.5"
     if paid and all(n < widening * (n + 1) ** growth for n in range(paid)):
         warnings.warn(
             f"the budget pays for {paid} rollouts, and with widening {widening:g} and growth {growth:g} "
-            "all of them start from new noise, as those of best-of-n do: raise it, or take widening 1 and growth 0.5",
+            f"all of them start from new noise, as those of best-of-n do: raise it{narrower}",
             Caution,
             3,
         )

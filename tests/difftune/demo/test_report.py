@@ -1,20 +1,28 @@
 """The demo on small random pipelines, and the commands that its report quotes."""
 
+import io
 import json
+import logging
 import math
 import random
 import re
 import shlex
+import sys
+import warnings
 
 import pytest
+from tqdm import tqdm
 
 from difftune import recipes
 from difftune.cli.program import cli
 from difftune.configs.noise import RenoConfig
-from difftune.configs.recipes import AlignPropConfig
-from difftune.demo import run
+from difftune.configs.recipes import DrtuneConfig
+from difftune.configs.search import SearchConfig
+from difftune.demo import run, screen, stages
+from difftune.demo.budget import Budget
 from difftune.errors import UserError
 from difftune.reno import run_folder as reno_folder
+from difftune.search_runs import run_folder as search_folder
 from tests.support.crashes import crashing, killed_at, tree
 from tests.support.pipelines import sd
 
@@ -28,45 +36,115 @@ def numbers(value):
 def made(tmp_path_factory):
     model, folder = (tmp_path_factory.mktemp(name) for name in ("model", "demo"))
     sd().save_pretrained(model)
-    sizes = {"steps": 2, "prompts_per_category": 1, "train_steps": 2, "train_batch": 1}
-    budget = run.Budget(str(model), str(model), "brightness", reno_prompts_per_category=1, reno_iterations=2, **sizes)
-    metrics = run.run_demo(folder / "demo", budget=budget)
-    return folder / "demo", metrics, budget
+    budget = Budget(
+        str(model),
+        str(model),
+        "brightness",
+        "smooth[reward=brightness,shifts=2,pixels=1]",
+        steps=2,
+        prompts_per_category=1,
+        recipe_options={"truncation_steps": 2, "learning_rate": 1e-3},
+        train_sampler_steps=2,
+        train_steps=2,
+        train_batch=1,
+        held_out_images=2,
+        reno_prompts_per_category=1,
+        reno_iterations=2,
+        search_prompts_per_category=1,
+        search_sampler_steps=5,
+        search_nfe=20,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", told := io.StringIO())
+        metrics = run.run_demo(folder / "demo", budget=budget)
+    return folder / "demo", metrics, told.getvalue()
 
 
-def test_the_metrics_are_the_contracts_plain_numbers(made):
+def test_the_metrics_are_the_contracts_numbers_each_difference_with_its_interval(made):
     folder, metrics, _ = made
     assert json.loads((folder / "metrics.json").read_text()) == metrics
-    assert {"none", "cfg"} == metrics["guidance"].keys() and "shapeeval" in metrics["guidance"]["cfg"]
-    four = {"reward_before", "reward_after", "oracle_before", "oracle_after", "seconds"}
-    assert metrics["alignprop"].keys() == four | {"optimizer_steps"}
-    assert metrics["reno"].keys() == four | {"iterations"}
-    assert all(isinstance(n, int | float) and math.isfinite(n) for n in numbers(metrics))
+    assert metrics.keys() == {"guidance", "alignprop", "reno", "search", "seconds_total"}
+    assert {"none", "cfg"} < metrics["guidance"].keys() and "shapeeval" in metrics["guidance"]["cfg"]
+    common = {"reward_before", "reward_after", "oracle_before", "oracle_after", "seconds"}
+    common |= {"reward_difference", "oracle_difference"}
+    assert metrics["alignprop"].keys() == common | {"optimizer_steps", "recipe"}
+    assert metrics["alignprop"]["recipe"] == "drtune" and metrics["alignprop"]["optimizer_steps"] == 2
+    assert metrics["reno"].keys() == common | {"iterations"}
+    assert metrics["search"].keys() == common | {"method", "baseline", "nfe"}
+    found = [n for n in numbers(metrics) if not isinstance(n, str)]
+    assert all(isinstance(n, int | float) and math.isfinite(n) for n in found)
+    for name in ("alignprop", "reno", "search"):
+        for what in ("reward", "oracle"):
+            change, m = metrics[name][f"{what}_difference"], metrics[name]
+            assert change["score"] == pytest.approx(m[f"{what}_after"] - m[f"{what}_before"], abs=1e-6)
+            assert change["low"] <= change["score"] <= change["high"]
     assert metrics["seconds_total"] >= metrics["alignprop"]["seconds"] > 0
+
+
+def test_a_person_sees_one_line_of_each_stage_and_the_rest_is_in_the_log(made):
+    folder, metrics, told = made
+    lines = told.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["guidance", "drtune", "reno", "search"]
+    assert all(re.search(r"[+-]\d\.\d+ \[[+-].*\] (in|ex)cludes 0.* \(\d+ s\)$", line) for line in lines)
+    log = (folder / "log.txt").read_text()
+    assert "gradient: truncated:" in log and lines[1] in log and "\n\n" not in log and "\x1b" not in log
+    assert (
+        "drtune" in run.summarise(metrics)
+        and run.summarise(metrics).count("+") + run.summarise(metrics).count("-") >= 3
+    )
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
+def test_screen_shows_a_bar_and_lines_and_logs_warnings(kind, monkeypatch):
+    terminal, log = kind(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with screen.shown(log) as view:
+        for _ in tqdm(range(3), "work", mininterval=0):
+            print("a library speaks")
+        for _ in tqdm(range(3), "Loading weights", mininterval=0):
+            logging.getLogger("another").warning("it warns")
+        with pytest.warns(UserWarning):
+            warnings.warn("deprecated", stacklevel=1)
+        view.line("work: done")
+    assert sys.stderr is terminal
+    assert log.getvalue() == 3 * "a library speaks\n" + "work: done\n"
+    seen = terminal.getvalue()
+    assert "speaks" not in seen and "Loading" not in seen and seen.count("\n") == 1
+    assert ("work: 100%" in seen) == (kind is Terminal) and "work: done\n" in seen
 
 
 def test_the_report_is_one_self_contained_file(made):
     page = (made[0] / "report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
     assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert len(sources) == 2 * 6 * 3 + 2  # before and after, six prompts, three stages; two curves
-    assert page.count('id="alignprop"') == page.count('id="reno"') == page.count('id="guidance"') == 1
+    assert len(sources) == 2 * (6 * 3 + 4) + 2  # before and after, six prompts in three stages, four hard; two curves
+    assert all(page.count(f'id="{name}"') == 1 for name in stages.STAGES) and page.count("cludes 0") >= 4
     assert "http" not in page
 
 
-def test_the_quoted_commands_give_the_same_settings(made, monkeypatch):
+def test_the_quoted_commands_give_the_same_settings(monkeypatch):
     from click.testing import CliRunner
 
-    budget = made[2]
     seen = []
-    for module, name in ((recipes, "train_in_folder"), (reno_folder, "optimize_in_folder")):
+    for module, name in (
+        (recipes, "train_in_folder"),
+        (reno_folder, "optimize_in_folder"),
+        (search_folder, "search_in_folder"),
+    ):
         monkeypatch.setattr(module, name, lambda config: seen.append(config) or {})
+    smooth = "smooth[reward=brightness,shifts=2,pixels=1]"
     configs = [
-        AlignPropConfig(model=budget.model, reward=["brightness"], guidance_scale=5.0, output_dir="a b", rank=2),
-        RenoConfig(prompt=["a red circle", "it's"], model=budget.model, reward=["brightness"], iterations=3),
+        DrtuneConfig(reward=[smooth], guidance="none", output_dir="a b", rank=2),
+        RenoConfig(prompt=["a red circle", "it's"], reward=["brightness"], iterations=3, held_out="oracle"),
+        SearchConfig(prompt=["a red circle"], method="best-of-n", guidance_scale=3.0, nfe_budget=8),
     ]
-    for name, config in zip(("train alignprop", "optimize"), configs, strict=True):
-        _, *arguments = shlex.split(run.command(name, config))
+    for name, config in zip(("train drtune", "optimize", "search best-of-n"), configs, strict=True):
+        _, *arguments = shlex.split(stages.command(name, config))
         result = CliRunner().invoke(cli, arguments)
         assert result.exit_code == 0, result.stderr
     assert seen == configs
@@ -74,8 +152,8 @@ def test_the_quoted_commands_give_the_same_settings(made, monkeypatch):
 
 def demo_of(folder, text):
     with run._replaced(folder) as claimed:
-        (claimed / "alignprop").mkdir()
-        (claimed / "alignprop" / "a").write_text(text)
+        (claimed / "training").mkdir()
+        (claimed / "training" / "a").write_text(text)
         (claimed / "report.html").write_text(text)
 
 
