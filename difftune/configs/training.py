@@ -54,6 +54,12 @@ class TrainingConfig(Config):
     deterministic: bool = False
     """Use torch's deterministic algorithms, and stop if an operation has none."""
 
+    lora: str | None = None
+    """Folder of a training run whose LoRA is trained further, by any recipe; rank, lora_alpha and lora_layers must be
+    its own. If not given: a new LoRA."""
+    reference: Literal["base", "start"] = "base"
+    """What a divergence and a preference are measured against: base, the model without a LoRA; start, the model with
+    that of --lora, as it was."""
     full_finetuning: bool = False
     """Train every weight of the denoiser in float32 instead of a LoRA; a learning rate near 1e-5 is usual then."""
     lora_layers: Literal["attention", "attention+ff+conv"] = "attention"

@@ -97,6 +97,28 @@ def load(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     _put(own, tensors)
 
 
+def start_from(network: nn.Module, folder: str | Path) -> None:
+    """Give the trained adapter the weights that a training run wrote to the folder. UserError if they do not fit."""
+    _, tensors = read_adapter(folder)
+    own = weights(network)
+    found = {name: tensors.get(name.replace(f".{NAME}.", ".")) for name in own}
+    if len(tensors) != len(own) or any(t is None or t.shape != own[name].shape for name, t in found.items()):
+        raise UserError(f"the LoRA of {folder} does not fit this {type(network).__name__}: leave --lora out")
+    _put(own, {name: tensor for name, tensor in found.items() if tensor is not None})
+
+
+def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The settings and the tensors of an adapter that `save` wrote, by their layers' names in the network."""
+    file = Path(folder, WEIGHTS)
+    check_head(file)
+    with safe_open(file, "pt") as found:
+        about = (found.metadata() or {}).get("lora_adapter_metadata")
+    if about is None:
+        raise UserError(f"{file} has no settings of an adapter: give the folder of a training run")
+    settings = {key.partition(".")[2]: value for key, value in json.loads(about).items()}
+    return settings, {key.partition(".")[2]: tensor for key, tensor in load_file(file).items()}
+
+
 @contextmanager
 def lent(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """The network with other weights, those that are named; its own are back at the end, bit for bit."""

@@ -30,7 +30,7 @@ tags: [{"full-weights" if config.full_finetuning else "lora"}, text-to-image, re
 
 {recipe.title} ([{recipe.paper}]({recipe.url})) by difftune: {steps} optimiser steps of
 {config.train_batch_size * config.gradient_accumulation_steps} images (per process), {size}, seed
-{config.seed}.{reward} A reward that is trained on is not evidence of quality: evaluate on another.
+{config.seed}.{reward}{went_on(config)} A reward that is trained on is not evidence of quality: evaluate on another.
 
 ```python
 {moving_code(config) if recipe.name == "hypernoise" else loading_code(config, pipe)}
@@ -80,6 +80,10 @@ def trained_on(config: TrainingConfig) -> str:
     if settings.get("objective", "instance") != "instance":
         return f"the objective {settings['objective']}"
     return ", ".join(config.reward)
+
+
+def went_on(config: TrainingConfig) -> str:
+    return "" if config.lora is None else f" It went on from the LoRA {config.lora}."
 
 
 def moving_code(config: TrainingConfig) -> str:

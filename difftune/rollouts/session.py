@@ -62,6 +62,9 @@ def open_session(
         images = ImageSampler.of(config, pipe, run.network)
         session = Session(config, run, images, prompts, reward, found, say)
         session.tell(attention=f"{found.backend} ({found.why})")
+        if config.lora is not None:
+            kept = "with it as it was" if config.reference == "start" else "without it"
+            session.tell(lora=f"goes on from {config.lora}; the reference is the model {kept}")
         if config.deterministic:
             session.tell(deterministic="torch's deterministic algorithms")
         yield session

@@ -1,5 +1,6 @@
 """The checks of a training's settings: one sentence for what is wrong, before anything is loaded."""
 
+from pathlib import Path
 from typing import Any
 
 from difftune import processes
@@ -7,6 +8,7 @@ from difftune.configs.training import TrainingConfig
 from difftune.errors import UserError
 from difftune.lookup import method_of, reward_weights
 from difftune.models import check_model, scheduler_of
+from difftune.pipelines import lora
 from difftune.pipelines.engine import check_engine
 from difftune.pipelines.method_parts import check_trainable
 from difftune.training import validation
@@ -20,6 +22,7 @@ def check_training(config: TrainingConfig, pipe: Any = None) -> None:
     The ranges of numbers and the closed sets are checked when a Config is made; the prompts are read later.
     """
     check_precision(config)
+    check_start(config)
     check_optimizer(config.optimizer)
     validation.check_validation(config)
     method = method_of(config)
@@ -27,6 +30,28 @@ def check_training(config: TrainingConfig, pipe: Any = None) -> None:
     if pipe is None:
         check_model(config.model)
     check_trainable(method, lambda: scheduler_of(config.model) if pipe is None else pipe.scheduler)
+
+
+def check_start(config: TrainingConfig) -> None:
+    """UserError for a LoRA that training cannot go on from with these settings."""
+    if config.lora is None:
+        if config.reference == "start":
+            raise UserError("reference 'start' is the model with the LoRA of --lora: give that, or --reference base")
+        return
+    if config.full_finetuning:
+        raise UserError(f"--lora {config.lora} is trained further as a LoRA: leave --full_finetuning out")
+    if not Path(config.lora, lora.WEIGHTS).is_file():
+        raise UserError(f"--lora {config.lora} holds no {lora.WEIGHTS}: give the --output_dir of a training run")
+    settings, _ = lora.read_adapter(config.lora)
+    alpha = config.rank if config.lora_alpha is None else config.lora_alpha
+    layers = next((n for n, kept in lora.LAYOUTS.items() if set(kept) == set(settings["target_modules"])), None)
+    for flag, own, wanted in (
+        ("rank", settings["r"], config.rank),
+        ("lora_alpha", settings["lora_alpha"], alpha),
+        ("lora_layers", layers, config.lora_layers),
+    ):
+        if own != wanted:
+            raise UserError(f"the LoRA of {config.lora} has {flag} {own}, not {wanted}: give --{flag} {own}")
 
 
 def check_precision(config: TrainingConfig) -> None:

@@ -1,11 +1,12 @@
 """The networks of a run: the one that is trained, as accelerate prepared it, and its reference before training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from difftune.pipelines import lora
@@ -45,20 +46,17 @@ class TrainedNetwork:
 
 @dataclass(frozen=True)
 class ReferenceNetwork(TrainedNetwork):
-    """The model that training began with: the same network without its adapter, or a copy of it.
+    """The model before training: without its adapter, with the adapter's weights `start`, or a copy of it.
 
     The adapter and the dropout are off inside the call alone, so that a call which is recomputed on the way back is
     without them too, and no weight's `requires_grad` changes. Nothing is differentiated.
     """
 
+    start: Mapping[str, Tensor] | None = None
+
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        learning = self.prepared.training
-        try:
-            with lora.off(self.prepared):
-                return self.prepared.eval()(*args, **kwargs)
-        finally:
-            self.prepared.train(learning)
+        return call_as_before(self.prepared if self.start is None else self._network, self.start, args, kwargs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(())
@@ -66,16 +64,25 @@ class ReferenceNetwork(TrainedNetwork):
 
 @dataclass(frozen=True)
 class FrozenNetwork(TrainedNetwork):
-    """The model that training began with, differentiable in its input alone: for a gradient that is taken at once, and
-    not by way of DDP, which would wait for one of its weights."""
+    """The model before training, differentiable in its input alone: for a gradient that is taken at once, and not by
+    way of DDP, which would wait for one of its weights."""
+
+    start: Mapping[str, Tensor] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        learning = self._network.training
-        try:
-            with lora.off(self.prepared):
-                return self._network.eval()(*args, **kwargs)
-        finally:
-            self._network.train(learning)
+        return call_as_before(self._network, self.start, args, kwargs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(())
+
+
+def call_as_before(network: nn.Module, start: Mapping[str, Tensor] | None, args: Any, kwargs: Any) -> Any:
+    """A call of the network in evaluation mode without its adapter, or with other weights of the adapter."""
+    learning = network.training
+    try:
+        if start is not None:
+            return functional_call(network.eval(), dict(start), args, kwargs)
+        with lora.off(network):
+            return network.eval()(*args, **kwargs)
+    finally:
+        network.train(learning)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,8 @@ class Training:
     average: "Average | None" = None  # of the weights
     base: nn.Module | None = None  # the network before full fine-tuning, if a recipe asked for it
     gradients: GradientLog | None = None  # of a LoRA that follows a reward's gradient
+    start: Mapping[str, Tensor] | None = None  # the adapter that training went on from, if it is the reference
+    start_digest: str | None = None  # of its file
     done: int = 0  # optimiser steps before this process began
     skipped: int = 0  # of them and since, how many were not finite
     seen: PerPrompt = field(default_factory=PerPrompt)  # the rewards of each prompt, in all processes
@@ -71,12 +74,12 @@ class Training:
         """
         if self.base is None and not lora.adapted(self.network.prepared):
             raise UserError("this recipe keeps no copy of the network for --full_finetuning: train a LoRA with it")
-        return ReferenceNetwork(self.base or self.network.prepared, self.network.dtype)
+        return ReferenceNetwork(self.base or self.network.prepared, self.network.dtype, self.start)
 
     @property
     def frozen(self) -> FrozenNetwork:
         """`reference`, but that a gradient reaches its input."""
-        return FrozenNetwork(self.reference.prepared, self.network.dtype)
+        return FrozenNetwork(self.reference.prepared, self.network.dtype, self.start)
 
     @property
     def rank(self) -> int:
@@ -143,12 +146,14 @@ def begin_training(config: TrainingConfig, state: State | None, pipe: Any, refer
     if state is not None:
         run_folder.same_run(config, state)
         fingerprint.check_resumed(pipe, state.info.get("model_digest"))
+        check_start_resumed(config, state)
     accelerator = make_accelerator(config.mixed_precision)
     pipe.to(accelerator.device)
     if config.mixed_precision != "no":
         pipe.to(dtype=DTYPES[config.mixed_precision])
     network = lora.network_of(pipe)
     weights, dtype = add_weights(config, pipe)
+    start = copy_tensors(weights) if config.reference == "start" else None
     base = copy_network(accelerator, network) if reference and config.full_finetuning else None
     if state is not None:
         lora.load(network, state_tensors(state).weights)
@@ -157,7 +162,8 @@ def begin_training(config: TrainingConfig, state: State | None, pipe: Any, refer
     weights = lora.weights(accelerator.unwrap_model(prepared))  # FSDP puts others in their place
     average = None if config.ema_decay is None else Average(config.ema_decay, copy_tensors(weights))
     called, rate = TrainedNetwork(prepared, dtype), learning_rates(config)
-    run = Training(config, pipe, accelerator, called, weights, optimizer, rate, average, base)
+    run = Training(config, pipe, accelerator, called, weights, optimizer, rate, average, base, start=start)
+    run.start_digest = None if start is None else checkpoint.digest(Path(config.lora or "", lora.WEIGHTS))
     if isinstance(config, RewardGradientConfig) and not config.full_finetuning:  # where a copy more would be large
         run.gradients = GradientLog(config.train_batch_size * config.gradient_accumulation_steps * run.world)
     if state is None:
@@ -165,6 +171,12 @@ def begin_training(config: TrainingConfig, state: State | None, pipe: Any, refer
     else:
         resume_training(run, state)
     return run
+
+
+def check_start_resumed(config: TrainingConfig, state: State) -> None:
+    """UserError if the reference's adapter is no longer what the state was made with."""
+    if config.reference == "start" and checkpoint.digest(Path(config.lora or "", lora.WEIGHTS)) != state.info["start"]:
+        raise UserError(f"the LoRA of {config.lora} has changed since the run began: it is the reference, put it back")
 
 
 def first_generators(seed: int, rank: int) -> Randomness:
@@ -189,7 +201,10 @@ def add_weights(config: TrainingConfig, pipe: Any) -> tuple[dict[str, Tensor], t
         return full_weights.add(pipe), torch.float32
     dtype = lora.network_of(pipe).dtype
     layout = config.lora_layers
-    return lora.add(pipe, config.rank, config.lora_alpha, config.lora_dropout, config.seed, layout), dtype
+    weights = lora.add(pipe, config.rank, config.lora_alpha, config.lora_dropout, config.seed, layout)
+    if config.lora is not None:
+        lora.start_from(lora.network_of(pipe), config.lora)
+    return weights, dtype
 
 
 def copy_network(accelerator: Accelerator, network: nn.Module) -> nn.Module:
@@ -254,6 +269,8 @@ def take_snapshot(run: Training, step: int, metrics: Metrics, own: Kept | None =
         "rng": [its.info for its in everyone],
         "scaler": None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict(),
     }
+    if run.start_digest is not None:
+        info["start"] = run.start_digest
     return State(step, copy_tensors(tensors), info)
 
 
