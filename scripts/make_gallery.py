@@ -70,7 +70,7 @@ def picture(source: str) -> Image.Image:
     if source.endswith(".html"):
         return Image.open(io.BytesIO(base64.b64decode(CURVES.search(Path(source).read_text())[1])))  # type: ignore[index]
     found = Image.open(source).convert("RGB")
-    factor = max(1, round(480 / found.width))
+    factor = max(1, round(480 / max(found.size)))
     return found.resize((factor * found.width, factor * found.height), Image.Resampling.NEAREST)
 
 
