@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 CONFIG = "config.yaml"  # in the folder of every run whose settings are a Config
-OF_A_FOLDER = ("resume", "resume_from_checkpoint")  # whether a run goes on: no setting of a new one
+OF_A_FOLDER = ("resume", "resume_from_checkpoint")  # it says whether a run goes on, which a new run does not
 
 
 def settings_yaml(config: Any) -> str:
@@ -18,7 +18,7 @@ def settings_yaml(config: Any) -> str:
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes texts with a line end beside the newline in quotes, escaped: a reader takes them all for newlines."""
+    """Writes a text in escaped quotes if it holds other line ends than newlines, which readers take for newlines."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

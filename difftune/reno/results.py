@@ -79,9 +79,9 @@ class Result(NamedTuple):
         return list(dict.fromkeys(self.prompts))
 
     def curve(self, name: str, row: int | None = None) -> list[float]:
-        """A number of `history` by iteration: a reward's name, or "total", "regularizer", "grad_norm", "held_out".
+        """The curve of a number in `history`: a reward's name, or "total", "regularizer", "grad_norm", "held_out".
 
-        Of one sample until it left, or the mean of all, where one that has left counts as it was.
+        Of one sample, until it left the batch; or the mean of all samples, each of which keeps its last value.
         """
         return curve(self.history, name, row)
 
@@ -122,7 +122,7 @@ def curve(history: Sequence[Iteration], name: str, row: int | None = None) -> li
 
 
 def result(objective: Objective, progress: Progress) -> Result:
-    """The best so far of a run that stands there."""
+    """The result of a run at this progress."""
     every = torch.arange(len(progress.z), device=progress.z.device)
     (first, best, _), unknowns = progress.made, objective.unknowns
     return Result(

@@ -221,11 +221,6 @@ def probabilities(tree: Tree, lam: float) -> dict[int, float]:
     return {leaf: found[leaf] for leaf in tree.leaves}
 
 
-def best_leaf(tree: Tree) -> int:
-    """The leaf of the largest reward, the eldest of equals."""
-    return max(tree.leaves, key=lambda leaf: tree.values[leaf])
-
-
 def softmax(values: Sequence[float], lam: float) -> list[float]:
     """Shares proportional to e^(lambda v); all for the eldest of the largest if lam is infinite."""
     top = max(values)

@@ -1,4 +1,4 @@
-"""Qwen-Image, for attach alone."""
+"""Qwen-Image, which `attach` alone can guide."""
 
 from solvers.families.after import NORM
 from solvers.families.family import TEXT_INPUTS, sequential_family

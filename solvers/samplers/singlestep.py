@@ -5,8 +5,8 @@ With k = sigma / alpha, x0 and eps are constant along a straight line in two coo
     w = x / (alpha + sigma),  tau = sigma / (alpha + sigma),   dw/dtau = eps - x0      finite at pure noise and at data,
     y = x / alpha,            rho = sigma / alpha = k,         dy/drho = eps           finite but at pure noise.
 
-No stage is ever at sigma = 0, where a network that predicts x0 has no eps: the last step of a method that would call
-the network there is another one's, named in its docstring.
+No stage is ever at sigma = 0, where a network that predicts x0 has no eps. A method that would call the network there
+takes the last step of another method, which its docstring names.
 """
 
 from collections.abc import Callable, Sequence
