@@ -305,7 +305,8 @@ class PreferenceConfig(TrainingConfig):
     reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
     """Rewards that judge, if there are no labels, as a weighted sum; the image of the greater sum is preferred."""
     labels: str | None = None
-    """A person's choices: a file of `difftune label`. If not given: images are made, and the reward judges."""
+    """Pairs, a better and a worse picture: a file of `difftune label`, a folder with pairs.jsonl, a file of HPD, or
+    dataset:NAME, as of Pick-a-Pic. If not given: images are made, and the reward judges."""
     updates_per_round: Count = 1
     """Optimiser steps on the same images, each at other noise levels, before the model makes new ones."""
     num_images_per_prompt: Annotated[int, Range(2)] = 2

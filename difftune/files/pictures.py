@@ -8,6 +8,7 @@ tells it by itself: the pictures are those of its sample.json, without the grid,
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,17 @@ from difftune.files.text import read_text
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MOST_PIXELS = 64 << 20  # of one picture, as many as of a square of 8192
 METADATA, SAMPLES = "metadata.jsonl", "sample.json"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture that a data set holds as bytes."""
+
+    data: bytes
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ def list_captioned(folder: str | Path, caption: str | None = None) -> list[Pictu
     return found
 
 
-def read_fitted(path: Path, height: int, width: int) -> Tensor:
+def read_fitted(path: "Path | Encoded", height: int, width: int) -> Tensor:
     """The picture as (3, height, width) in [0, 1]: resized (antialiased bicubic) to cover that size, then cropped."""
     image = read_picture(path)[None]
     scale = max(height / image.shape[2], width / image.shape[3])
@@ -118,13 +130,13 @@ def _beside(path: Path) -> str | None:
     return read_text(file, "the caption").strip() or None if file.is_file() else None
 
 
-def read_picture(path: str | Path) -> Tensor:
+def read_picture(path: str | Path | Encoded) -> Tensor:
     """The picture of a file, (3, H, W) in [0, 1], turned as its EXIF orientation says.
 
     RunError for a file that is not a picture, and for one of more than `MOST_PIXELS`, which are not read.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(BytesIO(path.data) if isinstance(path, Encoded) else path) as image:
             if image.width * image.height > MOST_PIXELS:
                 size = f"{image.width} x {image.height} pixels"
                 raise RunError(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -77,20 +77,8 @@ def column(name: str) -> list[str]:
     NAME: a folder or a file of JSON lines, CSV or Parquet, or a data set of the hub. COLUMN: "prompt", "text" or
     "caption" if unsaid. Raises UserError, in one sentence, if there is none, or if `datasets` is not installed.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            f"prompts 'dataset:{name}' need the library datasets: pip install 'difftune[datasets]'"
-        ) from error
     where, _, wanted = name.partition(":")
-    kind = FORMATS.get(Path(where).suffix)
-    try:
-        files = {"path": kind, "data_files": where} if kind else {"path": where}
-        found = datasets.load_dataset(**files, split="train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load the data set {where!r}: {reason}") from error
+    found = open_data_set(where, f"prompts 'dataset:{name}'")
     chosen = wanted or next((c for c in COLUMNS if c in found.column_names), "")
     if chosen not in found.column_names:
         raise UserError(
@@ -101,6 +89,22 @@ def column(name: str) -> list[str]:
     if not prompts:
         raise UserError(f"column {chosen!r} of data set {where!r} has no prompt")
     return prompts
+
+
+def open_data_set(where: str, what: str) -> Any:
+    """The training split of a data set of the hub, of a folder, or of a file. UserError if it cannot be loaded, or if
+    `datasets` is not installed, which `what` needs."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{what} need the library datasets: pip install 'difftune[datasets]'") from error
+    kind = FORMATS.get(Path(where).suffix)
+    try:
+        files = {"path": kind, "data_files": where} if kind else {"path": where}
+        return datasets.load_dataset(**files, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load the data set {where!r}: {reason}") from error
 
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

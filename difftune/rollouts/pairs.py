@@ -11,7 +11,8 @@ from torch import Tensor
 from difftune.configs.recipes import PreferenceConfig
 from difftune.files.pictures import read_fitted
 from difftune.files.prompts import listed
-from difftune.labelling.choices import Choice, decided
+from difftune.labelling.choices import Choice
+from difftune.labelling.preferences import Preferences, preferences_named
 from difftune.rollouts.denoising import Draws, denoising_errors, draw
 from difftune.rollouts.image_sampler import ImageSampler
 from difftune.rollouts.rounds import EveryStep, Rounds, ScoredImages, Source, make_images, repeated
@@ -53,7 +54,10 @@ def open_turns(
     """The images of each backward pass of an optimiser step: of a person's choices, or made round by round."""
     config, run = session.config, session.run
     if config.labels is not None:
-        chosen = listed(decided(config.labels), config.seed)
+        pairs = preferences_named(config.labels)
+        ties = f", {len(pairs.rows) - len(pairs)} undecided are left out" if isinstance(pairs, Preferences) else ""
+        session.tell(labels=f"{len(pairs)} decided pairs{ties}")
+        chosen = listed(pairs, config.seed)
         return EveryStep(lambda step: [Turn(r, label(chosen, r)) for r in run.numbers(step)])
     return Rounds(run, config.updates_per_round, lambda steps: [Turn(r, make(r)) for r in run.numbers(steps.start)])
 
@@ -129,4 +133,4 @@ def accuracy_of(margins: Tensor) -> Tensor:
 def check_preferences(config: PreferenceConfig) -> None:
     """UserError for labels that cannot be read."""
     if config.labels is not None:
-        decided(config.labels)
+        preferences_named(config.labels)
