@@ -147,3 +147,22 @@ def test_no_modules_import_each_other_in_a_circle():
         TopologicalSorter(graph).prepare()
     except CycleError as circle:
         pytest.fail(f"a circle of imports: {' <- '.join(circle.args[1])}")
+
+
+PUBLIC_CALLS = {"difftune.search_runs.search.search", "solvers.memory.budget.probe"}  # whose keywords users write
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """The parameters that a caller gives."""
+    own = function.args
+    return len([a for a in (*own.posonlyargs, *own.args, *own.kwonlyargs) if a.arg not in ("self", "cls")])
+
+
+def test_public_calls_alone_have_more_than_seven_parameters():
+    functions = {
+        f"{module}.{node.name}": parameters(node)
+        for module, file in MODULES.items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name for name, count in functions.items() if count > 7} == PUBLIC_CALLS
