@@ -42,7 +42,7 @@ def model_line(model: str) -> str:
     """Where a model is, or that it would be downloaded."""
     where = models.source(model)
     if isinstance(where, Path):
-        return f"{model}, {where}"
+        return f"{model}, {where.resolve()}"
     if here(model):
         return f"{model}, in the cache {constants.HF_HUB_CACHE}"
     return f"{model} would be DOWNLOADED from the Hub"

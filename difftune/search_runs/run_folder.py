@@ -62,7 +62,7 @@ def search_in_folder(
             return json.loads((claim.path / RESULT).read_text("utf-8"))
         claim.clear()
         earlier = read_earlier(claim, config)
-        found = follow_search(begin_search(config, earlier, pipe, reward), config, claim.path, say)
+        found = follow_search(begin_search(config, earlier, pipe, reward), config, claim.path)
         summary = {**search_summary(config, found), "seconds": round(time.perf_counter() - began, 3)}
         summary["versions"] = versions()
         claim.results([*search_files(config, found), (CONFIG, settings_yaml(config)), (RESULT, as_json(summary))])
@@ -109,7 +109,7 @@ def begin_search(config: SearchConfig, earlier: "Earlier | None", pipe: Any, rew
     return going
 
 
-def follow_search(going: Search, config: SearchConfig, folder: Path, say: Say) -> Found:
+def follow_search(going: Search, config: SearchConfig, folder: Path) -> Found:
     """The end of a search whose state is saved every few seconds, at its end, and after an error."""
     found, keeper = None, Keeper(config, folder / STATE, digest_of(going.pipe))
     with processes.stopping() as stop:
@@ -125,7 +125,6 @@ def follow_search(going: Search, config: SearchConfig, folder: Path, say: Say) -
             raise
     found = going.run() if found is None else found
     keeper.save(found)
-    say(f"{config.method}: mean reward {float(found.rewards.mean()):.4f}, {int(found.nfe.max())} NFEs a prompt")
     return found
 
 
