@@ -28,6 +28,11 @@ from difftune.configs.images import CompareConfig, EvalConfig, SampleConfig
         o.count("num_images", 1, "Images of each prompt."),
         Flag(["--eta"], type=o.NOT_NEGATIVE, default=0.0, help="Noise of DDIM's steps; 1 is DDPM."),
         Flag(["--noise"], metavar="FILE", help="The noise.safetensors of `difftune optimize`: a noise for each image."),
+        Flag(
+            ["--lora_anneal"],
+            type=click.Choice(["linear", "power", "switch"]),
+            help="How the LoRA's share grows from 0 to 1 along the steps (DRaFT+). If not given: 1 throughout.",
+        ),
         Flag(["--noise_lora"], metavar="FOLDER", help="Folder of `difftune train hypernoise`: moves the noise."),
         o.OUTPUT_DIR,
         o.DRY_RUN,

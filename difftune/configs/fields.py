@@ -18,7 +18,7 @@ GROUPS = {  # title: the fields and the flags of all commands that stand there
     "Sampling": """num_inference_steps sampler eta guidance guidance_scale guidance_options scales num_images
         images_per_prompt prompts_per_category batch_size height width embedded_guidance transition seed
         seeds_per_prompt num_images_per_prompt inversion_steps""",
-    "What is trained": "reference full_finetuning lora_layers rank lora_alpha lora_dropout variables",
+    "What is trained": "reference lora_anneal full_finetuning lora_layers rank lora_alpha lora_dropout variables",
     "Training steps": """max_train_steps train_batch_size gradient_accumulation_steps updates_per_round
         max_skipped_steps pairs_per_round sweeps iterations patience target""",
     "Optimiser": """optimizer learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from solvers.ranges import Count, NotNegative, Ranged, Seed, Steps
 
@@ -33,6 +33,8 @@ class SampleConfig(ImagesConfig):
 
     eta: the noise of DDIM's steps; 1 is DDPM. noise: a file of `difftune optimize`, with a noise for each image.
     noise_lora: the folder of `difftune train hypernoise`, whose LoRA moves each image's noise.
+    lora_anneal: how the share of the LoRA's output grows from 0 to 1 along the steps: linear, power (its square), or
+    switch (at 60 %); None is 1 throughout.
     """
 
     prompt: Sequence[str]
@@ -43,6 +45,7 @@ class SampleConfig(ImagesConfig):
     eta: NotNegative = 0.0
     noise: str | None = None
     noise_lora: str | None = None
+    lora_anneal: Literal["linear", "power", "switch"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

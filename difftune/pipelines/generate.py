@@ -3,6 +3,7 @@
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from difftune.files.claim import fresh
 from difftune.files.noises import noises_of
 from difftune.files.versions import versions
 from difftune.lookup import guidance_named
+from difftune.pipelines import lora
+from difftune.pipelines.annealed import SHARES, Extra, annealed
 from difftune.pipelines.fingerprint import digest_of
 from difftune.pipelines.method_parts import Equipped, equip, prepared
 from difftune.pipelines.noise_lora import moved_by
@@ -35,13 +38,14 @@ class Sampling:
     """How images are drawn, whatever the guidance.
 
     eta: the noise of DDIM's steps, 1 is DDPM. embedded_guidance: the scale told to a network distilled over scales; the
-    pipeline's own default if None.
+    pipeline's own default if None. lora_anneal: of `annealed.SHARES`; None is the whole LoRA at each step.
     """
 
     num_inference_steps: int = 25
     batch_size: int = 16
     eta: float = 0.0
     embedded_guidance: float | None = None
+    lora_anneal: str | None = None
 
 
 class Batch(NamedTuple):
@@ -81,7 +85,18 @@ def generate_batches(
     for start in range(0, len(prompts), sampling.batch_size):
         chosen = slice(start, start + sampling.batch_size)
         latents = {} if noises is None else for_pipeline(pipe, noises[chosen])
-        yield _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), equipped, given | latents)
+        with annealing(pipe, sampling) as extra:
+            batch = _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), equipped, given | latents)
+        yield batch._replace(nfe=batch.nfe + extra.rows / len(batch.prompts))
+
+
+def annealing(pipe: Any, sampling: Sampling) -> AbstractContextManager[Extra]:
+    """Around one run: the LoRA grows along it, if that is asked for. UserError if there is no LoRA."""
+    if sampling.lora_anneal is None:
+        return nullcontext(Extra())
+    if not lora.adapted(network := lora.network_of(pipe)):
+        raise UserError("--lora_anneal lets a LoRA grow along the steps: give the --lora of a training run")
+    return annealed(network, SHARES[sampling.lora_anneal], sampling.num_inference_steps)
 
 
 def _batch(pipe: Any, prompts: list[str], seeds: list[int], equipped: Equipped, given: Mapping[str, Any]) -> Batch:
@@ -167,7 +182,7 @@ def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str
     if config.noise is not None and config.noise_lora is not None:
         raise UserError("--noise gives the noises and --noise_lora moves drawn ones: leave one of them out")
     noises = None if config.noise is None else noises_of(config.noise, len(texts))
-    sampling = Sampling(config.num_inference_steps, config.batch_size, config.eta)
+    sampling = Sampling(config.num_inference_steps, config.batch_size, config.eta, lora_anneal=config.lora_anneal)
     with fresh(config.output_dir) as claim:
         if config.noise_lora is not None:
             noises = moved_by(config.noise_lora, config.model, texts, seeds, config.num_inference_steps)
