@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -17,6 +19,7 @@ from rewards.registry import unknown
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+show_bars: ContextVar[bool] = ContextVar("show_bars", default=False)  # also for what is read from the disk
 ROOT = Path(__file__).parent.parent  # of the installed packages
 
 
@@ -73,7 +76,8 @@ def load(name_or_path: str | Path, **options: Any) -> "DiffusionPipeline":
     if isinstance(where, Path):
         check_folder(where)
     try:
-        pipe = DiffusionPipeline.from_pretrained(where, **options)
+        with _without_bars() if isinstance(where, Path) and not show_bars.get() else nullcontext():
+            pipe = DiffusionPipeline.from_pretrained(where, **options)
     except Exception as error:  # whatever three libraries raise at a folder or a Hub name that is not as it should be
         why = " ".join(str(error).split())[:300] or type(error).__name__
         if isinstance(where, Path):
@@ -82,6 +86,22 @@ def load(name_or_path: str | Path, **options: Any) -> "DiffusionPipeline":
     if isinstance(where, Path):
         _check_complete(where, pipe)
     return pipe
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the progress bars of the two libraries that read a pipeline's parts."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [module for module in (of_diffusers, of_transformers) if module.is_progress_bar_enabled()]
+    for module in shown:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module in shown:
+            module.enable_progress_bar()
 
 
 def check_folder(folder: Path) -> None:

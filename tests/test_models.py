@@ -35,6 +35,15 @@ def test_embedded_model_is_its_folder(root):
     assert models.path("tiny") == root / "site/difftune/weights/tiny"
 
 
+def test_reading_a_folder_shows_no_bars_unless_they_are_asked_for(root, capfd):
+    models.load("tiny")
+    assert "Loading" not in capfd.readouterr().err
+    token = models.show_bars.set(True)
+    models.load("tiny")
+    models.show_bars.reset(token)
+    assert "Loading pipeline components" in capfd.readouterr().err  # and the libraries' own switches are as they were
+
+
 def test_sibling_is_put_together_from_its_own_parts_and_the_base(root):
     plain = models.load("tiny")
     turbo = StableDiffusionPipeline.from_pretrained(models.path("tiny-turbo"))

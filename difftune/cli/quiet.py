@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import click
 
+from difftune.models import show_bars
 from solvers.errors import Caution
 
 
@@ -14,7 +15,11 @@ from solvers.errors import Caution
 def quiet(verbose: bool) -> Iterator[None]:
     """Without the warnings and the logs of libraries, but for errors. A `Caution` of ours is one line on stderr."""
     if verbose:
-        yield
+        token = show_bars.set(True)
+        try:
+            yield
+        finally:
+            show_bars.reset(token)
         return
     before = logging.root.manager.disable
     with warnings.catch_warnings():
@@ -37,5 +42,5 @@ VERBOSE = click.Option(
     is_flag=True,
     expose_value=False,
     callback=lambda ctx, param, value: ctx.meta.__setitem__("difftune.verbose", value),
-    help="Also show the warnings of the libraries.",
+    help="Also show the warnings and the loading bars of the libraries.",
 )
