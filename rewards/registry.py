@@ -481,6 +481,9 @@ def spelled(name: str) -> tuple[str, dict[str, Any]]:
             raise RewardError(f"cannot read {key!r} in {name!r}: options are KEY=VALUE, as in jpeg[quality=40]")
         if _open(value):
             raise RewardError(f"the brackets of {value[:80]!r} in {name[:80]!r} do not close")
+    keys = [key.strip() for key, _, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise RewardError(f"the option {twice[0][:80]!r} is given twice in {name[:80]!r}: give it once")
     return plain, {key.strip(): _literal(value) for key, _, value in pairs}
 
 

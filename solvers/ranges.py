@@ -49,6 +49,7 @@ class Range:
 
 
 Count = Annotated[int, Range(1)]
+Many = Annotated[int, Range(1, 1_000_000)]  # of what is listed, or held in memory, all at once
 Whole = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from difftune.cli.command import DOTTED, Flag, Number, Values
-from solvers.ranges import Count, NotNegative, Range, Seed, Steps, range_of
+from solvers.ranges import Count, Many, NotNegative, Range, Seed, Steps, range_of
 
 
 def number(hint: Any) -> Number:
@@ -83,5 +83,5 @@ JSON = Flag(["--json", "as_json"], is_flag=True, show_default=False, help="Print
 
 
 def count(name: str, default: int | None, doc: str) -> Flag:
-    """A flag for a whole number, at least 1."""
-    return Flag([f"--{name}"], type=AT_LEAST_ONE, default=default, help=doc)
+    """A flag for a whole number of things, at least 1."""
+    return Flag([f"--{name}"], type=number(Many), default=default, help=doc)

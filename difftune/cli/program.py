@@ -34,6 +34,15 @@ class Program(click.Group):
             _stop("interrupted", 130)
         except ERRORS as error:
             _stop(str(error), error.exit_code)
+        except (MemoryError, RuntimeError) as error:
+            if not _of_memory(error):
+                raise
+            _stop("there is not enough memory for this: give smaller numbers, or a --memory_budget", 1)
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether an error is of a memory that is full; torch has a class of its own for a GPU's alone."""
+    return isinstance(error, MemoryError) or any(say in str(error) for say in ("allocate memory", "out of memory"))
 
 
 class Output(io.FileIO):

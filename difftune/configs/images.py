@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from solvers.ranges import Count, NotNegative, Ranged, Seed, Steps
+from solvers.ranges import Count, Many, NotNegative, Ranged, Seed, Steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class SampleConfig(ImagesConfig):
     output_dir: str
     guidance: str = "cfg"
     guidance_options: Mapping[str, Any] = field(default_factory=dict)
-    num_images: Count = 1
+    num_images: Many = 1
     eta: NotNegative = 0.0
     noise: str | None = None
     noise_lora: str | None = None
@@ -59,7 +59,7 @@ class EvalConfig(ImagesConfig):
     guidance: str = "cfg"
     guidance_options: Mapping[str, Any] = field(default_factory=dict)
     prompts: str = "shapeeval"
-    images_per_prompt: Count = 4
+    images_per_prompt: Many = 4
     prompts_per_category: Count | None = None
     baseline: str | None = None
 
@@ -76,4 +76,4 @@ class CompareConfig(ImagesConfig):
     guidance: Sequence[str] = ("cfg",)
     scales: Sequence[float] = (7.5,)
     reward: Sequence[str] = ()
-    num_images: Count = 4
+    num_images: Many = 4

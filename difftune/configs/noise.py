@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from difftune.configs.fields import Config, documented
-from solvers.ranges import Count, NotNegative, Positive, Seed, Side, Steps
+from solvers.ranges import Count, Many, NotNegative, Positive, Seed, Side, Steps
 
 
 @documented
@@ -80,7 +80,7 @@ class RenoConfig(Config):
     """Iterations without a better image after which a prompt is finished. If not given: never."""
     target: float | None = None
     """Total reward at which a prompt is finished. If not given: never."""
-    seeds_per_prompt: Count = 1
+    seeds_per_prompt: Many = 1
     """Noises that are optimised for each prompt."""
     start: str | None = None
     """Where the noise begins: a noise.safetensors, or a picture, inverted under the guidance. If not given: it is

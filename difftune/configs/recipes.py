@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from difftune.configs.fields import documented
 from difftune.configs.training import TrainingConfig
-from solvers.ranges import Count, NotNegative, Positive, Range, Seed, Share, Steps, Whole
+from solvers.ranges import Count, Many, NotNegative, Positive, Range, Seed, Share, Steps, Whole
 
 
 @documented
@@ -111,7 +111,7 @@ class AdjointMatchingConfig(TrainingConfig):
     reward_multiplier: Positive = 100.0
     """Weight of the reward against the divergence from the model before training: the optimum is that model times
     exp(reward_multiplier * reward)."""
-    steps_per_image: Count = 4
+    steps_per_image: Many = 4
     """Sampler steps that an optimiser step is taken on, half of them from the first 60 %."""
     drop_quantile: Share = 0.9
     """Steps whose error is above a running mean of this quantile have no gradient; 1 keeps all."""
@@ -154,9 +154,9 @@ class DDPOConfig(TrainingConfig):
     """Noise of the sampler, above 0. If not given: DDPM's 1 for DDIM, and 0.7 for a flow's SDE."""
     learning_rate: NotNegative = 3e-4
 
-    updates_per_round: Count = 1
+    updates_per_round: Many = 1
     """Optimiser steps on the images of one round, each step on its own share of them."""
-    num_images_per_prompt: Count = 1
+    num_images_per_prompt: Many = 1
     """Images of each prompt; from 2 on, a reward is compared with the mean of its prompt, not of the round."""
     per_prompt_stat_tracking: bool = False
     """Compare a reward with the mean and the deviation of its prompt's latest rewards, in this round and before."""
@@ -189,13 +189,13 @@ class GRPOConfig(TrainingConfig):
     """Noise of the sampler, above 0. If not given: 0.7 for flow, 0.3 for dance, 0.8 for cps, 1 for ddim."""
     guidance: str = "none"
     """Guidance method, in training as in use; without one, sampling and training cost half."""
-    gradient_accumulation_steps: Count = 4
+    gradient_accumulation_steps: Many = 4
     """Backward passes of each trained sampler step per optimiser step."""
     learning_rate: NotNegative = 3e-4
 
-    updates_per_round: Count = 1
+    updates_per_round: Many = 1
     """Optimiser steps on the images of one round, each step on its own share of them."""
-    num_images_per_prompt: Annotated[int, Range(2)] = 8
+    num_images_per_prompt: Annotated[int, Range(2, 1_000_000)] = 8
     """Images of each prompt, whose rewards are compared."""
     shared_noise: bool = False
     """Begin all images of a prompt from one first noise, as DanceGRPO does."""
@@ -235,7 +235,7 @@ class NFTConfig(TrainingConfig):
     num_inference_steps: Steps = 10
     guidance: str = "none"
     """Guidance method of the images that are made; the paper has none there, and the training has none in any case."""
-    gradient_accumulation_steps: Count = 4
+    gradient_accumulation_steps: Many = 4
     """Backward passes of each noise level per optimiser step."""
     learning_rate: NotNegative = 3e-4
 
@@ -245,16 +245,16 @@ class NFTConfig(TrainingConfig):
     beta: NotNegative | None = None
     """How far the mirror images are from the old model (nft), or the weight of a group's margin (dgpo). If not given: 1
     for nft, 100 for dgpo."""
-    levels_per_image: Count = 4
+    levels_per_image: Many = 4
     """Noise levels of an image in an optimiser step, each with a backward pass: of the sampler's own, none twice."""
     adaptive_weight: bool = True
     """Divide an image's error by its mean distance, so that all noise levels weigh alike (nft)."""
     old_schedule: Literal["linear", "late"] = "linear"
     """How slowly the weights that make the images follow after n optimiser steps: linear, old = d old + (1 - d) new
     with d = min(0.001 n, 0.5); late, with d = 0 until n = 75, then min(0.0075 (n - 75), 0.999)."""
-    updates_per_round: Count = 1
+    updates_per_round: Many = 1
     """Optimiser steps on the images of one round, each step on its own share of them."""
-    num_images_per_prompt: Annotated[int, Range(2)] = 8
+    num_images_per_prompt: Annotated[int, Range(2, 1_000_000)] = 8
     """Images of each prompt, whose rewards are compared."""
     advantage_std: Literal["residual", "group", "raw"] = "raw"
     """What divides a reward's distance from its prompt's mean: residual, the deviation of these distances; group, the
@@ -289,7 +289,7 @@ class D3POConfig(TrainingConfig):
     """Noise of the sampler, above 0. If not given: DDPM's 1 for DDIM, and 0.7 for a flow's SDE."""
     learning_rate: NotNegative = 3e-5
 
-    num_images_per_prompt: Annotated[int, Range(2)] = 2
+    num_images_per_prompt: Annotated[int, Range(2, 1_000_000)] = 2
     """Images of each prompt, from one first noise; every two of them are a pair. 2 with labels."""
     beta: NotNegative = 0.1
     """Weight of the log-ratios in the preference's log-odds; the greater, the stronger a pair is pulled apart."""
@@ -307,11 +307,11 @@ class PreferenceConfig(TrainingConfig):
     labels: str | None = None
     """Pairs, a better and a worse picture: a file of `difftune label`, a folder with pairs.jsonl, a file of HPD, or
     dataset:NAME, as of Pick-a-Pic. If not given: images are made, and the reward judges."""
-    updates_per_round: Count = 1
+    updates_per_round: Many = 1
     """Optimiser steps on the same images, each at other noise levels, before the model makes new ones."""
-    num_images_per_prompt: Annotated[int, Range(2)] = 2
+    num_images_per_prompt: Annotated[int, Range(2, 1_000_000)] = 2
     """Images that are made of each prompt."""
-    rank: Count = 8
+    rank: Many = 8
     learning_rate: NotNegative = 1e-5
     adam_weight_decay: NotNegative = 1e-2
 
@@ -322,9 +322,9 @@ class DPOConfig(PreferenceConfig):
     """Diffusion-DPO: fine-tune a LoRA on pairs, a better and a worse image (https://arxiv.org/abs/2311.12908)."""
 
     output_dir: str = "runs/dpo"
-    train_batch_size: Count = 4
+    train_batch_size: Many = 4
     """Pairs per process and backward pass."""
-    num_images_per_prompt: Annotated[int, Range(2)] = 2
+    num_images_per_prompt: Annotated[int, Range(2, 1_000_000)] = 2
     """Images that are made for each pair, which is the best and the worst of them."""
     beta: NotNegative = 5000.0
     """Weight of the difference of denoising errors, which are means over the latent's elements."""
@@ -337,7 +337,7 @@ class KTOConfig(PreferenceConfig):
     (https://arxiv.org/abs/2404.04465)."""
 
     output_dir: str = "runs/kto"
-    num_images_per_prompt: Annotated[int, Range(2)] = 2
+    num_images_per_prompt: Annotated[int, Range(2, 1_000_000)] = 2
     """Images that are made of each prompt; those above the mean reward of their prompt are good."""
     beta: NotNegative = 1000.0
     """Weight of the gain in denoising error, a mean over the latent's elements."""
@@ -353,9 +353,9 @@ class DROConfig(PreferenceConfig):
     """DRO: fine-tune a LoRA to denoise good images better and bad ones worse (https://arxiv.org/abs/2503.22677)."""
 
     output_dir: str = "runs/dro"
-    train_batch_size: Count = 4
+    train_batch_size: Many = 4
     """Pairs per process and backward pass."""
-    num_images_per_prompt: Annotated[int, Range(2)] = 2
+    num_images_per_prompt: Annotated[int, Range(2, 1_000_000)] = 2
     """Images that are made for each pair, which is the best and the worst of them."""
     learning_rate: NotNegative = 5e-6
     max_loser_loss: NotNegative | None = None
@@ -377,12 +377,12 @@ class PSOConfig(TrainingConfig):
     (online)."""
     caption: str | None = None
     """Caption of the pictures that have none."""
-    num_negatives: Count = 4
+    num_negatives: Many = 4
     """Images that the model makes of each picture's caption before training (offline)."""
     output_dir: str = "runs/pso"
-    train_batch_size: Count = 8
+    train_batch_size: Many = 8
     """Images online, and pictures offline, per process and backward pass."""
-    num_images_per_prompt: Annotated[int, Range(2)] = 2
+    num_images_per_prompt: Annotated[int, Range(2, 1_000_000)] = 2
     """Trajectories of each prompt, of which the best and the worst are a pair (online)."""
 
     num_inference_steps: Steps = 4
@@ -394,7 +394,7 @@ class PSOConfig(TrainingConfig):
     SDXL-Turbo). If not given: lcm for a pipeline with an LCM scheduler, else ancestral."""
     guidance: str = "none"
     """Guidance method; distilled few-step models want none."""
-    rank: Count = 32
+    rank: Many = 32
     """Rank of the LoRA."""
     learning_rate: NotNegative = 1e-5
     """Learning rate after the warm-up."""
@@ -426,26 +426,26 @@ class DragonConfig(TrainingConfig):
     model's VAE."""
     shrinkage: Share = 0.1
     """Shrinkage of the covariances of a Fréchet distance towards a sphere."""
-    feature_dims: Count = 32
+    feature_dims: Many = 32
     """Principal components of the exemplars that the Fréchet distance of a set looks at."""
     output_dir: str = "runs/dragon"
 
-    pairs_per_round: Annotated[int, Range(2)] = 64
+    pairs_per_round: Annotated[int, Range(2, 1_000_000)] = 64
     """Prompts of a round and process; two images are made of each."""
-    updates_per_round: Count = 16
+    updates_per_round: Many = 16
     """Optimiser steps on a round; each takes its own pairs of it, all in turn."""
-    sweeps: Count = 3
+    sweeps: Many = 3
     """The pairs of a round are gone over at most this often to find the sets."""
     loss: Literal["dpo", "kto"] = "dpo"
     """How sets become an update: dpo, on pairs, or kto, on single images."""
     beta: NotNegative | None = None
     """Weight of the differences of denoising errors, which are means over the latent's elements. If not given: 5000 for
     dpo and 1000 for kto."""
-    train_batch_size: Count = 8
+    train_batch_size: Many = 8
     """Pairs per process and backward pass."""
-    num_win_rate_images: Whole = 64
+    num_win_rate_images: Annotated[int, Range(0, 1_000_000)] = 64
     """Images of new prompts, before and after training, that the win rate compares; 0 leaves it out."""
-    rank: Count = 8
+    rank: Many = 8
     """Rank of the LoRA."""
     learning_rate: NotNegative = 1e-5
     """Learning rate after the warm-up."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from difftune.configs.fields import Config, documented
-from solvers.ranges import Count, Decay, NotNegative, Positive, Seed, Steps, Whole
+from solvers.ranges import Count, Decay, Many, NotNegative, Positive, Seed, Steps, Whole
 
 
 @documented
@@ -25,9 +25,9 @@ class TrainingConfig(Config):
     """Seed of the first weights, the prompts, the noise, and all else that is drawn."""
     max_train_steps: Count = 100
     """Optimiser steps."""
-    train_batch_size: Count = 8
+    train_batch_size: Many = 8
     """Images per process and backward pass."""
-    gradient_accumulation_steps: Count = 1
+    gradient_accumulation_steps: Many = 1
     """Backward passes per optimiser step."""
 
     num_inference_steps: Steps = 25
@@ -64,7 +64,7 @@ class TrainingConfig(Config):
     """Train every weight of the denoiser in float32 instead of a LoRA; a learning rate near 1e-5 is usual then."""
     lora_layers: Literal["attention", "attention+ff+conv"] = "attention"
     """Layers with a LoRA: the attention, or also the feed-forward, projection, time and convolution layers."""
-    rank: Count = 4
+    rank: Many = 4
     """Rank of the LoRA."""
     lora_alpha: Count | None = None
     """The LoRA's update is scaled by lora_alpha / rank. If not given: rank, which is a scale of 1."""
@@ -113,7 +113,7 @@ class TrainingConfig(Config):
     """Optimiser steps between validations, which draw the same images each time. If not given: no validation."""
     validation_prompts: str = "shapeeval"
     """Prompts of the validation: a text file, or shapeeval, a few of each category of ShapeEval."""
-    num_validation_images: Count = 12
+    num_validation_images: Many = 12
     """Images of a validation: the prompts in order, over again if they are fewer, each with its own seed."""
     validation_reward: str | None = None
     """Held-out reward, which is not trained on: it chooses the best checkpoint. If not given: the trained one does."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from difftune.configs.images import CompareConfig
+from difftune.errors import UserError
 from difftune.files import output
 from difftune.files.claim import fresh
 from difftune.files.versions import versions
@@ -90,10 +91,20 @@ def default_rewards(prompts: Sequence[str]) -> list[str]:
     return ["oracle"]
 
 
+def check_cells(config: CompareConfig) -> None:
+    """UserError for a method or a scale that is there twice, and for none at all: cells are told apart by them."""
+    for name, values in {"guidance": config.guidance, "scales": config.scales}.items():
+        if not values:
+            raise UserError(f"there is nothing to compare: give at least one of --{name}")
+        if again := [value for value in values if list(values).count(value) > 1]:
+            raise UserError(f"--{name} has {again[0]} twice: give it once")
+
+
 def compare_methods(config: CompareConfig) -> dict[str, Any]:
     """`difftune compare`: writes grid.png and compare.json; returns what compare.json holds."""
     for name in config.guidance:
         guidance_named(name)
+    check_cells(config)
     rewards = list(reward_weights(config.reward)) or default_rewards(config.prompt)
     with fresh(config.output_dir) as claim:
         reward_named(dict.fromkeys((*rewards, *MEASURES), 1.0), gradient=False)  # all can be loaded

@@ -5,7 +5,6 @@ of the share of their images that hold, and it is the prompts that are resampled
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from difftune.evaluation.intervals import Estimate, Result, by_category, by_prom
 from difftune.files import output
 from difftune.files.claim import fresh
 from difftune.files.prompts import read_prompts
+from difftune.files.text import parse_json, read_text
 from difftune.files.versions import versions
 from difftune.lookup import guidance_named
 from difftune.pipelines.fingerprint import differ, digest_of
@@ -121,16 +121,18 @@ def summary(results: Sequence[Result], baseline: Sequence[Result] | None = None)
 def load_results(path: str | Path) -> list[Result]:
     """The images of an earlier evaluation, from what `difftune eval --json` printed or `eval.json`."""
     try:
-        images = json.loads(Path(path).read_text())["images"]
+        images = parse_json(read_text(path, "--baseline"))["images"]
         return [Result(i["prompt"], i["category"], int(i["seed"]), bool(i["holds"])) for i in images]
-    except (OSError, RecursionError, ValueError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (RecursionError, ValueError, KeyError, TypeError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not an evaluation ({why}): give what `difftune eval --json` printed") from error
 
 
 def digest_in(path: str | Path) -> str | None:
     """The digest of the model that an evaluation, as `load_results` reads it, was made with; None if it says none."""
-    settings = json.loads(Path(path).read_text()).get("settings")
+    settings = parse_json(read_text(path, "--baseline")).get("settings")
     return settings.get("model_digest") if isinstance(settings, dict) else None
 
 

@@ -5,7 +5,6 @@ on each line), or by a text file beside it (a.txt for a.png), or by one caption 
 tells it by itself: the pictures are those of its sample.json, without the grid, and each shows its prompt.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 from difftune.errors import RunError, UserError
 from difftune.files.output import png, write
-from difftune.files.text import read_text
+from difftune.files.text import parse_json, read_text
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MOST_PIXELS = 64 << 20  # of one picture, as many as of a square of 8192
@@ -109,7 +108,7 @@ def _sampled(file: Path) -> dict[str, str]:
         return {}
     text = read_text(file, "the pictures of")
     try:
-        return {image["file"]: str(image["prompt"]) for image in json.loads(text)["images"]}
+        return {image["file"]: str(image["prompt"]) for image in parse_json(text)["images"]}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is not what `difftune sample` writes: {error!r}; rename or remove it") from error
 
@@ -119,10 +118,13 @@ def _captions(file: Path) -> dict[str, str]:
         return {}
     text = read_text(file, "the captions of")
     try:
-        lines = [json.loads(line) for line in text.split("\n") if line.strip()]
-        return {line["file_name"]: str(line["text"]).strip() for line in lines}
+        lines = [parse_json(line) for line in text.split("\n") if line.strip()]
+        found = {line["file_name"]: str(line["text"]).strip() for line in lines}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'{file} wants lines of {{"file_name": ..., "text": ...}}: {error!r}') from error
+    if len(found) < len(lines):
+        raise UserError(f"{file} lists a picture twice: give each one text")
+    return found
 
 
 def _beside(path: Path) -> str | None:

@@ -1,7 +1,10 @@
 """Texts that a person brings: prompts, captions, labels, settings. One reader, whatever wrote them."""
 
 import codecs
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from difftune.errors import UserError
 
@@ -23,9 +26,10 @@ def read_text(path: str | Path, what: str, remedy: str = "give a UTF-8 text file
     larger than `MOST`.
     """
     try:
-        if Path(path).stat().st_size > MOST:
+        with open(path, "rb") as file:
+            data = file.read(MOST + 1)  # a device has no size, and may have no end
+        if len(data) > MOST:
             raise UserError(f"{what} {str(path)!r} is larger than {MOST >> 20} MiB: give a smaller file")
-        data = Path(path).read_bytes()
         text = data.decode(next((name for bom, name in BOMS.items() if data.startswith(bom)), "utf-8"))
     except UserError:
         raise
@@ -35,3 +39,18 @@ def read_text(path: str | Path, what: str, remedy: str = "give a UTF-8 text file
     if "\0" in text:
         raise UserError(f"cannot read {what} {str(path)!r} (it holds a NUL, so it is not text): {remedy}")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text holds. Raises ValueError where it is none, or where an object has a key twice, of which the
+    last would win; RecursionError for one that is nested too deeply."""
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:80]!r} is given twice: give it once")
+    return found

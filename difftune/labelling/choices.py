@@ -9,14 +9,13 @@ One JSON object on each line, appended and never changed:
 Paths are relative to the file's folder.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from difftune.errors import UserError
-from difftune.files.text import read_text
+from difftune.files.text import parse_json, read_text
 
 CHOICES = ("a", "b", "tie", "skip", "bad")
 
@@ -76,7 +75,7 @@ def decided(file: str | Path) -> list[Choice]:
 
 def _object(text: str, where: str) -> Mapping[str, Any]:
     try:
-        about = json.loads(text)
+        about = parse_json(text)
     except (RecursionError, ValueError) as error:
         raise UserError(f"{where} is no JSON ({text[:40]!r}): correct it, or delete it") from error
     if not isinstance(about, dict):

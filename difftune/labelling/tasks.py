@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from difftune.errors import UserError
-from difftune.files.text import read_text
+from difftune.files.text import parse_json, read_text
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what every browser shows
 
@@ -85,12 +84,16 @@ def _records(path: Path) -> list[Mapping[str, Any]]:
 
 def _parsed(suffix: str, text: str) -> Any:
     if suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
+        table = csv.DictReader(io.StringIO(text))
+        names = table.fieldnames or []
+        if len(set(names)) < len(names):
+            raise UserError("it has two columns of one name")
+        return list(table)
     if suffix == ".jsonl":
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return [parse_json(line) for line in text.split("\n") if line.strip()]
     if suffix != ".json":
         raise UserError("it is no .json, .jsonl or .csv")
-    found = json.loads(text)
+    found = parse_json(text)
     if isinstance(found, dict) and isinstance(found.get("images"), list):  # sample.json
         model = found["settings"].get("model") if isinstance(found.get("settings"), dict) else None
         return [{"model": model, **i} if isinstance(i, dict) else i for i in found["images"]]

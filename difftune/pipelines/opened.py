@@ -49,7 +49,7 @@ def shares_of(loras: Sequence[str]) -> dict[str, float]:
             raise UserError(f"--lora {folder} holds no {WEIGHTS}: give the --output_dir of a training run")
         if Path(folder, WEIGHTS).is_file():
             check_head(Path(folder, WEIGHTS))
-        if folder in shares:
+        if Path(folder).resolve() in {Path(other).resolve() for other in shares}:
             raise UserError(f"--lora {folder} is given twice: give it once, with one share")
         if networks and (len(loras) > 1 or share != 1):
             raise UserError(f"--lora {folder} holds a whole network, which cannot be mixed: give it alone")

@@ -9,7 +9,7 @@ from typing import Annotated
 from guidance.search.population import STEP, Kind, Population, noises, runs
 from guidance.search.problem import Problem, Saved, State
 from guidance.search.smc import Particles, reweight
-from solvers.ranges import Count, Range, Ranged
+from solvers.ranges import Many, Range, Ranged
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class BestOfN(Ranged):
     particles: samples drawn at a time; runs follow one another while the budget lasts.
     """
 
-    particles: Count = 8
+    particles: Many = 8
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Importance(Ranged):
     particles: samples drawn at a time; runs follow one another while the budget lasts.
     """
 
-    particles: Count = 8
+    particles: Many = 8
     inverse_temperature: Annotated[float, Range(0, 1_000_000)] = 10.0
 
 

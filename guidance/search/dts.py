@@ -35,7 +35,7 @@ from guidance.search.tree import (
 )
 from solvers.denoiser import Path
 from solvers.errors import Caution, UserError
-from solvers.ranges import Count, NotNegative, Positive, Range, Ranged
+from solvers.ranges import Many, NotNegative, Positive, Range, Ranged
 
 EDGE, SELECT, DESCEND = 1, 2, 3  # what the noise is for: the first number of its key
 UNITS = ("reward", "sd")
@@ -66,8 +66,8 @@ class DTS(Ranged):
     widening: Positive | None = WIDE[0]
     growth: Annotated[float, Range(0, 1, above=True)] | None = WIDE[1]
     exploration: NotNegative | None = None
-    branches: Count = 5
-    parallel: Count = 1
+    branches: Many = 5
+    parallel: Many = 1
     return_best_seen: bool = True
     unit: str = "reward"
 

@@ -24,7 +24,7 @@ from guidance.search.population import STEP, Kind, Population, noises, resampled
 from guidance.search.problem import Problem, Saved, State, estimate
 from guidance.search.smc import Particles, check_resampling, reweight
 from solvers.errors import UserError
-from solvers.ranges import Count, Positive, Range, Ranged, Share
+from solvers.ranges import Many, Positive, Range, Ranged, Share
 
 
 class Potential(NamedTuple):
@@ -56,7 +56,7 @@ class FK(Ranged):
     effective sample size; None at every potential. https://arxiv.org/abs/2501.06848
     """
 
-    particles: Count | None = None
+    particles: Many | None = None
     inverse_temperature: Annotated[float, Range(0, 1_000_000)] = 10.0
     potential: Literal["difference", "max", "sum"] = "difference"
     start: Share = 0.2

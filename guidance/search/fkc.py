@@ -34,7 +34,7 @@ from guidance.search.smc import Particles, check_resampling, reweight
 from solvers.denoiser import Path, Predict, Prediction
 from solvers.errors import Caution, UserError
 from solvers.noise import Noise
-from solvers.ranges import Count, NotNegative, Positive, Range, Ranged, Share
+from solvers.ranges import Many, NotNegative, Positive, Range, Ranged, Share
 from solvers.samplers.step import end, renoise, shrinkage, transition
 
 BOUNDARY = 1e-3  # of zeta^2 around the least that an annealing can have
@@ -108,7 +108,7 @@ class FKC(Ranged):
     """
 
     exponents: Exponents | None = None
-    particles: Count | None = None
+    particles: Many | None = None
     sampler: Literal["ddim", "euler-maruyama"] = "ddim"
     zeta: NotNegative | None = None
     start: Share = 0.2

@@ -22,7 +22,7 @@ from guidance.search.population import (
 )
 from guidance.search.problem import Problem, Saved, State, estimate
 from guidance.search.smc import Particles
-from solvers.ranges import Count, Range, Ranged
+from solvers.ranges import Many, Range, Ranged
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class SVDD(Ranged):
     published code does. https://arxiv.org/abs/2408.08252
     """
 
-    particles: Count | None = None
-    candidates: Count = 4
+    particles: Many | None = None
+    candidates: Many = 4
     inverse_temperature: Annotated[float, Range(0, infinite=True)] = 10.0
 
 
@@ -45,8 +45,8 @@ class Beam(Ranged):
     particles: K, the beams; None takes what the budget pays for. candidates: M of each beam.
     """
 
-    particles: Count | None = None
-    candidates: Count = 4
+    particles: Many | None = None
+    candidates: Many = 4
 
 
 Choose = Callable[[Tensor, Population, int], Tensor]  # rewards (A, K, M), level -> places (A, K) in K * M

@@ -22,7 +22,7 @@ from guidance.search.population import (
 )
 from guidance.search.problem import Problem, Saved, State
 from guidance.search.smc import Particles, check_resampling, reweight
-from solvers.ranges import Count, Positive, Range, Ranged, Share
+from solvers.ranges import Many, Positive, Range, Ranged, Share
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TDS(Ranged):
     steps (https://arxiv.org/abs/2501.05803); None does not temper. At 100 steps DAS takes 0.008.
     """
 
-    particles: Count | None = None
+    particles: Many | None = None
     inverse_temperature: Annotated[float, Range(0, 1_000_000)] = 10.0
     tempering: Positive | None = None
     threshold: Share | None = 0.5

@@ -23,6 +23,9 @@ COMMANDS = {
 GUIDED = ("sample", "eval", "optimize", "search", "alignprop", "dpo")
 EMPTY = ["--guidance", "interval", "--guidance.low", "5", "--guidance.high", "1"]
 
+MANY = {"sample": "--num_images", "compare": "--num_images", "eval": "--images_per_prompt"}
+MANY |= {"optimize": "--seeds_per_prompt", "alignprop": "--train_batch_size", "dpo": "--rank"}
+
 WRONG = [
     *((name, EMPTY, "the interval from low=5.0 to high=1.0 is empty") for name in GUIDED),
     *((name, ["--guidance", "seg", "--guidance.sigma", "-1"], "must be above 0") for name in GUIDED),
@@ -41,6 +44,11 @@ WRONG = [
     ("optimize", ["--grad_clip", "0"], "above 0"),
     ("optimize", ["--held_out", "brightness"], "what is held out must be another"),
     ("search", ["--setting", "start=1", "--setting", "stop=0"], "start must be at most stop"),
+    *((name, [flag, "9" * 18], "from 1 to 1000000") for name, flag in MANY.items()),
+    ("compare", ["--guidance", "cfg", "apg", "cfg"], "--guidance has cfg twice"),
+    ("compare", ["--scales", "5", "5.0"], "--scales has 5.0 twice"),
+    ("optimize", ["--optimizer", "adam[beta1=0.1, beta1=0.2]"], "'beta1' is given twice"),
+    ("search", ["--reward", "jpeg[quality=40, quality=50]"], "'quality' is given twice"),
     ("compare", ["--scales", "nan"], "must be a finite number\n"),
 ]
 
@@ -62,7 +70,7 @@ def test_nonsense_of_commands_without_a_model(picture, tmp_path, monkeypatch):
     refuse(2, "score", "--reward", "tiny-clip", "--prompt", " ", "--", picture, saying=["one is empty"])
     refuse(2, "score", "--reward", "brightness=inf", "--", picture, saying=["finite number"])
     refuse(2, "label", "--images", tmp_path, "--grid", 10, saying=["from 2 to 9"])
-    refuse(2, "rewards", "serve", "brightness", "--max_images", 0, saying=["at least 1"])
+    refuse(2, "rewards", "serve", "brightness", "--max_images", 0, saying=["from 1 to 1000000"])
     refuse(2, "rewards", "serve", "brightness", "--device", "cpuu", saying=["there is no device 'cpuu'"])
     refuse(2, "export", "--lora", tmp_path, "--format", "kohia", "x.safetensors", saying=["kohia"])
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
@@ -91,3 +99,29 @@ def test_a_model_of_weights_that_are_not_finite_draws_and_trains_nothing(tmp_pat
         assert done.exit_code == 1 and done.stdout == "" and isinstance(done.exception, SystemExit), (name, done.stderr)
         assert done.stderr.splitlines()[-1].startswith("difftune: "), (name, done.stderr)
         assert name in ("alignprop", "search") or not (tmp_path / name).exists()  # these can be gone on from
+
+
+def test_a_memory_that_is_full_is_one_sentence(picture, monkeypatch):
+    import difftune.evaluation.score
+
+    def full(path):
+        return torch.empty(1 << 50)
+
+    monkeypatch.setattr(difftune.evaluation.score, "read_picture", full)
+    refuse(1, "score", "--reward", "brightness", picture, saying=["there is not enough memory"])
+
+    def broken(path):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(difftune.evaluation.score, "read_picture", broken)
+    assert isinstance(call("score", "--reward", "brightness", picture).exception, RuntimeError)
+
+
+def test_an_adapter_is_given_once_however_it_is_spelled(model, tmp_path, monkeypatch):
+    pipe = pipelines.sd()
+    lora.add(pipe, rank=2)
+    lora.save(pipe, tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    words = ["sample", *PROMPT, "--model", model, "--output_dir", "out", "--lora"]
+    for again in ("a", "./a", "a/", tmp_path / "a"):
+        refuse(2, *words, "a=0.5", f"{again}=0.5", saying=["is given twice"])

@@ -183,6 +183,18 @@ def flags_of(command: click.Command, draw: Draw) -> dict[str, Any]:
     return found
 
 
+def given(command: click.Command, values: dict[str, Any]) -> list[str]:
+    """The values as words of the command line."""
+    words = []
+    for param in command.params:
+        value = values.get(param.opts[0].lstrip("-"), ())
+        if isinstance(value, bool):
+            words += param.opts[:1] if value else param.secondary_opts
+        else:
+            words += [f"{param.opts[0]}={one}" for one in (value if isinstance(value, list | tuple) else [value])]
+    return words
+
+
 @pytest.mark.parametrize("words", WRITTEN, ids=" ".join)
 def test_a_file_says_what_the_flags_say(words, tmp_path):
     """Of every command: each value, in the file and on the command line, is the same."""
@@ -192,16 +204,7 @@ def test_a_file_says_what_the_flags_say(words, tmp_path):
         values = flags_of(command, draw)
         (tmp_path / "a.yaml").write_text(yaml.dump(values, Dumper=Dumper, allow_unicode=True), "utf-8")
         by_file = command.make_context("x", ["--config", str(tmp_path / "a.yaml"), "--", *files])
-        given = []
-        for name, value in values.items():
-            for one in value if isinstance(value, list) else [value]:
-                switch = {True: [f"--{name}"], False: [f"--no_{name}"] if name != "json" else []}
-                given += (
-                    switch[one]
-                    if isinstance(one, bool)
-                    else [f"--{name}={one!r}" if isinstance(one, float) else f"--{name}={one}"]
-                )
-        by_flags = command.make_context("x", [*given, "--", *files])
+        by_flags = command.make_context("x", [*given(command, values), "--", *files])
         assert repr(sorted(by_file.params.items())) == repr(sorted(by_flags.params.items()))
 
 

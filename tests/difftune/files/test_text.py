@@ -3,12 +3,15 @@
 import json
 
 import pytest
+from PIL import Image
 
 from difftune.errors import UserError
+from difftune.files import text
 from difftune.files.pictures import list_pictures
 from difftune.files.prompts import read_prompts
-from difftune.files.text import read_text
+from difftune.files.text import parse_json, read_text
 from difftune.labelling.choices import read_labels
+from difftune.labelling.server import open_server
 
 TEXT = "a red circle\nun cercle bleu \u00e9\u2028x\n"
 WRITTEN = [
@@ -50,3 +53,44 @@ def test_what_is_no_text_is_named(tmp_path, data, why):
         (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(UserError, match=f"cannot read the text '.*a.txt' .*{why}"):
         read_text(tmp_path / "a.txt", "the text")
+
+
+def test_text_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr(text, "MOST", 1000)
+    with pytest.raises(UserError, match="the text '/dev/zero' is larger than"):
+        read_text("/dev/zero", "the text")
+
+
+TWICE = {
+    "a.json": '{"a.png": "red", "a.png": "blue"}',
+    "b.jsonl": '{"file": "a.png", "prompt": "red", "prompt": "blue"}\n',
+    "c.jsonl": '{"file": "a.png", "prompt": "red"}\n{"file": "./a.png", "prompt": "blue"}\n',
+    "d.csv": "file,prompt\na.png,red\na.png,blue\n",
+    "e.csv": "file,prompt,prompt\na.png,red,blue\n",
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_what_a_table_says_twice_is_refused(tmp_path, name):
+    for picture in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / picture)
+    (tmp_path / name).write_text(TWICE[name])
+    with pytest.raises(UserError, match="twice|two columns"):
+        open_server(images=str(tmp_path), prompts=str(tmp_path / name), labels=str(tmp_path / "l.jsonl"), port=0)
+    assert not (tmp_path / "l.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ['{"file_name": "a.png", "text": "b", "text": "a"}', '{"file_name": "b.png", "text": "a"}']
+)
+def test_captions_that_are_there_twice_are_refused(tmp_path, line):
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "metadata.jsonl").write_text(line + '\n{"file_name": "b.png", "text": "c"}\n')
+    with pytest.raises(UserError, match="twice"):
+        list_pictures(tmp_path)
+
+
+def test_json_says_which_key_is_there_twice():
+    assert parse_json('{"a": [{"b": 1}, {"b": 2}]}') == {"a": [{"b": 1}, {"b": 2}]}
+    with pytest.raises(ValueError, match="the key 'b' is given twice"):
+        parse_json('{"a": [{"b": 1, "c": 2, "b": 1}]}')
