@@ -104,7 +104,7 @@ class LatentModel:
             raise UserError(f"LatentModel does not know {_name(self.pipe)} (family {self.family.name}); use attach")
         if "controlnet" in self.pipe.components:
             raise UserError(f"{_name(self.pipe)}: LatentModel would leave the ControlNet out; use attach")
-        takes, has = self.network.config.in_channels, self.pipe.vae.config.latent_channels
+        takes, has = self.network.config.in_channels, self.family.latents.channels(self.pipe.vae)
         if takes % has:
             raise UserError(f"the network takes {takes} channels, more than the latents' {has}; use attach")
 
@@ -148,18 +148,21 @@ class LatentModel:
         """(height, width) of an image in pixels; the pipeline's own by default."""
         sample = self.family.size(self.network)
         rows, columns = (sample, sample) if isinstance(sample, int) else sample
-        factor = self.pipe.vae_scale_factor
-        return height or rows * factor, width or columns * factor
+        return height or rows * self._factor, width or columns * self._factor
 
     def shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a height x width image; ValueError unless the VAE's factor, times the side of the
         network's patches, divides both."""
         height, width = self.size(height, width)
-        factor = self.pipe.vae_scale_factor
-        multiple = factor * self.family.patch
+        multiple = self._factor * self.family.patch
         if height % multiple or width % multiple:
             raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
-        return self.pipe.vae.config.latent_channels, height // factor, width // factor
+        return self.family.latents.channels(self.pipe.vae), height // self._factor, width // self._factor
+
+    @property
+    def _factor(self) -> int:
+        """Pixels along a side of one place of the latents."""
+        return self.pipe.vae_scale_factor * self.family.latents.patch
 
     def noise(
         self, batch: int, generator: Generators = None, height: int | None = None, width: int | None = None
@@ -201,31 +204,19 @@ class LatentModel:
         `checkpointed`: the backward pass recomputes the decoder instead of storing its activations, `decode_batch`
         images at a time (of a tiled image, tile by tile), and what it holds does not grow with the batch.
         """
-        mean, std, scale = self._statistics(latents)
-        z = widen(latents) * std / scale + mean
+        z = self.family.latents.to_vae(self.pipe.vae, latents)
         decode = partial(checkpoint, self._decode, use_reentrant=False) if checkpointed else self._decode
         images = [decode(part) for part in z.split(self.decode_batch)]
         return images[0] if len(images) == 1 else torch.cat(images)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, C, h, w), the mode of the VAE's posterior, of images (B, 3, H, W) in [0, 1]."""
-        z = widen(self._vae(_mode, 2 * images - 1))
-        mean, std, scale = self._statistics(z)
-        return (z - mean) * scale / std
+        return self.family.latents.from_vae(self.pipe.vae, widen(self._vae(_mode, 2 * images - 1)))
 
     def _decode(self, z: Tensor) -> Tensor:
         with _tiles(self.pipe.vae, again=not self._upcast) if self.tiled else nullcontext():
             pixels = self._vae(lambda vae, z: vae.decode(z, return_dict=False)[0], z)
         return (widen(pixels) / 2 + 0.5).clamp(0, 1)
-
-    def _statistics(self, z: Tensor) -> tuple[Tensor | float, Tensor | float, float]:
-        """(mean, std, scale) with vae latents = latents * std / scale + mean."""
-        config = self.pipe.vae.config
-        mean, std, scale = config.get("latents_mean"), config.get("latents_std"), config.get("scaling_factor") or 1.0
-        if mean is None or std is None:
-            return config.get("shift_factor") or 0.0, 1.0, scale
-        shape = (1, -1, *[1] * (z.ndim - 2))
-        return widen(z).new_tensor(mean).view(shape), widen(z).new_tensor(std).view(shape), scale
 
     def _vae(self, function: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
         """function(vae, x) in the VAE's dtype, or in float32 where its float16 overflows (SDXL)."""

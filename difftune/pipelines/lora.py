@@ -34,6 +34,7 @@ LAYOUTS = {
     "attention": ATTENTION + JOINT,
     "attention+ff+conv": ATTENTION + JOINT + FEED_FORWARD + CONVOLUTIONS,
 }
+SINGLE = "single_transformer_blocks."  # of FLUX.2; those of FLUX.1 have layers of the names above
 MAGNITUDES = "lora_magnitude_vector"  # of DoRA
 NAME = "default"  # of the adapter that is trained, as diffusers' own scripts have it
 
@@ -61,7 +62,7 @@ def add(
         lora_alpha=rank if alpha is None else alpha,
         lora_dropout=dropout,
         init_lora_weights="gaussian",
-        target_modules=list(LAYOUTS[layout]),
+        target_modules=[*LAYOUTS[layout], *single_projections(network)],
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -69,6 +70,13 @@ def add(
     for weight in weights(network).values():
         weight.data = weight.data.float()
     return weights(network)
+
+
+def single_projections(network: nn.Module) -> list[str]:
+    """The attention layers of FLUX.2's blocks of one stream: into queries, keys, values and the feed-forward part at
+    once, and out of it."""
+    names = [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]
+    return [name for name in names if name.startswith(SINGLE) and name.endswith((".to_qkv_mlp_proj", ".to_out"))]
 
 
 def adapted(network: nn.Module) -> bool:

@@ -44,7 +44,8 @@ def check_start(config: TrainingConfig) -> None:
         raise UserError(f"--lora {config.lora} holds no {lora.WEIGHTS}: give the --output_dir of a training run")
     settings, _ = lora.read_adapter(config.lora)
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
-    layers = next((n for n, kept in lora.LAYOUTS.items() if set(kept) == set(settings["target_modules"])), None)
+    targets = {name for name in settings["target_modules"] if not name.startswith(lora.SINGLE)}
+    layers = next((name for name, kept in lora.LAYOUTS.items() if set(kept) == targets), None)
     for flag, own, wanted in (
         ("rank", settings["r"], config.rank),
         ("lora_alpha", settings["lora_alpha"], alpha),

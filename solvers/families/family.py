@@ -12,6 +12,7 @@ from torch import Tensor
 from solvers.denoiser import Cond
 from solvers.errors import UserError
 from solvers.families.after import After
+from solvers.families.latents import Latents
 from solvers.families.patches import Patch
 
 TEXT_INPUTS = ("hidden_states", "encoder_hidden_states", "timestep")
@@ -49,6 +50,7 @@ class Family:
     encode: Encode | None = None  # None: for `attach` only
     call: Callable[[Any, Tensor, Tensor, Cond], Tensor] | None = None  # (network, x, timestep, cond) -> like x
     prediction: Callable[[Tensor, Tensor], Tensor] = lambda out, x: out  # the part of a raw output that predicts
+    latents: Latents = field(default_factory=Latents)
     grid: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None  # of a network that reads tokens: see `packed`
     options: Callable[[Any, tuple[int, int], int], dict[str, Any]] = lambda pipe, latent, steps: {}  # of set_timesteps
     size: Callable[[Any], Any] = lambda network: network.config.sample_size  # of a latent: side, or (rows, columns)

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from solvers.errors import UserError
 from solvers.families.family import Family
 from solvers.families.flux import FLUX
+from solvers.families.flux2 import FLUX2
 from solvers.families.pixart import PIXART
 from solvers.families.qwen import QWEN
 from solvers.families.sana import SANA
@@ -18,7 +19,7 @@ from solvers.families.sd3 import SD3
 from solvers.families.sdxl import SDXL
 from solvers.families.wan import WAN
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD, SDXL, SD3, FLUX, PIXART, SANA, WAN, QWEN)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD, SDXL, SD3, FLUX, FLUX2, PIXART, SANA, WAN, QWEN)}
 
 
 def family_of(pipe: DiffusionPipeline) -> Family:

@@ -11,6 +11,9 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -113,6 +116,61 @@ def flux(scheduler=None, guidance_embeds=False, **config):
         text_encoder_2=t5,
         tokenizer=tokenizer(),
         tokenizer_2=t5_tokenizer(),
+    )
+
+
+def byte_letters():
+    """The letters that stand for the bytes, as GPT-2's tokenizer writes them."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(len(others))]
+
+
+def qwen3(layers, **config):
+    size = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=300, num_hidden_layers=layers, **size, **config)).eval()
+
+
+CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+
+
+def qwen_tokenizer():
+    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    words = {word: i for i, word in enumerate([*byte_letters(), *special])}
+    made = Qwen2Tokenizer(vocab=words, merges=[], extra_special_tokens=special[:2])
+    made.chat_template = CHAT
+    return made
+
+
+def flux2(scheduler=None, is_distilled=False, **config):
+    """FLUX.2 klein; its text model has the 27 layers that are read."""
+    size = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (4, 4, 4, 4)}
+    heads = {"attention_head_dim": 16, "num_attention_heads": 2, "timestep_guidance_channels": 16}
+    texts = {"joint_attention_dim": 24, "guidance_embeds": False}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+
+    def autoencoder():
+        made = diffusers.AutoencoderKLFlux2(
+            block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, layers_per_block=1, **blocks
+        )
+        made.bn.running_mean.copy_(torch.linspace(-0.3, 0.4, 16))
+        made.bn.running_var.copy_(torch.linspace(0.5, 1.7, 16))
+        return made.eval()
+
+    return built(
+        diffusers.Flux2KleinPipeline,
+        transformer=lambda: shaken(diffusers.Flux2Transformer2DModel(**{**size, **heads, **texts, **config})),
+        scheduler=scheduler or flow(use_dynamic_shifting=True),
+        vae=autoencoder,
+        text_encoder=lambda: qwen3(27),
+        tokenizer=qwen_tokenizer(),
+        is_distilled=is_distilled,
     )
 
 

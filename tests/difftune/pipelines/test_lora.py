@@ -30,7 +30,7 @@ def output(pipe) -> torch.Tensor:
 
 
 FAMILIES = {"sd": pipelines.sd, "sdxl": pipelines.sdxl, "sd3": dits.sd3, "flux": dits.flux, "pixart": dits.pixart}
-FAMILIES["sana"] = dits.sana
+FAMILIES |= {"sana": dits.sana, "flux2": dits.flux2}
 
 
 @torch.no_grad()
@@ -62,6 +62,13 @@ def test_every_layout_loads_whole_into_a_fresh_pipeline_of_every_family(tmp_path
     assert ("to_q" in kinds) and (bool(kinds & {"2", "proj", "conv1", "proj_out"}) is (layout != "attention"))
     assert (said(fresh) - said(pipe)).abs().max() <= 1e-5
     assert (said(fresh) - base).abs().max() > 1e-3
+
+
+def test_blocks_of_one_stream_are_trained_in_both_layouts():
+    for layout in lora.LAYOUTS:
+        names = lora.add(dits.flux2(), layout=layout)
+        for layer in ("to_qkv_mlp_proj", "to_out"):
+            assert f"single_transformer_blocks.0.attn.{layer}.lora_A.default.weight" in names
 
 
 @pytest.mark.parametrize("make", [pipelines.sd, pipelines.sdxl])

@@ -24,7 +24,7 @@ from solvers.denoiser import Path
 from solvers.families import table, tokens
 from solvers.latent import LatentModel
 from solvers.samplers.catalogue import euler, sample
-from tests.support.dits import DPM, TEXT, flow, flux, pixart, qwen, sana, sd3, wan
+from tests.support.dits import DPM, TEXT, flow, flux, flux2, pixart, qwen, sana, sd3, wan
 from tests.support.pipelines import WIDTH, ddim, sd, sdxl
 
 pytestmark = pytest.mark.filterwarnings("error:.*guides with its own scale")
@@ -64,6 +64,7 @@ KINDS = {
     "sd3": Kind(sd3, embeds(pooled=2 * WIDTH)),
     "flux": Kind(flux, embeds(pooled=WIDTH), scale="true_cfg_scale"),
     "flux-dev": Kind(partial(flux, guidance_embeds=True), embeds(pooled=WIDTH), scale="true_cfg_scale"),
+    "flux2": Kind(flux2, embeds(24)),
     "pixart-alpha": Kind(
         lambda s: pixart(diffusers.PixArtAlphaPipeline, s), embeds(mask="_attention_mask"), more=UNBINNED
     ),
@@ -96,6 +97,7 @@ OF_KIND = {
     "sd3": (*FLOWS, "flow Euler by size"),
     "flux": ("flow Euler", "flow Euler by size", "flow UniPC"),
     "flux-dev": ("flow Euler by size",),
+    "flux2": ("flow Euler by size", "flow Euler"),
     "pixart-alpha": ("DDIM", "DPM++ 2M"),
     "pixart-sigma": ("DDIM", "Euler", "DPM++ 2M"),
     "sana": (*FLOWS, "DPM++ 2M"),

@@ -10,13 +10,14 @@ import torch
 from diffusers import FluxPipeline
 
 from solvers.denoiser import Path, Prediction
+from solvers.families.flux2 import empirical_mu
 from solvers.families.table import FAMILIES, family_of
 from solvers.families.tokens import packed, unpacked
 from solvers.latent import LatentModel
 from solvers.levels import Clock
 from solvers.noise import Noise
 from solvers.samplers.catalogue import ancestral, dpmpp_2m, end, euler, renoise, sample
-from tests.support.dits import DPM, flow, flux, pixart, qwen, sana, sd3, wan
+from tests.support.dits import DPM, flow, flux, flux2, pixart, qwen, sana, sd3, wan
 from tests.support.pipelines import ddim, sd, sdxl
 
 PROMPTS, NEGATIVES = ["a red circle", "two blue squares"], ["a square", "red"]
@@ -66,6 +67,7 @@ FULL = {
     "sd3-shift-by-size": Case(partial(sd3, flow(use_dynamic_shifting=True)), size=(24, 16)),
     "flux-dev": Case(partial(flux, guidance_embeds=True), call=TRUE_CFG, embedded=3.5, size=(16, 24)),
     "flux-schnell": Case(partial(flux, flow(shift=1.0)), call=TRUE_CFG),
+    "flux2-klein": Case(flux2, size=(16, 24)),
     "pixart-sigma": Case(pixart, dpmpp_2m, call=UNBINNED),
     "pixart-alpha": Case(partial(pixart, diffusers.PixArtAlphaPipeline, ddim()), call=UNBINNED),
     "pixart-alpha-1024": Case(alpha_1024, dpmpp_2m, size=(16, 24), call=UNBINNED),
@@ -113,7 +115,9 @@ def guided(denoiser, conds, scale=SCALE):
 def stock(model, case, steps=STEPS, **more):
     options = {"num_inference_steps": steps, "generator": seeded(), **sized(case), **case.call, **more}
     negatives = {} if case.call["guidance_scale"] == 0 or case.embedded == 7.5 else {"negative_prompt": NEGATIVES}
-    return model.pipe(PROMPTS, **negatives, **options).images
+    if model.family.name == "flux2":  # it takes no negative prompt, but its embedding
+        negatives = {"negative_prompt_embeds": model.pipe.encode_prompt(NEGATIVES)[0]}
+    return model.pipe(prompt=PROMPTS, **negatives, **options).images
 
 
 def relative(ours, theirs):
@@ -131,8 +135,9 @@ def test_own_loop_is_the_pipeline(name):
     theirs = stock(model, case, output_type="latent")
     if isinstance(model.pipe, FluxPipeline):
         theirs = unpacked(theirs, (case.size[0] // 4, case.size[1] // 4))
+    ours = model.family.latents.to_vae(model.pipe.vae, last.x) if model.family.name == "flux2" else last.x
     assert last.x.shape == (2, *model.shape(**sized(case))) and theirs.std() > 0.1
-    assert relative(last.x, theirs) < case.tolerance
+    assert relative(ours, theirs) < case.tolerance
     assert relative(model.decode(last.x), stock(model, case, output_type="pt")) < 1e-4
 
 
@@ -196,6 +201,23 @@ def test_an_autoencoder_without_a_posterior():
     assert ours.abs().sum() > 0
 
 
+@torch.no_grad()
+def test_latents_of_flux2_are_patches_under_the_vaes_batch_norm():
+    """Against the pipeline's own reading of a picture, and back."""
+    pipe = flux2()
+    model, images = LatentModel(pipe), torch.rand(2, 3, 16, 24, generator=seeded())
+    x = model.encode_images(images)
+    torch.testing.assert_close(x, pipe._encode_vae_image(2 * images - 1, None))
+    posterior = pipe.vae.encode(2 * images - 1).latent_dist.mode()
+    torch.testing.assert_close(model.family.latents.to_vae(pipe.vae, x), posterior)
+    assert x.shape == (2, *model.shape(16, 24)) == (2, 16, 4, 6)
+
+
+def test_flux2s_shift_is_the_published_fit():
+    found = [empirical_mu(*of) for of in ((4096, 50), (4096, 4), (1024, 28), (4301, 50))]
+    assert found == pytest.approx([2.023351, 2.291180, 1.859177, 1.184697], abs=1e-6)
+
+
 def test_tokens_are_two_by_two_patches():
     x = torch.randn(2, 4, 6, 8, generator=seeded())
     tokens = packed(x)
@@ -237,7 +259,10 @@ class Asked(Exception):
     """Raised by a network that is called, with its timestep."""
 
 
-DOORS = {name: FULL[name].pipe for name in ("sd3", "flux-dev", "pixart-sigma", "sana")} | {"sd": sd, "sdxl": sdxl}
+DOORS = {name: FULL[name].pipe for name in ("sd3", "flux-dev", "flux2-klein", "pixart-sigma", "sana")} | {
+    "sd": sd,
+    "sdxl": sdxl,
+}
 
 
 @pytest.mark.parametrize("name", DOORS)
@@ -257,7 +282,6 @@ def test_timesteps_are_float32_up_to_the_network(name):
         model.family.call(model.network, model.noise(1).to(torch.bfloat16), told, conds)
     hook.remove()
     heard = asked.value.args[0]
-    divisor = {"flux-dev": 1000, "sana": 1 / pipe.transformer.config.timestep_scale if name == "sana" else 1}.get(
-        name, 1
-    )
+    divisor = 1000.0 if name.startswith("flux") else 1.0
+    divisor = 1 / pipe.transformer.config.timestep_scale if name == "sana" else divisor
     assert heard.dtype == torch.float32 and torch.equal(heard.flatten()[:1], told[None] / divisor)
