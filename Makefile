@@ -30,6 +30,7 @@ docs: $(STAMP)  ## build/site/index.html; offline, and a link to nowhere is an e
 	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 gallery: $(STAMP)  ## the pictures of docs/gallery.md and of the README, by the commands that stand there
+	@$(BIN)/python scripts/plot_measured.py
 	@$(BIN)/python scripts/make_gallery.py
 
 package: $(STAMP)  ## dist/: a wheel and a source archive, checked

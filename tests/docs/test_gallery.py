@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
-from scripts import make_gallery
+import pytest
+
+from scripts import make_gallery, plot_measured
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "gallery.md").read_text()
@@ -18,6 +20,20 @@ def test_every_picture_is_there_and_is_made_by_a_command_of_the_page():
     files = {part for source in made.values() for part in re.findall(r"out/[\w-]+", source)}
     files |= {file.rpartition("/")[0] for _, group in make_gallery.GROUPS for _, file in group}
     assert files == folders
+
+
+@pytest.mark.parametrize("name", plot_measured.PLOTS)
+def test_a_plot_shows_the_table_of_today(name):
+    drawn = (plot_measured.FOLDER / f"{name}.svg").read_text()
+    assert plot_measured.digest(name) in drawn, "the table has changed: run python scripts/plot_measured.py"
+    assert f"(images/measured/{name}.svg)" in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_intervals_are_read_as_they_stand():
+    assert plot_measured.interval("+0.0579 [+0.0426, +0.0740]") == (0.0579, 0.0426, 0.074)
+    assert plot_measured.interval("-0.231 [-0.278, -0.182]") == (-0.231, -0.278, -0.182)
+    with pytest.raises(ValueError, match="has no table with the columns nothing"):
+        plot_measured.table("training.md", "nothing")
 
 
 def test_the_strip_stands_in_the_readme_and_on_the_first_page():
