@@ -71,7 +71,7 @@ def load(path: str | Path) -> State:
     try:
         info = Info(json.loads((path / INFO).read_text()))
         info.path = path
-        tensors = load_file(path / TENSORS)
+        tensors = {name: tensor.clone() for name, tensor in load_file(path / TENSORS).items()}  # as an allocator aligns
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise RunError(f"{path} cannot be resumed from: {type(error).__name__}: {error}") from error
     step = info.pop("step", None)

@@ -232,7 +232,7 @@ def read_state(path: Path) -> tuple[Earlier, dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["difftune"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         history = [Point(*point) for point in about["history"]]
         return Earlier(Saved(tensors, about["info"]), history, about.get("model_digest")), settings_in(about)
     except (SafetensorError, OSError, RecursionError, LookupError, TypeError, ValueError, AttributeError) as error:

@@ -31,7 +31,7 @@ def load(file: str | File) -> Saved:
     try:
         with safe_open(file, "pt") as found:
             header, names = found.metadata() or {}, list(found.keys())
-            tensors = {name: found.get_tensor(name) for name in names}
+            tensors = {name: found.get_tensor(name).clone() for name in names}  # as an allocator aligns them
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is not a saved search ({error}): give the file that a search wrote") from error
     if header.get("format") != FORMAT:
