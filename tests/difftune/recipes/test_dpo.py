@@ -20,12 +20,13 @@ from difftune.files.prompts import listed
 from difftune.labelling.choices import decided
 from difftune.pipelines import lora
 from difftune.recipes import RECIPES, recipe_of, train, train_in_folder
-from difftune.recipes.dpo import dpo_loss, dpo_margin
-from difftune.recipes.dro import dro_loss
-from difftune.recipes.kto import above_mean, kto_baseline, kto_loss, mean_over
-from difftune.rollouts.denoising import draw
-from difftune.rollouts.pairs import Pairs, accuracy_of, best_and_worst, label_pairs, pair_errors, step_draws
+from difftune.recipes.dpo import dpo_loss, dpo_margin, prefer_winners
+from difftune.recipes.dro import denoise_winners, dro_loss
+from difftune.recipes.kto import above_mean, kto_baseline, kto_loss, mean_over, open_marked, part_good_from_bad
+from difftune.rollouts.denoising import denoising_errors, draw
+from difftune.rollouts.pairs import Pairs, accuracy_of, best_and_worst, label_pairs, open_pairs, pair_errors, step_draws
 from difftune.rollouts.rounds import ScoredImages
+from difftune.training.steps import attempt_step
 from rewards.simple import Brightness
 from tests.support import dits, pipelines
 from tests.support.toys import session_of
@@ -349,6 +350,27 @@ def test_run_from_labels_writes_a_lora_that_loads(toy, labels, tmp_path):
     pipelines.sd().load_lora_weights(tmp_path / "out")
     assert "a person's labels" in (tmp_path / "out" / "README.md").read_text()
     assert lora.WEIGHTS in {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_one_update_draws_the_model_to_the_better_pictures(toy, labels):
+    """The denoising error of what a person chose falls beside that of the rest, at the draws of the update."""
+    session = session_of(replace(toy, labels=labels, learning_rate=1e-4), pipelines.sd())
+    (turn,) = (open_marked if isinstance(toy, KTOConfig) else open_pairs)(session).at(0)
+    update = {KTOConfig: part_good_from_bad, DPOConfig: prefer_winners, DROConfig: denoise_winners}[type(toy)]
+
+    def advantage():
+        draws = step_draws(session, 0, turn.numbers)
+        with torch.no_grad():
+            if isinstance(toy, KTOConfig):
+                errors = denoising_errors(session.images.denoiser, turn.images.latents, draws, turn.images.cond)
+                return (turn.images.signs * errors).mean()
+            errors = pair_errors(session.images, turn.images, draws)
+            return (errors.winner - errors.loser).mean()
+
+    before = advantage()
+    with attempt_step(session.run, 0) as metrics:
+        metrics.update(update(session, [turn], 0))
+    assert metrics["grad_norm"] > 0 and advantage() < before
 
 
 @pytest.mark.parametrize(
