@@ -19,6 +19,7 @@ class Settings(Ranged):
     sigma: Annotated[float, Range(0, above=True, infinite=True)] = 1.0
     weights: tuple[Positive, ...] = ()
     target: float | None = None
+    either: int | float | None = None
     name: str = "a"
     on: bool = True
 
@@ -33,6 +34,8 @@ WRONG = [
     ({"sigma": nan}, "sigma is nan"),
     ({"weights": (1.0, -2.0)}, "weights is -2.0: it must be above 0"),
     ({"target": inf}, "target is inf: it must be a finite number"),
+    ({"either": "x"}, "either is 'x': it must be a number"),
+    ({"decay": [0.5]}, "decay is '[0.5]': it must be a number"),
     ({"rank": -(10**5000)}, "rank is a number of about 5000 digits: it must be at least 1"),
 ]
 
@@ -49,6 +52,6 @@ def test_numbers_in_their_ranges_and_what_is_no_number_pass():
 
 
 def test_ranges_are_of_the_numbers_alone():
-    assert set(ranges(Settings)) == {"rank", "decay", "share", "sigma", "weights", "target"}
+    assert set(ranges(Settings)) == {"rank", "decay", "share", "sigma", "weights", "target", "either"}
     assert range_of(str) is None and range_of(bool) is None
     assert str(ranges(Settings)["rank"]) == "at least 1"
