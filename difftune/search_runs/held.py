@@ -8,7 +8,7 @@ import torch
 from difftune.errors import UserError
 from difftune.pipelines.engine import frozen, held
 from difftune.search_runs.problem import Adapter
-from guidance.search.dts import DTS
+from guidance.search.dts import DTS, shaped
 from guidance.search.fkc import FKC
 from guidance.search.population import size_for
 from guidance.search.problem import Problem, estimate
@@ -80,7 +80,8 @@ def kept(problem: Problem, config: Any, said: Prediction, gradient: bool) -> int
     going = alive(problem, config) * (latents * latent + 4 * memory)
     if not isinstance(config, DTS):
         return going + 2 * paid(problem, config) * latent
-    nodes = paid(problem, config) * (config.branches + 1) if torch.device(problem.device).type == "cpu" else 0
+    branches = shaped(problem, config).branches or 0
+    nodes = paid(problem, config) * (branches + 1) if torch.device(problem.device).type == "cpu" else 0
     return going + nodes * (latent + memory)
 
 

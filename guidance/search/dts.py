@@ -40,6 +40,7 @@ from solvers.ranges import Many, NotNegative, Positive, Range, Ranged
 EDGE, SELECT, DESCEND = 1, 2, 3  # what the noise is for: the first number of its key
 UNITS = ("reward", "sd")
 NARROW, WIDE = (1.0, 0.5), (2.0, 0.8)  # widening and growth: ours, and the paper's
+BRANCHES = 5  # the paper's for images
 MANY = 1000  # images of a tree, below which the paper's mostly draws new noise
 
 
@@ -53,7 +54,8 @@ class DTS(Ranged):
     pays for fewer than 1,000 images of each tree or there is none, and the paper's 2 and 0.8 above. exploration: c of
     "uct"; None is 1 / lambda. unit: what lambda and c are given in: "reward", the reward's own unit, or "sd" (ours),
     the standard deviation of the tree's rewards so far, so that the search is the same whatever the reward's scale.
-    branches: levels at which trees branch, pure noise among them, equally spaced. parallel: rollouts of a tree at once.
+    branches: levels at which trees branch, pure noise among them, equally spaced; None is 5, or every step of a shorter
+    run. parallel: rollouts of a tree at once.
     return_best_seen: a state's sample is the leaf of the largest reward; False: the one that a descent by the values
     ends in, drawn from the target ("uct": of the largest values).
 
@@ -66,7 +68,7 @@ class DTS(Ranged):
     widening: Positive | None = WIDE[0]
     growth: Annotated[float, Range(0, 1, above=True)] | None = WIDE[1]
     exploration: NotNegative | None = None
-    branches: Many = 5
+    branches: Many | None = None
     parallel: Many = 1
     return_best_seen: bool = True
     unit: str = "reward"
@@ -125,8 +127,10 @@ def dts(problem: Problem, config: DTS | None = None, saved: Saved | None = None)
     """
     config = config or DTS()
     problem.needs_noise("a tree")
-    if config.branches > problem.steps:
-        raise UserError(f"{config.branches} branches and {problem.steps} steps: a tree branches once a step at most")
+    if (config.branches or 1) > problem.steps:
+        raise UserError(
+            f"{config.branches} branches and {problem.steps} steps: a tree branches once a step at most; lower branches"
+        )
     check_budget(problem, shaped(problem, config))
     return _grown(Forest(problem, config), saved)
 
@@ -143,11 +147,12 @@ def images(problem: Problem) -> int | None:
 
 
 def shaped(problem: Problem, config: DTS) -> DTS:
-    """The settings with the widening and the growth that the budget asks for, if they are None."""
+    """The settings with the branches that the steps allow, and the widening and growth that the budget asks for, where
+    they are None."""
     paid = images(problem)
     widening, growth = WIDE if paid is not None and paid >= MANY else NARROW
-    given = (config.widening, config.growth)
-    return replace(config, widening=given[0] or widening, growth=given[1] or growth)
+    given = {"widening": config.widening or widening, "growth": config.growth or growth}
+    return replace(config, branches=config.branches or min(BRANCHES, problem.steps), **given)
 
 
 def check_budget(problem: Problem, config: DTS) -> None:
@@ -213,7 +218,8 @@ class Forest:
 
     def __init__(self, problem: Problem, config: DTS):
         self.problem, self.given, self.config = problem, config, shaped(problem, config)
-        self.stops = branching_levels(problem.steps, config.branches)
+        assert self.config.branches is not None
+        self.stops = branching_levels(problem.steps, self.config.branches)
         self.trees = [Tree(len(self.stops)) for _ in problem.seeds]
         self.best: list[int | None] = [None] * len(self.trees)
 

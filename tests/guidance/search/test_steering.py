@@ -6,6 +6,7 @@ and depend on its seeds alone.
 
 import json
 from dataclasses import replace
+from functools import partial
 from math import log, sqrt
 
 import pytest
@@ -17,10 +18,12 @@ from guidance.search.baselines import BestOfN, Importance, best_of_n_kl
 from guidance.search.catalogue import SEARCHES
 from guidance.search.dts import DTS, DTSStar, DTSStarPaper
 from guidance.search.fk import FK, scheduled
-from guidance.search.problem import Saved, Spent
+from guidance.search.problem import Problem, Saved, Spent
 from guidance.search.selection import SVDD
 from guidance.search.tds import TDS, tempered
 from solvers.denoiser import Path
+from solvers.exact import Gaussian, bind
+from solvers.noise import cosine, flow, grid
 from tests.support.chains import F64, STATES, Linear, chain, chain_target, histogram, log_z, moments
 
 SHORT = Linear(steps=4, low=0.5)
@@ -66,6 +69,19 @@ def test_the_best_never_gets_worse_and_the_budget_holds(name):
     assert (states[-1].nfe <= 60).all()
     assert (states[-1].nfe > 30).all()  # and is used
     assert states[-1].reward.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:the budget pays for")
+@pytest.mark.parametrize("levels", [partial(grid, flow), partial(grid, cosine, start=0.98)], ids=["flow", "vp"])
+def test_every_search_at_any_number_of_steps(name, levels):
+    """With the default settings, from 1 step to 250: it ends, at what the budget pays for, and with a sample."""
+    exact = Gaussian(torch.tensor([0.5], **F64), 1.0)
+    for steps in (1, 2, 3, 100, 250):
+        problem = Problem(levels(steps), lambda groups: bind(exact, {}), lambda x0, groups: x0[:, 0], (1,),
+                          nfe_budget=6 * steps, costs=(1,) * steps, **F64)  # fmt: skip
+        *_, last = SEARCHES[name].search(problem, SEARCHES[name].config())
+        assert 4 * steps <= int(last.nfe) <= 6 * steps and bool(last.x0.isfinite().all())
+        assert last.reward.item() == pytest.approx(last.x0.item(), abs=1e-9)
 
 
 def test_the_best_is_the_best_of_the_finished_samples(name):
