@@ -151,8 +151,8 @@ def shaped(problem: Problem, config: DTS) -> DTS:
     they are None."""
     paid = images(problem)
     widening, growth = WIDE if paid is not None and paid >= MANY else NARROW
-    given = {"widening": config.widening or widening, "growth": config.growth or growth}
-    return replace(config, branches=config.branches or min(BRANCHES, problem.steps), **given)
+    branches = config.branches or min(BRANCHES, problem.steps)
+    return replace(config, branches=branches, widening=config.widening or widening, growth=config.growth or growth)
 
 
 def check_budget(problem: Problem, config: DTS) -> None:
