@@ -211,11 +211,13 @@ class LatentModel:
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, C, h, w), the mode of the VAE's posterior, of images (B, 3, H, W) in [0, 1]."""
-        return self.family.latents.from_vae(self.pipe.vae, widen(self._vae(_mode, 2 * images - 1)))
+        latents = self.family.latents
+        return latents.from_vae(self.pipe.vae, widen(self._vae(_mode, latents.filmed(2 * images - 1))))
 
     def _decode(self, z: Tensor) -> Tensor:
         with _tiles(self.pipe.vae, again=not self._upcast) if self.tiled else nullcontext():
             pixels = self._vae(lambda vae, z: vae.decode(z, return_dict=False)[0], z)
+        pixels = pixels[:, :, 0] if self.family.latents.frames else pixels
         return (widen(pixels) / 2 + 0.5).clamp(0, 1)
 
     def _vae(self, function: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:

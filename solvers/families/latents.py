@@ -31,20 +31,27 @@ def of_batch_norm(vae: Any, z: Tensor) -> Statistics:
 @dataclass(frozen=True)
 class Latents:
     """Latents x (B, C, h, w) of a family: z = x std / scale + mean is what the VAE decodes, in patches of `patch` x
-    `patch` that are channels of x."""
+    `patch` that are channels of x, or, with `frames`, as the only frame of a film."""
 
     channels: Callable[[Any], int] = lambda vae: vae.config.latent_channels
     patch: int = 1
     statistics: Callable[[Any, Tensor], Statistics] = of_config
+    frames: bool = False
 
     def to_vae(self, vae: Any, x: Tensor) -> Tensor:
         """What the VAE decodes, in float32 or better."""
         mean, std, scale = self.statistics(vae, x)
         z = widen(x) * std / scale + mean
-        return F.pixel_shuffle(z, self.patch) if self.patch > 1 else z
+        z = F.pixel_shuffle(z, self.patch) if self.patch > 1 else z
+        return self.filmed(z)
 
     def from_vae(self, vae: Any, z: Tensor) -> Tensor:
         """`to_vae` undone."""
+        z = z[:, :, 0] if self.frames else z
         x = F.pixel_unshuffle(z, self.patch) if self.patch > 1 else z
         mean, std, scale = self.statistics(vae, x)
         return (widen(x) - mean) * scale / std
+
+    def filmed(self, x: Tensor) -> Tensor:
+        """Pictures or latents (B, C, H, W) as the VAE has them: with an axis of frames, if it is one of films."""
+        return x[:, :, None] if self.frames else x

@@ -1,10 +1,41 @@
-"""Qwen-Image, which `attach` alone can guide."""
+"""Qwen-Image."""
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers.denoiser import Cond
 from solvers.families.after import NORM
-from solvers.families.family import TEXT_INPUTS, sequential_family
+from solvers.families.family import TEXT_INPUTS, guidance_told, sequential_family
+from solvers.families.flux import shifted_flux
+from solvers.families.latents import Latents
 from solvers.families.patches import SKIPPED_JOINT
+from solvers.families.tokens import packed, unpacked
+from solvers.modules import execution_device
 
 QWEN_INPUTS = (*TEXT_INPUTS, "encoder_hidden_states_mask", "guidance")
+
+
+def encode_qwen(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
+    """Qwen2.5-VL's hidden states (B, L, D), and their mask (B, L) unless every token counts."""
+    told = guidance_told(pipe.transformer, "guidance_embeds", embedded_guidance)
+    more = {"guidance": torch.full([len(prompts)], embedded_guidance, device=execution_device(pipe))} if told else {}
+    conds: dict[str, Cond] = {}
+    for branch, texts in {"cond": prompts, "uncond": negatives or [" "] * len(prompts)}.items():
+        hidden, mask = pipe.encode_prompt(texts)
+        masked = {} if mask is None else {"encoder_hidden_states_mask": mask}
+        conds[branch] = {"encoder_hidden_states": hidden, **masked, **more}
+    return conds
+
+
+def call_qwen(network: Any, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+    """Tokens of 2 x 2 patches, and a timestep in [0, 1]."""
+    rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
+    timestep = timestep.to(x.device, torch.float32).expand(len(x)) / 1000
+    shapes = [[(1, rows, columns)]] * len(x)
+    out = network(packed(x), timestep=timestep, **cond, img_shapes=shapes, return_dict=False)[0]
+    return unpacked(out, (rows, columns))
 
 
 QWEN = sequential_family(
@@ -12,6 +43,12 @@ QWEN = sequential_family(
     patches=SKIPPED_JOINT,
     pipelines=("QwenImagePipeline",),
     batch_first=QWEN_INPUTS,
+    encode=encode_qwen,
+    call=call_qwen,
+    latents=Latents(channels=lambda vae: vae.config.z_dim, frames=True),
     grid=lambda arguments: tuple(arguments["img_shapes"][0][0][1:]),
+    options=shifted_flux,
+    size=lambda network: 128,  # QwenImagePipeline.default_sample_size: the network has none
+    patch=2,
     after=NORM,
 )

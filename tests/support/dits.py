@@ -11,6 +11,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -237,7 +239,7 @@ def wan(scheduler=None, experts=1, boundary_ratio=None, **config):
     )
 
 
-def qwen(scheduler=None, guidance_embeds=False, **config):
+def qwen(scheduler=None, guidance_embeds=False, texts=False, **config):
     size = {"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 1, "axes_dims_rope": (8, 4, 4)}
     heads = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": TEXT}
     blocks = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]}
@@ -249,6 +251,14 @@ def qwen(scheduler=None, guidance_embeds=False, **config):
         ),
         scheduler=scheduler or flow(use_dynamic_shifting=True),
         vae=lambda: diffusers.AutoencoderKLQwenImage(**blocks, **statistics).eval(),
-        text_encoder=None,
-        tokenizer=None,
+        text_encoder=qwen_vl if texts else None,
+        tokenizer=qwen_tokenizer() if texts else None,
     )
+
+
+def qwen_vl():
+    text = {"vocab_size": 300, "hidden_size": TEXT, "intermediate_size": TEXT, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
+    eyes = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": TEXT, "fullatt_block_indexes": [0]}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=eyes)).eval()
