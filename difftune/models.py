@@ -72,7 +72,8 @@ def load(name_or_path: str | Path, **options: Any) -> "DiffusionPipeline":
     from diffusers import DiffusionPipeline
 
     where = source(name_or_path)
-    options = {"torch_dtype": torch.float32, "use_safetensors": True} | options
+    dtype = options.pop("torch_dtype", torch.float32)  # the older name of dtype
+    options = {"dtype": dtype, "use_safetensors": True} | options
     if isinstance(where, Path):
         check_folder(where)
     try:

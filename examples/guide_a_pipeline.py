@@ -52,9 +52,9 @@ for name, images in pictures.items():
 # Two lines change, the pipeline and the prompts; for the oracle take `pickscore`, which judges photographs.
 #
 # ```python
-# pipe = load_model("stable-diffusion-v1-5/stable-diffusion-v1-5", torch_dtype=torch.float16).to("cuda")   # SD 1.5
-# pipe = load_model("stabilityai/stable-diffusion-xl-base-1.0", torch_dtype=torch.bfloat16).to("cuda")     # SDXL
-# pipe = load_model("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16).to("cuda")                 # FLUX
+# pipe = load_model("stable-diffusion-v1-5/stable-diffusion-v1-5", dtype=torch.float16).to("cuda")   # SD 1.5
+# pipe = load_model("stabilityai/stable-diffusion-xl-base-1.0", dtype=torch.bfloat16).to("cuda")     # SDXL
+# pipe = load_model("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")                 # FLUX
 # PROMPTS = ["a photo of a cat left of a dog", "two green apples on a black table"]
 # ```
 #

@@ -48,7 +48,7 @@ for method in ("best-of-n", "fk"):
 # reward = {"hps-v2.1": 5.0, "imagereward": 1.0, "clip": 0.01, "pickscore": 0.05}
 # pipe = load_model("stabilityai/sd-turbo").to("cuda")                                           # SD
 # pipe = load_model("stabilityai/sdxl-turbo").to("cuda")                                         # SDXL
-# pipe = load_model("black-forest-labs/FLUX.1-schnell", torch_dtype=torch.bfloat16).to("cuda")   # FLUX
+# pipe = load_model("black-forest-labs/FLUX.1-schnell", dtype=torch.bfloat16).to("cuda")   # FLUX
 # better = ReNO(pipe, reward).optimize(PROMPT)
 #
 # pipe = load_model("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")

@@ -123,7 +123,7 @@ def precision(reno: ReNO) -> dict[str, str]:
 def make_reno(config: RenoConfig, pipe: Any, reward: Reward | None) -> ReNO:
     """The ReNO that the settings describe."""
     return ReNO(
-        load_model(config.model, torch_dtype=DTYPES[config.mixed_precision]) if pipe is None else pipe,
+        load_model(config.model, dtype=DTYPES[config.mixed_precision]) if pipe is None else pipe,
         parse_rewards(config.reward) if reward is None else reward,
         None if config.held_out is None else reward_named({config.held_out: 1.0}, gradient=False),
         **vars(noise_settings(config)),

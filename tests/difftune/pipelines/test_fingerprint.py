@@ -44,7 +44,7 @@ def retrain(model: Path, part: str = "unet") -> None:
 def test_digest_is_of_the_weights_whatever_the_folder_or_precision(model, tmp_path):
     first = digest_of(models.load(model))
     assert len(first) == 16
-    assert digest_of(models.load(model, torch_dtype=torch.float16)) == first
+    assert digest_of(models.load(model, dtype=torch.float16)) == first
     shutil.copytree(model, tmp_path / "copy")
     assert digest_of(models.load(tmp_path / "copy")) == first
     (tmp_path / "copy/unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"a variant beside it")
