@@ -10,7 +10,7 @@ from difftune.recipes import adjoint_matching, check_recipe, train
 from difftune.recipes.adjoint_matching import Limit, adjoint_loss, draw_steps, match, memoryless, sweep_back
 from difftune.rollouts.policy import Policy
 from rewards.simple import Brightness
-from solvers.exact import Gaussian, bind
+from solvers.exact import Gaussian, Mixture, bind
 from solvers.noise import flow, grid
 from solvers.rollout.lean import WithBase, lean_sweep
 from solvers.rollout.modes import rollout
@@ -92,6 +92,39 @@ def test_a_quadratic_rewards_optimum_is_that_of_the_discrete_chain():
     """r = -(x - 2)^2 / 2: mean 1.0900 and variance .4255 at ten steps, 1.25 and .5 in the limit."""
     mean, variance = fixed_point(10, lambda x: 2 - x, n=4000, rounds=12)
     assert mean == pytest.approx(1.0900, abs=3 * 0.004) and variance == pytest.approx(0.4255, abs=3 * 0.004)
+
+
+def features(x: torch.Tensor) -> torch.Tensor:
+    """1 and bumps along the line, (N, 20): a control that can bend."""
+    return torch.cat([torch.ones_like(x), (-((x - torch.linspace(-3, 3, 19).to(x)) ** 2) / 0.4).exp()], 1)
+
+
+def test_of_a_mixture_the_weights_are_tilted_too():
+    """Two Gaussians at -1 and 1 of deviation .5, reward x: weights .1192 and .8808 at -.75 and 1.25, mean 1.0115. The
+    controls bend with x, and each round fits them on its own states."""
+    steps, n = 50, 3000
+    levels, base = grid(flow, steps), bind(Mixture(torch.tensor([[-1.0], [1.0]]).double(), 0.5), {})
+    generator = torch.Generator().manual_seed(0)
+    controls = torch.zeros(steps, 20, 1, dtype=torch.float64)
+    for _ in range(6):
+        states, looked, stds = [torch.randn(n, 1, generator=generator, dtype=torch.float64)], [], []
+        for k in range(steps):
+            mean, std = transition(base(Point(states[-1]), levels[k]), levels[k], levels[k + 1], 1.0)
+            looked.append(features(states[-1]))
+            stds.append(std)
+            noise = torch.randn(n, 1, generator=generator, dtype=torch.float64)
+            states.append(mean + std * (looked[-1] @ controls[k]) + std * noise)
+        adjoints = lean_sweep(base, states, levels, -torch.ones_like(states[-1]))
+        for k in range(steps - 1):
+            own, zero = controls[k].clone().requires_grad_(), torch.zeros(n, 1, dtype=torch.float64)
+            loss = adjoint_loss(stds[k] * (looked[k] @ own), zero, stds[k], adjoints[k + 1]).mean()
+            (gradient,) = torch.autograd.grad(loss, own)
+            hessian = 2 * looked[k].T @ looked[k] / n + 1e-6 * torch.eye(20, dtype=torch.float64)
+            controls[k] -= torch.linalg.solve(hessian, gradient)
+    end = states[-1][:, 0]
+    error = end.std() / n**0.5
+    assert abs(end.mean() - 1.0115) < 3 * error + 0.03  # of 50 steps
+    assert abs((end > 0).double().mean() - 0.8833) < 0.025
 
 
 # ------------------------------------------------------------------------------------------------ against the engine

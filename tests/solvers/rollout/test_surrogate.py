@@ -135,6 +135,30 @@ def test_each_points_up_the_exact_gradient():
         assert torch.cosine_similarity(exact, gradient(f"truncated:{mode}"), 0) > 0.9, mode
 
 
+def test_biases_on_a_gaussian():
+    """Of N(mu, .25) and 25 steps, d end / d mu is 1: what each surrogate makes of it, as the docs say."""
+
+    def gradient(mode: str) -> float:
+        mu = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+
+        class Moved:
+            tensors = (mu,)
+
+            def __call__(self, path, at):
+                t, power = at.sigma, (1 - at.sigma) ** 2 * 0.25 + at.sigma**2
+                return predicted("flow", path.x, at, (t - (1 - t) * 0.25) / power * (path.x - (1 - t) * mu) - mu)
+
+        end = rollout(euler, Moved(), torch.zeros(1, 1, dtype=torch.float64), grid(flow, 25), mode).x
+        return torch.autograd.grad(end.sum(), mu)[0].item()
+
+    assert gradient("checkpoint") == pytest.approx(1, abs=0.02)
+    assert gradient(f"truncated:{'1' * 25}:held") == pytest.approx(1.202, abs=2e-3)
+    assert gradient("truncated:1") == pytest.approx(0.007, abs=1e-3)
+    pairs = [(k, j) for k in range(0, 24, 3) for j in range(k + 1, 25, 2)]  # of 300 pairs, whose mean is .875
+    leaps = sum(gradient(f"truncated:{k},{j},0.3:leap") for k, j in pairs) / len(pairs)
+    assert leaps == pytest.approx(0.875, abs=0.03)
+
+
 @pytest.mark.parametrize("mode", ["11111:held", "01011:held", "01011,1,3,0.5:bridge", "1,3,0.3:leap", "2,3:direct"])
 def test_what_carries_gradient_is_recomputed_one_call_at_a_time(mode):
     net = Net()
