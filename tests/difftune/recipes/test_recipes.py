@@ -20,6 +20,7 @@ import torch
 from difftune.errors import RunError
 from difftune.files import checkpoint
 from difftune.files.checkpoint import State
+from difftune.files.claim import claimed
 from difftune.pipelines import lora
 from difftune.recipes import RECIPES, train, train_in_folder
 from rewards.network.judge import Judge
@@ -337,6 +338,22 @@ class Stopped(Bright):
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "two")] == ["checkpoint-2"]
     assert checkpoint.load(tmp_path / "two" / "checkpoint-2").info["num_processes"] == 2
     assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_folder_in_use_is_refused_in_both_processes(tmp_path):
+    """Only the first of the two claims the folder, and the other would wait for it."""
+    config = toy("alignprop", tmp_path, output_dir=str(tmp_path / "two"))
+    here = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29753"}
+    line = command("alignprop", config)
+    with claimed(tmp_path / "two"):
+        both = [
+            subprocess.Popen(line, env=here | {"RANK": i, "LOCAL_RANK": i}, stderr=subprocess.PIPE, text=True)
+            for i in ("0", "1")
+        ]
+        said = [process.communicate()[1] for process in both]
+    assert all(f"is in use by process {os.getpid()}: wait" in text for text in said), said
 
 
 @pytest.mark.slow
