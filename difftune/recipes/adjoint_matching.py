@@ -35,7 +35,7 @@ from solvers.samplers.step import transition
 
 
 def train_adjoint_matching(session: Session[AdjointMatchingConfig]) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step that is left."""
+    """Metrics and state after each remaining optimiser step."""
     run, policy = session.run, memoryless(session.images)
     limit = Limit(run.own.info.get("limit"))
     for step in session.steps:

@@ -1,9 +1,15 @@
 """AlignProp: fine-tune a LoRA on a differentiable reward, through the sampler (https://arxiv.org/abs/2310.03739).
 
-    maximise  J(theta) = E_{c, x_T} [ R(decode(x_0(theta, x_T, c)), c) ] - kl_coeff KL(theta)
+    maximise  J(theta) = loss_coeff E_{c, x_T} [ R(decode(x_0(theta, x_T, c)), c) ] - kl_coeff KL(theta)
 
-The gradient goes through the reward, the VAE's decoder and the last K steps of the sampler; K is drawn anew for each
-optimiser step. DRaFT, ReFL and DRTune are `ascend` with other steps that carry gradient, and another loss.
+The gradient goes through the reward, the VAE's decoder and the last K steps of the sampler. K is drawn anew for each
+optimiser step, unless `gradient` names the engine's mode, or every step is to carry gradient within a memory budget:
+then a plan chooses the mode. DRaFT, ReFL and DRTune are `ascend` with other steps that carry gradient, or another loss.
+
+    sampling     rollouts/image_sampler.py (`ImageSampler.draw`)
+    truncation   `truncation` below; its mode runs in solvers/rollout/truncated.py
+    KL           recipes/reward_gradient.py (`divergence`)
+    update       training/steps.py (`take_step`)
 """
 
 import random
@@ -36,7 +42,7 @@ Loss = Callable[[Tensor], Tensor]  # scores (B,) -> the loss, ()
 
 
 def train_alignprop(session: Session[AlignPropConfig]) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step that is left."""
+    """Metrics and state after each remaining optimiser step."""
     config, levels = session.config, session.images.levels
     modes = drawn_surrogates(config, levels) if is_surrogate(config.gradient) else truncation(config)
     yield from ascend(session, modes, partial(alignprop_loss, coefficient=config.loss_coeff))
@@ -48,7 +54,7 @@ def alignprop_loss(scores: Tensor, coefficient: float = 1.0) -> Tensor:
 
 
 def ascend(session: Session[RewardGradientConfig], modes: Modes, loss: Loss) -> Iterator[tuple[Metrics, State]]:
-    """Up the reward's gradient: metrics and state after each optimiser step that is left."""
+    """Up the reward's gradient: metrics and state after each remaining optimiser step."""
     with plan_engine(session, modes) as plan:
         for step in session.steps:
             gradient = plan.gradient if modes.of is None else modes.of(step)

@@ -1,12 +1,18 @@
 """D3PO: fine-tune a LoRA on preferences between sampled images, step by step (https://arxiv.org/abs/2311.13231).
 
-Two images of one prompt are sampled from one x_T. Which of them is better, the reward says, or a person; each step of
-the better one is then preferred to the same step of the worse one:
+`num_images_per_prompt` images of one prompt are sampled from one x_T, and all pairs of them are compared. The reward or
+a person says which is better; training then prefers each step of it to the same step of the other:
 
-    l_k  = log pi_theta(x_{t-1}^k | x_t^k, c) / pi_ref(x_{t-1}^k | x_t^k, c), kept within log(1 -+ clip_range),
+    l_k  = 1/n log pi_theta(x_{t-1}^k | x_t^k, c) / pi_ref(x_{t-1}^k | x_t^k, c), for a latent of n elements,
+           clipped to [log(1 - clip_range), log(1 + clip_range)],
     loss = mean over pairs and steps of  -log sigmoid(beta (l_winner - l_loser)).
 
-The reference is the model before training. Only the order of two rewards counts.
+l is a mean over the latent's elements, not a sum, and beta is for that. The reference is the model before training.
+Only the order of two rewards counts. A person labels pairs of images; both are sampled again, each from its own x_T.
+
+    sampling     rollouts/trajectories.py (`roll_out`); labelled images: rollouts/replay.py
+    log-ratio    rollouts/policy.py (`log_ratio`)
+    update       training/steps.py (`take_step`)
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +38,7 @@ from difftune.training.steps import attempt_step, gather_statistics, take_step
 
 
 def train_d3po(session: Session[D3POConfig]) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step that is left."""
+    """Metrics and state after each remaining optimiser step."""
     run, policy = session.run, policy_of(session.images, session.config.eta)
     session.tell(eta=f"{policy.eta:g}")
     sample = open_preferences(session, policy)
@@ -45,10 +51,12 @@ def train_d3po(session: Session[D3POConfig]) -> Iterator[tuple[Metrics, State]]:
 def d3po_loss(
     first: Tensor, second: Tensor, label: Tensor, beta: float = 0.1, clip_range: float | None = 0.1
 ) -> Tensor:
-    """The mean of -log sigmoid(beta label (l_1 - l_2)), l being log-ratios kept within log(1 -+ clip_range).
+    """The mean of -log sigmoid(beta label (l_1 - l_2)), l being the log-ratios clipped to
+    [log(1 - clip_range), log(1 + clip_range)].
 
-    first, second: log pi_theta / pi_ref (P,) of the same step of each pair's members. label (P,): 1 if the first is
-    preferred, -1 if the second, 0 for a tie, which has no gradient. clip_range None: the log-ratios as they are.
+    first, second: log pi_theta / pi_ref (P,), means over latent elements, of the same step of each pair's two images.
+    label (P,): 1 if the first is preferred, -1 if the second, 0 for a tie, which has no gradient. clip_range None: the
+    log-ratios as they are.
     """
     if clip_range is not None:
         first, second = (clip_log_ratio(ratio, clip_range) for ratio in (first, second))
@@ -60,7 +68,7 @@ def clip_log_ratio(log_ratio: Tensor, clip_range: float) -> Tensor:
 
 
 def prefer(session: Session[D3POConfig], policy: Policy, batches: list["Ranked"]) -> Metrics:
-    """One optimiser step: a backward pass for every random step of every batch of trajectories, and the update."""
+    """One optimiser step: a backward pass for every stochastic sampler step of every batch, and the update."""
     config, run = session.config, session.run
 
     def loss_of(turn: tuple[Ranked, int]) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -82,7 +90,7 @@ def prefer(session: Session[D3POConfig], policy: Policy, batches: list["Ranked"]
 
 
 def open_preferences(session: Session[D3POConfig], policy: Policy) -> Callable[[range], "Ranked"]:
-    """Batches of trajectories: of a person's choices, made again; or sampled now, and ordered by the reward."""
+    """What gives the batches: a person's labelled images sampled again, or new images ranked by the reward."""
     if session.config.labels is not None:
         choices = open_choices(session, policy)
         return lambda numbers: rank(choices(numbers), 2)
@@ -101,7 +109,7 @@ class Ranked(NamedTuple):
 
 
 def rank(rolled: Rolled, group: int) -> Ranked:
-    """Every two of `group` samples in a row, and which of them has the greater score."""
+    """All pairs within each block of `group` consecutive samples, and which of the two has the greater score."""
     starts = range(0, len(rolled.scores), group)
     pairs = [(start + i, start + j) for start in starts for i, j in combinations(range(group), 2)]
     first, second = torch.tensor(pairs, device=rolled.scores.device).T

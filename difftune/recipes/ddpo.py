@@ -32,7 +32,7 @@ from difftune.training.steps import attempt_step, statistics, take_step
 
 
 def train_ddpo(session: Session[DDPOConfig]) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step that is left.
+    """Metrics and state after each remaining optimiser step.
 
     The rewards in the metrics are those of the step's round, which the weights at the round's beginning have made.
     """
@@ -57,17 +57,17 @@ def ddpo_loss(advantages: Tensor, log_ratios: Tensor, clip_range: float = 1e-4) 
 
 
 def advantages(scores: Tensor, group: int = 1, limit: float = 5.0) -> Tensor:
-    """(R - mean) / (std + 1e-8), kept within [-limit, limit], of all scores (N,) of a round.
+    """(R - mean) / (std + 1e-8), clipped to [-limit, limit], of all scores (N,) of a round.
 
-    group: so many scores in a row are of one prompt, and the mean is theirs; 1: the mean is that of the round. The
-    deviation is the population's, of all that is left.
+    group: each block of so many consecutive scores is one prompt's, and the mean is theirs; 1: the mean is that of the
+    round. std is the population's, of all R - mean of the round.
     """
     gaps = scores - (scores.mean() if group == 1 else scores.view(-1, group).mean(1).repeat_interleave(group))
     return (gaps / (gaps.square().mean().sqrt() + 1e-8)).clamp(-limit, limit)
 
 
 def reinforce(session: Session[DDPOConfig], policy: Policy, judged: "Judged", share: int) -> Metrics:
-    """One optimiser step on its share of the round: a backward pass for each random step of its batches, the update."""
+    """One optimiser step on its share of the round: a backward pass for each stochastic sampler step, the update."""
     config, run = session.config, session.run
 
     def loss_of(turn: tuple[Rolled, Tensor, int]) -> tuple[Tensor, Mapping[str, Tensor]]:

@@ -20,7 +20,7 @@ from difftune.training.state import Metrics
 
 
 def train_draft(session: Session[DraftConfig]) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step that is left."""
+    """Metrics and state after each remaining optimiser step."""
     loss = partial(alignprop_loss, coefficient=session.config.loss_coeff)
     yield from ascend(session, Modes(None, last_steps(session.config)), loss)
 

@@ -48,7 +48,7 @@ from solvers.denoiser import Cond
 
 
 def train_dragon(session: Session[DragonConfig]) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step that is left.
+    """Metrics and state after each remaining optimiser step.
 
     The rewards in the metrics are those of the step's round, which the weights at its beginning have made.
     """

@@ -22,7 +22,7 @@ from difftune.training.steps import attempt_step, gather_statistics, take_step
 
 
 def train_dro(session: Session[DROConfig]) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step that is left."""
+    """Metrics and state after each remaining optimiser step."""
     run, pairs = session.run, open_pairs(session)
     for step in session.steps:
         with attempt_step(run, step) as metrics:

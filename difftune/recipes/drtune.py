@@ -1,11 +1,11 @@
 """DRTune: fine-tune a LoRA on a reward through steps all along the sampler, without the product of their Jacobians
 (https://arxiv.org/abs/2405.00760).
 
-    minimise  -mean_b R_b,      where the network's input is cut off at every step, and its output at all but K
+    minimise  -mean_b R_b,      where the network's input is detached at every step, its output at all but K steps
 
-What a trained step adds to the latent goes on to the end along the linear path around the network; so early steps are
-trained as well as late ones, at the memory of one call. The K steps are evenly spaced, from an offset that is drawn
-anew for each optimiser step. It is AlignProp's `ascend` with another mode of the engine.
+Gradient reaches a trained step only through the sampler's linear updates, never through later network calls; so early
+steps are trained as well as late ones, with the memory of one network call. The K steps are evenly spaced, from an
+offset that is drawn anew for each optimiser step. It is AlignProp's `ascend` with another mode of the engine.
 """
 
 import random
@@ -22,7 +22,7 @@ from difftune.training.state import Metrics
 
 
 def train_drtune(session: Session[DrtuneConfig]) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step that is left."""
+    """Metrics and state after each remaining optimiser step."""
     loss = partial(alignprop_loss, coefficient=session.config.loss_coeff)
     yield from ascend(session, spread_steps(session.config), loss)
 

@@ -54,7 +54,7 @@ def step_cost(config: TrainingConfig) -> dry_run.Cost:
 
 
 def timed(steps: Iterator[Any]) -> Iterator[float]:
-    """The seconds of each step that is left."""
+    """The seconds of each remaining step."""
     began = time.perf_counter()
     for _ in steps:
         if torch.cuda.is_available():

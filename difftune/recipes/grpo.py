@@ -5,10 +5,27 @@ The sampler is DDPO's policy of Gaussian steps, pi(x' | x, c) = N(mu_theta, sigm
 prompt; some steps of a window add noise, the others are the ODE's. Each noisy step is made more or less likely by the
 advantage of its image in its group, within a trust region around the policy that sampled it:
 
-    A    = (r - mean of the prompt) / deviation,
-    rho  = pi_theta(x' | x, c) / pi_old(x' | x, c),
+    A    = (r - mean of the prompt) / deviation, clipped to [-adv_clip_max, adv_clip_max],
+    rho  = exp(1/n log pi_theta(x' | x, c) / pi_old(x' | x, c)), for a latent of n elements,
     loss = mean over images and noisy steps of  max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range))
-           + kl_weight KL(pi_theta || pi_ref).
+           + kl_weight / n KL(pi_theta || pi_ref).
+
+log rho and KL are means over the latent's elements, not sums; clip_range and kl_weight are for that (kl_form="velocity"
+has the mean squared difference of the networks' outputs in place of KL / n). `advantage_std` is
+the deviation: "residual", of r - mean of the prompt over all images of a round; "raw", of r over the same images;
+"group", of r over the prompt's own images.
+
+trust="guard" (GRPO-Guard, https://arxiv.org/abs/2510.22319) has another rho:
+
+    log rho_guard = 1/n sum over elements of z (mu_theta - mu_old),  with the noise z = (x' - mu_old) / sigma drawn
+                  = sigma (log rho + 1/n |mu_theta - mu_old|^2 / (2 sigma^2)).
+
+Under pi_old its mean is 0. Its size is that of the change of mu, whatever sigma is, so one clip range suits all steps.
+
+    clipped loss   recipes/ddpo.py (`ddpo_loss`)
+    advantages     rollouts/groups.py (`judge_groups`)
+    pi_old         rollouts/rounds.py (`Rounds`: the weights that a round begins with)
+    update         training/steps.py (`take_step`)
 """
 
 import random
@@ -37,7 +54,7 @@ from solvers.noise import Noise
 
 
 def train_grpo(session: Session[GRPOConfig]) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step that is left.
+    """Metrics and state after each remaining optimiser step.
 
     The rewards in the metrics are those of the step's round, which the weights at the round's beginning have made.
     """
@@ -102,12 +119,7 @@ def divergence_of(config: GRPOConfig, now: Weighed, before: Weighed, space: str,
 
 
 def guard_log_ratio(x: Tensor, mean: Tensor, old: Tensor, std: Tensor) -> Tensor:
-    """GRPO-Guard's log-ratio (B,) (https://arxiv.org/abs/2510.22319): the mean over elements of z (mu - mu_old), with
-    the noise z = (x - mu_old) / std that was drawn.
-
-    It is sigma (log rho + mean (mu - mu_old)^2 / (2 sigma^2)): its mean is 0, and its size that of the step of mu,
-    whatever sigma is, so that one clip range is the same at all steps.
-    """
+    """GRPO-Guard's log-ratio (B,): the mean over elements of z (mean - old), with z = (x - old) / std (see above)."""
     return per_element((x.detach() - old) / std * (mean - old))
 
 

@@ -1,14 +1,14 @@
 """Noise hypernetworks: a LoRA that moves the initial noise of a few-step model in one pass (HyperNoise,
 https://arxiv.org/abs/2508.09968), so that ReNO's gain costs no optimisation at use.
 
-The network with its LoRA is called once, on the noise z at the first level; what it says differently from the base is
-added to the noise. The generator g is the base model itself, frozen, and its images are judged:
+The network with its LoRA is called once, on the noise z at the first level; its output minus the base's is added to z.
+The generator g is the base model itself, frozen, and its images are judged:
 
     f(z, c) = network_LoRA(z, c) - network_base(z, c),    z' = z + f,
     loss    = -mean R(g(z', c), c) + weight mean f^2.
 
-|f|^2 / 2 is the divergence of z' from unit noise, but for a term of the Jacobian of f: exact for a constant f. The
-optimum is unit noise times exp(reward); of a linear generator and reward, f is the constant that makes it so.
+|f|^2 / 2 equals the KL divergence of z' from unit noise up to a Jacobian term that vanishes for constant f. The optimum
+is the noise density times exp(reward); if generator and reward are linear, a constant f reaches it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ from solvers.rollout.modes import rollout
 
 
 def train_hypernoise(session: Session[HypernoiseConfig]) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step that is left."""
+    """Metrics and state after each remaining optimiser step."""
     for step in session.steps:
         with attempt_step(session.run, step) as metrics:
             metrics.update(move_noise(session, step))
@@ -37,7 +37,7 @@ def train_hypernoise(session: Session[HypernoiseConfig]) -> Iterator[tuple[Metri
 def hypernoise_loss(scores: Tensor, shift: Tensor, weight: float = 0.5) -> Tensor:
     """-mean R + weight mean f^2, for scores (B,) and shifts f (B, ...) of the noise.
 
-    The theory's weight is half the number of f's elements: 0.5 counts the reward so many times more.
+    The theory's weight is N / 2 for f's N elements, so at 0.5 the reward weighs N times more than in the theory.
     """
     return -scores.mean() + weight * shift.square().mean()
 

@@ -28,7 +28,7 @@ from solvers.latent import LatentModel
 
 
 def train_kto(session: Session[KTOConfig]) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step that is left."""
+    """Metrics and state after each remaining optimiser step."""
     run, images = session.run, open_marked(session)
     for step in session.steps:
         with attempt_step(run, step) as metrics:

@@ -36,7 +36,7 @@ from difftune.training.steps import attempt_step, take_step
 
 
 def train_nft(session: Session[NFTConfig]) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step that is left.
+    """Metrics and state after each remaining optimiser step.
 
     The rewards in the metrics are of the images of the step's round, which were sampled with the old weights.
     """

@@ -8,10 +8,11 @@ margin of the better image over the worse one is raised at those steps alone:
     loss = mean over pairs and steps of  -log sigmoid(beta (l_winner - l_loser)).
 
 Online, the winner and the loser are the best and the worst of the trajectories that the model samples of a prompt, l is
-that of the transitions which it took, kept within log(1 -+ clip_range), and the last step, which adds no noise, is left
-out. Offline, the winners are the pictures of a folder, of a style or a concept, and the losers what the model makes of
-their captions before training; they are noised to a level tau, and l is, up to a constant, minus half the denoising
-error there: Diffusion-DPO on the model's own levels.
+that of the transitions which it took (a mean over the latent's elements), clipped to
+[log(1 - clip_range), log(1 + clip_range)], and the last step, which adds no noise, is left out. Offline, the winners
+are the pictures of a folder, of a style or a concept, and the losers what the model makes of their captions before
+training; they are noised to a level tau, and l is, up to a constant, minus half the denoising error there:
+Diffusion-DPO on the model's own levels.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,7 +44,7 @@ from solvers.samplers.step import transition
 
 
 def train_pso(session: Session[PSOConfig]) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step that is left."""
+    """Metrics and state after each remaining optimiser step."""
     config, run = session.config, session.run
     name = transition_of(config, run.pipe)
     policy = Policy(TRANSITIONS[name], 1.0, session.images.levels)
@@ -80,7 +81,8 @@ TRANSITIONS: dict[str, Kernel] = {"lcm": consistency, "ancestral": transition}
 def pso_loss(
     winner: Tensor, loser: Tensor, label: Tensor, beta: float = 50.0, clip_range: float | None = 0.1
 ) -> Tensor:
-    """The mean of -log sigmoid(beta label (l_w - l_l)), with l kept within log(1 -+ clip_range) unless that is None.
+    """The mean of -log sigmoid(beta label (l_w - l_l)), with l clipped to [log(1 - clip_range),
+    log(1 + clip_range)] unless clip_range is None.
 
     winner, loser: log p_theta / p_ref (P,) of one step, means over the latent's elements. label (P,): 1, or 0 for a
     tie, which has no gradient. ln 2 if the model is the reference.

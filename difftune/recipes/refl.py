@@ -23,7 +23,7 @@ from difftune.training.state import Metrics
 
 
 def train_refl(session: Session[ReflConfig]) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step that is left."""
+    """Metrics and state after each remaining optimiser step."""
     config = session.config
     loss = partial(refl_loss, threshold=config.reward_threshold, coefficient=config.loss_coeff)
     yield from ascend(session, early_prediction(config), loss)

@@ -30,7 +30,7 @@ class Parts:
 
 
 def load_parts(recipe: Recipe, config: TrainingConfig, prompts: Prompts, pipe: Any, reward: Reward | None) -> Parts:
-    """The model and the reward of the settings, but for those that are given."""
+    """The model and the reward of the settings, except those that are given."""
     if reward is None and validation.rewarded(config):
         reward = reward_named(config.reward, gradient=recipe.reward == "gradient")
     return Parts(load_model(config.model) if pipe is None else pipe, prompts, reward)
@@ -39,7 +39,7 @@ def load_parts(recipe: Recipe, config: TrainingConfig, prompts: Prompts, pipe: A
 def train_steps(
     recipe: Recipe, config: TrainingConfig, state: State | None, parts: Parts, say: Say | None
 ) -> Iterator[tuple[Metrics, State]]:
-    """Metrics and state after each optimiser step that is left."""
+    """Metrics and state after each remaining optimiser step."""
     reference, say = recipe.wants_reference(config), say or keep_quiet
     with open_session(config, state, parts.pipe, parts.prompts, parts.reward, reference, say) as session:
         yield from recipe.train(session)

@@ -67,7 +67,7 @@ def item_frechet(config: DragonConfig, model: LatentModel, reward: Reward | None
 
 
 def item_mmd(config: DragonConfig, model: LatentModel, reward: Reward | None) -> SetObjective:
-    """2 mean k(f(x), exemplars) - k(f(x), f(x)), which is minus the MMD^2 to one image, but for a constant."""
+    """2 mean k(f(x), exemplars) - k(f(x), f(x)), which is minus the MMD^2 to one image up to a constant."""
     encoder, exemplars = load_exemplars(config, model)
     e = exemplars.double()
 

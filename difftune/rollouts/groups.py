@@ -27,7 +27,7 @@ class Parted:
 
     @property
     def weights(self) -> list[float]:
-        """Of the members, in the order of `calls`."""
+        """The weights of the members, in the order of `calls`."""
         return list(self.reward.weights.values()) if isinstance(self.reward, WeightedSum) else [1.0]
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -72,8 +72,8 @@ def group_advantages(scores: Tensor, group: int, deviation: str = "residual", li
     """A (N,) of scores (N,), of which every `group` in a row are of one prompt: (r - mean of the prompt) / deviation,
     kept within [-limit, limit]. Where all scores of a prompt are equal, its A are 0.
 
-    deviation: "group", of the prompt's own scores; "raw", of all scores; "residual", of what all scores have left
-    without their prompts' means. All are the population's; 1e-4 is added to the first two, as in Flow-GRPO's code.
+    deviation: "group", of the prompt's own scores; "raw", of all scores; "residual", of all scores minus
+    their prompts' means. All are the population's; 1e-4 is added to the first two, as in Flow-GRPO's code.
     """
     groups = scores.double().view(-1, group)
     alike = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)

@@ -57,7 +57,7 @@ def cps_transition(prediction: Prediction, now: Noise, then: Noise, eta: float =
 
     std = sigma' sin(eta pi / 2),    mean = alpha' x0 + sqrt(sigma'^2 - std^2) eps.
 
-    No noise is left over at the end, so images are clean, at the price of a variance that is too small. eta = 1 makes
+    No noise remains at the end, so images are clean, at the price of a variance that is too small. eta = 1 makes
     all of the noise anew.
     """
     fresh = sin(eta * pi / 2)

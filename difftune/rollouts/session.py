@@ -39,7 +39,7 @@ class Session(Generic[Held]):
 
     @property
     def steps(self) -> range:
-        """The optimiser steps that are left, counted from 0."""
+        """The remaining optimiser steps, counted from 0."""
         return range(self.run.done, self.config.max_train_steps)
 
     def tell(self, **lines: str) -> None:

@@ -1,3 +1,3 @@
-"""The loop around every recipe: the trained weights, one optimiser step, optimisers, validation, the rules that stop a
-run, the run folder of `difftune train`.
+"""The loop around every recipe: the trained weights, one optimiser step, optimisers, validation, stopping early
+(the rule itself is `rewards/monitor.py`), the run folder of `difftune train`.
 """

@@ -2,11 +2,14 @@
 
 p is the law of the sampler with the guidance inside it, whichever that is. Of each of K particles, from noise to data:
 
-    x_t ~ the sampler's step from x_s;   R = r(x0 estimated at x_s), at the steps that have a potential
-    w  *= G(R, earlier R)                                             (`POTENTIALS`)
-    resample by w, if the effective number of particles is below the threshold
+    x_t ~ the sampler's step from x_s
+    at the steps that have a potential:
+        R   = r(x0 estimated at x_s); at the last step r(x0) of the finished sample
+        w  *= G(R, earlier R)                                             (`POTENTIALS`)
+        resample by w, if the effective number of particles is below the threshold; never after the last step
 
-and after the last step w is such that the product of G along each path is exp(lambda r(x0)).
+The last G is such that the product of G along each path is exp(lambda r(x0)). The run around it (start, levels,
+repeated runs) is `population.py`; the weights are `smc.py`.
 
     for state in fk(problem, FK(inverse_temperature=10)): ...
 """

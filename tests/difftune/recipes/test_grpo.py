@@ -193,7 +193,7 @@ def test_rewards_are_scaled_in_their_group_before_they_are_summed():
 
 @pytest.mark.parametrize("name", ["grpo", "nft"])
 def test_a_reward_of_a_hundred_times_the_scale_does_not_drown_the_other(name, tmp_path):
-    """Under reward_scaling group, a run with saturation times 100 is the run without, bit for bit but for rounding."""
+    """Under reward_scaling group, a run with saturation times 100 is the run without, up to rounding."""
     reward = weighted({"brightness": 1.0, "saturation": 1.0})
 
     class Hundred(Brightness):
@@ -351,7 +351,7 @@ def test_one_update_makes_the_better_image_likelier(tmp_path):
 
 @pytest.mark.parametrize("form", ["gaussian", "velocity"])
 def test_the_penalty_counts_towards_the_loss(form, tmp_path):
-    """Of equal rewards nothing else is left, and it is not negative."""
+    """With equal rewards nothing else remains, and it is not negative."""
 
     class Constant(Brightness):
         def __call__(self, images, prompts):

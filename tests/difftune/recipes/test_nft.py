@@ -24,7 +24,7 @@ def number(value: float) -> torch.Tensor:
 
 
 def test_nft_loss_goldens():
-    """v_theta = .5, v_old = .2, v = 1, beta = .5, r = .8, at t = .5: x0 = -t v but for what is common."""
+    """v_theta = .5, v_old = .2, v = 1, beta = .5, r = .8, at t = .5: x0 = -t v up to what is common."""
     v = number(0.5).requires_grad_()
     now, old, clean = -0.5 * v, number(-0.1), number(-0.5)
     quality = torch.tensor([0.8], dtype=torch.float64)
@@ -214,7 +214,7 @@ def test_one_update_draws_the_model_to_the_better_image(loss, tmp_path):
 
 
 def test_the_penalty_counts_towards_the_loss(tmp_path):
-    """Of equal rewards, awm's own loss is 0, and what is left is kl_weight times the gap, which is not negative."""
+    """With equal rewards, awm's own loss is 0, and what remains is kl_weight times the gap, which is not negative."""
 
     class Constant(Brightness):
         def __call__(self, images, prompts):
