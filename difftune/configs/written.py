@@ -1,4 +1,4 @@
-"""A Config as the YAML file that `--config` reads back: the same settings, and so the same bits."""
+"""A Config as the YAML file that `--config` reads back: the same settings, so a run from it is bit-identical."""
 
 from dataclasses import asdict
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 CONFIG = "config.yaml"  # in the folder of every run whose settings are a Config
-OF_A_FOLDER = ("resume", "resume_from_checkpoint")  # it says whether a run goes on, which a new run does not
+OF_A_FOLDER = ("resume", "resume_from_checkpoint")  # whether to resume, which does not apply to a new run
 
 
 def settings_yaml(config: Any) -> str:
@@ -18,7 +18,7 @@ def settings_yaml(config: Any) -> str:
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes a text in escaped quotes if it holds other line ends than newlines, which readers take for newlines."""
+    """Double-quotes and escapes strings that hold CR, NEL, LS or PS, which YAML readers would turn into newlines."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

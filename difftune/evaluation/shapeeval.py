@@ -1,7 +1,7 @@
 """ShapeEval: how often the oracle finds that pictures show what their captions say, with honest intervals.
 
 Images of one prompt are correlated, so the prompt is the unit of every interval here: a score is the mean over prompts
-of the share of their images that hold, and it is the prompts that are resampled.
+of the share of their images that match their caption, and it is the prompts that are resampled.
 """
 
 import hashlib
@@ -43,10 +43,10 @@ PROMPTS = {"shapeeval": draw.shapeeval, "shapeeval-hard": draw.shapeeval_hard}
 
 
 def entries_of(per_category: int | None = None, prompts: str = "shapeeval") -> list[dict[str, str]]:
-    """{"prompt", "category"} of a list in `PROMPTS` or of a text file's captions, or only the first `per_category` of
-    each category.
+    """The entries of a list in `PROMPTS`, or of a text file; with `per_category`, only that many of each category.
 
-    Raises UserError, in one sentence, for a file that cannot be read and for a caption outside the grammar.
+    An entry is {"prompt": ..., "category": ...}. Raises UserError for a file that cannot be read and for a caption
+    outside the grammar.
     """
     listed = PROMPTS[prompts]() if prompts in PROMPTS else _from_file(prompts)
     chosen: list[dict[str, str]] = []
@@ -56,7 +56,7 @@ def entries_of(per_category: int | None = None, prompts: str = "shapeeval") -> l
 
 
 def _from_file(path: str) -> list[dict[str, str]]:
-    """The file's captions, each once: an image's seed is its prompt's, so a repeated line would be the same images."""
+    """The file's captions, each once: seeds come from the prompt's text, so a repeated line would repeat its images."""
     lines = dict.fromkeys(read_prompts(path, "shapeeval"))
     try:
         return [{"prompt": line, "category": grammar.category(grammar.parse(line))} for line in lines]
@@ -77,14 +77,14 @@ def plan(entries: Sequence[Mapping[str, str]], images_per_prompt: int, seed: int
 
 
 def judge_images(images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> list[Result]:
-    """The oracle's word on images (B, 3, H, W) in [0, 1]."""
+    """The oracle's verdict on images (B, 3, H, W) in [0, 1]."""
     kinds = [grammar.category(grammar.parse(prompt)) for prompt in prompts]
     holds = Oracle()(images, prompts).bool().tolist()
     return [Result(*found) for found in zip(prompts, kinds, seeds, holds, strict=True)]
 
 
 class Evaluation(NamedTuple):
-    """The oracle's word on every image."""
+    """The oracle's verdict on every image."""
 
     results: list[Result]
     made: Pictures
@@ -131,7 +131,7 @@ def load_results(path: str | Path) -> list[Result]:
 
 
 def digest_in(path: str | Path) -> str | None:
-    """The digest of the model that an evaluation, as `load_results` reads it, was made with; None if it says none."""
+    """The digest of the model that an evaluation file was made with; None if the file has none."""
     settings = parse_json(read_text(path, "--baseline")).get("settings")
     return settings.get("model_digest") if isinstance(settings, dict) else None
 
@@ -147,7 +147,10 @@ def run_shapeeval(config: EvalConfig) -> dict[str, Any]:
         pipe = open_pipeline(config.model, config.lora)
         now = digest_of(pipe)
         if differ(then, now):
-            say_once(f"--baseline {baseline} is of a model of digest {then}, and that of {config.model!r} is {now}")
+            say_once(
+                f"--baseline {baseline} was made with model digest {then}, but {config.model!r} has {now}: the two are "
+                "different models"
+            )
         e = evaluate(pipe, method, chosen, each, config.num_inference_steps, config.seed, config.batch_size)
         settings = config.written() | {"guidance_options": method_settings(method), "model_digest": now}
         found = _reported(e, before, settings)

@@ -1,4 +1,4 @@
-"""Texts that a person brings: prompts, captions, labels, settings. One reader, whatever wrote them."""
+"""Texts that a person brings: prompts, captions, labels, settings. One reader, whichever program wrote the file."""
 
 import codecs
 import json
@@ -19,11 +19,10 @@ BOMS = {  # the longer ones first: that of UTF-32 begins with that of UTF-16
 
 
 def read_text(path: str | Path, what: str, remedy: str = "give a UTF-8 text file") -> str:
-    """A text file of UTF-8, or of UTF-16 and UTF-32 that say so by a byte-order mark, which is left out. Every line
-    ends in a newline alone, whatever ended it in the file.
+    """A text file in UTF-8, or UTF-16/32 with a byte-order mark (the mark is removed). All line ends become \\n.
 
-    Raises UserError, which calls the file `what` and ends in the remedy, if it cannot be read, is not text, or is
-    larger than `MOST`.
+    Raises UserError (its message names the file as `what` and ends with `remedy`) if it cannot be read, is not text, or
+    is larger than `MOST`.
     """
     try:
         with open(path, "rb") as file:
@@ -33,17 +32,22 @@ def read_text(path: str | Path, what: str, remedy: str = "give a UTF-8 text file
         text = data.decode(next((name for bom, name in BOMS.items() if data.startswith(bom)), "utf-8"))
     except UserError:
         raise
-    except (OSError, ValueError) as error:  # a UnicodeDecodeError, or a path that holds a NUL
-        why = error.strerror if isinstance(error, OSError) and error.strerror else "it is no UTF-8 text"
-        raise UserError(f"cannot read {what} {str(path)!r} ({why}): {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {what} {str(path)!r} ({_reason(error)}): {remedy}") from error
     if "\0" in text:
         raise UserError(f"cannot read {what} {str(path)!r} (it holds a NUL, so it is not text): {remedy}")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def _reason(error: OSError | ValueError) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "it is not UTF-8 text" if isinstance(error, UnicodeError) else "its path holds a NUL"
+
+
 def parse_json(text: str) -> Any:
-    """What a JSON text holds. Raises ValueError where it is none, or where an object has a key twice, of which the
-    last would win; RecursionError for one that is nested too deeply."""
+    """What a JSON text holds. Raises ValueError if it is not JSON, or an object repeats a key (json would silently keep
+    the last); RecursionError for one that is nested too deeply."""
     return json.loads(text, object_pairs_hook=_once)
 
 

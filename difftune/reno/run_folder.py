@@ -61,14 +61,14 @@ def optimize_in_folder(
 ) -> dict[str, Any]:
     """Pictures before and after, their paths, curves, optimize.json and noise.safetensors in a new folder.
 
-    Returns what optimize.json holds. Nothing is written unless all of it can be, but for the checkpoints that
+    Returns what optimize.json holds. Nothing is written unless all of it can be, except the checkpoints that
     `checkpointing_steps` asks for. SIGTERM and Ctrl-C save one more, and end with 143 and 130.
     """
     check_optimize(config, pipe, reward)
     say = show or processes.say_once
     with claimed(config.output_dir) as claim:
         if claim.ended and config.resume_from_checkpoint:
-            say(f"{claim.path} was finished: nothing is left to do")
+            say(f"{claim.path} was finished: nothing remains to do")
             return json.loads((claim.path / RESULT).read_text("utf-8"))
         prepare(claim, config)
         summary, found = optimize_batches(config, claim, say, pipe, reward)

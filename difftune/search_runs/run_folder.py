@@ -58,7 +58,7 @@ def search_in_folder(
     say, began = show or processes.say_once, time.perf_counter()
     with claimed(config.output_dir) as claim:
         if claim.ended and config.resume_from_checkpoint:
-            say(f"{claim.path} was finished: nothing is left to do")
+            say(f"{claim.path} was finished: nothing remains to do")
             return json.loads((claim.path / RESULT).read_text("utf-8"))
         claim.clear()
         earlier = read_earlier(claim, config)
@@ -220,7 +220,7 @@ def settings_in(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def same_or_larger(folder: Path, name: str, before: Any, now: Any) -> None:
-    """Raises UserError for a setting that changed, but for a budget that grew; None is no limit."""
+    """Raises UserError for a setting that changed, except a budget that grew; None is no limit."""
     if before == now or (name in BUDGETS and before is not None and (now is None or now > before)):
         return
     more = " or more" if name in BUDGETS else ""

@@ -24,11 +24,11 @@ from solvers.ranges import NotNegative, Range, Ranged
 
 @dataclass(frozen=True)
 class Interval(Ranged):
-    """The method inside at levels low < sigma / alpha <= high, the conditional prediction at all others
+    """Uses the inner method where low < sigma/alpha <= high, and the plain conditional prediction elsewhere
     (https://arxiv.org/abs/2404.07724).
 
-    The bounds are levels k = sigma / alpha, EDM's sigma; the defaults are the paper's for SDXL. It is the level of each
-    evaluation that counts, so Heun's corrector just below `low` is not guided. Around CFG, a run of T steps costs T
+    The bounds are noise levels sigma/alpha (EDM's sigma); the defaults are the paper's for SDXL. Each network call is
+    tested by its own level, so a Heun corrector just below `low` is unguided. Around CFG, a run of T steps costs T
     evaluations, and one more for each step inside the interval.
     """
 
@@ -42,9 +42,10 @@ class Interval(Ranged):
         if self.low > self.high:
             raise UserError(f"the interval from low={self.low} to high={self.high} is empty: low must be at most high")
         reasons: dict[type, str | None] = {
-            CFGpp: "it needs the unconditional prediction at every step; give it a scale of Between(..., outside=0)",
-            LinearAG: "its fit is of all the steps of a run",
-            NullTextInversion: "its embeddings are for one scale at all steps",
+            CFGpp: "it needs the unconditional prediction at every step; drop the Interval and give CFGpp "
+            "scale=Between(scale, low, high, outside=0)",
+            LinearAG: "its fit needs every step of the run; drop the Interval",
+            NullTextInversion: "its embeddings were fitted for one constant scale; drop the Interval",
             CFGZeroStar: None if _no_zero_step(self.method) else "its zeroed step is the run's first; set zero_steps=0",
         }
         refuse(self, reasons)
@@ -88,13 +89,13 @@ class Rescale(Ranged):
 
 
 def matched(out: Tensor, cond: Tensor, phi: float | Tensor) -> Tensor:
-    """`rescaled`, but for a constant prediction (CFG-Zero*'s zeroed step), which stays as it is."""
+    """`rescaled`, except that a constant prediction (CFG-Zero*'s zeroed step) is returned unchanged."""
     spread = out.std(dim=list(range(1, out.ndim)), keepdim=True) > 0
     return torch.where(spread, rescaled(out, cond, phi), out)
 
 
 def refuse(outer: Any, reasons: dict[type, str | None]) -> None:
-    """UserError if a method inside `outer`, at any depth, is of a type for which `reasons` has one."""
+    """UserError if `reasons` gives a reason against the type of any method inside `outer`, at any depth."""
     for inner in inside(outer):
         if reason := reasons.get(type(inner)):
             raise UserError(f"{type(outer).__name__} cannot hold {type(inner).__name__}: {reason}")

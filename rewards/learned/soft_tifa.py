@@ -1,4 +1,4 @@
-"""Soft-TIFA: how sure a vision-language model is of the answers to questions about what a prompt says."""
+"""Soft-TIFA: how probable a vision-language model finds the right answers to questions about the prompt's content."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from rewards.learned.vlm import YES, VisionLanguageModel
 
 ASK = "{question} Answer in one word."
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-LEAST = 1e-6  # of a probability in a geometric mean, which one answer at 0 would make 0 for good
+LEAST = 1e-6  # floor of each probability in the geometric mean, which a single 0 would make 0
 
 Mean = Literal["arithmetic", "geometric"]
 Questions = Mapping[str, Sequence[tuple[str, str]]]  # prompt: its questions, each with the right answer
@@ -24,10 +24,11 @@ class SoftTIFA:
     """The mean probability of the right answers to the prompt's questions, in [0, 1] (GenEval2's Soft-TIFA,
     https://arxiv.org/abs/2512.16853).
 
-    An answer's probability is that of the first token of the reply, summed over the forms of the answer that are one
-    token: Yes, yes, and both after a space; of a number the word, capitalised or not, and the digit. `mean` is over the
-    prompt's questions: arithmetic (AM) or geometric (GM, every probability at least 1e-6). original=True takes the
-    first token of each form instead, whole or not, and counts one that comes twice twice, as the paper's code does.
+    An answer's probability is that of the first token of the reply. Summed over every spelling of the answer that is a
+    single token: for yes, 'yes'/'Yes' with or without a leading space; for a number, the word (either case) and the
+    digit. `mean` is over the prompt's questions: arithmetic (AM) or geometric (GM, every probability at least 1e-6).
+    original=True takes the first token of each spelling instead, even if the spelling has more tokens, and counts a
+    token shared by two spellings twice, as the paper's code does.
 
     `questions` is a file of lines {"prompt": ..., "vqa_list": [[question, answer], ...]}, GenEval2's own for example
     (CC BY-NC 4.0, not bundled), or a mapping. Raises ValueError for a file of another form, and for a prompt without
@@ -67,7 +68,7 @@ class SoftTIFA:
         return found.mean() if self.mean == "arithmetic" else found.clamp(min=LEAST).log().mean().exp()
 
     def probability(self, x: Tensor, question: str, answer: str) -> Tensor:
-        """That the reply to a question about the picture (3, H, W) is the answer, ()."""
+        """The probability, (), that the reply about the picture (3, H, W) is the answer."""
         chances = self.model.logits([x], ASK.format(question=question)).softmax(0)
         tokens = self.model.first_tokens if self.original else self.model.single_tokens
         return chances[tokens(forms(answer))].sum()

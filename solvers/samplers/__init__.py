@@ -1,1 +1,3 @@
-"""The samplers, singlestep and multistep, of order 1 to 4: each is one function from a noise level to the next."""
+"""The samplers, singlestep and multistep, of order 1 to 4: each is one function that carries latents from one noise
+level to the next.
+"""

@@ -46,13 +46,18 @@ def test_captions_and_labels_are_read_in_any_encoding(tmp_path, encoding):
 
 
 @pytest.mark.parametrize(
-    ("data", "why"), [(b"\x80abc", "no UTF-8 text"), (b"a\0b", "holds a NUL"), (None, "No such file")]
+    ("data", "why"), [(b"\x80abc", "it is not UTF-8 text"), (b"a\0b", "holds a NUL"), (None, "No such file")]
 )
 def test_what_is_no_text_is_named(tmp_path, data, why):
     if data is not None:
         (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(UserError, match=f"cannot read the text '.*a.txt' .*{why}"):
         read_text(tmp_path / "a.txt", "the text")
+
+
+def test_a_path_with_a_nul_is_named_as_such():
+    with pytest.raises(UserError, match=r"cannot read the text 'a\\x00b' \(its path holds a NUL\)"):
+        read_text("a\0b", "the text")
 
 
 def test_text_without_an_end_is_refused(monkeypatch):

@@ -207,7 +207,7 @@ def scaled(monkeypatch):
 
 @pytest.mark.slow
 def test_a_loss_scaler_finds_its_scale_in_every_mode(toy, scaled):
-    """A sweep lets an overflow through, and what is left at the same scale is the gradient of `full`."""
+    """A sweep lets an overflow through, and what remains at the same scale is the gradient of `full`."""
     config = replace(toy, mixed_precision="fp16", train_batch_size=1, max_train_steps=9, guidance_scale=2.0)
     found = {}
     for gradient in ("full", "checkpoint", "revolve:2", "reversible:alf", "adjoint:heun", "lean"):

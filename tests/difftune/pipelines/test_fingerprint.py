@@ -137,6 +137,6 @@ def test_a_baseline_of_other_weights_is_named(model, tmp_path, capsys):
     assert found["settings"]["model_digest"] == digest_of(models.load(model))
     said = [line for line in capsys.readouterr().err.splitlines() if "--baseline" in line]
     assert said == [
-        f"--baseline {baseline} is of a model of digest {shapeeval.digest_in(baseline)}, "
-        f"and that of {str(model)!r} is {found['settings']['model_digest']}"
+        f"--baseline {baseline} was made with model digest {shapeeval.digest_in(baseline)}, "
+        f"but {str(model)!r} has {found['settings']['model_digest']}: the two are different models"
     ]
