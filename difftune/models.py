@@ -195,7 +195,7 @@ def _check_named(part: Path, wanted: dict[str, Any], names: Iterable[str]) -> No
 
 
 def _ends(name: str) -> list[str]:
-    """A name without none, one, or two of its first parts, so far as three are left."""
+    """A name without none, one, or two of its first parts, so far as three remain."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(3) if i == 0 or len(parts) - i >= 3]
 

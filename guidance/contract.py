@@ -152,8 +152,8 @@ def drive(guidance: Guidance, evaluate: Evaluate, path: Path, at: Noise, space: 
 def within(guidance: Guidance, path: Path, at: Noise) -> Generator[Request, Preds, tuple[Guided, Preds]]:
     """Run a method inside another one, whose space it is handed: what it made and all answers, both in that space.
 
-    A method with a space of its own goes there and back by the difference from its branch "cond", as in `drive`.
-    Raises ValueError if it asks for no "cond".
+    A method with a space of its own is converted to it and back by the difference from its branch "cond", as in
+    `drive`. Raises ValueError if it asks for no "cond".
     """
     guide = guidance.guide(path, at)
     reply, preds, own = _advance(guide, None), None, None

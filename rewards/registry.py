@@ -488,7 +488,7 @@ def spelled(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _options(inside: str) -> list[str]:
-    """The text between the brackets, divided at each comma before KEY=, but for one in brackets further in."""
+    """The text between the brackets, divided at each comma before KEY=, except one in brackets further in."""
     first, *rest = re.split(r"(,\s*)(?=\w+=)", inside)
     options = [first]
     for comma, option in zip(rest[::2], rest[1::2], strict=True):
@@ -500,7 +500,7 @@ def _options(inside: str) -> list[str]:
 
 
 def _open(text: str) -> bool:
-    """Whether brackets are open at its end, but for those in quoted text."""
+    """Whether brackets are open at its end, except those in quoted text."""
     bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", text)
     return bare.count("[") != bare.count("]")
 

@@ -162,7 +162,7 @@ def autoencoder(channels: int, small: bool, **more: Any) -> AutoencoderKL:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """That of `tiny`, whose ids are fewer than CLIP's, at CLIP's length."""
+    """The tokenizer of `tiny`, whose ids are fewer than CLIP's, at CLIP's length."""
     found = CLIPTokenizer.from_pretrained(models.path("tiny") / "tokenizer")
     found.model_max_length = 77
     return found

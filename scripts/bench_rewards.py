@@ -87,7 +87,7 @@ REWARDS: dict[str, Callable[[], Reward]] = {name: partial(load, name) for name i
 
 
 def peak() -> float:
-    """Of this process so far, in MB."""
+    """The peak memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

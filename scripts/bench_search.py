@@ -158,7 +158,7 @@ class Found(NamedTuple):
 
 
 def improvements(states: Iterator[State], run: Run, prompts: int) -> list[list[Found]]:
-    """Of each prompt: every sample that was the best when it came, and the last state again, for its costs."""
+    """For each prompt: every sample that was the best when it came, and the last state again, for its costs."""
     found: list[list[Found]] = [[] for _ in range(prompts)]
     state = None
     for state in states:
@@ -179,7 +179,7 @@ def point(state: State, g: int) -> list[Found]:
 
 
 def samples(problem: Problem, states: Iterator[State]) -> list[list[Found]]:
-    """Of each prompt: all independent samples, in the order in which they were drawn."""
+    """For each prompt: all independent samples, in the order in which they were drawn."""
     *_, last = states
     all_of_them, cost = last.weighted(), problem.cost()
     found: list[list[Found]] = [[] for _ in problem.seeds]
@@ -205,7 +205,7 @@ def key_of(run: Run, prompts: Sequence[str], setting: Setting) -> str:
 
 @cache
 def weights() -> str:
-    """Of the models' contents: what was measured with others is measured again."""
+    """A digest of the models' contents: what was measured with others is measured again."""
     files = sorted(file for name in ("tiny", "tiny-clip") for file in models.path(name).rglob("*.safetensors"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
@@ -364,7 +364,7 @@ def ring(seeds: Sequence[int], budget: int, steps: int = 20) -> Problem:
 
 
 def variations(name: str, seeds: Sequence[int], budget: int) -> Tensor:
-    """Of each seed: the total variation between the modes' weights and those that the method gives them."""
+    """For each seed: the total variation between the modes' weights and those that the method gives them."""
     method, config = SAMPLED[name]
     *_, state = SEARCHES[method].search(ring(seeds, budget), config)
     found, distances = state.weighted(), []

@@ -64,7 +64,7 @@ def paired(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
 
 
 def median_seconds(run: Run, repeats: int) -> float:
-    """The median, after one run that is not counted."""
+    """The median seconds, after one run that is not counted."""
     return statistics.median(paired({"run": run}, repeats)["run"])
 
 
@@ -83,7 +83,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of one value or more."""
+    """The median and quartiles of one value or more."""
     ordered, n = sorted(values), len(values)
     q1, _, q3 = statistics.quantiles(ordered, n=4, method="inclusive") if n > 1 else ordered * 3
     rank = outer_rank(n)
@@ -104,7 +104,7 @@ def outer_rank(n: int) -> int:
 
 
 def ratios(seconds: Mapping[str, Sequence[float]], base: str) -> dict[str, Spread]:
-    """Of each run to `base`, pair by pair."""
+    """The spread of each run's ratios to `base`, pair by pair."""
     return {
         name: spread([a / b for a, b in zip(values, seconds[base], strict=True)])
         for name, values in seconds.items()

@@ -3,7 +3,7 @@
     python scripts/make_shapeeval.py rewards/world
 
 ShapeEval has GenEval's six categories (https://arxiv.org/abs/2310.11513), ShapeEval-hard the four beyond them. In the
-compositional categories with few contents a third of them come with two or three backgrounds, so that enough are left
+compositional categories with few contents a third of them come with two or three backgrounds, so that enough remain
 for training: every content named here is held out from it (`rewards.world.draw.held_out`).
 """
 

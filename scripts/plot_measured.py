@@ -114,7 +114,7 @@ SOURCES = {  # of each plot, its table
 
 
 def digest(name: str) -> str:
-    """Of the table that a plot shows; the plot notes it, so that a test finds one that is older than its table."""
+    """The digest of a plot's table; the plot notes it, so that a test finds a plot older than its table."""
     return hashlib.sha256(repr(table(*SOURCES[name])).encode()).hexdigest()[:16]
 
 

@@ -22,7 +22,7 @@ from solvers.errors import UserError
 class Range:
     """The numbers from `low` to `high`; an end is out of it where `above` or `below` says so.
 
-    An infinite number is in no range, but for one that says so by `infinite`.
+    An infinite number is in no range, except one that says so by `infinite`.
     """
 
     low: float = -inf

@@ -85,7 +85,7 @@ class Command(click.Command):
         return super().parse_args(ctx, words)
 
     def _check_once(self, ctx: click.Context, words: Sequence[str]) -> None:
-        """A usage error for a flag that is given again, but for one that takes several values."""
+        """A usage error for a flag that is given again, except one that takes several values."""
         _, _, order = self.make_parser(ctx).parse_args(list(words))
         again = [param for param, times in Counter(order).items() if times > 1 and not takes_several(param)]
         if again:

@@ -46,7 +46,7 @@ def _of_memory(error: Exception) -> bool:
 
 
 class Output(io.FileIO):
-    """The standard output, which tells in one sentence that it takes no more, and then takes all that is left."""
+    """The standard output, which tells in one sentence that it takes no more, and then takes all that remains."""
 
     def write(self, data: Any, /) -> int:
         try:

@@ -13,7 +13,7 @@ from solvers.errors import Caution
 
 @contextmanager
 def quiet(verbose: bool) -> Iterator[None]:
-    """Without the warnings and the logs of libraries, but for errors. A `Caution` of ours is one line on stderr."""
+    """Without the warnings and the logs of libraries, except errors. A `Caution` of ours is one line on stderr."""
     if verbose:
         token = show_bars.set(True)
         try:

@@ -222,7 +222,7 @@ class GRPOConfig(TrainingConfig):
     kl_weight: NotNegative = 0.0
     """Weight of the divergence from the model before training at each step; above 0, its network calls are added."""
     kl_form: Literal["gaussian", "velocity"] = "gaussian"
-    """That divergence: gaussian, KL of the two steps; velocity, the squared difference of the networks' outputs."""
+    """Divergence: gaussian, KL of the two steps; velocity, the squared difference of the networks' outputs."""
 
 
 @documented

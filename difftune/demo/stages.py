@@ -282,7 +282,7 @@ def read_all(folder: Path, when: str, count: int) -> Tensor:
 
 
 def command(name: str, config: Any) -> str:
-    """The command line that gives this Config: a flag for every field that is not at its default, but for a method,
+    """The command line that gives this Config: a flag for every field that is not at its default, except a method,
     which stands in the command's name."""
     defaults = type(config)()
     words = ["difftune", *name.split()]

@@ -83,7 +83,7 @@ def claimed(folder: str | Path) -> Iterator[Claim]:
     """The folder, made if there is none, tried, locked and swept.
 
     Raises UserError if it cannot be made or written, or if another process has it, which it names. After an
-    exception the files that were noted are removed, and the folder too if it was made here and nothing is left in it.
+    exception the files that were noted are removed, and the folder too if it was made here and is now empty.
     """
     if not str(folder).strip():
         raise UserError("the output folder has no name: give --output_dir one")

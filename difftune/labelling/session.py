@@ -19,7 +19,7 @@ SKIPS = 2  # how often a task may be skipped before it is left alone
 
 
 class Session:
-    """Tasks, the file that their labels go to, and what of them is left."""
+    """Tasks, the file that their labels go to, and which of them remain."""
 
     def __init__(self, todo: Sequence[Task], labels: LabelFile):
         self.todo, self.labels = todo, labels

@@ -15,7 +15,7 @@ from solvers.families.table import family_of
 
 
 def add(pipe: Any) -> dict[str, Tensor]:
-    """Freeze the pipeline but for its denoiser, make that float32, and return its weights, by name."""
+    """Freeze the pipeline except its denoiser, make that float32, and return its weights, by name."""
     network = lora.network_of(pipe)
     lora.freeze(pipe)
     network.float().requires_grad_(True)

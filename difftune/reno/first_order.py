@@ -77,8 +77,8 @@ class LBFGS(Ranged):
     """L-BFGS (Nocedal & Wright, algorithms 7.4 and 3.1): one evaluation an iteration, each sample at its own pace.
 
     The direction is the two-loop recursion over the last `history` pairs; the first is the gradient's, `first_step`
-    long. A point that does not lower the loss by `decrease` of what the slope promised is left: the next one lies half
-    as far from the point before (backtracking), and no pair is made of it. A pair without curvature is not kept.
+    long. A point that does not lower the loss by `decrease` of what the slope promised is abandoned: the next one lies
+    half as far from the point before (backtracking), and no pair is made of it. A pair without curvature is not kept.
     """
 
     learning_rate: NotNegative = 1.0  # of the direction, before backtracking

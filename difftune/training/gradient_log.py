@@ -83,5 +83,5 @@ def share_error(pairs: list[Pair]) -> float:
 
 
 def noise_scale(images: int, share: float) -> float:
-    """B (1 - r) / r, in images; infinite where no signal is left."""
+    """B (1 - r) / r, in images; infinite where no signal remains."""
     return images * max(1 - share, 0.0) / share if share > 0 else inf

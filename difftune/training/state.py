@@ -64,7 +64,7 @@ class Training:
     skipped: int = 0  # of them and since, how many were not finite
     seen: PerPrompt = field(default_factory=PerPrompt)  # the rewards of each prompt, in all processes
     own: Kept = field(default_factory=keep_nothing)  # what a recipe gave `take_snapshot`, of the resumed state
-    generators: Randomness | None = None  # with which the first step that is left begins
+    generators: Randomness | None = None  # with which the first remaining step begins
 
     @property
     def reference(self) -> ReferenceNetwork:
@@ -97,8 +97,8 @@ class Training:
     def learning(self, last: bool = True) -> Iterator[None]:
         """Around a forward and its backward pass: dropout is on, and the processes' gradients meet in the `last`.
 
-        A latent's gradient that is not finite is told with the sampler's step, but for several processes, which must
-        agree on what to do, and under a loss scaler, which finds its scale by overflowing: there it passes on.
+        A latent's gradient that is not finite is told with the sampler's step. It passes on in several processes, which
+        must agree on what to do, and under a loss scaler, which finds its scale by overflowing.
         """
         network = self.network.prepared
         network.train()
@@ -284,7 +284,7 @@ def moments_of(run: Training) -> dict[str, dict[str, Any]]:
 
 
 def resume_training(run: Training, state: State) -> None:
-    """Put back what `take_snapshot` took, but for the weights, and the generators, which the next step begins with."""
+    """Put back what `take_snapshot` took, except the weights, and the generators, which the next step begins with."""
     tensors, info = state_tensors(state), state.info
     for name, weight in run.weights.items():
         its = {key: values[name] for key, values in tensors.optimizer.items() if name in values}

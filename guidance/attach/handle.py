@@ -264,8 +264,8 @@ class Run:
         return made._replace(out=after.apply(self.pipe, made.out, asked.cond, extra))
 
     def _compare_scale(self, model_output: Tensor, guided: bool) -> None:
-        """That the method's scale wins over the one that the pipeline was called with is said once. Raises UserError
-        if the pipeline's scale changes in the middle of a run, which the method would not follow."""
+        """Say once that the method's scale wins over the one that the pipeline was called with. Raises UserError if the
+        pipeline's scale changes in the middle of a run, which the method would not follow."""
         network, (theirs, error) = self.calls[0].network, scale_in(model_output)
         if not abs(theirs - self.scales.setdefault(network, theirs)) <= 2 * error:
             name = type(self.handle.guidance).__name__

@@ -228,7 +228,7 @@ def log_weight(said: Said, exponents: Exponents, now: Noise, then: Noise, sample
         = c (B - 1) sum b_i |eps_i|^2 - c (alpha / sigma)^2 sum_{i<j} b_i b_j |x0_i - x0_j|^2.
 
     For B = 1 and zeta = 1 it is the ratio of densities prod p_i(x'|x)^{b_i} / p_S(x'|x), exactly. The second line
-    cancels nothing and is finite at pure noise, where only its second term, over B, is left: there the step draws from
+    cancels nothing and is finite at pure noise, where only its second term, over B, remains: there the step draws from
     the product of the experts' kernels.
     """
     b, (c, c0) = total(exponents), SAMPLERS[sampler].weight(now, then)

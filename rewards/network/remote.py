@@ -173,7 +173,7 @@ class Handler(http.Handler):
         return http.as_json({"scores": self.server.scored(pictures, prompts)})
 
     def failed(self, error: Exception) -> http.Refused:
-        """Whatever a reward raises must not end the server, and is not told but for its sentences."""
+        """Whatever a reward raises must not end the server; only its own sentences are told."""
         if isinstance(error, ValueError):
             return http.Refused(422, str(error))
         if isinstance(error, OSError):

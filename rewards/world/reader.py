@@ -24,7 +24,7 @@ def read(image: np.ndarray) -> Scene:
 
     Every pixel is given the nearest colour of the palette; each connected region that is not background is an object,
     and the ideal shape that overlaps it best names it. A region that fits no shape is cut into two to five objects of
-    its colour that touch, where each of them fits one. What is left is a "blob"; a region that is not a pure colour is
+    its colour that touch, where each of them fits one. What remains is a "blob"; a region that is not a pure colour is
     "mixed": no caption names those.
     """
     image = np.asarray(image, np.float64)

@@ -46,7 +46,7 @@ class Smoothed:
 
     A view is the picture shifted by whole pixels, at most `pixels` of the picture down, up, left and right (the edge is
     repeated), plus Gaussian noise of deviation `noise` (clipped to [0, 1]). With `flips` every other view is the mirror
-    image, but for prompts with the words left or right or with quoted text. Shifts differ until each was taken once.
+    image, except for prompts with the words left or right or with quoted text. Shifts differ until each was taken once.
     A gradient that is found in the grid of a judge's patches alone averages out; `shifts=1, pixels=0` is the reward.
 
     seed: draws the views once, the same for every picture and call, so that scores repeat. None draws others in every

@@ -75,7 +75,7 @@ class Fit:
         )
 
     def run(self) -> None:
-        """Trains what is left to train, and puts the averaged weights into the modules."""
+        """Trains what remains to train, and puts the averaged weights into the modules."""
         taken = self._begin()
         began = saved = time.time()
         shown: list[float] = []

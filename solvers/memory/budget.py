@@ -173,12 +173,12 @@ class Plan:
 
     @property
     def images(self) -> int:
-        """That the loop has at once."""
+        """How many images the loop has at once."""
         return self.micro_batch * copies_of(self.gradient)
 
     @property
     def in_parts(self) -> bool:
-        """Whether those are decoded and rewarded part by part."""
+        """Whether the images of `images` are decoded and rewarded part by part."""
         return self.images > self.decode_batch
 
     def split(self, rows: Sequence[Any]) -> list[Any]:

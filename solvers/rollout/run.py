@@ -40,7 +40,7 @@ def watch_gradients(on_step: OnStep) -> Iterator[None]:
     norm is that of the gradient with respect to the latent that step `index` starts from, so index 0 is x_T (a
     reversible sampler gives that of its pair of states). A gradient that is not finite raises FloatingPointError with
     the step's index, or says that it came so from the loss: under this block in every mode, and without it in the modes
-    that are explicit sweeps, but for `unchecked_gradients`.
+    that are explicit sweeps, except inside `unchecked_gradients`.
     """
     token = _WATCHING.set(on_step)
     try:

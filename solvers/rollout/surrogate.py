@@ -181,7 +181,7 @@ def parse_held(option: str, steps: int) -> tuple[list[bool], float]:
 
 
 def parse_bridge(option: str, steps: int) -> tuple[list[bool], float, int, float]:
-    """Of "0101,1,3,0.5" the mask, the scale, and the step whose input passes on so much of the gradient."""
+    """Reads "0101,1,3,0.5": the mask, the scale, the step J, and the share of the gradient that its input passes on."""
     mask, scale, join, alpha = _numbers(option, 4, 4, "MASK,SCALE,J,ALPHA:bridge")
     kept = _mask(option, mask, steps)
     if not (join.isdecimal() and int(join) < steps and kept[int(join)]):
@@ -190,7 +190,7 @@ def parse_bridge(option: str, steps: int) -> tuple[list[bool], float, int, float
 
 
 def parse_leap(option: str, steps: int) -> tuple[int, int, float, float | None]:
-    """Of "0,2,0.3,0.1" the two steps, the share of the gradient between them, and the least distance."""
+    """Reads "0,2,0.3,0.1": the two steps, the share of the gradient between them, and the least distance."""
     start, join, alpha, tau = _numbers(option, 3, 4, "K,J,ALPHA[,TAU]:leap")
     if not (start.isdecimal() and join.isdecimal() and int(start) < int(join) < steps):
         raise UserError(f"'truncated:{option}' wants two steps, 0 <= K < J < {steps}, as in '0,2,0.3:leap'")
@@ -198,7 +198,7 @@ def parse_leap(option: str, steps: int) -> tuple[int, int, float, float | None]:
 
 
 def parse_direct(option: str, run: Run) -> tuple[Noise, Noise]:
-    """Of "2,3" the two levels, which are between the run's first and last."""
+    """Reads "2,3": the two levels, which are between the run's first and last."""
     now, then = _numbers(option, 2, 2, "I,J:direct")
     inner = range(1, len(run.legs))
     if not (now.isdecimal() and then.isdecimal() and int(now) in inner and int(then) in inner and now != then):

@@ -144,7 +144,7 @@ CFG_REQUEST = ({"cond": Branch("cond"), "uncond": Branch("uncond")},)
 @pytest.mark.parametrize("b", SPACES)
 @pytest.mark.parametrize("at", list(LEVELS.values())[:3], ids=list(LEVELS)[:3])
 def test_convert(a, b, at):
-    """Every space says the same (x0, eps), and there and back is the identity."""
+    """Every space says the same (x0, eps), and converting forth and back is the identity."""
     x, out = start().x.double(), start().x.double().flip(0)
     there = convert(out, a, b, x, at)
     torch.testing.assert_close(predicted(b, x, at, there), predicted(a, x, at, out))

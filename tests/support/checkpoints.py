@@ -81,7 +81,7 @@ def aesthetic_file(folder: Path) -> Path:
 
 
 def aesthetic_relu_model(width: int = 8) -> nn.Sequential:
-    """The published network that has a ReLU and dropout after each layer, but for the last two."""
+    """The published network that has a ReLU and dropout after each layer, except the last two."""
     sizes, modules = [width, 24, 12, 6, 4], []
     for a, b in pairwise(sizes):
         modules += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(0.2)]

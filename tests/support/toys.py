@@ -51,7 +51,7 @@ class Bright(Brightness):
 
 
 def session_of(config: Any, pipe: Any, reward: Any = None, state: State | None = None) -> Session:
-    """What `train` hands to the recipe; the kernels are torch's own, so that nothing is left to close."""
+    """What `train` hands to the recipe; the kernels are torch's own, so that nothing remains to close."""
     prompts, reference = prompts_named(config.prompts, config.seed), recipe_of(config).wants_reference(config)
     with open_session(config, state, pipe, prompts, reward, reference, [].append) as session:
         return session

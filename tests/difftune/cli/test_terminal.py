@@ -19,7 +19,7 @@ from tests.support import dits, pipelines
 
 
 def said(result):
-    """The lines on stderr, but for progress bars."""
+    """The lines on stderr, except progress bars."""
     return [line for line in result.stderr.splitlines() if line.strip() and "%|" not in line]
 
 

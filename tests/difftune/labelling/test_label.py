@@ -291,7 +291,7 @@ def test_undo_takes_back_the_last_choice_that_holds_and_then_the_one_before(tmp_
     s.choose(1, "skip")
     s.undo()
     s.undo()
-    s.undo()  # nothing is left
+    s.undo()  # nothing remains
     assert written(tmp_path / "labels.jsonl")[6:] == [{"undo": 5}, {"undo": 0}]
 
 

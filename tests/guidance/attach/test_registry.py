@@ -146,7 +146,7 @@ def test_the_cutoffs_of_other_families_are_stock_under_cfg(kind):
 @OWN_SCALE
 @pytest.mark.parametrize("name", GUIDANCE)
 def test_every_method_beside_an_ip_adapter_and_its_cutoff(pipe, adapter, name):
-    """The image prompt is seen until the callback ends it, and without its share nothing is left of it."""
+    """The image prompt is seen until the callback ends it, and without its share nothing of it remains."""
     images = {"ip_adapter_image_embeds": [IMAGES]}
     stop = lambda: IPAdapterScaleCutoffCallback(cutoff_step_index=0, cutoff_step_ratio=None)  # noqa: E731
     stock = run(adapter, stop(), **images) if name == "cfg" else None

@@ -118,7 +118,7 @@ def made(kind: str):
 
 
 def pipe_of(kind: str, case: str):
-    """One pipeline a kind, shared by its tests, which leave it as it was but for its scheduler."""
+    """One pipeline a kind, shared by its tests, which leave it as it was except its scheduler."""
     pipe = made(kind)
     pipe.scheduler = SCHEDULERS[case](**({"prediction_type": "v_prediction"} if kind == "sd-v" else {}))
     return pipe

@@ -127,7 +127,7 @@ def driven(method, path: Path, at, space: str, dtype=torch.float64) -> Combined:
 @pytest.mark.parametrize("name", GUIDANCE)
 @pytest.mark.parametrize("space", SPACES)
 def test_the_space_of_the_answers_does_not_matter(name, space):
-    """An affine method is the same in every space; one with a space of its own is taken there and back."""
+    """An affine method is the same in every space; one with a space of its own is converted to it and back."""
     at = LEVELS["vp"]
     method = example(name, [at, flow(0.0)])
     same(in_space(method, start(), at, space), in_space(method, start(), at, "flow"), 1e-10)
@@ -142,7 +142,7 @@ def test_networks_in_bfloat16(name, space):
     path = Path(start().x.float())
     rough, exact = in_space(method, path, at, space, torch.bfloat16), in_space(method, start(), at, space)
     assert rough.x0.isfinite().all()
-    if name == "perpneg":  # some samples of the toy have c = u but for rounding, which is then perpneg's direction
+    if name == "perpneg":  # some samples of the toy have c = u up to rounding, which is then perpneg's direction
         return
     assert float((rough.x0 - exact.x0).norm() / exact.x0.norm()) < 0.1
 

@@ -268,7 +268,7 @@ def log_mass(case: Case, at: Noise) -> float:
     ("sampler", "error"), [("ddim", 0.0714), pytest.param("euler-maruyama", 0.0179, marks=pytest.mark.slow)]
 )
 def test_the_error_of_log_z_is_of_first_order(sampler, error):
-    """CFG 2 at 100 and 400 steps, as docs/search/fkc.md has it: a quarter of the error is left."""
+    """CFG 2 at 100 and 400 steps, as docs/search/fkc.md has it: a quarter of the error remains."""
     for steps, left in ((100, error), (400, error / 4)):
         case = replace(CASES["cfg"], steps=steps, sampler=sampler)
         levels = karras(steps)
@@ -751,7 +751,7 @@ TILTED = {  # of a particle: steps at which the experts are asked once more, rew
     ("free", "x"): (0, 3 + 1, 0),
     ("gradient", "x"): (0, 1 + 3 + 1, 3),  # one level before the ramp, too
     ("difference", "x"): (0, 3 + 3 + 1, 3),
-    ("difference", "x0"): (3, 3 + 3 + 1, 3),  # once more where the flow leads, but for the step to data
+    ("difference", "x0"): (3, 3 + 3 + 1, 3),  # once more where the flow leads, except for the step to data
 }
 
 
