@@ -190,7 +190,7 @@ def _check_named(part: Path, wanted: dict[str, Any], names: Iterable[str]) -> No
     lost = [name for name in wanted if not ends & set(_ends(name))]
     spare = {tensor for tensor in names if not set(_ends(tensor)) & {end for name in wanted for end in _ends(name)}}
     for name in lost:
-        if not _among(wanted[name], part, spare):
+        if wanted[name].is_meta or not _among(wanted[name], part, spare):
             raise UserError(f"{part} has no tensor for {name}, which would be random: copy the model again")
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from difftune import models
-from difftune.errors import DiskError
+from difftune.errors import DiskError, UserError
 from tests.support import pipelines
 
 
@@ -162,3 +162,58 @@ def test_text_encoder_loads_under_transformers_4_too():
     assert json.loads((tiny / "tokenizer" / "vocab.json").read_text()) == known["vocab"]
     _, *merges = (tiny / "tokenizer" / "merges.txt").read_text().splitlines()
     assert [tuple(merge.split()) for merge in merges] == [tuple(merge) for merge in known["merges"]]
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_pickled_weights_alone_are_refused_in_every_part(root, part):
+    folder = root / "site/difftune/weights/tiny"
+    (file,) = (folder / part).glob("*.safetensors")
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    models.load(folder)  # beside safetensors they are not looked at
+    file.unlink()
+    with pytest.raises(UserError, match=rf"{part} holds pickled weights alone .*safe_serialization=True"):
+        models.load(folder)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_weights_of_8_bits_are_refused_in_every_part(root, part):
+    folder = root / "site/difftune/weights/tiny"
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim > 1)
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{part} is quantised \({name} is of 8 bits\): give a model in float16"):
+        models.load(folder)
+
+
+@pytest.mark.parametrize("how", ["gone", "renamed"])
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_a_part_that_lacks_a_weight_is_refused(root, part, how):
+    """It would be random. That a file has another tensor in its place, or a prefix to all names, changes nothing."""
+    folder = root / "site/difftune/weights/tiny"
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim > 1)
+    weight = tensors.pop(name)
+    save_file(tensors | ({"a.b.c.weight": weight} if how == "renamed" else {}), file, {"format": "pt"})
+    with pytest.raises(UserError, match="random|missing|Missing"):
+        models.load(folder)
+
+
+def test_without_a_home_the_remedy_is_named(root, monkeypatch):
+    """No HOME, no entry among the system's users, no XDG_CACHE_HOME; what needs no cache works."""
+    import pwd
+
+    def nobody(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.raises(DiskError, match="there is no home folder: set XDG_CACHE_HOME to a folder that can be written"):
+        models.path("tiny-turbo")
+    with pytest.raises(UserError, match="no model '~nobody/x'"):
+        models.source("~nobody/x")
+    assert models.path("tiny").is_dir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+    assert models.path("tiny-turbo").is_dir()

@@ -89,6 +89,20 @@ class Info(dict[str, Any]):
         raise RunError(f"{self.path} cannot be resumed from: it lacks {key!r}")
 
 
+@contextmanager
+def going_on() -> Iterator[None]:
+    """Around what makes a run of a checkpoint that is whole: RunError if it holds something else than was written."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise RunError(
+            f"the checkpoint was edited, and cannot be resumed from ({why}): resume from another, or begin anew"
+        ) from error
+
+
 def latest(folder: str | Path, say: Say = warnings.warn) -> Path | None:
     """The newest checkpoint, when the damaged ones are set aside."""
     sort_out(folder, say)

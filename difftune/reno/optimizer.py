@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from difftune.errors import UserError
-from difftune.files.checkpoint import State
+from difftune.files.checkpoint import State, going_on
 from difftune.lookup import at_least, reward_named, reward_weights, sampler_named
 from difftune.pipelines.engine import one_at_a_time, wants_noise
 from difftune.pipelines.method_parts import equip, guided_by
@@ -253,8 +253,9 @@ class ReNO(NoiseSettings):
         z = objective.unknowns.start()
         if state is None:
             return beginning(self, z, objective.prompts, seeds)
-        progress = of_state(state, self, z, objective.prompts, seeds)
-        begun_with(state, objective.unknowns.noise)
+        with going_on():
+            progress = of_state(state, self, z, objective.prompts, seeds)
+            begun_with(state, objective.unknowns.noise)
         return progress
 
 

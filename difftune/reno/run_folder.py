@@ -289,6 +289,7 @@ def settings_of(config: RenoConfig) -> dict[str, Any]:
     return {**asdict(config), "resume_from_checkpoint": None}
 
 
+@checkpoint.going_on()
 def same_run(config: RenoConfig, state: State) -> None:
     """UserError, naming the first, if settings are not those that the state was made with."""
     checkpoint.same_settings(asdict(config), {**asdict(RenoConfig()), **state.info["config"]}, FREE)

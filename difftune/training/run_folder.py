@@ -101,7 +101,8 @@ def run_in_folder(
     folder, main = Path(config.output_dir), process().is_main_process
     trackers = log.trackers(config.report_to, folder, asdict(config)) if main else []
     done = 0 if state is None else state.step
-    metrics: dict[str, float] = {} if state is None else dict(state.info["metrics"])
+    with checkpoint.going_on():
+        metrics: dict[str, float] = {} if state is None else dict(state.info["metrics"])
     started = time.perf_counter()
     rewind_records(config, done)
     validator = validation.open_validator(config, reward)
@@ -280,6 +281,7 @@ def starting_state(config: Config, say: Say | None = None) -> State | None:
     return state
 
 
+@checkpoint.going_on()
 def same_run(config: Config, state: State) -> None:
     """UserError, naming the first, if settings are not those that the state was made with."""
     older = asdict(type(config)()) | state.info["config"]  # a setting that is newer than the checkpoint had its default

@@ -283,6 +283,7 @@ def moments_of(run: Training) -> dict[str, dict[str, Any]]:
     return found
 
 
+@checkpoint.going_on()
 def resume_training(run: Training, state: State) -> None:
     """Put back what `take_snapshot` took, except the weights, and the generators, which the next step begins with."""
     tensors, info = state_tensors(state), state.info

@@ -28,7 +28,8 @@ def attempt_step(run: Training, step: int) -> Iterator[Metrics]:
     """
     started, config = time.perf_counter(), run.config
     if run.generators is not None:  # whatever was loaded since the state was read has drawn from them
-        checkpoint.restore(run.generators)
+        with checkpoint.going_on():
+            checkpoint.restore(run.generators)
         run.generators = None
     for group in run.optimizer.param_groups:
         group["lr"] = config.learning_rate * run.rate(step)

@@ -1,26 +1,37 @@
 """Commands that must be refused, drawn by a seed: a wrong word, number, file or folder in a command that is right."""
 
 import json
+import math
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from hashlib import sha256
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import click
 import numpy as np
+import pytest
+from click.testing import CliRunner
 from PIL import Image
+from torch import Tensor
 
 from difftune.cli.command import Number
 from difftune.cli.program import cli
 from difftune.reno.named import OPTIMIZERS
 from guidance.methods.catalogue import GUIDANCE
 from guidance.search.catalogue import SEARCHES
+from rewards.errors import Unreachable
+from rewards.simple import Brightness
 from solvers.ranges import Range, range_of
 from tests.support.pipelines import sd
 
+LONGER = {  # what is done in more than one step
+    "train alignprop": ["--train_batch_size", "1", "--prompts", "animals"],
+    "optimize": ["--iterations", "4", "--checkpointing_steps", "1"],
+}
 NOT_NUMBERS = ("x", "", "1;2", "0x1g", "nan", "1e999", "-inf", "9" * 5000, "--", "1 2", "½", "1.5.2", "[1]")
 NO_TEXTS = ("a\0b", "\ud800", "x\udcffy")
 SEVERAL = "guidance: [cfg, apg]"
@@ -112,6 +123,7 @@ class Case:
     kind: str
     words: list[str]
     loads: bool = False  # the fault is in what is loaded
+    may_run: bool = False  # the fault may be of no account, and the work begun
 
     def __str__(self) -> str:
         shown = [word if len(word) < 60 else f"{word[:40]}...({len(word)})" for word in self.words]
@@ -134,15 +146,16 @@ class Fuzzer:
         self.bases = dict(self._bases())
         self.commands = dict(_commands())
         self.number = 0
+        self.runs: dict[str, Path] = {}  # folders of runs that can be gone on from, by their commands
 
     def cases(self, count: int) -> Iterator[Case]:
-        """So many cases, all kinds alike."""
+        """So many cases, all kinds alike, but for runs that are gone on from, which take longer."""
         kinds: list[Callable[[], Case]] = [
             self.numbers, self.choices, self.texts, self.yaml, self.folders, self.rewards, self.guidance, self.settings,
             self.optimizers, self.flags, self.models, self.loras, self.pictures, self.files,
         ]  # fmt: skip
         for i in range(count):
-            yield kinds[i % len(kinds)]()
+            yield self.checkpoints() if self.runs and i % 40 == 39 else kinds[i % len(kinds)]()
 
     def _bases(self) -> Iterator[tuple[str, list[str]]]:
         model = ["--model", str(self.model), "--num_inference_steps", "2"]
@@ -175,6 +188,28 @@ class Fuzzer:
     def path(self, ending: str = "") -> Path:
         self.number += 1
         return self.root / f"input{self.number}{ending}"
+
+    def make_runs(self) -> None:
+        """A training after its only step, and an optimisation whose reward fails in the third iteration."""
+        self.runs = {name: self.root / name.replace(" ", "-") for name in LONGER}
+        call, calls = Brightness.__call__, []
+
+        def failing(reward: Brightness, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            calls.append(images)
+            if len(calls) > 2:
+                raise Unreachable("no scores")
+            return call(reward, images, prompts)
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name, folder in self.runs.items():
+                done = CliRunner().invoke(cli, self._longer(name, 1, folder))
+                assert any(folder.rglob("state.json")), done.stderr
+                patch.setattr(Brightness, "__call__", failing)
+
+    def _longer(self, name: str, steps: int, folder: Path, *words: str) -> list[str]:
+        """The command of a run that can be gone on from."""
+        more = [*LONGER[name], "--max_train_steps", str(steps)] if name.startswith("train") else LONGER[name]
+        return self._with(name, *more, "--output_dir", str(folder), *words)
 
     # ---- what is drawn
 
@@ -323,6 +358,38 @@ class Fuzzer:
             return Case("picture", ["score", "--reward", "brightness", "--", str(path)])
         return Case("picture", self._with("optimize", "--start", str(path)), loads=True)
 
+    def checkpoints(self) -> Case:
+        """A run that is gone on from, a value of whose state or metrics was edited, the manifest to match."""
+        name, folder = self.draw.choice(list(self.runs)), self.path()
+        shutil.copytree(self.runs[name], folder)
+        file = self.draw.choice(sorted([*folder.rglob("state.json"), *folder.rglob("metrics.jsonl")]))
+        lines = file.read_text().splitlines()
+        line = self.draw.randrange(len(lines)) if file.suffix == ".jsonl" else slice(None)
+        text, said = self._edited(lines[line] if isinstance(line, int) else "\n".join(lines))
+        lines[line] = text if isinstance(line, int) else [text]
+        file.write_text("\n".join(lines) + "\n")
+        manifest = file.parent / "manifest.json"
+        if manifest.is_file():
+            names = json.loads(manifest.read_text())
+            manifest.write_text(json.dumps({n: sha256((file.parent / n).read_bytes()).hexdigest() for n in names}))
+        words = self._longer(name, 2, folder, "--resume_from_checkpoint", "latest")
+        return Case(f"checkpoint {file.name} {said}", words, loads=True, may_run=True)
+
+    def _edited(self, text: str) -> tuple[str, str]:
+        """A JSON text one of whose values, at any depth, is gone or another; and what was done."""
+        if self.draw.random() < 0.1:
+            wrong = self.draw.choice((text[:-1], "", "[]", "\0", "[" * 3000))
+            return wrong, f"is {wrong[:10]!r}"
+        found = json.loads(text)
+        place = self.draw.choice(list(_places(found)))
+        key = self.draw.choice(list(place) if isinstance(place, dict) else list(range(len(place))))
+        how = self.draw.choice(("gone", None, [], {}, "text", -1, 1.5, 10**30, True, [1, "a"], {"a": 1}, math.nan))
+        if how == "gone":
+            del place[key]
+        else:
+            place[key] = how
+        return json.dumps(found), f"{key} {how!r}"
+
     def files(self) -> Case:
         """A file of prompts, labels, an earlier evaluation or noises that holds something else."""
         path = self.path(self.draw.choice((".txt", ".json", ".jsonl", ".safetensors", ".csv")))
@@ -361,6 +428,14 @@ def _commands() -> Iterator[tuple[str, click.Command]]:
         for inner, below in command.commands.items() if isinstance(command, click.Group) else ():
             yield f"{name} {inner}", below
         yield name, command
+
+
+def _places(found: Any) -> Iterator[Any]:
+    """The objects and lists of a JSON value that hold something."""
+    if isinstance(found, dict | list) and found:
+        yield found
+        for inner in found.values() if isinstance(found, dict) else found:
+            yield from _places(inner)
 
 
 def _reads(text: str, within: Range) -> bool:

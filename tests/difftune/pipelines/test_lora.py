@@ -186,6 +186,10 @@ def test_an_adapter_of_any_name_is_saved_exported_and_mixed(tmp_path, layers):
     assert torch.allclose(output(loaded), base, atol=1e-5)  # what was loaded before is off
     lora.mix(loaded, {str(tmp_path / "m"): 0.25, str(tmp_path / "again"): 0.75})
     assert torch.allclose(output(loaded), expected, atol=1e-5) and len(loaded.unet.peft_config) == 4
+    with pytest.raises(UserError, match="has the adapters default_0, .*: give one of them as adapter_name"):
+        lora.export_kohya(loaded, tmp_path / "k" / "mixed.safetensors")  # which of them is open
+    one = lora.export_kohya(loaded, tmp_path / "k" / "one.safetensors", "default_0")
+    assert one.read_bytes() == (tmp_path / "k" / "k.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["0", "to_q", "weight", "lora_A"])
