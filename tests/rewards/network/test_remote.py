@@ -385,6 +385,13 @@ def test_retry_after_is_read_and_bounded(said, seconds):
     assert 0 <= pause(3, seconds_of(said)) <= 30
 
 
+def test_a_pause_is_up_to_a_quarter_longer_never_shorter():
+    from rewards.network.client import pause
+
+    pauses = [pause(2) for _ in range(200)]
+    assert all(2 <= seconds < 2.5 for seconds in pauses) and max(pauses) - min(pauses) > 0.25
+
+
 def test_one_in_five_refused_changes_no_score(slept):
     state = torch.get_rng_state()
     with answering(*[raw("", "503 Busy") if i % 5 == 0 else GOOD for i in range(50)]) as (url, given):
