@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,23 @@ def test_resumed_equals_uninterrupted_bit_for_bit(name, tmp_path):
     found, expected = (json.loads(json.dumps(state.info)) for state in (resumed, whole))
     assert found["metrics"].pop("seconds") and expected["metrics"].pop("seconds")
     assert found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 2, 3, 40])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_at_any_number_of_steps(name, steps, tmp_path):
+    """Or says in one sentence that it needs two: nothing is written for one number of them."""
+    own = {"drtune": "truncation_steps", "grpo": "sde_window", "nft": "levels_per_image"}
+    fitting = {own[name]: min(2, steps)} if name in own else {}
+    config = toy(name, tmp_path, max_train_steps=2, num_inference_steps=steps, **fitting)
+    if (name, steps) in [("adjoint-matching", 1), ("grpo", 1), ("pso", 1)]:
+        with pytest.raises(ValueError, match="num_inference_steps is 1: .*at least 2"):
+            list(train(config, None, pipelines.sd(), Bright()))
+        return
+    for metrics, state in train(config, None, pipelines.sd(), Bright()):
+        assert isfinite(metrics["loss"]) and metrics["skipped"] == 0
+        assert all(bool(t.isfinite().all()) for t in state.tensors.values() if t.is_floating_point())
 
 
 @pytest.mark.parametrize("more", [{"low_variance_copies": 2}, {"lora_dropout": 0.3}], ids=["draft_lv", "dropout"])
