@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rewards.world import draw, grammar
+from rewards.world.render import Scene, Thing, render
 
 LISTS = {"shapeeval": (draw.shapeeval, grammar.CATEGORIES), "hard": (draw.shapeeval_hard, grammar.HARD_CATEGORIES)}
 
@@ -61,3 +62,14 @@ def test_every_harder_kind_is_drawn_in_all_its_sizes():
     assert counts["larger_counts"] == {(4,), (5,)}
     assert counts["bound_sizes"] == {(1, 1)}
     assert counts["mixed_counts"] == {(1, 2), (1, 3), (1, 4), (2, 2), (2, 3)}
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_a_scene_scales_with_its_picture(size):
+    """A red disc on white: its centre and its area, from what is missing of blue."""
+    picture = render(Scene("white", (Thing("circle", "red", 20, 44, 9),)), size)
+    missing = picture[..., 2].max() - picture[..., 2].astype(float)
+    share, places, scale = missing / missing.max(), np.arange(size) + 0.5, size / 64
+    assert share.sum() == pytest.approx(np.pi * (9 * scale) ** 2, rel=0.02)
+    centre = [(share.sum(axis) * places).sum() / share.sum() for axis in (0, 1)]
+    assert centre == pytest.approx([20 * scale, 44 * scale], abs=0.02)
