@@ -8,8 +8,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO
 
 CLEAR = "\r\x1b[K"
-THEIRS = "Loading"  # how the bars of libraries that load a model begin
-UP = "\x1b[A"  # how a bar below another returns to its line
+THEIRS = "Loading"  # first word of other libraries' loading bars
+UP = "\x1b[A"  # cursor-up, written by a nested progress bar
 
 
 class Screen(io.TextIOBase):
@@ -17,7 +17,7 @@ class Screen(io.TextIOBase):
 
     def __init__(self, terminal: TextIO, log: TextIO):
         self.terminal, self.log = terminal, log
-        self.begun = False  # a line of the log
+        self.begun = False  # whether a log line is unfinished
 
     def write(self, text: str) -> int:
         bar = text.strip("\n")
@@ -56,7 +56,9 @@ class Screen(io.TextIOBase):
 
 @contextmanager
 def shown(log: TextIO) -> Iterator[Screen]:
-    """The screen, which is all that is seen of what runs inside, other libraries' warnings included."""
+    """Inside, only the screen reaches the terminal; other output goes to the log, and logging up to WARNING is switched
+    off.
+    """
     screen, before = Screen(sys.stderr, log), logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
