@@ -195,7 +195,7 @@ def _check_named(part: Path, wanted: dict[str, Any], names: Iterable[str]) -> No
 
 
 def _ends(name: str) -> list[str]:
-    """A name without none, one, or two of its first parts, so far as three remain."""
+    """A name whole, and without its first part or first two, so long as three parts remain."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(3) if i == 0 or len(parts) - i >= 3]
 
@@ -238,7 +238,7 @@ def check_model(name: str) -> None:
 
 
 def _expanded(folder: str | Path) -> Path:
-    """With the home folder of ~ or ~NAME in its place; as it is where there is none."""
+    """The folder with ~ or ~NAME replaced by the home folder; unchanged if there is no such home."""
     try:
         return Path(folder).expanduser()
     except RuntimeError:

@@ -60,6 +60,6 @@ def stopping() -> Iterator[Stop]:
 
 
 def say_once(text: str) -> None:
-    """For people, once per run: stdout is for results."""
+    """Print a line to stderr, by the main process alone: stdout is for results."""
     if process().is_main_process:
         print(text, file=sys.stderr)

@@ -48,7 +48,7 @@ class GuidedPredict:
 
     @property
     def branches(self) -> dict[str, int]:
-        """Those rows by branch, under the names that the method gives them ("cond", "uncond", ...)."""
+        """The rows of `nfe` by branch, under the names that the method gives them ("cond", "uncond", ...)."""
         return dict(self.counter.branches)
 
     def __call__(self, path: Path, at: Noise) -> Prediction:

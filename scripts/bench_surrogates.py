@@ -52,7 +52,7 @@ def forwards(mode: str) -> int:
 
 
 def gradient(session: Session[AlignPropConfig], mode: str, numbers: range) -> Tensor:
-    """Of the images' mean reward, for the LoRA, flat."""
+    """The gradient of the images' mean reward with respect to the LoRA, flat."""
     drawn = session.images.draw(session.prompts, numbers, mode)
     scores = session.reward(session.images.decode(drawn), drawn.prompts)
     weights = list(session.run.weights.values())

@@ -40,7 +40,7 @@ def prompts_named(name: str, seed: int = 0) -> Prompts:
 
 
 def shapes(seed: int = 0, category: str = "") -> Prompts:
-    """Random captions of the world of shapes, of one category or of ShapeEval's six alike, without the contents that
+    """Random captions of the world of shapes, in one category or equally in ShapeEval's six, without the contents that
     the evaluations hold out."""
     from rewards.world.draw import draw_caption, held_out
     from rewards.world.grammar import ALL_CATEGORIES, CATEGORIES, content
@@ -92,7 +92,7 @@ def column(name: str) -> list[str]:
 
 
 def open_data_set(where: str, what: str) -> Any:
-    """The training split of a data set of the hub, of a folder, or of a file. UserError if it cannot be loaded, or if
+    """The training split of a data set: a name on the Hub, a folder, or a file. UserError if it cannot be loaded, or if
     `datasets` is not installed, which `what` needs."""
     try:
         import datasets

@@ -4,8 +4,8 @@
      "seed_a": int | null, "seed_b": int | null, "model": str | null, "time": ISO 8601}
     {"undo": n}                             what line n, counted from 0, said does not hold
 
-Paths are relative to the folder of the label file. The choice of one of n > 2 pictures is n - 1 such lines, the chosen
-one against each of the others, with one `time` and with `"of": n - 1`. Lines are only ever appended.
+Paths are relative to the folder of the label file. A choice among n > 2 pictures is n - 1 such lines, the chosen
+one against each other one, all with the same `time` and with `"of": n - 1`. Lines are only ever appended.
 """
 
 import secrets

@@ -65,7 +65,7 @@ def train_dragon(session: Session[DragonConfig]) -> Iterator[tuple[Metrics, Stat
 
 
 class Sets(NamedTuple):
-    """A round's pairs, each with its item of D+ first, and the rewards of all images, of D+ and of D-."""
+    """A round's pairs, each with its D+ item first, and the rewards: over all images, over D+, over D-."""
 
     pairs: Pairs
     rewards: Metrics
@@ -144,7 +144,7 @@ def prefer_better_set(session: Session[DragonConfig], sets: Sets, step: int) -> 
 
 
 def contrastive_loss(config: DragonConfig, run: Training, after: PairErrors, before: PairErrors) -> Tensor:
-    """The loss () of denoising errors of D+ and D-, of the model (after) and of the one before training."""
+    """The loss (): denoising errors on D+ and D-, by the model now (after) and by the one before training (before)."""
     beta = LOSSES[config.loss] if config.beta is None else config.beta
     if config.loss == "dpo":
         return dpo_loss(dpo_margin(after.winner, after.loser, before.winner, before.loser, beta))

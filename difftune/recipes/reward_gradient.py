@@ -71,8 +71,8 @@ def divergence(images: ImageSampler, reference: TrainedNetwork, drawn: Drawn, nu
 
 
 def level_between(levels: Sequence[Noise], place: float) -> tuple[Noise, float]:
-    """The level at `place` in [0, 1] of the finite range of log(sigma / alpha), in the coordinates of the levels, and
-    the width of that range."""
+    """The level at `place` in [0, 1] along the levels' finite range of log(sigma / alpha), in the levels' coordinates,
+    and the width of that range."""
     finite = [at for at in levels if at.sigma > 0 and at.alpha > 0]
     low, high = (log(float(at.sigma) / float(at.alpha)) for at in (finite[-1], finite[0]))
     ratio, first = exp(low + place * (high - low)), finite[0]

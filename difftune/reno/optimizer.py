@@ -174,7 +174,7 @@ class ReNO(NoiseSettings):
             yield live
 
     def _heard(self, objective: Objective, progress: Progress, asked: Tensor) -> tuple[Progress, Tensor]:
-        """With the candidates (A, N, D) evaluated and the best of each sample seen; and the values (A, N) of all."""
+        """The progress after evaluating the candidates (A, N, D), with each sample's best; and all values (A, N)."""
         rows, size = progress.rows, asked.shape[1]
         each = rows.repeat_interleave(size)
         z = objective.unknowns.within(asked.flatten(0, 1), each, self.max_distance)

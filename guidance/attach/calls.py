@@ -88,7 +88,7 @@ class Asked:
         return {name: parts[plain(branch)] for name, branch in request.items()}
 
     def _stock_residuals(self) -> tuple[Any, Any]:
-        """Those of all branches; in guess mode the ControlNet sees the conditional one alone, the other's are zero."""
+        """The residuals of all branches; in guess mode only the conditional one has them, the others' are zero."""
         assert self.control is not None
         down, mid = self.control.repeated()
         if self._guessing:

@@ -66,7 +66,7 @@ def _warn_once(kind: type[Scaled], scale: float) -> None:
 
 @contextmanager
 def converting() -> Iterator[None]:
-    """In it no scale is unusual: it was converted from another convention."""
+    """Inside, no scale counts as unusual: it was converted from another convention."""
     token = _converting.set(True)
     try:
         yield

@@ -32,7 +32,7 @@ class AutoGuidance(Scaled):
 
 @dataclass(frozen=True)
 class _Perturbed(Scaled):
-    """out = c + scale (c - weak) [+ (cfg_scale - 1) (c - u)]; the samples of scale 0 are spared the weak evaluation."""
+    """out = c + scale (c - weak) [+ (cfg_scale - 1) (c - u)]; samples of scale 0 skip the weak evaluation."""
 
     def _guided(self, scale: Scale, cfg_scale: Scale | None, patch: str, path: Path, at: Noise) -> Guide:
         s = strength(scale, at, path.x)

@@ -250,7 +250,7 @@ class Problem:
     def graded_by(
         self, path: Path, i: int, groups: Tensor, experts: Sequence[str | None], read: Read
     ) -> tuple[dict[str | None, Prediction], Tensor, Tensor]:
-        """`graded`, of several predictions (None: the problem's own) and of what `read` makes of them and of x."""
+        """`graded` for several predictions (None: the problem's own), scored on what `read` makes of them and x."""
         parts = self.parts(len(groups))
         found = [self._graded(path[part], i, groups[part], experts, read) for part in parts]
         said, rewards, gradients = zip(*found, strict=True)

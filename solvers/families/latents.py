@@ -23,7 +23,7 @@ def of_config(vae: Any, z: Tensor) -> Statistics:
 
 
 def of_batch_norm(vae: Any, z: Tensor) -> Statistics:
-    """Those that a batch norm of FLUX.2's VAE holds, of each channel of a patch."""
+    """The statistics that a batch norm of FLUX.2's VAE holds for each channel of a patch."""
     std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
     return (*(value.to(widen(z)).view(1, -1, 1, 1) for value in (vae.bn.running_mean, std)), 1.0)
 

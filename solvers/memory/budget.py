@@ -1,7 +1,7 @@
 """`memory_budget="6GiB"`: one step is measured, and the engine is set so that the predicted peak fits.
 
 With N steps, b images at a time, G and P what one step keeps and its peak in mode "full", S what a checkpointed step
-keeps (its latents), P' the peak of recomputing it, D and R those of the decoder and of the reward, all of one image,
+keeps (its latents), P' the peak of recomputing it, D and R the peaks of decoder and reward, all for one image,
 
     peak(full)       = H + b max(N G + P - G,  N G + D,  N G + R)
     peak(checkpoint) = H + b max(N S + P',     N S + D,  N S + R)        revolve:k and truncated:k: k in place of N

@@ -44,7 +44,7 @@ class Recomputed:
 
     @cached_property
     def networks(self) -> "Networks":
-        """Those of `predict`, looked for once a run: that takes longer than all checks of a call."""
+        """The networks of `predict`, looked for once a run: the search takes longer than all checks of a call."""
         return Networks.of(networks_of(self.predict))
 
     @cached_property
@@ -97,7 +97,7 @@ def _inside(children: Iterable[dict[str, nn.Module | None]]) -> list[nn.Module |
 
 
 def counting(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Those that count how often they are written in place: all but a tensor of inference mode."""
+    """The tensors that count how often they are written in place: all except those of inference mode."""
     return [t for t in tensors if not t.is_inference()]
 
 

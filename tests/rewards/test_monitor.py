@@ -41,7 +41,7 @@ def test_curves_that_have_not_parted(trained, held_out):
 
 
 def test_scatter_is_rarely_taken_for_a_parting():
-    """Of 200 pairs of a rising and a scattering curve, no more than 1 in 10 is reported at its end."""
+    """Among 200 pairs of a rising and a scattering curve, no more than 1 in 10 is reported at its end."""
     rng = np.random.default_rng(0)
     found = [Monitor()(RISING, rng.standard_normal(20)) for _ in range(200)]
     assert sum(parting is not None for parting in found) <= 20

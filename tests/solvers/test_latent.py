@@ -355,7 +355,7 @@ def test_a_level_with_a_gradient_or_one_per_sample_is_not_kept():
 
 
 def test_images_are_decoded_one_at_a_time_to_the_same_gradient():
-    """Of one image and of the batch: a convolution of a batch is that of its images, so the bits are the same here; a
+    """One image and the batch: a convolution of a batch is that of its images, so the bits are the same here; a
     reward with a matrix product over the batch may differ in the last one."""
     model, z = LatentModel(sd()), torch.randn(3, 4, 8, 8)
     seen = []

@@ -67,7 +67,7 @@ class Draw:
         return self.one(x for x in (d if d in (inf, -inf) else kind(d) for d in drawn) if x in within)
 
     def value(self, hint: Any, none: float = 0.2) -> Any:
-        """Of an annotation; None more seldom than not where it may be."""
+        """A value that fits an annotation; None in a minority of the cases where it may be."""
         kinds = kinds_of(hint)
         if type(None) in kinds and self.random.random() < none:
             return None
@@ -197,7 +197,7 @@ def given(command: click.Command, values: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("words", WRITTEN, ids=" ".join)
 def test_a_file_says_what_the_flags_say(words, tmp_path):
-    """Of every command: each value, in the file and on the command line, is the same."""
+    """For every command, each value, in the file and on the command line, is the same."""
     command, draw = COMMANDS[words], Draw(7)
     files = ["a.png"] * any(p.nargs == -1 for p in command.params) + ["fk"] * (words == ("search",))
     for _ in range(2):

@@ -159,7 +159,7 @@ def test_at_the_base_the_gradient_is_twice_the_engines_lean_mode(tmp_path):
 
 @pytest.mark.parametrize("make", [pipelines.sd, dits.sd3])
 def test_one_update_raises_the_reward(make, tmp_path):
-    """Of the same images, by the same noise."""
+    """The reward of the same images, by the same noise."""
     config = toy("adjoint-matching", tmp_path, steps_per_image=3, learning_rate=1e-3, train_batch_size=4)
     session = session_of(config, make(), Brightness())
     policy = memoryless(session.images)

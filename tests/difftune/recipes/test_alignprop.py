@@ -70,7 +70,7 @@ def test_loss_is_minus_the_scaled_mean():
 
 
 def gradients(pipe, gradient: str, x: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """Of -mean brightness in the LoRA, from our chain or, given x, from a loop by hand: DDIM in x0 and eps, CFG."""
+    """Gradients of -mean brightness in the LoRA, by our chain or, given x, a loop by hand: DDIM in x0 and eps, CFG."""
     weights = lora.weights(pipe.unet)
     model = LatentModel(pipe)
     if x is None:

@@ -212,7 +212,7 @@ def released(met, size: int, least: int):
 
 
 def test_advantages_by_each_prompts_latest_rewards_are_those_of_the_released_tracker(toy, monkeypatch):
-    """Of the first round every prompt has one reward or two, of which 3 are wanted; later the oldest of 4 leave."""
+    """In the first round every prompt has one reward or two, of which 3 are wanted; later the oldest of 4 leave."""
     found, reward = [], Noted()
     monkeypatch.setattr(ddpo, "ddpo_loss", lambda a, r, c: found.append(a.tolist()) or ddpo_loss(a, r, c))
     few = {"per_prompt_stat_tracking_buffer_size": 4, "per_prompt_stat_tracking_min_count": 3}

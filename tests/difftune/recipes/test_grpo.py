@@ -75,7 +75,7 @@ def test_the_first_step_of_the_flow_sde_has_deviation_a_and_the_last_none():
     ],
 )
 def test_the_spread_of_each_kernels_samples_of_a_gaussian(kernel, steps, deviation):
-    """Of N(0, 0.5^2): those of the SDE and of DDPM go to 0.5, those of CPS do not."""
+    """For N(0, 0.5^2), the deviations of the SDE and of DDPM go to 0.5, that of CPS does not."""
     eta = {"dance": 0.3, "ddim": 1.0, "cps": 0.8}[kernel]
     levels, exact, variance = grid(flow, steps), Gaussian(scalar(0.0)[0], 0.5), 1.0
     for now, then in zip(levels[:-1], levels[1:], strict=True):
@@ -86,7 +86,7 @@ def test_the_spread_of_each_kernels_samples_of_a_gaussian(kernel, steps, deviati
 
 @pytest.mark.parametrize("schedule", [flow, cosine])
 def test_cps_preserves_the_coefficients(schedule):
-    """Of x0 = 1, eps = 0 the mean is alpha', and the squares of deviation and of eps's coefficient make sigma'^2."""
+    """For x0 = 1, eps = 0 the mean is alpha', and the squares of deviation and of eps's coefficient make sigma'^2."""
     now, then = schedule(0.6), schedule(0.5)
     x0, eps = scalar(1.0), scalar(0.0)
     mean, std = cps_transition(predicted("x0", now.alpha * x0, now, x0), now, then, 0.8)
@@ -177,7 +177,7 @@ def test_a_group_is_its_numbers_whichever_process_made_them():
 
 
 def test_rewards_are_scaled_in_their_group_before_they_are_summed():
-    """Of r1 = 0, 1, 0, 1 and r2 = 10, 20, 30, 40: by the plain sum the middle two are the other way around."""
+    """For r1 = 0, 1, 0, 1 and r2 = 10, 20, 30, 40: by the plain sum the middle two are the other way around."""
     parts = torch.tensor([[0.0, 10.0], [1.0, 20.0], [0.0, 30.0], [1.0, 40.0]], dtype=torch.float64)
     found = scaled_advantages(parts, [1.0, 1.0], 4)
     assert found.tolist() == pytest.approx([-1.37638, 0.32492, -0.32492, 1.37638], abs=1e-5)
@@ -225,7 +225,7 @@ def test_equal_scores_of_a_prompt_give_no_advantage_and_are_counted():
 
 
 def test_the_tilted_mean_is_reached_within_3_standard_errors():
-    """Of r = 3 x at the end of DDPM's steps, each with a shift that is learnt, and KL weight w at each step.
+    """For r = 3 x at the end of DDPM's steps, each with a shift that is learnt, and KL weight w at each step.
 
     Advantages have the reward's deviation 3 s as their unit, so that the tilt is exp(x / (w s)), which moves a Gaussian
     of deviation s by s / w. Groups of 8 lessen both the gaps and their unit, by 7/8 and its root.

@@ -27,7 +27,7 @@ def full():
 
 @pytest.mark.parametrize("gradient", EXACT)
 def test_exact_modes_give_the_same_loss_curve(full, gradient):
-    """Of a random pipeline; the loss moves far more than that from update to update."""
+    """On a random pipeline; from update to update the loss moves far more than the tolerance."""
     found = curve(gradient, pipelines.sd(), Brightness())
     assert (found - full).abs().max() <= 1e-5
     assert (full[1:] - full[:-1]).abs().max() > 1e-3

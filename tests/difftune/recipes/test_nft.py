@@ -55,8 +55,8 @@ def test_the_first_gradient_is_of_the_sign_of_the_quality_and_does_not_depend_on
 
 
 def test_the_mean_is_tilted_as_in_closed_form_within_3_standard_errors():
-    """Of data N(0, s^2) and r = 1/2 + k x0, the plain loss moves the velocity by -(2 k / beta) s^2 t / ((1 - t)^2 s^2 +
-    t^2), whose flow ends at the tilt exp((2 k / beta) x0): its mean is 2 k s^2 / beta = .1."""
+    """For data N(0, s^2) and r = 1/2 + k x0, the plain loss moves the velocity by -(2 k / beta) s^2 t / ((1 - t)^2 s^2
+    + t^2), whose flow ends at the tilt exp((2 k / beta) x0): its mean is 2 k s^2 / beta = .1."""
     variance, k, n = 0.25, 0.2, 200_000
     generator = torch.Generator().manual_seed(0)
     levels, drift = torch.linspace(1, 0, 21, dtype=torch.float64), []

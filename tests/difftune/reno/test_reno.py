@@ -201,7 +201,7 @@ def test_reward_and_regularizer_are_reported_apart(pipe):
 
 
 def test_the_gradient_is_that_of_finite_differences(exact):
-    """Of noise and embedding together, through sampler, decoder and reward, along random directions."""
+    """For noise and embedding together, through sampler, decoder and reward, along random directions."""
     settings = quiet(exact, variables="both", num_inference_steps=2, guidance=CFG(3.0), regularizer="spectral")
     objective, _ = settings._objective(PROMPTS, 2, 0, None, 1, None)
     z, rows = objective.unknowns.start(), torch.arange(2)

@@ -258,7 +258,7 @@ def test_a_second_prompt_is_an_expert(pipe):
 
 @pytest.mark.parametrize("prompt", [None, "a square"])
 def test_a_second_pipeline_is_an_expert(pipe, prompt):
-    """Of the same weights it is the pipeline itself, whatever its network predicts; of others it is not."""
+    """With the same weights it is the pipeline itself, whatever its network predicts; with others it is not."""
     exponents, own = {"cond": 0.8, "other": 0.6}, {"other": Expert(prompt)}
     here = multiplied(pipe, own, exponents)
     for same in (pipelines.sd(), pipelines.sd("v_prediction")):

@@ -14,7 +14,7 @@ from difftune.training.run_folder import starting_state
 
 @pytest.fixture
 def config(tmp_path):
-    """Of a run that has three checkpoints, the newest of them damaged."""
+    """The config of a run that has three checkpoints, the newest of them damaged."""
     config = AlignPropConfig(output_dir=str(tmp_path))
     about = {"config": asdict(config), "num_processes": 1, "metrics": {}, "model_digest": None}
     for step in (1, 2, 3):

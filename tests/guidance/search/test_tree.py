@@ -489,7 +489,7 @@ def test_soft_values_are_of_the_spread_that_all_rewards_have():
 
 
 def test_rewards_that_are_all_equal_have_no_spread():
-    """Of equal children the least visited is followed, as under any unit."""
+    """Among equal children the least visited is followed, as under any unit."""
     flat = run(scaled(line(2), 0.0, 0.1), DTSStar(), 30)
     assert [t.visits for t in trees_of(flat, 6)] == [
         t.visits for t in trees_of(run(scaled(line(2), 0.0, 0.1), DTSStar(unit="reward"), 30), 6)

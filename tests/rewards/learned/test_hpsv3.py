@@ -45,7 +45,7 @@ def test_a_picture_that_is_too_long_is_refused():
 
 
 def test_patches_are_those_of_transformers_processor():
-    """Of a picture that needs no resize, so that rounding plays no part."""
+    """For a picture that needs no resize, so that rounding plays no part."""
     x = (255 * IMAGES[:, :, :364, :420]).round() / 255
     looks = Qwen2VLImageProcessor(size={"shortest_edge": 364 * 420, "longest_edge": 364 * 420})
     found = looks(images=[picture for picture in x], do_rescale=False, do_resize=False, return_tensors="pt")

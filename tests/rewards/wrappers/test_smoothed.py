@@ -89,7 +89,7 @@ def test_without_a_seed_views_are_drawn_anew_from_the_global_generator():
 
 
 def test_noise_has_its_deviation_and_keeps_to_the_range():
-    """Of 100 views of gray: 0.5 + 0.1 eps, and of white: clipped at 1, E min(0, eps) = -1 / sqrt(2 pi)."""
+    """100 views of gray are 0.5 + 0.1 eps; those of white are clipped at 1, E min(0, eps) = -1 / sqrt(2 pi)."""
 
     class Mean:
         differentiable = True

@@ -164,7 +164,7 @@ def test_few_steps_without_guidance(name, steps):
 
 @pytest.mark.parametrize("name", FULL)
 def test_gradient_is_the_slope(name):
-    """Of what is sampled, along the gradient's own direction in noise, conditions and parameters each."""
+    """The gradient of the sample, along the gradient's own direction in noise, conditions and parameters each."""
     case = FULL[name]
     model, denoiser = modelled(case, steps=2)
     model.pipe.to(torch.float64)

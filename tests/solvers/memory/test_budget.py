@@ -163,7 +163,7 @@ class Job:
         )
 
     def gradient(self, plan):
-        """Of the sum of rewards with respect to the noise."""
+        """The gradient of the sum of rewards with respect to the noise."""
         found = []
         with plan.applied(self.pipe.unet, self.pipe.vae):
             for rows in plan.split(range(len(self.x))):

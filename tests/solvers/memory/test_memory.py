@@ -215,7 +215,7 @@ def test_offloaded_latents_give_the_same_bits(pipe, device):
     + [(None, "adjoint:heun"), (None, "reversible:bdia")],
 )
 def test_no_latent_stays_where_saved_tensors_are_moved(name, gradient, monkeypatch):
-    """Of all that the network was called with, the device keeps the caller's x alone; a copy stands for the host's."""
+    """The device keeps the caller's x alone of all that the network was called with; a copy stands for the host's."""
     step = None if name is None else SAMPLERS[name]
     copying = lambda pin_memory: saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t)  # noqa: E731
     monkeypatch.setattr(offload, "save_on_cpu", copying)

@@ -47,7 +47,7 @@ class Net(nn.Module):
 
 
 def gradients(name, gradient, dtype=torch.float64, levels=LEVELS):
-    """Of a nonlinear loss w.r.t. noise, condition and parameters, and the loss itself."""
+    """The gradients of a nonlinear loss w.r.t. noise, condition and parameters, and the loss itself."""
     torch.manual_seed(0)
     x, cond = torch.randn(3, 2, dtype=dtype, requires_grad=True), torch.randn(3, 2, dtype=dtype, requires_grad=True)
     noise, net = torch.randn(len(levels) - 1, 3, 2, dtype=dtype), Net(cond, dtype)
@@ -95,7 +95,7 @@ def test_gaussian_closed_form(gradient):
 
 @pytest.mark.parametrize("gradient", ["full", "checkpoint", "revolve:1"])
 def test_one_step_to_data_is_the_posterior_gradient(gradient):
-    """Of L(x0(x)), which posterior sampling (https://arxiv.org/abs/2209.14687) takes at every step."""
+    """The gradient of L(x0(x)), which posterior sampling (https://arxiv.org/abs/2209.14687) takes at every step."""
     x, mean = (torch.randn(1, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     predict, at = bind(Gaussian(mean, 0.5), {}, [mean]), LEVELS[2]
     ends = predict(Path(x), at).x0, rollout(euler, predict, x, [at, LEVELS[-1]], gradient).x

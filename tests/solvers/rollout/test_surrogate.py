@@ -136,7 +136,7 @@ def test_each_points_up_the_exact_gradient():
 
 
 def test_biases_on_a_gaussian():
-    """Of N(mu, .25) and 25 steps, d end / d mu is 1: what each surrogate makes of it, as the docs say."""
+    """For N(mu, .25) and 25 steps, d end / d mu is 1: what each surrogate makes of it, as the docs say."""
 
     def gradient(mode: str) -> float:
         mu = torch.zeros(1, dtype=torch.float64, requires_grad=True)

@@ -193,7 +193,7 @@ def test_nothing_that_requires_grad_is_an_error(mode):
     + [("lean", (5, 10))],
 )
 def test_network_calls(mode, calls):
-    """Of five steps: forward, and with the backward pass."""
+    """The calls of five steps: forward, and with the backward pass."""
     net = Net(randn(3, 2, seed=3))
     end = run(mode, net, randn(3, 2)).x
     forward = net.calls

@@ -192,7 +192,7 @@ def test_draft_lv_averages_noised_ends(name):
 
 
 def test_draft_lv_has_less_variance():
-    """Of the gradient, over the noise of the last step: about a quarter with four copies."""
+    """The gradient's variance over the noise of the last step: about a quarter with four copies."""
 
     def spread(copies):
         torch.manual_seed(0)
