@@ -75,7 +75,7 @@ def refl(run: Run, kept: int) -> Path:
 
 
 def drtune(run: Run, kept: int) -> Path:
-    """DRTune (https://arxiv.org/abs/2405.00760): the network's input is cut off at every step, its output at all but K.
+    """DRTune (https://arxiv.org/abs/2405.00760): the network input is detached at every step, its output at all but K.
 
     Those K are evenly spaced and end with the last step; their parameters get gradient along the linear path around the
     network, as x does, without the product of its Jacobians.

@@ -149,7 +149,7 @@ class Fuzzer:
         self.runs: dict[str, Path] = {}  # folders of runs that can be gone on from, by their commands
 
     def cases(self, count: int) -> Iterator[Case]:
-        """So many cases, all kinds alike, but for runs that are gone on from, which take longer."""
+        """So many cases, all kinds alike, except fewer resumed runs, which take longer."""
         kinds: list[Callable[[], Case]] = [
             self.numbers, self.choices, self.texts, self.yaml, self.folders, self.rewards, self.guidance, self.settings,
             self.optimizers, self.flags, self.models, self.loras, self.pictures, self.files,
