@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from math import inf, isfinite
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,7 @@ def load(name_or_path: str | Path, **options: Any) -> "DiffusionPipeline":
         raise UserError(f"cannot load {where!r} from the Hub: {why}; embedded: {_pipelines()}") from error
     if isinstance(where, Path):
         _check_complete(where, pipe)
+        _check_values(where, pipe)
     return pipe
 
 
@@ -181,6 +183,27 @@ def _check_complete(folder: Path, pipe: Any) -> None:
                     f"{folder / part} holds {len(names)} of {len(wanted)} tensors: without the others it is random"
                 )
             _check_named(folder / part, wanted, names)
+
+
+NUMBERS = {"sample_size": 1, "scaling_factor": 1e-6, "shift_factor": -inf}  # of a config: the least that each may be
+
+
+def _check_values(folder: Path, pipe: Any) -> None:
+    """UserError for a value of a part's files that the part is made with, and that no picture could be drawn with."""
+    from diffusers import ConfigMixin
+
+    for part, module in pipe.components.items():
+        config = module.config if isinstance(module, ConfigMixin) else {}
+        for name in NUMBERS.keys() & config.keys():
+            values = config[name] if isinstance(config[name], list | tuple) else [config[name]]
+            if not all(value is None or _at_least(value, NUMBERS[name]) for value in values):
+                raise UserError(f"{folder / part} has {name}={str(config[name])[:40]}: copy its config.json again")
+        if "CLIPTokenizer" in type(module).__name__ and module.model_max_length > 1 << 20:
+            raise UserError(f"{folder / part} lacks model_max_length: copy its tokenizer_config.json again")
+
+
+def _at_least(value: Any, least: float) -> bool:
+    return isinstance(value, int | float) and isfinite(value) and value >= least
 
 
 def _check_named(part: Path, wanted: dict[str, Any], names: Iterable[str]) -> None:

@@ -217,3 +217,24 @@ def test_without_a_home_the_remedy_is_named(root, monkeypatch):
     assert models.path("tiny").is_dir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
     assert models.path("tiny-turbo").is_dir()
+
+
+WRONG_VALUES = [
+    ("unet", {"sample_size": 0}, "has sample_size=0"),
+    ("vae", {"scaling_factor": "x"}, "has scaling_factor=x"),
+    ("vae", {"scaling_factor": 0}, "has scaling_factor=0"),
+    ("vae", {"shift_factor": "x"}, "has shift_factor=x"),
+    ("tokenizer", None, "lacks model_max_length"),
+]
+
+
+@pytest.mark.parametrize(("part", "values", "sentence"), WRONG_VALUES)
+def test_values_that_nothing_can_be_drawn_with_are_refused(root, part, values, sentence):
+    folder = root / "site/difftune/weights/tiny" / part
+    if values is None:
+        (folder / "tokenizer_config.json").unlink()
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+    with pytest.raises(UserError, match=f"{part} {sentence}"):
+        models.load(folder.parent)
