@@ -1,5 +1,6 @@
 """FLUX.1."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,24 @@ def encode_flux(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[
 
 def call_flux(network: Any, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
     """FLUX reads tokens, with the place of each, and a timestep in [0, 1], in float32: it rounds that itself."""
-    rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
-    places = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).to(x)  # (tokens, 3)
+    grid = x.shape[-2] // 2, x.shape[-1] // 2
     texts = x.new_zeros(cond["encoder_hidden_states"].shape[1], 3)
     timestep = timestep.to(x.device, torch.float32).expand(len(x)) / 1000
-    out = network(packed(x), timestep=timestep, **cond, img_ids=places, txt_ids=texts, return_dict=False)[0]
-    return unpacked(out, (rows, columns))
+    out = network(
+        packed(x), timestep=timestep, **cond, img_ids=places_of(grid).to(x), txt_ids=texts, return_dict=False
+    )[0]
+    return unpacked(out, grid)
+
+
+def places_of(grid: tuple[int, int]) -> Tensor:
+    """(0, row, column) of each token of a grid, (tokens, 3)."""
+    return torch.cartesian_prod(torch.arange(1), *map(torch.arange, grid))
+
+
+def grid_of_places(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """The grid of a call of the network, by the place of its last token."""
+    _, row, column = arguments["img_ids"][-1]
+    return int(row) + 1, int(column) + 1
 
 
 def shifted_flux(pipe: Any, latent: tuple[int, int], steps: int) -> dict[str, Any]:
@@ -51,7 +64,7 @@ FLUX = sequential_family(
     batch_first=FLUX_INPUTS,
     encode=encode_flux,
     call=call_flux,
-    grid=lambda arguments: (int(arguments["img_ids"][-1, 1]) + 1, int(arguments["img_ids"][-1, 2]) + 1),
+    grid=grid_of_places,
     options=shifted_flux,
     size=lambda network: 128,  # FluxPipeline.default_sample_size: the network has none
     patch=2,

@@ -8,6 +8,7 @@ a family that has none.
 from diffusers import DiffusionPipeline
 
 from solvers.errors import UserError
+from solvers.families.chroma import CHROMA
 from solvers.families.family import Family
 from solvers.families.flux import FLUX
 from solvers.families.flux2 import FLUX2
@@ -19,7 +20,9 @@ from solvers.families.sd3 import SD3
 from solvers.families.sdxl import SDXL
 from solvers.families.wan import WAN
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD, SDXL, SD3, FLUX, FLUX2, PIXART, SANA, WAN, QWEN)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (SD, SDXL, SD3, FLUX, FLUX2, CHROMA, PIXART, SANA, WAN, QWEN)
+}
 
 
 def family_of(pipe: DiffusionPipeline) -> Family:

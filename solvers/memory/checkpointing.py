@@ -9,6 +9,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from solvers.errors import UserError
 
+WRONG = {  # networks whose recomputed blocks give other gradients
+    "ChromaTransformer2DModel": "drops the mask of its text where blocks are recomputed, in diffusers",
+}
+
 
 @contextmanager
 def block_checkpointing(*models: Any) -> Iterator[None]:
@@ -20,7 +24,8 @@ def block_checkpointing(*models: Any) -> Iterator[None]:
     for model in models:
         if not has_blocks(model):
             name = type(model).__name__
-            raise UserError(f"{name} has no blocks that can be recomputed: leave block checkpointing off")
+            why = WRONG.get(name, "has no blocks that can be recomputed")
+            raise UserError(f"{name} {why}: leave block checkpointing off")
     before = [(module, dict(vars(module))) for model in models for module in _blocks(model)]
     try:
         for model in models:
@@ -34,7 +39,7 @@ def block_checkpointing(*models: Any) -> Iterator[None]:
 
 def has_blocks(model: Any) -> bool:
     """Whether `block_checkpointing` works on a diffusers model."""
-    return bool(model._supports_gradient_checkpointing and _blocks(model))
+    return bool(model._supports_gradient_checkpointing and _blocks(model) and type(model).__name__ not in WRONG)
 
 
 def _blocks(model: nn.Module) -> list[Any]:

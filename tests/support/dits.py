@@ -121,6 +121,20 @@ def flux(scheduler=None, guidance_embeds=False, **config):
     )
 
 
+def chroma(scheduler=None, **config):
+    size = {"in_channels": 16, "num_layers": 1, "num_single_layers": 2, "axes_dims_rope": (4, 4, 8)}
+    heads = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": TEXT}
+    approximator = {"approximator_num_channels": 8, "approximator_hidden_dim": 32, "approximator_layers": 1}
+    return built(
+        diffusers.ChromaPipeline,
+        transformer=lambda: shaken(diffusers.ChromaTransformer2DModel(**{**size, **heads, **approximator, **config})),
+        scheduler=scheduler or flow(),
+        vae=lambda: vae(shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=t5,
+        tokenizer=t5_tokenizer(),
+    )
+
+
 def byte_letters():
     """The letters that stand for the bytes, as GPT-2's tokenizer writes them."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -30,7 +30,7 @@ def output(pipe) -> torch.Tensor:
 
 
 FAMILIES = {"sd": pipelines.sd, "sdxl": pipelines.sdxl, "sd3": dits.sd3, "flux": dits.flux, "pixart": dits.pixart}
-FAMILIES |= {"sana": dits.sana, "flux2": dits.flux2, "qwen": lambda: dits.qwen(texts=True)}
+FAMILIES |= {"sana": dits.sana, "flux2": dits.flux2, "chroma": dits.chroma, "qwen": lambda: dits.qwen(texts=True)}
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from tests.support import dits, pipelines
 
 PROMPTS = ["red circle", "blue square"]
 PIPELINES = {"sdxl": pipelines.sdxl, "sd3": dits.sd3, "flux": dits.flux, "pixart": dits.pixart, "sana": dits.sana}
-PIPELINES |= {"flux2": dits.flux2, "qwen": lambda: dits.qwen(texts=True)}
+PIPELINES |= {"flux2": dits.flux2, "chroma": dits.chroma, "qwen": lambda: dits.qwen(texts=True)}
 
 
 class Left:

@@ -24,7 +24,7 @@ from solvers.denoiser import Path
 from solvers.families import table, tokens
 from solvers.latent import LatentModel
 from solvers.samplers.catalogue import euler, sample
-from tests.support.dits import DPM, TEXT, flow, flux, flux2, pixart, qwen, sana, sd3, wan
+from tests.support.dits import DPM, TEXT, chroma, flow, flux, flux2, pixart, qwen, sana, sd3, wan
 from tests.support.pipelines import WIDTH, ddim, sd, sdxl
 
 pytestmark = pytest.mark.filterwarnings("error:.*guides with its own scale")
@@ -65,6 +65,7 @@ KINDS = {
     "flux": Kind(flux, embeds(pooled=WIDTH), scale="true_cfg_scale"),
     "flux-dev": Kind(partial(flux, guidance_embeds=True), embeds(pooled=WIDTH), scale="true_cfg_scale"),
     "flux2": Kind(flux2, embeds(24)),
+    "chroma": Kind(chroma, {name: value.float() for name, value in embeds(mask="_attention_mask").items()}),
     "pixart-alpha": Kind(
         lambda s: pixart(diffusers.PixArtAlphaPipeline, s), embeds(mask="_attention_mask"), more=UNBINNED
     ),
@@ -98,6 +99,7 @@ OF_KIND = {
     "flux": ("flow Euler", "flow Euler by size", "flow UniPC"),
     "flux-dev": ("flow Euler by size",),
     "flux2": ("flow Euler by size", "flow Euler"),
+    "chroma": ("flow Euler", "flow Euler by size"),
     "pixart-alpha": ("DDIM", "DPM++ 2M"),
     "pixart-sigma": ("DDIM", "Euler", "DPM++ 2M"),
     "sana": (*FLOWS, "DPM++ 2M"),

@@ -16,9 +16,10 @@ from solvers.families.table import FAMILIES, family_of
 from solvers.families.tokens import packed, unpacked
 from solvers.latent import LatentModel
 from solvers.levels import Clock
+from solvers.memory.checkpointing import block_checkpointing, has_blocks
 from solvers.noise import Noise
 from solvers.samplers.catalogue import ancestral, dpmpp_2m, end, euler, renoise, sample
-from tests.support.dits import DPM, flow, flux, flux2, pixart, qwen, sana, sd3, wan
+from tests.support.dits import DPM, chroma, flow, flux, flux2, pixart, qwen, sana, sd3, wan
 from tests.support.pipelines import ddim, sd, sdxl
 
 PROMPTS, NEGATIVES = ["a red circle", "two blue squares"], ["a square", "red"]
@@ -69,6 +70,7 @@ FULL = {
     "flux-dev": Case(partial(flux, guidance_embeds=True), call=TRUE_CFG, embedded=3.5, size=(16, 24)),
     "flux-schnell": Case(partial(flux, flow(shift=1.0)), call=TRUE_CFG),
     "flux2-klein": Case(flux2, size=(16, 24)),
+    "chroma": Case(chroma, size=(16, 24)),
     "qwen": Case(partial(qwen, texts=True), call={"true_cfg_scale": SCALE, "guidance_scale": None}, size=(16, 24)),
     "pixart-sigma": Case(pixart, dpmpp_2m, call=UNBINNED),
     "pixart-alpha": Case(partial(pixart, diffusers.PixArtAlphaPipeline, ddim()), call=UNBINNED),
@@ -139,7 +141,7 @@ def test_own_loop_is_the_pipeline(name):
     start = Path(model.noise(2, seeded(), **sized(case)))
     *_, last = sample(case.step, guided(denoiser, conds), start, model.levels(STEPS, **sized(case)))
     theirs = stock(model, case, output_type="latent")
-    if isinstance(model.pipe, FluxPipeline | diffusers.QwenImagePipeline):
+    if isinstance(model.pipe, FluxPipeline | diffusers.QwenImagePipeline | diffusers.ChromaPipeline):
         theirs = unpacked(theirs, (case.size[0] // 4, case.size[1] // 4))
     ours = model.family.latents.to_vae(model.pipe.vae, last.x) if model.family.name == "flux2" else last.x
     assert last.x.shape == (2, *model.shape(**sized(case))) and theirs.std() > 0.1
@@ -251,6 +253,23 @@ def test_what_latent_model_refuses():
         LatentModel(sd3(), 3.5).encode("red")
     with pytest.raises(ValueError, match="18 x 16 pixels: both must be multiples of 4"):
         LatentModel(sd3()).shape(18, 16)
+
+
+def test_chromas_blocks_are_not_recomputed():
+    """diffusers gives another output under gradient checkpointing, which would go unseen."""
+    pipe = chroma()
+    assert not has_blocks(pipe.transformer)
+    with (
+        pytest.raises(ValueError, match="ChromaTransformer2DModel drops the mask"),
+        block_checkpointing(pipe.transformer),
+    ):
+        pass
+    model = LatentModel(pipe)
+    at, x = model.levels(2)[1], model.noise(1, seeded(), 16, 16)
+    cond = model.encode(PROMPTS[:1])["cond"]
+    whole = model.denoiser(x, at, cond).eps.detach()
+    pipe.transformer.enable_gradient_checkpointing()
+    assert relative(model.denoiser(x, at, cond).eps, whole) > 1e-3  # else diffusers is mended, and so can this be
 
 
 def test_no_pipeline_is_in_two_families():
