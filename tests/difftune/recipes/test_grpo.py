@@ -191,7 +191,7 @@ def test_rewards_are_scaled_in_their_group_before_they_are_summed():
     assert not scaled_advantages(torch.full((4, 2), 0.1), [1.0, 1.0], 2).any()
 
 
-@pytest.mark.parametrize("name", ["grpo", "nft"])
+@pytest.mark.parametrize("name", ["grpo", pytest.param("nft", marks=pytest.mark.slow)])
 def test_a_reward_of_a_hundred_times_the_scale_does_not_drown_the_other(name, tmp_path):
     """Under reward_scaling group, a run with saturation times 100 is the run without, up to rounding."""
     reward = weighted({"brightness": 1.0, "saturation": 1.0})
@@ -312,7 +312,7 @@ def test_the_ratio_of_a_rounds_first_update_is_exactly_1(make, tmp_path):
     assert second["approx_kl"] > 0 and first["group_std"] == second["group_std"] > 0 == first["dead_groups"]
 
 
-@pytest.mark.parametrize("trust", ["clip", "guard"])
+@pytest.mark.parametrize("trust", [pytest.param("clip", marks=pytest.mark.slow), "guard"])
 def test_the_ratio_is_1_after_a_resume_too(trust, tmp_path):
     config = toy("grpo", tmp_path, trust=trust, updates_per_round=2, max_train_steps=3, kl_weight=0.1)
     states = [state for _, state in train(config, None, pipelines.sd(), Brightness())]
