@@ -56,5 +56,5 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice[:80]!r} is given twice: give it once")
+        raise UserError(f"the key {twice[:80]!r} is given twice: give it once")
     return found

@@ -11,7 +11,6 @@
 A picture is a path, relative to the file's folder, or the bytes that the data set holds.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple, overload
 from difftune.errors import UserError
 from difftune.files.pictures import Encoded
 from difftune.files.prompts import open_data_set
-from difftune.files.text import read_text
+from difftune.files.text import parse_json, read_text
 from difftune.labelling.choices import Choice, decided
 
 Row = Mapping[str, Any]
@@ -151,17 +150,14 @@ def undecoded(rows: Any) -> Any:
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON list, or of JSON lines. UserError, with the line, for what is none."""
+    """The objects of a JSON list, or of JSON lines. UserError, with the number of the first that is not one."""
     text = read_text(path, "the pairs of")
     try:
-        if text.lstrip().startswith("["):
-            yield from json.loads(text)
-            return
-        for number, line in enumerate(text.split("\n")):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is no object")
-                yield row
+        whole = text.lstrip().startswith("[")
+        rows = parse_json(text) if whole else [parse_json(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON that can be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not JSON that can be read: {' '.join(str(error).split())}") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"entry {number} of {path} is not an object: give one for each pair")
+        yield row

@@ -107,5 +107,5 @@ def test_what_cannot_be_is_one_sentence(tmp_path):
             preferences_named(lines(pairs, rows))
         assert "\n" not in str(error.value)
     pairs.write_text("{")
-    with pytest.raises(ValueError, match="is no JSON that can be read"):
+    with pytest.raises(ValueError, match="is not JSON that can be read"):
         preferences_named(str(tmp_path))
