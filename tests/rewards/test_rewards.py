@@ -570,3 +570,15 @@ def test_shipped_clip_prefers_the_true_caption_and_reaches_the_pixels():
     with torch.no_grad():
         others = reward(images.expand(2, -1, -1, -1), ["three green triangles", "a small square"])
     assert (score > others).all()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_contrast_is_the_standard_deviation_of_luma(count):
+    """Of pictures that are not square, one alone and several."""
+    images = torch.rand(count, 3, 5, 8, generator=torch.Generator().manual_seed(1))
+    luma = (images * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
+    expected = luma.flatten(1).std(1, correction=0)
+    torch.testing.assert_close(load("contrast")(images, ["x"] * count), expected)
+    halves = torch.zeros(count, 3, 4, 4)
+    halves[..., :2] = 1
+    assert load("contrast")(halves, ["x"] * count).tolist() == pytest.approx([0.5] * count)
