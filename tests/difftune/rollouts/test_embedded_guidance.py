@@ -57,7 +57,7 @@ def test_validations_are_told_the_scale(tmp_path):
 
 @pytest.mark.parametrize("make", TOLD.values(), ids=TOLD)
 def test_search_tells_the_network_its_scale(make):
-    pipe, settings = make(), {"method": "best-of-n", "rewards": Brightness(), "budget": 4, "num_inference_steps": 2}
+    pipe, settings = make(), {"method": "best-of-n", "reward": Brightness(), "nfe_budget": 4, "num_inference_steps": 2}
     settings |= {"guidance": Plain(), "progress": False}
     ends = [search(pipe, ["red"], embedded_guidance=told, **settings).run().latents for told in (2.0, 5.0)]
     assert not torch.equal(*ends)

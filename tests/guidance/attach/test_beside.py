@@ -16,6 +16,7 @@ from diffusers.callbacks import (
     SDXLCFGCutoffCallback,
 )
 
+from guidance.attach.calls import recorded
 from guidance.attach.handle import attach
 from guidance.methods.catalogue import APG, CFG, NASA, PAG, AdaptiveGuidance, CFGpp, Interval, Plain, Rescale
 from tests.support.dits import TEXT, sd3, wan
@@ -333,3 +334,10 @@ def test_cfg_of_a_network_that_is_told_its_scale():
         assert torch.equal(run(one, guidance_scale=6.0), stock)
     with attach(one, APG(6.0)), pytest.raises(ValueError, match="guidance-distilled .* needs 'cond' alone"):
         run(one, guidance_scale=6.0)
+
+
+def test_a_call_is_taken_apart_by_the_names_of_its_arguments():
+    network, x, text = unet(), torch.randn(2, 4, 8, 8), torch.randn(2, 7, 16)
+    call = recorded(network, network.forward, (x, 3, text), {}, ("sample", "encoder_hidden_states"))
+    assert call.sample is x and len(call) == 2 and call.shared == {"timestep": 3}
+    assert call.rows == {"sample": x, "encoder_hidden_states": text}
