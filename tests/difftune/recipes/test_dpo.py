@@ -376,7 +376,7 @@ def test_one_update_draws_the_model_to_the_better_pictures(toy, labels):
 @pytest.mark.parametrize(
     ("more", "what"),
     [
-        ({"num_images_per_prompt": 1}, "num_images_per_prompt is 1: it must be at least 2"),
+        ({"num_images_per_prompt": 1}, "num_images_per_prompt is 1: it must be from 2 "),
         ({"updates_per_round": 0}, "updates_per_round is 0"),
         ({"labels": "/nowhere.jsonl"}, "cannot read the labels"),
         ({"reward": ["tiny-clap"]}, "did you mean 'tiny-clip'"),
