@@ -255,7 +255,7 @@ def test_run_writes_a_lora_that_loads(toy, tmp_path):
     ("more", "what"),
     [
         ({"eta": -1.0}, "eta is -1.0: it must be above 0"),
-        ({"num_images_per_prompt": 1}, "num_images_per_prompt is 1: it must be at least 2"),
+        ({"num_images_per_prompt": 1}, "num_images_per_prompt is 1: it must be from 2 "),
         ({"beta": -1.0}, "beta is -1"),
         ({"labels": "/nowhere.jsonl"}, "cannot read the labels"),
         ({"reward": ["tiny-clap"]}, "did you mean 'tiny-clip'"),
