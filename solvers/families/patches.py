@@ -311,7 +311,9 @@ def skipped_depth(
         yield
 
 
-def _both_passed_on(hidden_states: Tensor, encoder_hidden_states: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+def _both_passed_on(
+    hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Any:
     """A block of one stream (FLUX.2's) is given both together, and returns them so."""
     return hidden_states if encoder_hidden_states is None else (encoder_hidden_states, hidden_states)
 

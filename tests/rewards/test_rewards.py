@@ -28,6 +28,7 @@ SPECIAL = {  # what these want of a prompt
 }
 NEEDS = {"ocr": "rapidocr"}
 NAMES = [name for name in REWARDS if name not in NEEDS or util.find_spec(NEEDS[name])]
+READS = [pytest.param(name, marks=pytest.mark.slow) if name == "ocr" else name for name in NAMES]  # it takes seconds
 DIFFERENTIABLE = [name for name in NAMES if REWARDS[name].differentiable]
 
 
@@ -100,7 +101,7 @@ ROUGH = {"pickscore": 10.0}  # cosines times exp(logit_scale)
 # ---------------------------------------------------------------------------------------------- every reward
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", READS)
 def test_each_image_is_scored_by_itself(name, loaded):
     """Scores (B,) in float32 that do not depend on the rest of the batch or its order, nor change the second time."""
     reward, images, words = loaded(name), noise_images(), prompts(name)
@@ -114,7 +115,7 @@ def test_each_image_is_scored_by_itself(name, loaded):
     assert torch.equal(scores, reward(images, words))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", READS)
 def test_scores_are_float32_from_images_of_any_float_dtype(name, loaded):
     reward, words = loaded(name), prompts(name)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
@@ -125,7 +126,7 @@ def test_scores_are_float32_from_images_of_any_float_dtype(name, loaded):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", READS)
 def test_a_picture_that_is_not_finite_has_no_score(name, bad, loaded):
     """NaN for it, so that a model that diverged is not rewarded; the others of the batch have theirs."""
     reward, images, words = loaded(name), noise_images(), prompts(name)

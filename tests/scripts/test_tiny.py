@@ -67,6 +67,7 @@ def test_oracle_survives_the_vae(check):
     assert found["one_word_wrong"] <= 0.02
 
 
+@pytest.mark.slow
 def test_guidance_makes_tiny_follow_its_captions():
     guided, free = (score("tiny", method, 15, 10) for method in (CFG(SCALE), GUIDANCE["none"]()))
     assert guided["overall"] >= free["overall"] + 0.1

@@ -131,7 +131,7 @@ def test_eval_prints_scores_with_intervals_and_pairs_with_a_baseline(model, tmp_
     assert list(third)[:2] == ["overall", "larger_counts"] and len(third["images"]) == 2
     (tmp_path / "hard.txt").write_text("a red blue circle\n")
     refuse(2, *base, "--prompts", tmp_path / "hard.txt", saying=["one object has one colour, not red and blue"])
-    refuse(2, *base, "--baseline", model, saying=["not an evaluation"])
+    refuse(2, *base, "--baseline", model, saying=["Is a directory"])
     refuse(2, *base, "--lora", tmp_path, saying=["--lora", "pytorch_lora_weights.safetensors"])
 
 

@@ -28,7 +28,7 @@ def test_info_tells_the_files_and_how_far_they_are_known():
     text = succeed("rewards", "info", "imagereward").stdout
     assert "hub_id: zai-org/ImageReward" in text and re.search(r"revision: \w{40}", text)
     assert "sha256: none" in text and "not installed" not in text
-    refuse(2, "rewards", "info", "hps", saying=["no reward 'hps'", "did you mean 'hps-v2'?"])
+    refuse(2, "rewards", "info", "hps", saying=["no reward 'hps'", "did you mean 'hps-v3'?"])
 
 
 def test_prefetch_without_a_network_says_what_is_missing():
@@ -54,6 +54,7 @@ def deaf():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@pytest.mark.slow
 def test_served_reward_scores_pictures_by_its_url(picture):
     """Another process serves it until it is interrupted."""
     command = [sys.executable, "-m", "difftune", "rewards", "serve", "brightness", "--port", "0", "--json"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from guidance import files
 from guidance.search import saved
 from guidance.search.problem import Saved
 
@@ -35,7 +36,7 @@ def test_a_writer_that_dies_leaves_the_last_whole_file(tmp_path, monkeypatch, br
     def die(*args, **kwargs):
         raise KeyboardInterrupt
 
-    where = saved.json if broken == "dumps" else saved.os
+    where = saved.json if broken == "dumps" else files.os
     monkeypatch.setattr(where, broken, die)
     with pytest.raises(KeyboardInterrupt):
         saved.save(file, SECOND)
@@ -48,16 +49,16 @@ def test_the_file_is_never_seen_half_written(tmp_path, monkeypatch):
     """Nothing is written under the name itself: it changes by a rename, once the bytes are on the disk."""
     file, order = tmp_path / "search.safetensors", []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(saved.os, "fsync", lambda handle: (order.append("fsync"), fsync(handle))[1])
+    monkeypatch.setattr(files.os, "fsync", lambda handle: (order.append("fsync"), fsync(handle))[1])
 
     def moved(temporary, target):
         assert same(saved.load(temporary), FIRST) and not file.exists()
         order.append("replace")
         replace(temporary, target)
 
-    monkeypatch.setattr(saved.os, "replace", moved)
+    monkeypatch.setattr(files.os, "replace", moved)
     saved.save(file, FIRST)
-    assert order == ["fsync", "replace"]
+    assert order[:2] == ["fsync", "replace"] and order.count("replace") == 1
 
 
 def test_anything_else_is_refused_in_one_sentence(tmp_path):

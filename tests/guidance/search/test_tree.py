@@ -88,7 +88,7 @@ def trees_of(state: State, depth: int) -> list[Tree]:
 
 
 def grown(config: DTS, rounds: int, groups: int = 1) -> list[Tree]:
-    return trees_of(run(chain(groups), config, rounds), config.branches + 1)
+    return trees_of(run(chain(groups), config, rounds), (config.branches or 5) + 1)  # five steps
 
 
 # ------------------------------------------------------------------------------------------------ in any tree
