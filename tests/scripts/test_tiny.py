@@ -60,6 +60,7 @@ def test_text_encoder_is_told_to_load_in_float32():
     assert config["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_oracle_survives_the_vae(check):
     images, captions, scenes = check.scenes(200)
     found = check.accepts(check.through_vae(images), captions, scenes)

@@ -389,6 +389,7 @@ def test_the_peak_of_decoding_and_rewarding_does_not_grow_with_the_batch():
     assert peak_of(LatentModel(pipe, decode_batch=8), whole, 8) > 4 * one  # what it was
 
 
+@pytest.mark.slow
 def test_a_large_image_is_decoded_in_tiles_that_are_recomputed_one_by_one():
     pipe = models.load("tiny")
     vae = pipe.vae

@@ -82,6 +82,7 @@ def test_recomputed_is_full_bit_for_bit_in_half_precision(dtype):
     assert torch.equal(full, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "least"), [(1.0, 0.97), (3.0, 0.9)])
 def test_a_bfloat16_network_keeps_the_gradients_direction(scale, least):
     """tiny itself: the cosine with the gradient of the float32 network, for the noise, in the median of eight noises.

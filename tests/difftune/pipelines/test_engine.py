@@ -72,6 +72,7 @@ def trained(config, reward=SUM) -> tuple[dict[str, torch.Tensor], list[str], int
     return moments, said, live.peak + weights
 
 
+@pytest.mark.slow
 def test_a_budget_changes_no_gradient_and_is_kept(toy):
     whole, said, peak = trained(toy)
     assert said == ["attention: sdpa (the default)", "gradient: truncated:K, K ~ U{2..2} anew for each optimiser step"]
@@ -246,6 +247,7 @@ def test_offloading_changes_no_bit_and_says_what_it_does(toy, gradient):
     assert all(torch.equal(plain[name], moved[name]) for name in plain)
 
 
+@pytest.mark.slow
 def test_offloading_goes_around_the_rollouts_of_recipes_and_of_reno(toy, monkeypatch):
     entered = []
 

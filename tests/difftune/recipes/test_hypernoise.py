@@ -74,6 +74,7 @@ def test_what_sample_draws_from_is_what_training_moved(tmp_path):
     assert torch.equal(network_output(model.denoiser, x, levels[0], cond), tuned)
 
 
+@pytest.mark.slow
 def test_a_run_is_sampled_with_its_noise_lora(tmp_path):
     pipe = pipelines.sd_turbo()
     pipe.save_pretrained(tmp_path / "base")

@@ -29,6 +29,7 @@ def executed(block: str) -> dict:
     return scope
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=NAMES)
 def test_the_examples_run_as_they_stand(block, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

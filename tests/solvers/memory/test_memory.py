@@ -111,7 +111,7 @@ def test_no_room_is_without_bound():
     assert measured(fail, torch.ones(1)) == UNBOUNDED
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["euler", pytest.param("heun", marks=pytest.mark.slow), "dpmpp_2m"])
 def test_full_grows_by_graphs_and_checkpoint_by_latents(pipe, name):
     """Per step: what the hooks of saved tensors see of the one, and at most two latents a network call of the other."""
     jobs = [Job(pipe, 2), Job(pipe, 3)]
