@@ -62,6 +62,7 @@ def test_a_full_standard_output_is_one_sentence(words):
     assert (run.returncode, run.stderr) == (1, said)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_the_command_in_silence():
     reading, writing = os.pipe()
     os.close(reading)

@@ -77,6 +77,7 @@ def test_guidance_makes_tiny_follow_its_captions():
     assert guided["position"] >= 0.5
 
 
+@pytest.mark.slow
 def test_turbo_follows_captions_in_four_steps():
     assert score("tiny-turbo", GUIDANCE["none"](), 4, 10)["overall"] >= 0.4
 

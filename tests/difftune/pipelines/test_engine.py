@@ -89,6 +89,7 @@ def test_a_budget_changes_no_gradient_and_is_kept(toy):
     assert said[1] == "gradient: full"
 
 
+@pytest.mark.slow
 def test_a_mode_that_is_given_is_kept(toy):
     """A drawn truncation too: its longest is what has to fit."""
     _, said, _ = trained(replace(toy, truncation_min=1, memory_budget="1GiB"), Brightness())

@@ -192,6 +192,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(toy, tmp_path, more):
     assert same_weights(whole, resumed)
 
 
+@pytest.mark.slow
 def test_states_do_not_change_when_training_goes_on(toy):
     states = [state for _, state in train(toy, None, pipelines.sd(), BRIGHT)]
     assert not same_weights(states[0], states[1])

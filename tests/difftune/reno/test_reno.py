@@ -104,6 +104,7 @@ def test_reward_rises_and_equals_a_loop_by_hand(pipe):
     assert result.rewards.item() > result.rewards_before.item() + 0.05
 
 
+@pytest.mark.slow
 def test_a_batch_of_eight_is_eight_runs_of_one(exact):
     """Four prompts with two seeds each, all in float64, ten iterations: noises within 1e-8."""
     settings = quiet(exact, learning_rate=2.0)

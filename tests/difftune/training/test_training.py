@@ -80,7 +80,7 @@ TRAINED = {
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=pytest.mark.slow) if name == "flux slg" else name for name in TRAINED]
+    "case", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("flux") else name for name in TRAINED]
 )
 def test_what_is_trained_is_the_network_itself_in_every_family_and_under_methods_that_patch_it(case, tmp_path):
     """The images of the network as it is called in training are those of the network, and a gradient reaches it."""

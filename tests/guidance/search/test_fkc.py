@@ -526,6 +526,7 @@ def test_annealing_in_the_limit_of_many_particles_is_the_recursion(zeta):
     assert abs(v - recursion(zeta)) < 1e-9
 
 
+@pytest.mark.slow
 def test_a_products_seeds_scatter_as_zeta_says():
     """At zeta^2 = 2 (B - 1) / B more than twice as much as independent draws, .023 and .034, and above it less."""
     at_the_bound, above = (measured(run(CASES[name])).std(0) for name in ("product", "product, zeta = 2"))

@@ -306,6 +306,7 @@ def line(groups: int, **options) -> Problem:
     return Problem(LINE, lambda groups: gaussian, reward, (1,), range(groups), dtype=torch.float64, **options)
 
 
+@pytest.mark.slow
 def test_linear_gaussian_chain():
     """Z of the ten steps themselves, in closed form: log Z = .785647, target N(1.07624, .58119)."""
     config = DTS(1.0, "uniform", widening=1.0, growth=0.5)

@@ -83,6 +83,7 @@ def test_as_many_images_are_decoded_at_a_time_as_are_asked_for_and_fit():
     assert planned(MEASURED, 10**6, STEPS, BATCH).decode_batch == 1
 
 
+@pytest.mark.slow
 def test_cost_falls_as_the_budget_grows_and_the_peak_stays_within():
     least = min(plan.peak for plan in candidates(MEASURED, STEPS, BATCH))
     plans = [planned(MEASURED, size, STEPS, BATCH) for size in range(least, 80_000, 97)]
@@ -200,6 +201,7 @@ KINDS = [  # mode, images at a time, network's blocks, decoder's, rewards one at
 ]
 
 
+@pytest.mark.slow
 def test_every_kind_of_plan_runs_within_its_prediction_and_gives_the_same_gradient(pipe, tiny):
     """Predicted from one image and one step; measured on three steps of three images."""
     job, expected = Job(pipe, 3, 3), None
