@@ -91,6 +91,7 @@ def counted(part, run, goes_on):
     return count
 
 
+@pytest.mark.slow
 def test_parts_are_all_runs_once_and_a_bench_goes_on(bench, tmp_path, monkeypatch, capsys):
     made, measured = [], bench.measured
     monkeypatch.setattr(bench, "BATCH", 2)

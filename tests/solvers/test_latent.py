@@ -380,6 +380,7 @@ def peak_of(model, reward, batch):
     return live.peak
 
 
+@pytest.mark.slow
 def test_the_peak_of_decoding_and_rewarding_does_not_grow_with_the_batch():
     pipe, weights = models.load("tiny"), torch.randn(8, 3, 5, 5)
     whole = lambda images, prompts: conv2d(images, weights).tanh().mean((1, 2, 3))  # noqa: E731

@@ -240,6 +240,7 @@ def test_a_gradient_that_no_scale_makes_finite_is_counted_and_ends_the_run(toy, 
 OFFLOADED = "nothing to do, the latents are in the host's memory already"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", [None, "checkpoint", "reversible:bdia"])
 def test_offloading_changes_no_bit_and_says_what_it_does(toy, gradient):
     plain, _, _ = trained(replace(toy, gradient=gradient))

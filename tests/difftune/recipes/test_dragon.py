@@ -289,6 +289,7 @@ def test_resumed_within_a_round_equals_uninterrupted_bit_for_bit(toy, tmp_path):
     assert all(torch.equal(whole.tensors[key], resumed.tensors[key]) for key in whole.tensors)
 
 
+@pytest.mark.slow
 def test_run_writes_the_win_rate(toy, tmp_path):
     config = replace(toy, output_dir=str(tmp_path / "out"), max_train_steps=2, num_win_rate_images=9)
     pipe = pipelines.sd()

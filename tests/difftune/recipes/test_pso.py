@@ -321,6 +321,7 @@ def test_each_picture_is_paired_with_each_image_of_its_own_caption(toy, folder):
     torch.testing.assert_close(pairs.cond["encoder_hidden_states"], texts.repeat_interleave(2, 0))
 
 
+@pytest.mark.slow
 def test_brightness_rises_online(toy):
     config = replace(toy, max_train_steps=10, train_batch_size=8, num_images_per_prompt=4, learning_rate=5e-2)
     pipe = turbo()

@@ -291,6 +291,7 @@ def test_the_bias_of_a_build_is_that_of_the_algorithm(policy):
     assert off(found, {"uniform": 1.0, "boltzmann": 0.496, "uct": 0.347}[policy]) < 4
 
 
+@pytest.mark.slow
 def test_uniform_build_is_unbiased_with_rollouts_at_once():
     config = DTS(SCALE, "uniform", widening=1.0, growth=0.5, parallel=4)
     assert off(root_estimates(config, 5, 250)) < 4
