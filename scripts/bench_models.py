@@ -21,6 +21,10 @@ from difftune import models
 
 DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 WIDTHS = (128, 256, 512, 512)  # of the VAE
+TWO_LEVELS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}  # of a small UNet
 NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
@@ -28,7 +32,7 @@ def sd15(device: str, small: bool = False) -> StableDiffusionPipeline:
     """Stable Diffusion 1.5's size; small: two thin levels in place of four."""
     unet = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
     if small:
-        unet |= {"sample_size": 8, "cross_attention_dim": 32, "block_out_channels": (32, 32), **two_levels("Cross")}
+        unet |= {"sample_size": 8, "cross_attention_dim": 32, "block_out_channels": (32, 32), **TWO_LEVELS}
     torch.manual_seed(0)
     with torch.device(device):
         network, encoder = UNet2DConditionModel(**unet), text_encoder(CLIPTextModel, 768, 12, small)
@@ -56,7 +60,7 @@ def sdxl(device: str, small: bool = False) -> StableDiffusionXLPipeline:
         "projection_class_embeddings_input_dim": 6 * 256 + 1280,
     }
     if small:
-        unet |= {"sample_size": 8, "block_out_channels": (32, 32), **two_levels("Cross")}
+        unet |= {"sample_size": 8, "block_out_channels": (32, 32), **TWO_LEVELS}
         unet |= {"transformer_layers_per_block": 1, "attention_head_dim": 8, "cross_attention_dim": 64}
         unet |= {"projection_class_embeddings_input_dim": 6 * 256 + 32}
     torch.manual_seed(0)
@@ -121,13 +125,6 @@ SIZES: dict[str, Callable[[str, bool], Any]] = {"SD 1.5": sd15, "SDXL": sdxl, "S
 
 
 # ------------------------------------------------------------------------------------------------ their parts
-
-
-def two_levels(attention: str) -> dict[str, tuple[str, str]]:
-    return {
-        "down_block_types": (f"{attention}AttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", f"{attention}AttnUpBlock2D"),
-    }
 
 
 def text_encoder(kind: type[nn.Module], width: int, layers: int, small: bool) -> nn.Module:

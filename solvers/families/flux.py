@@ -19,13 +19,19 @@ FLUX_INPUTS = (*SD3_INPUTS, "guidance")
 
 def encode_flux(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
     """T5's hidden states (B, L, D), CLIP's pooled one (B, P), and the embedded guidance scale (B,) where it is told."""
-    told = guidance_told(pipe.transformer, "guidance_embeds", embedded_guidance)
-    more = {"guidance": torch.full([len(prompts)], embedded_guidance, device=execution_device(pipe))} if told else {}
+    more = told_scale(pipe, len(prompts), embedded_guidance)
     conds: dict[str, Cond] = {}
     for branch, texts in {"cond": prompts, "uncond": negatives or [""] * len(prompts)}.items():
         hidden, pooled, _ = pipe.encode_prompt(texts, None)
         conds[branch] = {"encoder_hidden_states": hidden, "pooled_projections": pooled, **more}
     return conds
+
+
+def told_scale(pipe: Any, count: int, scale: float | None) -> Cond:
+    """The embedded guidance scale (B,) of a network that is told one; nothing of another."""
+    if not guidance_told(pipe.transformer, "guidance_embeds", scale) or scale is None:
+        return {}
+    return {"guidance": torch.full([count], scale, device=execution_device(pipe))}
 
 
 def call_flux(network: Any, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:

@@ -7,20 +7,18 @@ from torch import Tensor
 
 from solvers.denoiser import Cond
 from solvers.families.after import NORM
-from solvers.families.family import TEXT_INPUTS, guidance_told, sequential_family
-from solvers.families.flux import shifted_flux
+from solvers.families.family import TEXT_INPUTS, sequential_family
+from solvers.families.flux import shifted_flux, told_scale
 from solvers.families.latents import Latents
 from solvers.families.patches import SKIPPED_JOINT
 from solvers.families.tokens import packed, unpacked
-from solvers.modules import execution_device
 
 QWEN_INPUTS = (*TEXT_INPUTS, "encoder_hidden_states_mask", "guidance")
 
 
 def encode_qwen(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
     """Qwen2.5-VL's hidden states (B, L, D), and their mask (B, L) unless every token counts."""
-    told = guidance_told(pipe.transformer, "guidance_embeds", embedded_guidance)
-    more = {"guidance": torch.full([len(prompts)], embedded_guidance, device=execution_device(pipe))} if told else {}
+    more = told_scale(pipe, len(prompts), embedded_guidance)
     conds: dict[str, Cond] = {}
     for branch, texts in {"cond": prompts, "uncond": negatives or [" "] * len(prompts)}.items():
         hidden, mask = pipe.encode_prompt(texts)
