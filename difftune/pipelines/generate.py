@@ -103,7 +103,7 @@ def _batch(pipe: Any, prompts: list[str], seeds: list[int], equipped: Equipped, 
     """A batch by the pipeline, which is told what is `given` besides."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with attach(pipe, equipped.method(prompts), equipped.networks) as handle:
-        images = pipe(prompts, generator=generators, output_type="pt", **given).images
+        images = pipe(list(prompts), generator=generators, output_type="pt", **given).images
     images = finite(images.float().cpu(), "a generated picture")
     branches = {name: rows / len(prompts) for name, rows in handle.branches.items()}
     return Batch(images, prompts, seeds, handle.nfe / len(prompts), branches)

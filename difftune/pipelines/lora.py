@@ -28,7 +28,7 @@ from solvers.families.table import family_of
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # attention to the text's tokens, of SD3 and FLUX
-FEED_FORWARD = ("net.0.proj", "net.2", "proj_mlp")
+FEED_FORWARD = ("net.0.proj", "net.2", "proj_mlp", *(f"feed_forward.{name}" for name in ("w1", "w2", "w3")))
 CONVOLUTIONS = ("conv1", "conv2", "conv", "conv_shortcut", "proj_in", "proj_out", "time_emb_proj")
 LAYOUTS = {
     "attention": ATTENTION + JOINT,

@@ -41,10 +41,15 @@ class Call:
 
 
 def recorded(
-    network: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, batch_first: Sequence[str]
+    network: nn.Module,
+    forward: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    batch_first: Sequence[str],
+    gathered: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
 ) -> Call:
-    """A call, whose arguments may change later: the pipelines reuse dictionaries."""
-    rows, shared = sorted_out(named(network, args, kwargs), batch_first)
+    """A call, whose arguments may change later: the pipelines reuse dictionaries. `gathered`: the family's."""
+    rows, shared = sorted_out(gathered(named(network, args, kwargs)), batch_first)
     return Call(network, forward, args, kwargs, rows, shared, rows[batch_first[0]])
 
 
@@ -103,7 +108,7 @@ class Asked:
         blank = self._predicted(self.x.to(call.sample.dtype), read=False)
         return evaluate(request, self._inputs, partial(self._run, call), blank, self.counter)
 
-    def _predicted(self, out: Tensor, read: bool = True) -> Tensor:
+    def _predicted(self, out: Any, read: bool = True) -> Tensor:
         """The part of a network's answer that predicts, in the layout of the latents."""
         grid = self.family.grid
         return self.family.prediction(unpacked(out, grid(self.calls[0].shared)) if grid and read else out, self.x)
@@ -153,7 +158,8 @@ class Asked:
         inputs = {**inputs, **self._residuals(inputs.get("control"))}
         inputs.pop("control", None)
         with self._patched(module, patch):
-            return self._predicted(forward(**nested({**call.shared, **inputs, "return_dict": False}))[0])
+            arguments = nested({**call.shared, **inputs, "return_dict": False})
+            return self._predicted(forward(**self.family.scattered(arguments))[0])
 
     def _residuals(self, inputs: Inputs | None) -> Inputs:
         if self.control is None:

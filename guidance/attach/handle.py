@@ -35,7 +35,7 @@ from guidance.attach.hooks import hooked, wrapped_step
 from guidance.attach.schedulers import Where, locator
 from guidance.branches import Counter
 from guidance.contract import Combined, Guidance, check_method, convert, drive
-from guidance.methods.cfg import CFG, Plain
+from guidance.methods.cfg import CFG, FromCond, Plain
 from guidance.methods.compose import inside
 from solvers.denoiser import Memory, Path, widen
 from solvers.errors import Caution, UserError
@@ -171,12 +171,20 @@ class Run:
         """Replaces the denoiser's forward: writes the call down."""
         if self.pipe.scheduler is not self.scheduler:
             raise UserError(_changed(self.pipe, "scheduler"))
-        call = recorded(network, original, args, kwargs, self.family.batch_first)
-        if self.family.extra and self.family.extra in call.shared:
+        family = self.family
+        call = recorded(network, original, args, kwargs, family.batch_first, family.gathered)
+        if family.extra and family.extra in call.shared:
             self.extra.append(call)
-            return (stand_in(call.sample, unconditional=0),)
+            return (stand_in(call.sample, range(0)),)
         self.calls.append(call)
-        return (stand_in(call.sample, len(call) // 2 if self.family.batched else len(call) * (len(self.calls) == 2)),)
+        return (family.answered(stand_in(call.sample, self._unconditional(len(call)))),)
+
+    def _unconditional(self, rows: int) -> range:
+        """The rows of the latest call that are of `uncond`, if it has several branches."""
+        if not self.family.batched:
+            return range(rows * (len(self.calls) == 2))
+        position, each = self.family.order.index("uncond"), rows // 2
+        return range(position * each, (position + 1) * each)
 
     def control_forward(self, network: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Replaces a ControlNet's forward, as `forward` does, with residuals that `Asked` replaces."""
@@ -229,6 +237,8 @@ class Run:
         guidance = self.handle.guidance
         if len(branches) == 1 and self.most > 1:
             return Plain() if needs_uncond(guidance) else guidance
+        if self.family.unguided == 0 and type(guidance) is CFG:
+            return FromCond(guidance.scale)
         network = unwrap_module(self.calls[0].network)
         if not self.family.batched or not network.config.get(self.family.embeds) or type(guidance) is not CFG:
             return guidance
@@ -284,11 +294,11 @@ class Run:
         if self.handle.said or own is None:
             return
         told = f" {own:g}" if isinstance(own, int | float) else ""  # else one per sample, or by the noise level
-        known = (*([own] if told else []), *_defaults(self.pipe))  # nobody chose the default
+        known = (*([own] if told else []), *_defaults(self.pipe, self.family))  # nobody chose the default
         if min((abs(theirs - scale) for scale in known), default=float("inf")) > error:
             self.handle.said = True
-            name = type(method).__name__
-            warnings.warn(f"{name} guides with its own scale{told}; the pipeline's {theirs:g} is ignored", Caution, 2)
+            name, its = type(method).__name__, theirs - 1 + self.family.unguided
+            warnings.warn(f"{name} guides with its own scale{told}; the pipeline's {its:g} is ignored", Caution, 2)
 
 
 def _changed(pipe: Any, what: str) -> str:
@@ -352,25 +362,25 @@ def callback_of(pipe: Any) -> str:
     return "other code"
 
 
-def _defaults(pipe: Any) -> Iterator[float]:
-    """The scales that a pipeline guides with if its caller says nothing."""
+def _defaults(pipe: Any, family: Family) -> Iterator[float]:
+    """The scales that a pipeline guides with if its caller says nothing, as ours: 1 is without guidance."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     for name in ("guidance_scale", "true_cfg_scale"):
         if name in parameters and parameters[name].default:
-            yield parameters[name].default
+            yield parameters[name].default + 1 - family.unguided
 
 
-def stand_in(sample: Tensor, unconditional: int) -> Tensor:
+def stand_in(sample: Tensor, unconditional: range) -> Tensor:
     """A denoiser's answer, like `sample`, from which `scale_in` can tell what the pipeline does with it: along the last
-    dimension (0, 1, 0, ...) in the first, `unconditional` rows, and (1, 0, 0, ...) in the others."""
+    dimension (0, 1, 0, ...) in the `unconditional` rows, and (1, 0, 0, ...) in the others."""
     rows = _marks(sample.shape[-1], unconditional, len(sample), sample.dtype, sample.device)
     return rows.view(-1, *[1] * (sample.ndim - 2), sample.shape[-1]).repeat(1, *sample.shape[1:-1], 1)
 
 
 @functools.lru_cache(maxsize=16)  # a pipeline wants the same in every step
-def _marks(size: int, unconditional: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _marks(size: int, unconditional: range, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        places = (torch.arange(count) < unconditional).long()
+        places = torch.tensor([row in unconditional for row in range(count)]).long()
         return torch.eye(2, size)[places].to(device, dtype)
 
 

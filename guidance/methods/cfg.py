@@ -45,3 +45,13 @@ class CFG(Scaled):
         preds = yield {"cond": Branch("cond"), "uncond": Branch("uncond")}
         c, u = preds["cond"], preds["uncond"]
         return Guided(u + strength(self.scale, at, path.x) * (c - u))
+
+
+@dataclass(frozen=True)
+class FromCond(CFG):
+    """The same, as out = c + (scale - 1) (c - u): other bits, those of a pipeline that writes it so (Z-Image)."""
+
+    def guide(self, path: Path, at: Noise) -> Guide:
+        preds = yield {"cond": Branch("cond"), "uncond": Branch("uncond")}
+        c, u = preds["cond"], preds["uncond"]
+        return Guided(c + (strength(self.scale, at, path.x) - 1) * (c - u))

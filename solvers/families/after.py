@@ -34,6 +34,14 @@ def norm_matched(out: Tensor, cond: Tensor) -> Tensor:
     return unpacked(matched, (out.shape[-2] // 2, out.shape[-1] // 2))
 
 
+def norm_limited(out: Tensor, cond: Tensor, limit: float) -> Tensor:
+    """(B, ...), each sample shrunk to `limit` times the norm of `cond` if it is longer."""
+    norms, most = (torch.stack([torch.linalg.vector_norm(each) for each in batch]) for batch in (out, cond))
+    most = (most * limit).view(-1, *[1] * (out.ndim - 1))
+    norms = norms.view_as(most)
+    return torch.where(norms > most, out * (most / norms), out)
+
+
 RESCALE = After(
     "guidance_rescale",
     lambda pipe, extra: vars(pipe).get("_guidance_rescale", 0.0) > 0,  # img2img and inpaint have none
@@ -55,4 +63,12 @@ NORM = After(
     lambda pipe, extra: True,
     lambda pipe, out, cond, extra: norm_matched(out, cond),
     "it cannot be switched off; use another method",
+)
+
+
+LIMITED_NORM = After(
+    "cfg_normalization",
+    lambda pipe, extra: bool(pipe._cfg_normalization),
+    lambda pipe, out, cond, extra: norm_limited(out, cond, float(pipe._cfg_normalization)),
+    "call the pipeline with cfg_normalization=False",
 )

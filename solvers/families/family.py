@@ -49,7 +49,10 @@ class Family:
     batch_first: tuple[str, ...]
     encode: Encode | None = None  # None: for `attach` only
     call: Callable[[Any, Tensor, Tensor, Cond], Tensor] | None = None  # (network, x, timestep, cond) -> like x
-    prediction: Callable[[Tensor, Tensor], Tensor] = lambda out, x: out  # the part of a raw output that predicts
+    gathered: Callable[[Mapping[str, Any]], dict[str, Any]] = dict  # the network's arguments, of lists: as batches
+    scattered: Callable[[Mapping[str, Any]], dict[str, Any]] = dict  # that undone
+    answered: Callable[[Tensor], Any] = lambda out: out  # a raw output, of a batch
+    prediction: Callable[[Any, Tensor], Tensor] = lambda out, x: out  # the part of a raw output that predicts
     latents: Latents = field(default_factory=Latents)
     grid: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None  # of a network that reads tokens: see `packed`
     options: Callable[[Any, tuple[int, int], int], dict[str, Any]] = lambda pipe, latent, steps: {}  # of set_timesteps
@@ -60,6 +63,7 @@ class Family:
     after: After | None = None
     extra: str = ""  # the argument that marks an additional, conditional call within a step
     embeds: str = "guidance_embeds"  # the network's setting that says that it is told a guidance scale
+    unguided: float = 1.0  # the pipeline's guidance scale without guidance: s = 0 where out = c + s (c - u)
     prepare: str = "guidance_scale > 1"  # how a user has the pipeline prepare the unconditional branch
     patches: Mapping[str, Patch] = field(default_factory=dict)
 

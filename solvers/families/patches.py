@@ -284,7 +284,7 @@ UNET_PATCHES: dict[str, Patch] = {
 
 
 # ------------------------------------------------------------------------------------------------ transformers
-STACKS = ("transformer_blocks", "single_transformer_blocks", "blocks")
+STACKS = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
 
 
 def blocks_of(network: nn.Module) -> dict[str, nn.Module]:

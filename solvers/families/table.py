@@ -19,9 +19,10 @@ from solvers.families.sd import SD
 from solvers.families.sd3 import SD3
 from solvers.families.sdxl import SDXL
 from solvers.families.wan import WAN
+from solvers.families.zimage import ZIMAGE
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (SD, SDXL, SD3, FLUX, FLUX2, CHROMA, PIXART, SANA, WAN, QWEN)
+    family.name: family for family in (SD, SDXL, SD3, FLUX, FLUX2, CHROMA, PIXART, SANA, WAN, QWEN, ZIMAGE)
 }
 
 

@@ -190,6 +190,19 @@ def flux2(scheduler=None, is_distilled=False, **config):
     )
 
 
+def zimage(scheduler=None, kind=diffusers.ZImagePipeline, **config):
+    size = {"in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    places = {"axes_dims": [4, 6, 6], "axes_lens": [256, 64, 64], "cap_feat_dim": 8}
+    return built(
+        kind,
+        transformer=lambda: shaken(diffusers.ZImageTransformer2DModel(**{**size, **places, **config})),
+        scheduler=scheduler or flow(),
+        vae=lambda: vae(shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=lambda: qwen3(2),
+        tokenizer=qwen_tokenizer(),
+    )
+
+
 def pixart(kind=diffusers.PixArtSigmaPipeline, scheduler=None, **config):
     size = {"sample_size": LATENT, "in_channels": 4, "out_channels": 8, "num_layers": 1, "cross_attention_dim": 16}
     return built(

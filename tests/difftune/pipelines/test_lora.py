@@ -31,6 +31,7 @@ def output(pipe) -> torch.Tensor:
 
 FAMILIES = {"sd": pipelines.sd, "sdxl": pipelines.sdxl, "sd3": dits.sd3, "flux": dits.flux, "pixart": dits.pixart}
 FAMILIES |= {"sana": dits.sana, "flux2": dits.flux2, "chroma": dits.chroma, "qwen": lambda: dits.qwen(texts=True)}
+FAMILIES |= {"zimage": dits.zimage}
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def test_every_layout_loads_whole_into_a_fresh_pipeline_of_every_family(tmp_path
     loaded = [key for key, _ in lora.network_of(fresh).named_parameters() if "lora" in key]
     assert len(loaded) == len(load_file(path)) == len(lora.weights(lora.network_of(pipe)))
     kinds = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in load_file(path)}
-    assert ("to_q" in kinds) and (bool(kinds & {"2", "proj", "conv1", "proj_out"}) is (layout != "attention"))
+    assert ("to_q" in kinds) and (bool(kinds & {"2", "proj", "conv1", "proj_out", "w1"}) is (layout != "attention"))
     assert (said(fresh) - said(pipe)).abs().max() <= 1e-5
     assert (said(fresh) - base).abs().max() > 1e-3
 

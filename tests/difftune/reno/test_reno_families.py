@@ -19,6 +19,7 @@ from tests.support import dits, pipelines
 PROMPTS = ["red circle", "blue square"]
 PIPELINES = {"sdxl": pipelines.sdxl, "sd3": dits.sd3, "flux": dits.flux, "pixart": dits.pixart, "sana": dits.sana}
 PIPELINES |= {"flux2": dits.flux2, "chroma": dits.chroma, "qwen": lambda: dits.qwen(texts=True)}
+PIPELINES |= {"zimage": dits.zimage}
 
 
 class Left:

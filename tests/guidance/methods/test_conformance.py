@@ -17,6 +17,7 @@ from diffusers.hooks import FirstBlockCacheConfig
 from peft import LoraConfig
 
 from guidance.attach.handle import attach, is_attached
+from guidance.branches import each
 from guidance.contract import Branch, Guided
 from guidance.guided import guided
 from guidance.methods.catalogue import APG, CFG, SLG, Between, Interval, Plain, Rescale
@@ -24,7 +25,7 @@ from solvers.denoiser import Path
 from solvers.families import table, tokens
 from solvers.latent import LatentModel
 from solvers.samplers.catalogue import euler, sample
-from tests.support.dits import DPM, TEXT, chroma, flow, flux, flux2, pixart, qwen, sana, sd3, wan
+from tests.support.dits import DPM, TEXT, chroma, flow, flux, flux2, pixart, qwen, sana, sd3, wan, zimage
 from tests.support.pipelines import WIDTH, ddim, sd, sdxl
 
 pytestmark = pytest.mark.filterwarnings("error:.*guides with its own scale")
@@ -47,6 +48,11 @@ def embeds(width=TEXT, pooled=0, mask="", flag=True):
     return made
 
 
+def unpadded(texts):
+    """Texts of different lengths, in lists."""
+    return {name: [text[: 6 - i] for i, text in enumerate(texts)] for name, texts in texts.items()}
+
+
 class Kind(NamedTuple):
     make: Callable  # make(scheduler) -> pipeline
     texts: dict
@@ -54,6 +60,7 @@ class Kind(NamedTuple):
     scale: str = "guidance_scale"
     more: dict = {}
     output: str = "images"
+    unguided: float = 1.0  # the pipeline's scale without guidance
 
 
 UNBINNED = {"use_resolution_binning": False, "negative_prompt": None}
@@ -77,6 +84,7 @@ KINDS = {
         partial(wan, experts=2, boundary_ratio=0.7), embeds(), (16, 32), more={"num_frames": 5}, output="frames"
     ),
     "qwen": Kind(qwen, embeds(mask="_embeds_mask", flag=False), scale="true_cfg_scale"),
+    "zimage": Kind(zimage, unpadded(embeds(8)), unguided=0.0),
 }
 VP = {key: ddim().config[key] for key in ("beta_start", "beta_end", "beta_schedule")}
 SCHEDULERS = {
@@ -107,6 +115,7 @@ OF_KIND = {
     "wan": FLOWS,
     "wan-experts": ("flow UniPC",),
     "qwen": ("flow Euler", "flow Euler by size", "flow UniPC"),
+    "zimage": ("flow Euler", "flow Euler by size"),
 }
 EACH = [(kind, case) for kind, cases in OF_KIND.items() for case in cases]
 ONE = [(kind, cases[0]) for kind, cases in OF_KIND.items()]
@@ -129,8 +138,9 @@ def pipe_of(kind: str, case: str):
 def run(kind: str, pipe, scale=SCALE, steps=STEPS, **more):
     spec = KINDS[kind]
     dtype = pipe.components[table.family_of(pipe).denoisers[0]].dtype
-    texts = {name: value.to(dtype) if value.is_floating_point() else value for name, value in spec.texts.items()}
-    options = {spec.scale: scale, "num_inference_steps": steps, "output_type": "latent", **spec.more, **texts}
+    texts = {name: each(lambda v: v.to(dtype) if v.is_floating_point() else v, v) for name, v in spec.texts.items()}
+    told = {spec.scale: scale - 1 + spec.unguided, "num_inference_steps": steps, "output_type": "latent"}
+    options = {**told, **spec.more, **texts}
     size = dict(zip(("height", "width"), spec.size, strict=True))
     if "height" not in inspect.signature(type(pipe).__call__).parameters:  # that of an image
         size = {}
@@ -152,7 +162,8 @@ def close(a, b, tolerance=2e-5):
 def rows_of(network):
     """The rows of each forward that a network really runs, counted at its first layer with weights."""
     kinds = torch.nn.Conv2d | torch.nn.Conv3d | torch.nn.Linear
-    layer, rows = next(module for module in network.modules() if isinstance(module, kinds)), []
+    first = network.t_embedder if "t_embedder" in dict(network.named_children()) else network  # it has a row a sample
+    layer, rows = next(module for module in first.modules() if isinstance(module, kinds)), []
     hook = layer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     yield rows
     hook.remove()
@@ -211,8 +222,8 @@ def test_cfg_is_the_stock_pipeline_and_detach_restores_it(kind, case):
         ours = run(kind, pipe)
     assert torch.equal(ours, stock) and bool(ours.isfinite().all()) and ours.std() > 0.1
     assert torch.equal(run(kind, pipe), stock) and dicts(pipe) == before and not is_attached(pipe)
-    each = 2 * (2 * STEPS - 1 if case == "Heun" else STEPS)
-    assert handle.nfe == 2 * each and handle.branches == {"cond": each, "uncond": each}
+    rows = 2 * (2 * STEPS - 1 if case == "Heun" else STEPS)
+    assert handle.nfe == 2 * rows and handle.branches == {"cond": rows, "uncond": rows}
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -256,7 +267,7 @@ def test_an_exception_leaves_the_pipeline_clean(kind, case):
     assert dicts(pipe) == before and torch.equal(run(kind, pipe), stock)
 
 
-@pytest.mark.parametrize("kind", ("sd3", "flux-dev", "pixart-sigma", "sana", "wan", "qwen"))
+@pytest.mark.parametrize("kind", ("sd3", "flux-dev", "pixart-sigma", "sana", "wan", "qwen", "zimage"))
 def test_methods_see_latents_as_images(kind):
     pipe, seen = pipe_of(kind, OF_KIND[kind][0]), []
     with attach(pipe, Spy(seen)):
@@ -354,17 +365,18 @@ def test_siblings_stay_stock_and_a_replaced_scheduler_is_followed(kind):
 
 # ------------------------------------------------------------------------------------------------ the scale, and after
 @pytest.mark.filterwarnings("default:.*guides with its own scale")
-@pytest.mark.parametrize("kind", ("sd", "sd3", "flux", "pixart-sigma", "wan", "qwen"))
+@pytest.mark.parametrize("kind", ("sd", "sd3", "flux", "pixart-sigma", "wan", "qwen", "zimage"))
 def test_the_methods_scale_wins_and_says_so_once(kind):
     pipe = pipe_of(kind, OF_KIND[kind][0])
     stock = run(kind, pipe)
     with attach(pipe, CFG(SCALE)):
         run(kind, pipe)
         default = inspect.signature(type(pipe).__call__).parameters[KINDS[kind].scale].default
+        default, told = default + 1 - KINDS[kind].unguided, 4.25 - 1 + KINDS[kind].unguided
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*guides with its own scale")
             run(kind, pipe, scale=default if default > 1 else SCALE)  # nobody chose it
-        with pytest.warns(UserWarning, match="CFG guides with its own scale 3; the pipeline's 4.25 is ignored"):
+        with pytest.warns(UserWarning, match=f"CFG guides with its own scale 3; the pipeline's {told} is ignored"):
             assert torch.equal(run(kind, pipe, scale=4.25), stock)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*guides with its own scale")
@@ -445,6 +457,17 @@ def test_the_norm_of_qwen_is_kept_or_refused():
             run("qwen", pipe)
 
 
+@pytest.mark.parametrize("name, value", (("cfg_normalization", 0.9), ("cfg_truncation", 0.2)))
+def test_zimages_own_rules_are_kept(name, value):
+    """A prediction that is cut to the length of the conditional one; guidance that ends in the middle."""
+    pipe, more = pipe_of("zimage", "flow Euler"), {name: value}
+    stock = run("zimage", pipe, **more)
+    assert not torch.equal(stock, run("zimage", pipe))
+    with attach(pipe, CFG(SCALE)) as handle:
+        assert torch.equal(run("zimage", pipe, **more), stock)
+    assert handle.branches["uncond"] == (4 if name == "cfg_truncation" else 6)
+
+
 # ------------------------------------------------------------------------------------------------ errors
 UNPREPARED = {
     "sd": "'uncond': call the pipeline with guidance_scale > 1",
@@ -452,6 +475,7 @@ UNPREPARED = {
     "wan": "'uncond': call the pipeline with guidance_scale > 1",
     "flux": "'uncond': call the pipeline with true_cfg_scale > 1 and a negative prompt",
     "qwen": "'uncond': call the pipeline with true_cfg_scale > 1 and a negative prompt",
+    "zimage": "'uncond': call the pipeline with guidance_scale > 0",
     "flux-dev": r"'uncond', of this guidance-distilled model .guidance_embeds=True. too: call .* true_cfg_scale > 1",
 }
 

@@ -19,7 +19,7 @@ from solvers.levels import Clock
 from solvers.memory.checkpointing import block_checkpointing, has_blocks
 from solvers.noise import Noise
 from solvers.samplers.catalogue import ancestral, dpmpp_2m, end, euler, renoise, sample
-from tests.support.dits import DPM, chroma, flow, flux, flux2, pixart, qwen, sana, sd3, wan
+from tests.support.dits import DPM, chroma, flow, flux, flux2, pixart, qwen, sana, sd3, wan, zimage
 from tests.support.pipelines import ddim, sd, sdxl
 
 PROMPTS, NEGATIVES = ["a red circle", "two blue squares"], ["a square", "red"]
@@ -72,6 +72,7 @@ FULL = {
     "flux2-klein": Case(flux2, size=(16, 24)),
     "chroma": Case(chroma, size=(16, 24)),
     "qwen": Case(partial(qwen, texts=True), call={"true_cfg_scale": SCALE, "guidance_scale": None}, size=(16, 24)),
+    "zimage": Case(zimage, call={"guidance_scale": SCALE - 1}, size=(16, 24)),
     "pixart-sigma": Case(pixart, dpmpp_2m, call=UNBINNED),
     "pixart-alpha": Case(partial(pixart, diffusers.PixArtAlphaPipeline, ddim()), call=UNBINNED),
     "pixart-alpha-1024": Case(alpha_1024, dpmpp_2m, size=(16, 24), call=UNBINNED),
@@ -122,10 +123,10 @@ def guided(denoiser, conds, scale=SCALE):
 
 def stock(model, case, steps=STEPS, **more):
     options = {"num_inference_steps": steps, "generator": seeded(), **sized(case), **case.call, **more}
-    negatives = {} if case.call["guidance_scale"] == 0 or case.embedded == 7.5 else {"negative_prompt": NEGATIVES}
+    negatives = {} if case.call["guidance_scale"] == 0 or case.embedded == 7.5 else {"negative_prompt": list(NEGATIVES)}
     if model.family.name == "flux2":  # it takes no negative prompt, but its embedding
         negatives = {"negative_prompt_embeds": model.pipe.encode_prompt(NEGATIVES)[0]}
-    return model.pipe(prompt=PROMPTS, **negatives, **options).images
+    return model.pipe(prompt=list(PROMPTS), **negatives, **options).images
 
 
 def relative(ours, theirs):
