@@ -13,7 +13,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from scripts.tiny import classifier, clip, flow, judged, turbo, unet, vae, words
@@ -29,6 +29,25 @@ def tiny(setup: Setup, folder: Path) -> None:
     StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False).save_pretrained(folder)
     encoder = folder / "text_encoder/config.json"  # transformers loads in the dtype named here
     encoder.write_text(json.dumps(json.loads(encoder.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for_transformers_4(folder)
+
+
+PREFIX = "text_model."
+
+
+def for_transformers_4(folder: Path) -> None:
+    """Give a pipeline's text encoder and tokenizer the files of transformers 4 too, which transformers 5 reads as well.
+
+    Version 4 looks for the names with a prefix, and leaves weights random, in silence, that it does not find; its
+    tokenizer reads vocab.json and merges.txt.
+    """
+    file = folder / "text_encoder/model.safetensors"
+    weights = {PREFIX + name.removeprefix(PREFIX): value for name, value in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    known = json.loads((folder / "tokenizer/tokenizer.json").read_text())["model"]
+    merges = ["#version: 0.2", *(" ".join(merge) for merge in known["merges"])]
+    (folder / "tokenizer/vocab.json").write_text(json.dumps(known["vocab"], ensure_ascii=False))
+    (folder / "tokenizer/merges.txt").write_text("\n".join(merges) + "\n")
 
 
 def tiny_turbo(setup: Setup, folder: Path) -> None:

@@ -1,9 +1,12 @@
 """The training of the embedded models: its loop resumes, its parts fit each other, and every stage runs."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from difftune import models
@@ -105,6 +108,23 @@ def test_noise_levels_lie_on_the_schedule(tmp_path):
     assert t.min() >= 0 and t.max() <= 999
 
 
+def test_export_writes_what_transformers_4_reads(tmp_path):
+    """From the names that transformers 5 writes, and from its tokenizer, to the files that are shipped, twice alike."""
+    shipped = models.path("tiny")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(shipped / part, tmp_path / part)
+    weights = load_file(tmp_path / "text_encoder/model.safetensors")
+    bare = {name.removeprefix(export.PREFIX): value for name, value in weights.items()}
+    assert len(bare) == len(weights) and not bare.keys() & weights.keys()
+    save_file(bare, tmp_path / "text_encoder/model.safetensors")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "tokenizer" / name).unlink()
+    for _ in range(2):
+        export.for_transformers_4(tmp_path)
+        for name in ("text_encoder/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt"):
+            assert (tmp_path / name).read_bytes() == (shipped / name).read_bytes(), name
+
+
 @pytest.mark.slow
 def test_every_stage_trains_and_is_exported(tmp_path, monkeypatch):
     """One step of each, from the shipped weights; what is written loads, draws and judges."""
@@ -124,6 +144,8 @@ def test_every_stage_trains_and_is_exported(tmp_path, monkeypatch):
     pipe.set_progress_bar_config(disable=True)
     assert pipe.scheduler.config.prediction_type == "v_prediction" and pipe.unet.dtype == torch.float32
     assert pipe("five red circles", num_inference_steps=2, output_type="pt").images.isfinite().all()
+    names = load_file(tmp_path / "difftune/weights/tiny/text_encoder/model.safetensors")
+    assert names and all(name.startswith(export.PREFIX) for name in names)
     for name in ("turbo", "flow", "weak"):
         found = UNet2DConditionModel.from_pretrained(tmp_path / f"difftune/weights/tiny-{name}", subfolder="unet")
         assert found.config.cross_attention_dim == clip.WIDTH
