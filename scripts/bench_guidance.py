@@ -1,4 +1,4 @@
-"""Guidance methods on `tiny`: what they cost, what they reach, where they fail.
+"""Guidance methods on `tiny`, or on `tiny-flow`: what they cost, what they reach, where they fail.
 
     python scripts/bench_guidance.py [overhead sweep classes adaptive inversion] [--quick] [--output_dir FOLDER]
 
@@ -67,6 +67,7 @@ class Size(NamedTuple):
     adaptive_images: int = 12  # of a prompt
     batch_size: int = 16  # in which those are made
     resamples: int = 200
+    model: str = "tiny"
 
 
 QUICK = Size((2.0,), 4, 2, 1, 2, 1, 2, 2, 1, 16, 20)
@@ -82,7 +83,7 @@ def cell(folder: File, name: str, measure: Callable[[], dict[str, Any]]) -> dict
 # ------------------------------------------------------------------------------------------------ overhead
 @torch.no_grad()
 def overhead(size: Size, batch: int) -> dict[str, Any]:
-    pipe = _pipe()
+    pipe = _pipe(size)
     prompts, latent = ["a red circle left of a blue square"] * batch, LatentModel(pipe)
 
     def stock() -> object:
@@ -139,7 +140,7 @@ def steps_for(pipe: Any, method: Guidance, prompts: Sequence[str], size: Size) -
 
 def measured(name: str, scale: float | None, given: Set, size: Size) -> dict[str, Any]:
     """One method at one scale: scores and their intervals."""
-    pipe, prompts = _pipe(), [e["prompt"] for e in given.entries]
+    pipe, prompts = _pipe(size), [e["prompt"] for e in given.entries]
     method = guidance_named(name) if scale is None else at_cfg_scale(name, scale, pipe, size.steps)
     steps = steps_for(pipe, method, prompts, size)
     if scale is not None:  # CFG++'s scale depends on the number of steps
@@ -189,7 +190,7 @@ def sweep(folder: File, size: Size, kind: str, methods: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------------ adaptive guidance
 def adaptive(size: Size, ag: AdaptiveGuidance, spacing: str | None) -> dict[str, Any]:
     """AG against CFG: the paired difference in score, evaluations, and seconds of batches of 16 in turns."""
-    pipe, entries = _pipe(), shapeeval.entries_of(size.prompts)
+    pipe, entries = _pipe(size), shapeeval.entries_of(size.prompts)
     if spacing is not None:
         noise = {"timestep_spacing": "linspace", f"use_{spacing}_sigmas": True}
         pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, **noise)
@@ -224,7 +225,7 @@ def _loop(pipe: Any, method: Guidance, steps: int) -> None:
 @torch.no_grad()
 def inversion(size: Size, method: Guidance) -> dict[str, Any]:
     """PSNR against what the VAE alone makes of the pictures."""
-    latent, rng = LatentModel(_pipe()), np.random.default_rng(1)
+    latent, rng = LatentModel(_pipe(size)), np.random.default_rng(1)
     captions, scenes = zip(*(draw.draw(rng) for _ in range(size.pictures)), strict=True)
     pictures = torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2).float()
     levels = latent.levels(size.inversion_steps)
@@ -243,8 +244,8 @@ def invert_all(folder: File, size: Size) -> None:
         cell(folder, f"inversion-cfg-{omega:g}", lambda omega=omega: inversion(size, CFG(omega)))  # type: ignore[misc]
 
 
-def _pipe() -> Any:
-    pipe = open_pipeline("tiny")
+def _pipe(size: Size) -> Any:
+    pipe = open_pipeline(size.model)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -258,7 +259,7 @@ def main(
     size: Size,
     batches: Sequence[int],
 ) -> None:
-    folder = File(output_dir)
+    folder = File(output_dir) / ("" if size.model == "tiny" else size.model)
     print(f"{hardware()}, results in {folder}")
     label = f"adaptive-{ag.scale:g}-{ag.threshold:g}-{ag.min_cfg_steps}-{size.steps}-{spacing or 'uniform'}"
     todo: dict[str, Callable[[], object]] = {
@@ -293,6 +294,7 @@ if __name__ == "__main__":
     parser.add_argument("--spacing", choices=("karras", "exponential"), help="of sigmas in `adaptive`, not DDIM's")
     parser.add_argument("--steps", type=int, help="of the sampler, 25 without it")
     parser.add_argument("--batch_size", type=int, help="in `adaptive`, 16 without it")
+    parser.add_argument("--model", choices=("tiny", "tiny-flow"), help="tiny without it")
     options = vars(parser.parse_args())
     ag = AdaptiveGuidance(
         *(options.pop(name) for name in ("scale", "threshold")), min_cfg_steps=options.pop("min_cfg_steps")

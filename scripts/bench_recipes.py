@@ -4,8 +4,9 @@
 
 A run is `difftune train RECIPE --config tiny-RECIPE --seed SEED` in a process of its own, which is stopped by SIGTERM
 after `--cap` seconds. The model before and the LoRA after draw the same seeds of the same held-out prompts, those of
-ShapeEval: the reward trained on, the oracle, the Vendi score of each prompt's pictures, and how far their latents
-moved (root mean square). Intervals are 95 %, of the paired difference, over prompts.
+ShapeEval: the reward trained on, the oracle, the Vendi score of each prompt's pictures, how far their latents
+moved (root mean square), and two more judges: `coverage`, and `tiny-classifier` of the prompts of one object. Intervals
+are 95 %, of the paired difference, over prompts.
 
 Costs are counted while training: a row through the network is one forward-equivalent, its way back two. The forwards of
 the decoder and of the reward are not among them.
@@ -35,10 +36,9 @@ import numpy as np
 import torch
 import yaml
 from benching import Store
-from diffusers import UNet2DConditionModel
+from forwards import Forwards, counted
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch import Tensor
 
 from difftune.cli.config_file import EXAMPLES
 from difftune.cli.program import cli
@@ -50,6 +50,7 @@ from difftune.pipelines.opened import open_pipeline
 from difftune.recipes import RECIPES
 from difftune.training.run_folder import CONFIG, METRICS
 from rewards.compose import parse_rewards, weighted
+from rewards.registry import load
 from rewards.sets.vendi import vendi
 from rewards.world.classifier import load_classifier
 from solvers.latent import LatentModel
@@ -57,6 +58,7 @@ from solvers.latent import LatentModel
 THRICE = ("alignprop", "d3po", "pso", "dragon", "ddpo")  # seeds 0, 1, 2; the others seed 0
 CAP, GRACE = 480, 1200  # seconds of a run, and of what is measured around it
 QUICK = ("--max_train_steps", "2", "--num_inference_steps", "3")
+JUDGES = ("reward", "oracle", "vendi", "coverage", "classifier")
 EVAL_SEED, POINTS = 1000, 12  # of the held-out noises; checkpoints that are measured of a run of `--against`
 SAME = ("--reward", "saturation", "--guidance", "none")  # for both recipes of `--against`
 
@@ -77,44 +79,6 @@ class Job:
 
 
 # ------------------------------------------------------------------------------------------------ training
-
-
-@dataclass
-class Forwards:
-    """Rows that went through the network, and twice those that came back; the first of them starts the clock."""
-
-    total: float = 0.0
-    limit: float = float("inf")
-    clock: threading.Timer | None = None
-
-    def add(self, rows: float) -> None:
-        if self.clock is not None and self.total == 0:
-            self.clock.start()
-        reached = self.total >= self.limit
-        self.total += rows
-        if self.total >= self.limit and not reached:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextmanager
-def counted(forwards: Forwards) -> Iterator[Forwards]:
-    """Counts the UNet of an embedded model as it runs: a call that is made again on the way back counts again."""
-
-    def out(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(module, UNet2DConditionModel):
-            forwards.add(len(args[0]))
-
-    def back(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found = output[0] if isinstance(module, UNet2DConditionModel) else None
-        if found is not None and found.requires_grad:
-            found.register_hook(lambda gradient: forwards.add(2 * len(gradient)))
-
-    handles = [register_module_forward_pre_hook(out), register_module_forward_hook(back)]
-    try:
-        yield forwards
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -163,7 +127,8 @@ def example_of(recipe: str) -> str:
 
 
 def measured(job: Job, settings: Mapping[str, Any], lora: Path | None) -> dict[str, Tensor]:
-    """{"reward", "oracle" (N,), "latents" (N, C, h, w), "vendi" (P,)} of N pictures of P held-out prompts."""
+    """{"reward", "oracle", "coverage" (N,), "classifier" (of the pictures of one object), "latents" (N, C, h, w),
+    "vendi" (P,)} of N pictures of P held-out prompts."""
     pipe = open_pipeline(settings["model"], None if lora is None else str(lora))
     options = {k.removeprefix("guidance."): v for k, v in settings.items() if k.startswith("guidance.")}
     guidance = guidance_named(settings["guidance"], settings.get("guidance_scale"), options)
@@ -173,9 +138,12 @@ def measured(job: Job, settings: Mapping[str, Any], lora: Path | None) -> dict[s
         reward = weighted(parse_rewards(settings["reward"]))
         parts = list(zip(found.made.images.split(60), chunks([r.prompt for r in found.results], 60), strict=True))
         features = torch.cat([load_classifier().features(x) for x, _ in parts])
+        single = [i for i, r in enumerate(found.results) if r.category == "one_object"]
         return {
             "reward": torch.cat([reward(x, texts) for x, texts in parts]),
             "oracle": torch.tensor([float(r.holds) for r in found.results]),
+            "coverage": torch.cat([load("coverage")(x, texts) for x, texts in parts]),
+            "classifier": load("tiny-classifier")(found.made.images[single], [found.results[i].prompt for i in single]),
             "latents": torch.cat([LatentModel(pipe).encode_images(x) for x, _ in parts]).contiguous(),
             "vendi": torch.stack([vendi(x) for x in features.split(job.images)]),
         }
@@ -189,7 +157,7 @@ def before(job: Job, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the model does untrained: measured once for all runs that sample alike."""
     alike = {k: v for k, v in settings.items() if k.startswith("guidance")}
     alike |= {k: settings[k] for k in ("model", "num_inference_steps", "reward")}
-    key = json.dumps([alike, job.per_category, job.images, EVAL_SEED], sort_keys=True)
+    key = json.dumps([alike, job.per_category, job.images, EVAL_SEED, JUDGES], sort_keys=True)
     file = job.folder.parent / f"before-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     if not file.exists():
         part = file.with_suffix(".part")
@@ -202,7 +170,7 @@ def compared(job: Job, now: Mapping[str, Tensor], then: Mapping[str, Tensor]) ->
     """Per prompt: the means before and after of each measure, and the drift."""
     means = {
         f"{name}_{when}": of[name].reshape(-1, 1 if name == "vendi" else job.images).mean(1).tolist()
-        for name in ("reward", "oracle", "vendi")
+        for name in JUDGES
         for when, of in (("before", then), ("after", now))
     }
     drift = (now["latents"] - then["latents"]).flatten(1).square().mean(1).sqrt()
@@ -239,7 +207,8 @@ def chosen(paths: Sequence[Path], count: int) -> list[Path]:
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """A markdown row for each recipe, over its seeds."""
     head = ["recipe", "reward", "seeds", "reward before", "reward after", "difference", "oracle"]
-    head += ["difference of the oracle", "Vendi", "difference of Vendi", "drift", "seconds", "forward-equivalents"]
+    head += ["difference of the oracle", "Vendi", "difference of Vendi", "difference of coverage"]
+    head += ["difference of tiny-classifier", "drift", "seconds", "forward-equivalents"]
     recipes = list(dict.fromkeys(line["recipe"] for line in lines))
     return benching.table(head, [row([line for line in lines if line["recipe"] == recipe]) for recipe in recipes])
 
@@ -259,6 +228,8 @@ def row(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         change(mean, "oracle", 3),
         f"{mean['vendi_before'].mean():.3f} to {mean['vendi_after'].mean():.3f}",
         change(mean, "vendi", 3),
+        change(mean, "coverage", 3),
+        change(mean, "classifier", 3),
         f"{mean['drift'].mean():.3f}",
         f"{mean['seconds']:.0f}",
         f"{mean['forward_equivalents']:.0f}",

@@ -7,10 +7,12 @@ turbo       tiny-turbo in one step, 50 iterations
 tiny        tiny in 20 steps under CFG, 20 iterations
 
 none        the first noise's image
-reno        ReNO, one reward call an iteration
+reno        ReNO, one reward call an iteration; of a reward that is smoothed, `shifts` calls
 best-calls  best of as many fresh noises as ReNO called the reward
-best-time   best of as many fresh noises as fit into ReNO's wall time for the same prompts, counted in whole batches
+best-time   best of as many fresh noises as fit into ReNO's time for the same prompts, counted in whole batches; on a
+            CPU time is this process's own, whatever else runs
 neighbours, spsa, cma   without a gradient, with as many reward calls (the next whole iteration)
+neighbours-time   neighbours for ReNO's time
 dts-star    DTS* (widening 1, growth 0.5), with as many reward calls; of `tiny` alone, for a tree branches at steps
 
 Prompts are run eight at a time, and every such run is a line of --output_dir/results.jsonl; one that is there is not
@@ -20,7 +22,6 @@ the mean reward, reward calls and seconds of a prompt.
 """
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benching import Store, hardware, table
+from benching import Store, clock, hardware, table
 from torch import Tensor
 
 from difftune import models
@@ -45,6 +46,8 @@ from solvers.latent import LatentModel
 
 BATCH = 8
 FRESH = 1_000_000  # seeds of best-of-n's noises begin here
+MANY = 1_000_000  # iterations of what is stopped by the clock
+JUDGE = "tiny-clip"  # what fresh noises and searches are chosen by; the reward of all tables
 SEARCHED = ("neighbours", "spsa", "cma")
 
 
@@ -57,10 +60,13 @@ class Part:
     scale: float | None  # of CFG
     iterations: int
     prompts: int | None = None  # of each category; None: all
+    listed: str = "shapeeval"  # where the prompts stand
+    reward: str = "tiny-clip"  # what ReNO follows
+    options: tuple[tuple[str, Any], ...] = ()  # of ReNO
 
-    def reno(self, **more: Any) -> ReNO:
+    def reno(self, reward: str | None = None, **more: Any) -> ReNO:
         own = {"num_inference_steps": self.steps, "guidance": None if self.scale is None else CFG(self.scale)}
-        return ReNO(pipeline(self.model), {"tiny-clip": 1.0}, progress=False, **own, **more)
+        return ReNO(pipeline(self.model), {reward or self.reward: 1.0}, progress=False, **own, **more)
 
 
 PARTS = {"turbo": Part("tiny-turbo", 1, None, 50), "tiny": Part("tiny", 20, 3.0, 20)}
@@ -96,25 +102,25 @@ def found(images: Tensor, rewards: Tensor, calls: float) -> dict[str, Any]:
 
 
 def none(part: Part, run: Run, store: Store) -> dict[str, Any]:
-    result = part.reno().optimize(run.prompts, 1, run.first)
+    result = part.reno(JUDGE).optimize(run.prompts, 1, run.first)
     return found(result.images, result.rewards, 1)
 
 
 def reno(part: Part, run: Run, store: Store) -> dict[str, Any]:
-    result = part.reno().optimize(run.prompts, part.iterations, run.first)
+    result = part.reno(**dict(part.options)).optimize(run.prompts, part.iterations, run.first)
     return found(result.images, result.rewards, float(result.reward_calls.double().mean()))
 
 
 def searched(part: Part, run: Run, store: Store) -> dict[str, Any]:
     candidates = {"cma": 8}.get(run.method, 4)
-    settings = part.reno(optimizer=f"{run.method}[candidates={candidates}]")
+    settings = part.reno(JUDGE, optimizer=f"{run.method}[candidates={candidates}]")
     result = settings.optimize(run.prompts, 1 + ceil((part.iterations - 1) / candidates), run.first)
     return found(result.images, result.rewards, float(result.reward_calls.double().mean()))
 
 
 def best_of(part: Part, run: Run, goes_on: Callable[[int], bool]) -> dict[str, Any]:
     """The best of fresh noises, one more of each prompt as long as `goes_on(how many there were)`."""
-    settings, best, count = part.reno(), None, 0
+    settings, best, count = part.reno(JUDGE), None, 0
     while goes_on(count):
         result = settings.optimize(run.prompts, 1, FRESH + count * FRESH + run.first)
         gain = torch.ones(len(result.rewards), dtype=torch.bool) if best is None else result.rewards > best[1]
@@ -132,17 +138,30 @@ def best_calls(part: Part, run: Run, store: Store) -> dict[str, Any]:
 
 def best_time(part: Part, run: Run, store: Store) -> dict[str, Any]:
     """Until ReNO's time for these prompts is over; what began in it counts, in favour of best-of-n."""
-    reno, began = store.read().get(run.key("reno")), time.perf_counter()
+    seconds, began = renos_seconds(run, store), clock()
+    return best_of(part, run, lambda count: count == 0 or clock() - began < seconds)
+
+
+def renos_seconds(run: Run, store: Store) -> float:
+    """What ReNO took for the same prompts."""
+    reno = store.read().get(run.key("reno"))
     if reno is None:
-        raise SystemExit(f"best-time needs {run.key('reno')} in {store.file}: run the method reno first")
-    seconds = reno["seconds"]
-    return best_of(part, run, lambda count: count == 0 or time.perf_counter() - began < seconds)
+        raise SystemExit(f"{run.method} needs {run.key('reno')} in {store.file}: run the method reno first")
+    return reno["seconds"]
+
+
+def neighbours_time(part: Part, run: Run, store: Store) -> dict[str, Any]:
+    """Rounds of four neighbours until ReNO's time for these prompts is over; the round that began in it counts."""
+    seconds, began = renos_seconds(run, store), clock()
+    rounds = part.reno(JUDGE, optimizer="neighbours[candidates=4]").iterate(run.prompts, MANY, run.first)
+    best = next(live.best for live in rounds if clock() - began >= seconds)
+    return found(best.images, best.rewards, float(best.reward_calls.double().mean()))
 
 
 @torch.no_grad()
 def dts_star(part: Part, run: Run, store: Store) -> dict[str, Any]:
     """DTS* with branches at five levels."""
-    model, reward = LatentModel(pipeline(part.model)), load("tiny-clip")
+    model, reward = LatentModel(pipeline(part.model)), load(JUDGE)
     conds, method = model.encode(run.prompts), CFG(part.scale or 1.0)
 
     def predict(groups: Tensor) -> Any:
@@ -174,6 +193,7 @@ METHODS: dict[str, Callable[[Part, Run, Store], dict[str, Any]]] = {
     "best-time": best_time,
     **dict.fromkeys(SEARCHED, searched),
     "dts-star": dts_star,
+    "neighbours-time": neighbours_time,
 }
 
 
@@ -185,15 +205,21 @@ def has(part: str, method: str) -> bool:
 # ------------------------------------------------------------------------------------------------ runs
 def measured(part: Part, run: Run, store: Store) -> dict[str, Any]:
     """One run, judged by the oracle; its seconds are those of the method alone."""
-    began = time.perf_counter()
+    began = clock()
     made = METHODS[run.method](part, run, store)
-    seconds = time.perf_counter() - began
-    holds = [r.holds for r in shapeeval.judge_images(made.pop("images"), run.prompts, range(len(run.entries)))]
-    return {"prompts": run.prompts, "holds": holds, **made, "seconds": seconds}
+    seconds = clock() - began
+    return {"prompts": run.prompts, **judged(made.pop("images"), run.prompts), **made, "seconds": seconds}
+
+
+@torch.no_grad()
+def judged(images: Tensor, prompts: Sequence[str]) -> dict[str, list[Any]]:
+    """The oracle's word on each picture, and the judge's score."""
+    holds = [r.holds for r in shapeeval.judge_images(images, prompts, range(len(prompts)))]
+    return {"holds": holds, "scores": load(JUDGE)(images, prompts).tolist()}
 
 
 def runs(part: str, settings: Part, methods: Sequence[str]) -> Iterator[Run]:
-    entries = shapeeval.entries_of(settings.prompts)
+    entries = shapeeval.entries_of(settings.prompts, settings.listed)
     for first in range(0, len(entries), BATCH):
         for method in methods:
             yield Run(part, method, first, entries[first : first + BATCH])
@@ -236,7 +262,7 @@ def results_of(part: str, store: Store, method: str) -> list[tuple[intervals.Res
     kinds = {entry["prompt"]: entry["category"] for entry in shapeeval.entries_of()}
     rows = []
     for _, run in sorted((k, run) for k, run in store.read().items() if k.rpartition("-")[0] == f"{part}-{method}"):
-        for prompt, holds, reward in zip(run["prompts"], run["holds"], run["rewards"], strict=True):
+        for prompt, holds, reward in zip(run["prompts"], run["holds"], run["scores"], strict=True):
             each = run["seconds"] / len(run["prompts"])
             rows.append((intervals.Result(prompt, kinds[prompt], 0, holds), reward, run["calls"], each))
     return rows

@@ -41,9 +41,13 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def clock() -> float:
+    """Seconds since some moment: on a CPU this process's own, whatever else runs."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
 def seconds_of(run: Run) -> float:
-    """Seconds of one run: on a CPU this process's own, whatever else runs; on a GPU, until it is idle again."""
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    """Seconds of one run, by `clock`; on a GPU, until it is idle again."""
     synchronize()
     began = clock()
     run()

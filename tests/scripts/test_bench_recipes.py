@@ -68,6 +68,8 @@ def line(recipe, seed, after, cost, ended=True):
     """Three prompts; the reward rises from 0.5 to `after`."""
     values = {"reward_before": [0.5] * 3, "reward_after": after, "oracle_before": [0.0, 1.0, 0.5]}
     values |= {"oracle_after": [0.5, 1.0, 0.5], "vendi_before": [2.0] * 3, "vendi_after": [1.5] * 3, "drift": [0.1] * 3}
+    values |= {"coverage_before": [0.9] * 3, "coverage_after": [0.8] * 3}
+    values |= {"classifier_before": [-1.0], "classifier_after": [-2.0]}  # one of the prompts has one object
     point = {"step": 1, "seconds": cost / 10, "forward_equivalents": cost, **values}
     settings = {"reward": ["tiny-clip=1.0", "jpeg=-0.5"]}
     run = {"run": f"{recipe}-{seed}", "recipe": recipe, "seed": seed, "ended": ended, "settings": settings}
@@ -81,6 +83,7 @@ def test_a_row_is_the_mean_over_seeds_and_its_interval_is_over_prompts(bench):
     assert cells[:5] == ["ddpo (1 stopped at the cap)", "tiny-clip, jpeg=-0.5", "2", "0.5000", "0.8000"]
     assert cells[5].startswith("+0.3000 [+0.2") and cells[5].endswith("]")
     assert cells[6] == "0.500 to 0.667" and cells[8] == "2.000 to 1.500"
+    assert cells[10].startswith("-0.100 [") and cells[11].startswith("-1.000 [")
     assert cells[-2:] == ["20", "200"]
 
 

@@ -78,8 +78,9 @@ def test_equal_time_is_renos_for_the_same_prompts(bench, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="run the method reno first"):
         bench.best_time(part, run, store)
     store.write(run.key("reno"), {"seconds": 10.0})
-    clock = iter([0.0, 4.0, 8.0, 12.0])  # when it began, and after each noise
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    times = iter([0.0, 4.0, 8.0, 12.0] * 2)  # when it began, and after each noise, or each round of neighbours
+    monkeypatch.setattr(bench, "clock", lambda: next(times))
+    assert bench.neighbours_time(part, run, store)["calls"] == 1 + 2 * 4  # the first noise, and two rounds of four
     monkeypatch.setattr(bench, "best_of", counted)
     assert bench.best_time(part, run, store) == 3
 
