@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from solvers.errors import UserError
-from solvers.noise import Noise, flow, log_snr, noise, vp
+from solvers.noise import Noise, angle, flow, log_snr, noise, vp
 
 Scheduler = Any  # diffusers declares none of the attributes that are read here
 
@@ -47,7 +47,7 @@ def levels_of(scheduler: Scheduler, steps: int | None = None, **set_timesteps: A
 
 def prediction_type(scheduler: Scheduler) -> str:
     """The space of the network's output: eps, v, x0 or flow."""
-    if _name(scheduler).startswith("FlowMatch"):
+    if _name(scheduler).startswith(("FlowMatch", "SCM")):  # SCM's networks are flows, see `families.sprint`
         return "flow"
     name = scheduler.config.get("prediction_type")
     if name not in PREDICTION_TYPES:
@@ -127,7 +127,7 @@ def _name(scheduler: Scheduler) -> str:
 
 
 def _is_flow(scheduler: Scheduler) -> bool:
-    return _name(scheduler).startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+    return _name(scheduler).startswith(("FlowMatch", "SCM")) or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def _powers(scheduler: Scheduler, timesteps: Tensor, final: Tensor) -> list[Noise]:
@@ -170,6 +170,10 @@ def _stages(scheduler: Scheduler) -> list[Noise]:
     return [levels[0]] + [b for a, b in pairwise(levels) if a != b]
 
 
+def _angles(scheduler: Scheduler) -> list[Noise]:
+    return [angle(a) for a in scheduler.timesteps]
+
+
 READERS: dict[str, Callable[[Scheduler], list[Noise]]] = {
     "DDIMScheduler": _ddim,
     "DDIMParallelScheduler": _ddim,
@@ -192,6 +196,7 @@ READERS: dict[str, Callable[[Scheduler], list[Noise]]] = {
     "FlowMatchEulerDiscreteScheduler": _sigmas,
     "FlowMatchHeunDiscreteScheduler": _stages,
     "FlowMatchLCMScheduler": _sigmas,
+    "SCMScheduler": _angles,
 }
 
 

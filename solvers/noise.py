@@ -45,6 +45,12 @@ def cosine(t: float | Tensor) -> Noise:
     return Noise(torch.cos(angle), torch.sin(angle))
 
 
+def angle(a: float | Tensor) -> Noise:
+    """TrigFlow's level (cos a, sin a), a in [0, pi / 2] (https://arxiv.org/abs/2410.11081); pure noise beyond that."""
+    a = torch.as_tensor(a, dtype=torch.float64).cpu().clamp(max=torch.pi / 2)
+    return Noise(torch.cos(a).clamp(min=0), torch.sin(a))
+
+
 def vp(alpha_bar: float | Tensor) -> Noise:
     """Variance-preserving level of signal power alpha_bar = alpha^2 (diffusers' `alphas_cumprod`)."""
     alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float64)

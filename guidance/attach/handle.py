@@ -203,16 +203,17 @@ class Run:
         made = drive(self._method(branches), asked.answer, stage.path, stage.at, self.space, self.space)
         if made.shift is not None:
             self._allow_shift(stage.where)
-        made = self._finished(made, asked)
+        made = self._finished(made, asked, model_output)
         if len(branches) > 1:
             self._compare_scale(model_output, asked.guided)
         first, self.first = self.first or made, None if stage.where.last else self.first or made
         if stage.where.last:
             self.memory = {**self.memory, **first.memory}
             self.x0 = _clean(stage, made, self.space)
-        self._forget()
         layout = packed if grid else lambda x: x
-        return _moved(original(layout(made.out), timestep, sample, *args, **more), stage.where, first, made, layout)
+        out = self.family.model_output(layout(made.out), sample, self.calls[0].rows, self.scheduler)
+        self._forget()
+        return _moved(original(out, timestep, sample, *args, **more), stage.where, first, made, layout)
 
     def _branches(self, sample: Tensor) -> tuple[str, ...]:
         """The branches that the pipeline stacked along the batch, or called for in turn."""
@@ -260,10 +261,10 @@ class Run:
         if self.scheduler.config.get("clip_sample") or self.scheduler.config.get("thresholding"):
             raise UserError(f"{method} shifts x0, which {name} clips; set clip_sample=False and thresholding=False")
 
-    def _finished(self, made: Combined, asked: Asked) -> Combined:
-        """The guided prediction after what the pipeline itself does to it."""
+    def _finished(self, made: Combined, asked: Asked, marks: Tensor) -> Combined:
+        """The guided prediction after what the pipeline itself does to it; `marks`: what it made of the stand-ins."""
         after = self.family.after
-        if after is None or len(asked.branches) == 1 or not after.active(self.pipe, len(self.extra)):
+        if after is None or len(asked.branches) == 1 or not after.active(self.pipe, len(self.extra), marks):
             return made
         if made.shift is not None or asked.cond is None:
             method = type(self.handle.guidance).__name__

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from solvers.errors import UserError
-from solvers.noise import Noise, flow, noise, vp
+from solvers.noise import Noise, angle, flow, noise, vp
 
 
 class Where(NamedTuple):
@@ -160,6 +160,13 @@ def of_flow(scheduler: Any, timestep: Tensor) -> Where:
     return Where(flow(scheduler.sigmas[i]), flow(scheduler.sigmas[i + 1]))
 
 
+def of_scm(scheduler: Any, timestep: Tensor) -> Where:
+    """Its samples are scaled by the deviation of the data; the noise of each step is drawn anew."""
+    i, scale = index_of(scheduler, timestep), scheduler.config.sigma_data
+    at, then = (angle(a) for a in scheduler.timesteps[i : i + 2])
+    return Where(noise(scale * at.alpha, scale * at.sigma), noise(scale * then.alpha, scale * then.sigma), weights=None)
+
+
 SCHEDULERS: dict[str, Callable[[Any, Tensor], Where]] = {
     "DDIMScheduler": of_ddim,
     "DDPMScheduler": of_ddpm,
@@ -175,4 +182,5 @@ SCHEDULERS: dict[str, Callable[[Any, Tensor], Where]] = {
     "DEISMultistepScheduler": of_multistep,
     "UniPCMultistepScheduler": of_unipc,
     "FlowMatchEulerDiscreteScheduler": of_flow,
+    "SCMScheduler": of_scm,
 }

@@ -38,7 +38,8 @@ class Family:
 
     `batch_first` names the network's arguments that have a row per sample, dotted where nested
     ("added_cond_kwargs.text_embeds"); the last part of such a name is its key in a `Cond`. A value may be a list.
-    The first name is that of the latents.
+    The first name is that of the latents. `model_output` is what the pipeline makes of its prediction for the scheduler
+    of a sample, by the rows of the network's call.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Family:
     scattered: Callable[[Mapping[str, Any]], dict[str, Any]] = dict  # that undone
     answered: Callable[[Tensor], Any] = lambda out: out  # a raw output, of a batch
     prediction: Callable[[Any, Tensor], Tensor] = lambda out, x: out  # the part of a raw output that predicts
+    model_output: Callable[[Tensor, Tensor, Mapping[str, Any], Any], Tensor] = lambda out, sample, rows, scheduler: out
     latents: Latents = field(default_factory=Latents)
     grid: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None  # of a network that reads tokens: see `packed`
     options: Callable[[Any, tuple[int, int], int], dict[str, Any]] = lambda pipe, latent, steps: {}  # of set_timesteps

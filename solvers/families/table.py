@@ -12,18 +12,19 @@ from solvers.families.chroma import CHROMA
 from solvers.families.family import Family
 from solvers.families.flux import FLUX
 from solvers.families.flux2 import FLUX2
+from solvers.families.lumina2 import LUMINA2
 from solvers.families.pixart import PIXART
 from solvers.families.qwen import QWEN
 from solvers.families.sana import SANA
 from solvers.families.sd import SD
 from solvers.families.sd3 import SD3
 from solvers.families.sdxl import SDXL
+from solvers.families.sprint import SPRINT
 from solvers.families.wan import WAN
 from solvers.families.zimage import ZIMAGE
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (SD, SDXL, SD3, FLUX, FLUX2, CHROMA, PIXART, SANA, WAN, QWEN, ZIMAGE)
-}
+KNOWN = (SD, SDXL, SD3, FLUX, FLUX2, CHROMA, PIXART, SANA, SPRINT, WAN, QWEN, ZIMAGE, LUMINA2)
+FAMILIES: dict[str, Family] = {family.name: family for family in KNOWN}
 
 
 def family_of(pipe: DiffusionPipeline) -> Family:

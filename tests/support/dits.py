@@ -203,6 +203,22 @@ def zimage(scheduler=None, kind=diffusers.ZImagePipeline, **config):
     )
 
 
+def lumina2(scheduler=None, **config):
+    """Its pipeline takes a VAE to halve three times."""
+    size = {"sample_size": LATENT, "in_channels": 4, "hidden_size": 24, "num_layers": 2, "num_refiner_layers": 1}
+    heads = {"num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 2, "cap_feat_dim": TEXT}
+    places = {"axes_dim_rope": (4, 2, 2), "axes_lens": (512, 16, 16)}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return built(
+        diffusers.Lumina2Pipeline,
+        transformer=lambda: shaken(diffusers.Lumina2Transformer2DModel(**{**size, **heads, **places, **config})),
+        scheduler=scheduler or flow(),
+        vae=lambda: vae(shift_factor=0.1, scaling_factor=1.5, block_out_channels=(8,) * 4, **blocks),
+        text_encoder=gemma,
+        tokenizer=gemma_tokenizer(),
+    )
+
+
 def pixart(kind=diffusers.PixArtSigmaPipeline, scheduler=None, **config):
     size = {"sample_size": LATENT, "in_channels": 4, "out_channels": 8, "num_layers": 1, "cross_attention_dim": 16}
     return built(
@@ -240,6 +256,20 @@ def sana(scheduler=None, **config):
             diffusers.SanaTransformer2DModel(**{**size, **cross, "caption_channels": TEXT, **config})
         ),
         scheduler=scheduler or diffusers.DPMSolverMultistepScheduler(**DPM),
+        vae=dc,
+        text_encoder=gemma,
+        tokenizer=gemma_tokenizer(),
+    )
+
+
+def sprint(scheduler=None, **config):
+    size = {"sample_size": 32, "in_channels": 4, "out_channels": 4, "num_layers": 2, **HEADS, "guidance_embeds": True}
+    cross = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16}
+    norms = {"caption_channels": TEXT, "qk_norm": "rms_norm_across_heads"}
+    return built(
+        diffusers.SanaSprintPipeline,
+        transformer=lambda: shaken(diffusers.SanaTransformer2DModel(**{**size, **cross, **norms, **config})),
+        scheduler=scheduler or diffusers.SCMScheduler(),
         vae=dc,
         text_encoder=gemma,
         tokenizer=gemma_tokenizer(),

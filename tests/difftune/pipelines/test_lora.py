@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from difftune.errors import UserError
 from difftune.pipelines import lora, lora_formats
+from solvers.families.table import family_of
 from solvers.latent import LatentModel
 from tests.support import dits, pipelines
 
@@ -31,14 +32,14 @@ def output(pipe) -> torch.Tensor:
 
 FAMILIES = {"sd": pipelines.sd, "sdxl": pipelines.sdxl, "sd3": dits.sd3, "flux": dits.flux, "pixart": dits.pixart}
 FAMILIES |= {"sana": dits.sana, "flux2": dits.flux2, "chroma": dits.chroma, "qwen": lambda: dits.qwen(texts=True)}
-FAMILIES |= {"zimage": dits.zimage}
+FAMILIES |= {"zimage": dits.zimage, "lumina2": dits.lumina2, "sana-sprint": dits.sprint}
 
 
 @torch.no_grad()
 def said(pipe) -> torch.Tensor:
     """What the denoiser says, of any family."""
     torch.manual_seed(3)
-    model = LatentModel(pipe)
+    model = LatentModel(pipe, 4.5 if family_of(pipe).name == "sana-sprint" else None)
     at = model.levels(4)[2]
     x = model.noise(2, [torch.Generator().manual_seed(i) for i in range(2)], 16, 16)
     return model.denoiser(x, at, model.encode(["red circle", "blue square"], height=16, width=16)["cond"]).eps
@@ -60,7 +61,8 @@ def test_every_layout_loads_whole_into_a_fresh_pipeline_of_every_family(tmp_path
     loaded = [key for key, _ in lora.network_of(fresh).named_parameters() if "lora" in key]
     assert len(loaded) == len(load_file(path)) == len(lora.weights(lora.network_of(pipe)))
     kinds = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in load_file(path)}
-    assert ("to_q" in kinds) and (bool(kinds & {"2", "proj", "conv1", "proj_out", "w1"}) is (layout != "attention"))
+    more = kinds & {"2", "proj", "conv1", "proj_out", "w1", "linear_1"}
+    assert ("to_q" in kinds) and (bool(more) is (layout != "attention"))
     assert (said(fresh) - said(pipe)).abs().max() <= 1e-5
     assert (said(fresh) - base).abs().max() > 1e-3
 

@@ -19,7 +19,7 @@ from tests.support import dits, pipelines
 PROMPTS = ["red circle", "blue square"]
 PIPELINES = {"sdxl": pipelines.sdxl, "sd3": dits.sd3, "flux": dits.flux, "pixart": dits.pixart, "sana": dits.sana}
 PIPELINES |= {"flux2": dits.flux2, "chroma": dits.chroma, "qwen": lambda: dits.qwen(texts=True)}
-PIPELINES |= {"zimage": dits.zimage}
+PIPELINES |= {"zimage": dits.zimage, "lumina2": dits.lumina2, "sana-sprint": dits.sprint}
 
 
 class Left:
@@ -36,7 +36,8 @@ class Left:
 def test_noise_and_embedding_are_optimised(name):
     pipe = PIPELINES[name]()
     settings = ReNO(pipe, Left(), num_inference_steps=2, optimizer="adam[learning_rate=0.1]", variables="both",
-                    height=16, width=16, regularization_weight=0.0, progress=False)  # fmt: skip
+                    height=16, width=16, regularization_weight=0.0, progress=False,
+                    embedded_guidance=4.5 if name == "sana-sprint" else None)  # fmt: skip
     result = settings.optimize(PROMPTS, 4)
     assert (result.rewards > result.rewards_before).all() and result.history[0].grad_norm.min() > 0
     assert not torch.equal(result.noises, result.noises_before)

@@ -20,12 +20,27 @@ from guidance.attach.handle import attach, is_attached
 from guidance.branches import each
 from guidance.contract import Branch, Guided
 from guidance.guided import guided
-from guidance.methods.catalogue import APG, CFG, SLG, Between, Interval, Plain, Rescale
+from guidance.methods.catalogue import APG, CFG, PAG, SLG, Between, Interval, Plain, Rescale
 from solvers.denoiser import Path
 from solvers.families import table, tokens
 from solvers.latent import LatentModel
 from solvers.samplers.catalogue import euler, sample
-from tests.support.dits import DPM, TEXT, chroma, flow, flux, flux2, pixart, qwen, sana, sd3, wan, zimage
+from tests.support.dits import (
+    DPM,
+    TEXT,
+    chroma,
+    flow,
+    flux,
+    flux2,
+    lumina2,
+    pixart,
+    qwen,
+    sana,
+    sd3,
+    sprint,
+    wan,
+    zimage,
+)
 from tests.support.pipelines import WIDTH, ddim, sd, sdxl
 
 pytestmark = pytest.mark.filterwarnings("error:.*guides with its own scale")
@@ -85,6 +100,8 @@ KINDS = {
     ),
     "qwen": Kind(qwen, embeds(mask="_embeds_mask", flag=False), scale="true_cfg_scale"),
     "zimage": Kind(zimage, unpadded(embeds(8)), unguided=0.0),
+    "lumina2": Kind(lumina2, embeds(mask="_attention_mask"), (32, 48)),
+    "lumina2-raw": Kind(lumina2, embeds(mask="_attention_mask"), (32, 48), more={"cfg_normalization": False}),
 }
 VP = {key: ddim().config[key] for key in ("beta_start", "beta_end", "beta_schedule")}
 SCHEDULERS = {
@@ -116,10 +133,12 @@ OF_KIND = {
     "wan-experts": ("flow UniPC",),
     "qwen": ("flow Euler", "flow Euler by size", "flow UniPC"),
     "zimage": ("flow Euler", "flow Euler by size"),
+    "lumina2": ("flow Euler", "flow Euler by size"),
+    "lumina2-raw": ("flow Euler",),
 }
 EACH = [(kind, case) for kind, cases in OF_KIND.items() for case in cases]
 ONE = [(kind, cases[0]) for kind, cases in OF_KIND.items()]
-AGAIN = ("sd-v", "flux-dev", "pixart-alpha", "sana-sigma", "wan-experts")  # of a family that has another kind
+AGAIN = {"sd-v", "flux-dev", "pixart-alpha", "sana-sigma", "wan-experts", "lumina2-raw"}  # its family has another kind
 FAMILY = [(kind, case) for kind, case in ONE if kind not in AGAIN]
 
 
@@ -407,6 +426,28 @@ def test_a_scale_within_a_method_and_a_schedule_win_and_say_so(method, said):
             run("sd", pipe, scale=4.25)
 
 
+@pytest.mark.parametrize("steps", (1, 2, 3))
+def test_sana_sprint_without_a_second_branch(steps):
+    """Its scale is told to the network: CFG of that scale is the pipeline, and so is no guidance."""
+    pipe, texts = sprint(), {"prompt_embeds": normal(2, 6, TEXT), "prompt_attention_mask": torch.ones(2, 6).long()}
+    call = {"height": 32, "width": 64, "use_resolution_binning": False, "output_type": "latent", "guidance_scale": 4.5}
+    call |= {"num_inference_steps": steps, "intermediate_timesteps": 1.3 if steps == 2 else None}
+    stock = pipe(None, **call, **texts, generator=torch.Generator().manual_seed(1)).images
+    before = dicts(pipe)
+    for method in (Plain(), CFG(4.5)):
+        with attach(pipe, method) as handle:
+            ours = pipe(None, **call, **texts, generator=torch.Generator().manual_seed(1)).images
+        assert torch.equal(ours, stock) and handle.nfe == 2 * steps and dicts(pipe) == before
+    weak = PAG(2.0)
+    with attach(pipe, weak) as handle:
+        ours = pipe(None, **call, **texts, generator=torch.Generator().manual_seed(1)).images
+    assert handle.nfe == 4 * steps and not torch.allclose(ours, stock, atol=1e-3)
+    seen = []
+    with attach(pipe, Spy(seen)), pytest.raises(ValueError, match="guidance-distilled"):
+        pipe(None, **call, **texts)
+    assert seen[0][0].x.shape == (2, 4, 16, 32) and float(seen[0][1].sigma) == pytest.approx(1)
+
+
 def test_skip_layer_guidance_of_sd3_is_kept():
     pipe, skip = pipe_of("sd3", "flow Euler"), {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.9}
     stock = run("sd3", pipe, **skip)
@@ -457,15 +498,18 @@ def test_the_norm_of_qwen_is_kept_or_refused():
             run("qwen", pipe)
 
 
-@pytest.mark.parametrize("name, value", (("cfg_normalization", 0.9), ("cfg_truncation", 0.2)))
-def test_zimages_own_rules_are_kept(name, value):
+RULES = (("zimage", "cfg_normalization", 0.9), ("zimage", "cfg_truncation", 0.2), ("lumina2", "cfg_trunc_ratio", 0.7))
+
+
+@pytest.mark.parametrize("kind, name, value", RULES)
+def test_a_pipelines_own_rules_are_kept(kind, name, value):
     """A prediction that is cut to the length of the conditional one; guidance that ends in the middle."""
-    pipe, more = pipe_of("zimage", "flow Euler"), {name: value}
-    stock = run("zimage", pipe, **more)
-    assert not torch.equal(stock, run("zimage", pipe))
+    pipe, more = pipe_of(kind, "flow Euler"), {name: value}
+    stock = run(kind, pipe, **more)
+    assert not torch.equal(stock, run(kind, pipe))
     with attach(pipe, CFG(SCALE)) as handle:
-        assert torch.equal(run("zimage", pipe, **more), stock)
-    assert handle.branches["uncond"] == (4 if name == "cfg_truncation" else 6)
+        assert torch.equal(run(kind, pipe, **more), stock)
+    assert handle.branches["uncond"] == (6 if name == "cfg_normalization" else 4)
 
 
 # ------------------------------------------------------------------------------------------------ errors

@@ -19,7 +19,7 @@ from solvers.levels import Clock
 from solvers.memory.checkpointing import block_checkpointing, has_blocks
 from solvers.noise import Noise
 from solvers.samplers.catalogue import ancestral, dpmpp_2m, end, euler, renoise, sample
-from tests.support.dits import DPM, chroma, flow, flux, flux2, pixart, qwen, sana, sd3, wan, zimage
+from tests.support.dits import DPM, chroma, flow, flux, flux2, lumina2, pixart, qwen, sana, sd3, sprint, wan, zimage
 from tests.support.pipelines import ddim, sd, sdxl
 
 PROMPTS, NEGATIVES = ["a red circle", "two blue squares"], ["a square", "red"]
@@ -73,6 +73,7 @@ FULL = {
     "chroma": Case(chroma, size=(16, 24)),
     "qwen": Case(partial(qwen, texts=True), call={"true_cfg_scale": SCALE, "guidance_scale": None}, size=(16, 24)),
     "zimage": Case(zimage, call={"guidance_scale": SCALE - 1}, size=(16, 24)),
+    "lumina2": Case(lumina2, call={"guidance_scale": SCALE, "cfg_normalization": False}, size=(32, 48)),
     "pixart-sigma": Case(pixart, dpmpp_2m, call=UNBINNED),
     "pixart-alpha": Case(partial(pixart, diffusers.PixArtAlphaPipeline, ddim()), call=UNBINNED),
     "pixart-alpha-1024": Case(alpha_1024, dpmpp_2m, size=(16, 24), call=UNBINNED),
@@ -80,7 +81,9 @@ FULL = {
     "sana-euler": Case(partial(sana, flow(), timestep_scale=0.5, out_channels=8), euler, (32, 32), UNBINNED),
     "sana-eps": Case(partial(sana, diffusers.DPMSolverMultistepScheduler()), dpmpp_2m, (32, 32), UNBINNED),
 }
+UNBINNED_SPRINT = {"guidance_scale": 4.5, "use_resolution_binning": False}
 FEW_STEPS = {
+    "sana-sprint": Case(sprint, consistency, (32, 64), UNBINNED_SPRINT, embedded=4.5),
     "sd-turbo": Case(partial(turbo, sd), ancestral, call={"guidance_scale": 0.0}),
     "sdxl-turbo": Case(partial(turbo, sdxl), ancestral, call={"guidance_scale": 0.0}),
     "lcm": Case(lcm, consistency, call={"guidance_scale": 7.5}, embedded=7.5, tolerance=1e-4),  # its c_out is about 1
@@ -124,6 +127,9 @@ def guided(denoiser, conds, scale=SCALE):
 def stock(model, case, steps=STEPS, **more):
     options = {"num_inference_steps": steps, "generator": seeded(), **sized(case), **case.call, **more}
     negatives = {} if case.call["guidance_scale"] == 0 or case.embedded == 7.5 else {"negative_prompt": list(NEGATIVES)}
+    if model.family.name == "sana-sprint":
+        negatives = {}
+        options |= {} if steps == 2 else {"intermediate_timesteps": None}
     if model.family.name == "flux2":  # it takes no negative prompt, but its embedding
         negatives = {"negative_prompt_embeds": model.pipe.encode_prompt(NEGATIVES)[0]}
     return model.pipe(prompt=list(PROMPTS), **negatives, **options).images
@@ -157,12 +163,13 @@ def test_few_steps_without_guidance(name, steps):
     case = FEW_STEPS[name]
     model, denoiser = modelled(case)
     levels, draws = model.levels(steps), seeded()
-    x = model.noise(2, draws) * (levels[0].sigma if case.step is ancestral else 1.0)
+    x = model.noise(2, draws, **sized(case)) * (levels[0].sigma if case.step is ancestral else 1.0)
     predict = guided(denoiser, model.encode(PROMPTS), scale=None)
     for now, then in zip(levels, levels[1:], strict=False):
         path = case.step(predict, Path(x), now, then, torch.randn(x.shape, generator=draws))
         x = path.x
     assert relative(x, stock(model, case, steps, output_type="latent")) < case.tolerance
+    assert relative(model.decode(x), stock(model, case, steps, output_type="pt")) < 10 * case.tolerance
 
 
 @pytest.mark.parametrize("name", FULL)
