@@ -1,6 +1,7 @@
-"""Evaluating branches: one forward for all that share a network and a patch, NaN for the rows that nobody asked for."""
+"""Evaluating branches: one forward for all that share a network, a patch and a noise level, and NaN for the rows that
+nobody asked for."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from guidance.contract import Answers, Branch, Request
+from solvers.noise import Noise, numbers
 
 Inputs = dict[str, Any]  # name -> a tensor whose first dimension is the batch, or a list, tuple or mapping of such
 
@@ -31,18 +33,19 @@ class Counter:
 def evaluate(
     request: Request,
     inputs: Callable[[Branch], Inputs],
-    call: Callable[[str, str | None, Inputs], Tensor],
+    call: Callable[[Branch, Inputs], Tensor],
     blank: Tensor,
     counter: Counter,
 ) -> Answers:
     """The answers to `request`, each (B, ...) like `blank`.
 
-    `inputs(branch)` is what the network is given for all B samples; `call(network, patch, inputs)` is its raw output.
+    `inputs(branch)` is what the network is given for all B samples; `call(branch, inputs)` is its raw output for the
+    rows of one or several branches that share the network, the patch and the level of `branch`.
     """
     jobs = {name: _chosen(inputs(branch), branch.rows) for name, branch in request.items() if _wanted(branch)}
     answers = {name: torch.full_like(blank, torch.nan) for name in request.keys() - jobs.keys()}
-    for (network, patch, _), names in _groups(request, jobs).items():
-        out = call(network, patch, _joined([jobs[name] for name in names]))
+    for names in _groups(request, jobs):
+        out = call(request[names[0]], _joined([jobs[name] for name in names]))
         sizes = {name: _size(request[name], blank) for name in names}
         counter.add(sizes, [request[name].rows for name in names])
         parts = out.split(list(sizes.values()))
@@ -92,13 +95,19 @@ def _spread(part: Tensor, rows: Tensor | None) -> Tensor:
     return part.new_full((len(rows), *part.shape[1:]), torch.nan).index_put((rows.to(part.device),), part)
 
 
-def _groups(request: Request, jobs: Mapping[str, Inputs]) -> dict[tuple[str, str | None, str], list[str]]:
-    """The branches that can share a forward: same network, same patch, inputs of the same names and shapes."""
-    groups: dict[tuple[str, str | None, str], list[str]] = {}
+def _groups(request: Request, jobs: Mapping[str, Inputs]) -> Iterable[list[str]]:
+    """The branches that can share a forward: same network, patch and level, inputs of the same names and shapes."""
+    groups: dict[Any, list[str]] = {}
     for name, inputs in jobs.items():
-        key = (request[name].network, request[name].patch, str(_shapes(inputs)))
+        branch = request[name]
+        key = (branch.network, branch.patch, _level(branch.at), str(_shapes(inputs)))
         groups.setdefault(key, []).append(name)
-    return groups
+    return groups.values()
+
+
+def _level(at: Noise | None) -> Any:
+    """What tells levels apart: their numbers, or for one that differs by sample the object itself."""
+    return None if at is None else numbers(at) or id(at.sigma)
 
 
 def _shapes(value: Any) -> Any:

@@ -27,6 +27,8 @@ class Branch(NamedTuple):
     rows: Tensor | None = None  # (B,) bool: the samples that need it; None = all
     network: str = "main"  # or "weak" (autoguidance)
     patch: str | None = None  # a named change inside the forward pass, provided by the family
+    x: Tensor | None = None  # (B, ...), where else than at path.x it is evaluated, in the same coordinates
+    at: Noise | None = None  # the noise level of `x`; both are given, or neither
 
 
 Request = Mapping[str, Branch]
@@ -34,21 +36,34 @@ Answers = dict[str, Tensor]
 Evaluate = Callable[[Request], Answers]  # raw outputs (B, ...), NaN in the rows that were not evaluated
 
 
-class Preds(dict[str, Tensor]):
-    """All answers so far, each (B, ...), in `space`; rows that were not evaluated hold NaN, so use torch.where."""
+Point = tuple[Tensor, Noise]  # (x, at): where a network is evaluated
 
-    def __init__(self, space: str, x: Tensor, at: Noise):
+
+class Preds(dict[str, Tensor]):
+    """All answers so far, each (B, ...), in `space`; rows that were not evaluated hold NaN, so use torch.where.
+
+    Each is converted at its own point, (x, at) of the path or those of its `Branch`.
+    """
+
+    def __init__(self, space: str):
         super().__init__()
-        self.space, self._x, self._at = space, x, at
+        self.space = space
+        self._points: dict[str, Point] = {}
+
+    def add(self, name: str, out: Tensor, space: str, point: Point) -> None:
+        """The answer `out`, which is in `space`."""
+        self._points[name] = point
+        self[name] = convert(out, space, self.space, *point)
 
     def to(self, name: str, space: str) -> Tensor:
         """The answer as "x0", "eps", "v" or "flow", (B, ...), in float32 or better: for measuring."""
-        return widen(convert(self[name], self.space, space, self._x, self._at))
+        return widen(convert(self[name], self.space, space, *self._points[name]))
 
     def in_space(self, space: str) -> "Preds":
         """All of them in another space."""
-        other = Preds(space, self._x, self._at)
-        other.update({name: convert(out, self.space, space, self._x, self._at) for name, out in self.items()})
+        other = Preds(space)
+        for name, out in self.items():
+            other.add(name, out, self.space, self._points[name])
         return other
 
 
@@ -68,7 +83,8 @@ class Guidance(Protocol):
 
     `space` is the one that it is defined in: "x0", "eps", "v", "flow", or "output" (whatever the network emits). "any"
     is for affine methods (weights that sum to one), whose result is the same in every space. A method with a space of
-    its own asks at least one branch for all rows.
+    its own asks at least one branch for all rows. One that asks for a branch at another point names its space: only
+    there do answers of several points mean something together.
     """
 
     @property
@@ -124,20 +140,23 @@ def drive(guidance: Guidance, evaluate: Evaluate, path: Path, at: Noise, space: 
     back by the difference from a reference branch r, out = r + (g - r_own) / b with r_own = a * x + b * r: no
     cancellation, and r itself if b is 0 (at sigma = 0 every x0 is x).
 
-    Raises TypeError for a method that does not return a `Guided`, ValueError for an unknown space, and for a method
-    with a space of its own that asks no branch for all rows.
+    Raises TypeError for a method that does not return a `Guided`, ValueError for an unknown space, for a method with a
+    space of its own that asks no branch for all rows, and for a branch at another point that has no level of its own or
+    is asked for by a method of the space "any".
     """
     own = own_space(guidance, space, output)
     raw: Answers = {}
     complete: list[str] = []
-    preds = Preds(own, path.x, at)
+    preds = Preds(own)
     guide = guidance.guide(path, at)
     reply = _advance(guide, None)
     while isinstance(reply, Mapping):
         request = {name: _settled(branch) for name, branch in reply.items()}
-        complete += [name for name, branch in request.items() if branch.rows is None]
+        elsewhere = {name: _elsewhere(guidance, branch) for name, branch in request.items()}
+        complete += [name for name, branch in request.items() if branch.rows is None and elsewhere[name] is None]
         raw.update(evaluate(request))
-        preds.update({name: convert(raw[name], space, own, path.x, at) for name in request})
+        for name in request:
+            preds.add(name, raw[name], space, elsewhere[name] or (path.x, at))
         reply = _advance(guide, preds)
     if not isinstance(reply, Guided):
         raise TypeError(f"{type(guidance).__name__}.guide returned {type(reply).__name__}; return a Guided")
@@ -195,6 +214,21 @@ def _advance(guide: Guide, preds: Preds | None) -> Request | Guided:
         return guide.send(preds)  # type: ignore[arg-type]  # the first send of a generator is None
     except StopIteration as stop:
         return stop.value
+
+
+def _elsewhere(guidance: Guidance, branch: Branch) -> Point | None:
+    """The point of a branch that has its own. UserError for half of one, and for a method that names no space."""
+    if branch.x is None and branch.at is None:
+        return None
+    name = type(guidance).__name__
+    if branch.x is None or branch.at is None:
+        raise UserError(f"{name} asks for a branch with {'at' if branch.x is None else 'x'} alone: give both, x and at")
+    if guidance.space == "any":
+        raise UserError(
+            f"{name} asks for a branch at another point, so its result depends on the space: give it"
+            ' space = "flow", or another that it is defined in'
+        )
+    return branch.x, branch.at
 
 
 def _settled(branch: Branch) -> Branch:

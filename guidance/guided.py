@@ -56,10 +56,13 @@ class GuidedPredict:
         x = widen(path.x)
 
         def answer(request: Request) -> Answers:
-            return evaluate(request, lambda branch: {"x": x, "cond": self._cond(branch)}, call, x, self.counter)
+            return evaluate(request, inputs, call, x, self.counter)
 
-        def call(network: str, patch: str | None, inputs: Inputs) -> Tensor:
-            return self._direction(network, patch, at, inputs)
+        def inputs(branch: Branch) -> Inputs:
+            return {"x": x if branch.x is None else widen(branch.x), "cond": self._cond(branch)}
+
+        def call(branch: Branch, inputs: Inputs) -> Tensor:
+            return self._direction(branch, at if branch.at is None else branch.at, inputs)
 
         output = self.networks["main"].prediction_type
         u, shift, memory = drive(self.guidance, answer, path, at, "flow", output)
@@ -72,15 +75,16 @@ class GuidedPredict:
             raise UserError(f"no condition {branch.cond!r}; given: {', '.join(self.conds)}")
         return self.conds[branch.cond]
 
-    def _direction(self, network: str, patch: str | None, at: Noise, inputs: Inputs) -> Tensor:
-        """u = eps - x0, (rows, ...), of one network."""
+    def _direction(self, branch: Branch, at: Noise, inputs: Inputs) -> Tensor:
+        """u = eps - x0, (rows, ...), of the branch's network."""
+        network = branch.network
         if network not in self.networks:
             raise UserError(f"the method evaluates network {network!r}; pass guided(..., {network}=its denoiser)")
         denoise = self.networks[network]
-        if patch is None:
+        if branch.patch is None:
             said = denoise(inputs["x"], at, inputs["cond"])
         else:
-            with denoise.patched(patch):
+            with denoise.patched(branch.patch):
                 said = denoise(inputs["x"], at, inputs["cond"])
         return said.eps - said.x0
 

@@ -41,39 +41,42 @@ class Path:
     """A batch of trajectories part-way from noise to data.
 
     All that survives from one step to the next is here and is batch-first, so `path[index]` is a complete
-    resampling of the batch.
+    resampling of the batch. `then` is no part of that: within a step of Euler's method it is the level where the step
+    ends, which a guidance method may look ahead to; within any other step, and between steps, it is None.
     """
 
     x: Tensor  # (B, ...)
     x0: Tensor | None = None  # (B, ...), the last clean estimate
     memory: Memory = field(default_factory=dict)
+    then: Noise | None = None
 
     def __getitem__(self, index: Tensor | slice) -> "Path":
         x0 = None if self.x0 is None else self.x0[index]
-        return Path(self.x[index], x0, {k: v[index] for k, v in self.memory.items()})
+        return Path(self.x[index], x0, {k: v[index] for k, v in self.memory.items()}, self.then)
 
     def detach(self) -> "Path":
         """The same numbers, without a gradient."""
         x0 = None if self.x0 is None else self.x0.detach()
-        return Path(self.x.detach(), x0, {k: v.detach() for k, v in self.memory.items()})
+        return Path(self.x.detach(), x0, {k: v.detach() for k, v in self.memory.items()}, self.then)
 
 
 class Shape(NamedTuple):
-    """The layout of a path's tensors."""
+    """The layout of a path's tensors, and what it holds beside them."""
 
     has_x0: bool = False
     keys: tuple[str, ...] = ()
+    then: Noise | None = None
 
 
 def pack(path: Path) -> tuple[list[Tensor], Shape]:
     """A path's tensors, x first."""
     x0 = [] if path.x0 is None else [path.x0]
-    return [path.x, *x0, *path.memory.values()], Shape(path.x0 is not None, tuple(path.memory))
+    return [path.x, *x0, *path.memory.values()], Shape(path.x0 is not None, tuple(path.memory), path.then)
 
 
 def unpack(tensors: Sequence[Tensor], shape: Shape) -> Path:
     x0 = tensors[1] if shape.has_x0 else None
-    return Path(tensors[0], x0, dict(zip(shape.keys, tensors[1 + shape.has_x0 :], strict=True)))
+    return Path(tensors[0], x0, dict(zip(shape.keys, tensors[1 + shape.has_x0 :], strict=True)), shape.then)
 
 
 class Predict(Protocol):

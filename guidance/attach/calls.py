@@ -15,8 +15,11 @@ from guidance.branches import Counter, Inputs, each, evaluate
 from guidance.contract import Answers, Branch, Request
 from solvers.errors import UserError
 from solvers.families.family import Family
-from solvers.families.tokens import unpacked
+from solvers.families.tokens import packed, unpacked
+from solvers.families.unet import CONTROLNET_INPUTS
+from solvers.noise import Noise, numbers
 
+TIME = "timestep"  # the argument that tells a network the time
 RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")  # of a ControlNet, for a UNet
 
 
@@ -62,6 +65,8 @@ class Asked:
     calls: Sequence[Call]
     control: Call | None  # of the ControlNet, whose answer the calls are given
     x: Tensor  # (B, C, ...), and every answer is like it
+    at: Noise  # of x
+    clock: Callable[[Noise], Tensor]  # the scheduler's timestep at a level
     networks: Mapping[str, nn.Module]  # others that a method may name
     counter: Counter
     cond: Tensor | None = None  # the conditional answer, once it was asked for in all rows
@@ -114,14 +119,57 @@ class Asked:
         return self.family.prediction(unpacked(out, grid(self.calls[0].shared)) if grid and read else out, self.x)
 
     def _inputs(self, branch: Branch) -> Inputs:
-        """The batch-first arguments (B, ...) of one branch, and those of its ControlNet under "control"."""
+        """The arguments of one branch that are its own, and those of its ControlNet under "control"."""
+        inputs = self._given(branch)
+        if branch.x is not None and branch.at is not None:
+            inputs = self._moved(inputs, branch.x, branch.at)
+        return inputs if isinstance(branch.cond, str) else _merged(inputs, self._override(branch.cond))
+
+    def _moved(self, inputs: Inputs, x: Tensor, at: Noise) -> Inputs:
+        """The arguments with another sample and the time of its level, those of the ControlNet too."""
+        sample = self.family.batch_first[0]
+        told = {} if numbers(at) == numbers(self.at) else {TIME: self._told(inputs, at)}
+        moved = {**inputs, sample: self._laid_out(x, inputs[sample]), **told}
+        if "control" in inputs:
+            moved["control"] = {**inputs["control"], CONTROLNET_INPUTS[0]: moved[sample], **told}
+        return moved
+
+    def _laid_out(self, x: Tensor, sample: Tensor) -> Tensor:
+        """x (B, C, ...) as the network reads it, in place of `sample`, whose other channels (a mask) stay."""
+        if self.family.grid:
+            made = packed(x).to(sample)
+        else:
+            made = torch.cat([x.to(sample), sample[:, x.shape[1] :]], dim=1)
+        if made.shape != sample.shape:
+            raise UserError(
+                f"the network of {self.family.name} reads {tuple(sample.shape)}, more than the latents"
+                f" {tuple(x.shape)}, so that no branch can be at another point: use another method"
+            )
+        return made
+
+    def _told(self, inputs: Inputs, at: Noise) -> Tensor:
+        """The time that the network is told at a level, like the one that it was told. UserError if that was not what
+        `Family.time` has it be."""
+        family, call = self.family, self.calls[0]
+        was = torch.as_tensor(inputs.get(TIME, call.shared.get(TIME)), device=self.x.device)
+        steps = (self.clock(self.at), self.clock(at), torch.tensor(0.0), torch.tensor(1000.0))
+        here, there, first, last = (family.time(unwrap_module(call.network), step).to(was.device) for step in steps)
+        if not ((was - here).abs() < 0.01 * (last - first).abs()).all():
+            raise UserError(
+                f"the network is told the time {float(was.flatten()[0]):g} at a level where its scheduler's timestep"
+                f" would be {float(here):g}, so that no branch can be at another level: use another scheduler"
+            )
+        return there.to(was.dtype).expand(was.shape)
+
+    def _given(self, branch: Branch) -> Inputs:
+        """The batch-first arguments (B, ...) that the pipeline prepared for the condition of a branch."""
         call, position, count = self._place(branch)
         rows = {name: value for name, value in call.rows.items() if self.control is None or name not in RESIDUALS}
         inputs = each(lambda v: v.chunk(count)[position], rows)
         if self.control is not None and not (self._guessing and self.branches[position] == "uncond"):
             parts, part = (1, 0) if self._guessing else (count, position)
             inputs["control"] = each(lambda v: v.chunk(parts)[part], self.control.rows)
-        return inputs if isinstance(branch.cond, str) else _merged(inputs, self._override(branch.cond))
+        return inputs
 
     def _place(self, branch: Branch) -> tuple[Call, int, int]:
         """The call that holds a branch, its position along the batch, and how many lie there."""
@@ -151,7 +199,8 @@ class Asked:
             raise UserError(f"the network takes no {', '.join(unknown)}; known: {', '.join(places)}")
         return {places[key]: value for key, value in cond.items()}
 
-    def _run(self, call: Call, network: str, patch: str | None, inputs: Inputs) -> Tensor:
+    def _run(self, call: Call, branch: Branch, inputs: Inputs) -> Tensor:
+        network, patch = branch.network, branch.patch
         if network != "main" and network not in self.networks:
             raise UserError(f"the method evaluates network {network!r}: pass networks={{{network!r}: ...}} to attach")
         forward, module = (call.forward, call.network) if network == "main" else (self.networks[network],) * 2
@@ -175,8 +224,7 @@ class Asked:
 
 def plain(branch: Branch) -> str:
     """The condition's name, for a branch that is nothing but a named condition; "" for any other."""
-    named = isinstance(branch.cond, str) and branch.rows is None and branch.patch is None and branch.network == "main"
-    return str(branch.cond) if named else ""
+    return str(branch.cond) if isinstance(branch.cond, str) and branch == Branch(branch.cond) else ""
 
 
 def named(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

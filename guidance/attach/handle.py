@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from guidance.attach.calls import Asked, Call, recorded
 from guidance.attach.hooks import hooked, wrapped_step
-from guidance.attach.schedulers import Where, locator
+from guidance.attach.schedulers import Where, is_first_order, locator
 from guidance.branches import Counter
 from guidance.contract import Combined, Guidance, check_method, convert, drive
 from guidance.methods.cfg import CFG, FromCond, Plain
@@ -43,7 +43,7 @@ from solvers.families.family import Family
 from solvers.families.table import family_of
 from solvers.families.tokens import packed, unpacked
 from solvers.families.unet import CONTROLNET_INPUTS
-from solvers.levels import prediction_type
+from solvers.levels import Clock, prediction_type
 from solvers.noise import Noise, noise, normalised
 
 
@@ -199,7 +199,10 @@ class Run:
         grid = self.family.grid and self.family.grid(self.calls[0].shared)
         stage = self._look(unpacked(sample, grid) if grid else sample, timestep)
         handle, x = self.handle, stage.path.x
-        asked = Asked(self.family, branches, self.calls, self.control, x, handle.networks, handle.counter)
+        asked = Asked(
+            *(self.family, branches, self.calls, self.control, x, stage.at, lambda at: self._clock(at)),
+            *(handle.networks, handle.counter),
+        )
         made = drive(self._method(branches), asked.answer, stage.path, stage.at, self.space, self.space)
         if made.shift is not None:
             self._allow_shift(stage.where)
@@ -252,7 +255,12 @@ class Run:
     def _look(self, sample: Tensor, timestep: Tensor) -> Stage:
         here = self.locate(self.scheduler, torch.as_tensor(timestep))
         norm, at = normalised(self.space, here.at)
-        return Stage(Path(widen(sample) / norm, self.x0, self.memory), at, here)
+        then = normalised(self.space, here.then)[1] if is_first_order(self.scheduler) else None
+        return Stage(Path(widen(sample) / norm, self.x0, self.memory, then), at, here)
+
+    @functools.cached_property
+    def _clock(self) -> Clock:
+        return Clock(self.scheduler)
 
     def _allow_shift(self, here: Where) -> None:
         method, name = type(self.handle.guidance).__name__, type(self.scheduler).__name__

@@ -43,6 +43,11 @@ def locator(scheduler: Any) -> Callable[[Any, Tensor], Where]:
     raise UserError(f"{type(scheduler).__name__} is not supported; replace it by one of {', '.join(SCHEDULERS)}")
 
 
+def is_first_order(scheduler: Any) -> bool:
+    """Whether each step of the scheduler is one of Euler's method, from the level of its one call to its end."""
+    return any(kind.__name__ in FIRST_ORDER for kind in type(scheduler).__mro__)
+
+
 def index_of(scheduler: Any, timestep: Tensor) -> int:
     """The scheduler's step index, which some set only in their first `step`."""
     if scheduler.step_index is not None:
@@ -167,6 +172,7 @@ def of_scm(scheduler: Any, timestep: Tensor) -> Where:
     return Where(noise(scale * at.alpha, scale * at.sigma), noise(scale * then.alpha, scale * then.sigma), weights=None)
 
 
+FIRST_ORDER = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
 SCHEDULERS: dict[str, Callable[[Any, Tensor], Where]] = {
     "DDIMScheduler": of_ddim,
     "DDPMScheduler": of_ddpm,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Cond
-from solvers.families.family import TEXT_INPUTS, guidance_told, sequential_family
+from solvers.families.family import TEXT_INPUTS, guidance_told, sequential_family, thousandth
 from solvers.families.flux import grid_of_places, places_of, shifted_flux
 from solvers.families.patches import SKIPPED_JOINT
 from solvers.families.tokens import packed, unpacked
@@ -53,4 +53,5 @@ CHROMA = sequential_family(
     size=lambda network: 128,  # ChromaPipeline.default_sample_size: the network has none
     patch=2,
     prepare="guidance_scale > 1",
+    time=thousandth,
 )

@@ -32,6 +32,16 @@ class Encode(Protocol):
     ) -> dict[str, Cond]: ...  # {"cond": Cond, "uncond": Cond}
 
 
+def thousandth(network: Any, timestep: Tensor) -> Tensor:
+    """The time in [0, 1] that a network is told, of a scheduler's timestep."""
+    return timestep / 1000
+
+
+def remaining(network: Any, timestep: Tensor) -> Tensor:
+    """The time of a network that counts from 0 at noise to 1."""
+    return 1 - timestep / 1000
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of pipelines.
@@ -63,6 +73,7 @@ class Family:
     draws_float32: bool = False  # noise is drawn in float32, else in the network's dtype
     upcast_vae: bool = False  # a float16 VAE that says `force_upcast` runs in float32
     after: After | None = None
+    time: Callable[[Any, Tensor], Tensor] = lambda network, timestep: timestep  # that it is told at a scheduler's
     extra: str = ""  # the argument that marks an additional, conditional call within a step
     embeds: str = "guidance_embeds"  # the network's setting that says that it is told a guidance scale
     unguided: float = 1.0  # the pipeline's guidance scale without guidance: s = 0 where out = c + s (c - u)

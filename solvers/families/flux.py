@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Cond
-from solvers.families.family import guidance_told, sequential_family, shift
+from solvers.families.family import guidance_told, sequential_family, shift, thousandth
 from solvers.families.patches import SKIPPED_JOINT
 from solvers.families.sd3 import SD3_INPUTS
 from solvers.families.tokens import packed, unpacked
@@ -74,4 +74,5 @@ FLUX = sequential_family(
     options=shifted_flux,
     size=lambda network: 128,  # FluxPipeline.default_sample_size: the network has none
     patch=2,
+    time=thousandth,
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Cond
-from solvers.families.family import TEXT_INPUTS, guidance_told, sequential_family
+from solvers.families.family import TEXT_INPUTS, guidance_told, sequential_family, thousandth
 from solvers.families.latents import Latents, of_batch_norm
 from solvers.families.patches import SKIPPED_JOINT
 
@@ -69,4 +69,5 @@ FLUX2 = sequential_family(
     options=shifted_flux2,
     size=lambda network: 64,  # Flux2KleinPipeline.default_sample_size, in patches: the network has none
     prepare="guidance_scale > 1, of a model that is not distilled",
+    time=thousandth,
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from solvers.denoiser import Cond
 from solvers.families.after import ROW_NORM
-from solvers.families.family import TEXT_INPUTS, call_network, guidance_told, sequential_family, shift
+from solvers.families.family import TEXT_INPUTS, call_network, guidance_told, remaining, sequential_family, shift
 from solvers.families.patches import SKIPPED
 
 LUMINA2_INPUTS = (*TEXT_INPUTS, "encoder_attention_mask")
@@ -52,4 +52,5 @@ LUMINA2 = sequential_family(
     patch=2,
     after=ROW_NORM,
     prepare="guidance_scale > 1",
+    time=remaining,
 )

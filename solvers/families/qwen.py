@@ -7,7 +7,7 @@ from torch import Tensor
 
 from solvers.denoiser import Cond
 from solvers.families.after import NORM
-from solvers.families.family import TEXT_INPUTS, sequential_family
+from solvers.families.family import TEXT_INPUTS, sequential_family, thousandth
 from solvers.families.flux import shifted_flux, told_scale
 from solvers.families.latents import Latents
 from solvers.families.patches import SKIPPED_JOINT
@@ -49,4 +49,5 @@ QWEN = sequential_family(
     size=lambda network: 128,  # QwenImagePipeline.default_sample_size: the network has none
     patch=2,
     after=NORM,
+    time=thousandth,
 )

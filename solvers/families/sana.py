@@ -44,4 +44,5 @@ SANA = transformer_family(
     call=call_sana,
     prediction=lambda out, x: predicting_half(out.float(), x),
     draws_float32=True,
+    time=lambda network, timestep: timestep * network.config.timestep_scale,
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Cond
-from solvers.families.family import call_network, transformer_family
+from solvers.families.family import call_network, thousandth, transformer_family
 from solvers.families.flux import told_scale
 from solvers.families.patches import SELF_ATTENTION_PATCHES
 from solvers.families.sana import SANA_INPUTS
@@ -57,4 +57,5 @@ SPRINT = transformer_family(
     model_output=in_trigflow,
     options=angles,
     draws_float32=True,
+    time=thousandth,
 )

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from solvers.denoiser import Cond
 from solvers.families.after import LIMITED_NORM
-from solvers.families.family import TEXT_INPUTS, guidance_told, transformer_family
+from solvers.families.family import TEXT_INPUTS, guidance_told, remaining, transformer_family
 from solvers.families.flux import shifted_flux
 from solvers.families.patches import SKIPPED
 
@@ -88,4 +88,5 @@ ZIMAGE = transformer_family(
     after=LIMITED_NORM,
     unguided=0.0,
     prepare="guidance_scale > 0",
+    time=remaining,
 )

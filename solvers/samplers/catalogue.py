@@ -28,7 +28,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 def euler(predict: Predict, path: Path, now: Noise, then: Noise, noise: Tensor | None = None) -> Path:
     """DDIM, which is Euler's method in any of the coordinates (https://arxiv.org/abs/2010.02502)."""
-    p = predict(path, now)
+    p = predict(replace(path, then=then), now)
     return end(path, renoise(p, then), then, p)
 
 

@@ -111,12 +111,13 @@ def driven(method, path: Path, at, space: str, dtype=torch.float64) -> Combined:
 
     def inputs(branch):
         cond = CONDS[branch.cond] if isinstance(branch.cond, str) else {**CONDS["cond"], **branch.cond}
-        return {"x": path.x, "cond": cond}
+        return {"x": path.x if branch.x is None else branch.x, "cond": cond}
 
-    def call(network, patch, given):
-        with nullcontext() if patch is None else toy.patched(patch):
-            p = (toy if network == "main" else toy.perturbed)(given["x"], at, given["cond"])
-        return convert(p.eps - p.x0, "flow", space, given["x"], at).to(dtype)
+    def call(branch, given):
+        here = branch.at or at
+        with nullcontext() if branch.patch is None else toy.patched(branch.patch):
+            p = (toy if branch.network == "main" else toy.perturbed)(given["x"], here, given["cond"])
+        return convert(p.eps - p.x0, "flow", space, given["x"], here).to(dtype)
 
     def answer(request):
         return evaluate(request, inputs, call, path.x.to(dtype), Counter())
