@@ -5,10 +5,11 @@ mode or `requires_grad` changes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -27,14 +28,25 @@ from solvers.noise import Noise, normalised
 from solvers.samplers.catalogue import Generators
 
 
+class Expert(NamedTuple):
+    """The network that serves at the low levels, below a timestep."""
+
+    network: Any
+    below: float
+
+
 @dataclass(frozen=True)
 class NetworkDenoiser:
-    """A diffusers network as a Denoiser; `dataclasses.replace(denoiser, network=weak)` has another network."""
+    """A diffusers network as a Denoiser; `dataclasses.replace(denoiser, network=weak)` has another network.
+
+    low: a second network for the low levels (Wan 2.2), which has the conditions and the dtype of the first.
+    """
 
     network: Any
     family: Family
     clock: Clock
     prediction_type: str
+    low: Expert | None = None
 
     def __call__(self, x: Tensor, at: Noise, cond: Cond) -> Prediction:
         """The prediction at x (B, C, h, w), whose level may be in any coordinates; float32 or better."""
@@ -42,8 +54,13 @@ class NetworkDenoiser:
         dtype = self.dtype
         cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in cond.items()}
         assert self.family.call is not None  # LatentModel refuses a family without
-        out = self.family.call(self.network, x.to(dtype), self.clock(at), cond)
+        timestep = self.clock(at)
+        out = self.family.call(self.serving(timestep), x.to(dtype), timestep, cond)
         return predicted(self.prediction_type, x, at, out)
+
+    def serving(self, timestep: Tensor) -> Any:
+        """The network that serves at a timestep."""
+        return self.network if self.low is None or timestep >= self.low.below else self.low.network
 
     def own(self, x: Tensor, at: Noise) -> tuple[Tensor, Noise]:
         """(x, at) in the coordinates that the network was trained in: both divided by sqrt(alpha^2 + sigma^2), or by
@@ -58,14 +75,18 @@ class NetworkDenoiser:
 
     def one_run(self) -> "NetworkDenoiser":
         """The same for one run, which reads the network's dtype once."""
-        return _OneRun(self.network, self.family, self.clock, self.prediction_type)
+        return _OneRun(self.network, self.family, self.clock, self.prediction_type, self.low)
+
+    @property
+    def networks(self) -> list[Any]:
+        return [self.network] if self.low is None else [self.network, self.low.network]
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        return self.network.parameters()
+        return chain.from_iterable(network.parameters() for network in self.networks)
 
     def patched(self, name: str) -> AbstractContextManager[Any]:
         """A context in which the network runs with a named change; ValueError, listing the known, for another name."""
-        return self.family.patched(self.network, name)
+        return _together([self.family.patched(network, name) for network in self.networks])
 
 
 class _OneRun(NetworkDenoiser):
@@ -82,7 +103,8 @@ class LatentModel:
 
     `embedded_guidance` is the guidance scale told to a network distilled over scales (LCM, FLUX.1 dev); no other takes
     one. `decode_batch` images are decoded at a time, so that the decoder's memory does not grow with the batch; `tiled`
-    decodes an image larger than the VAE's tile in overlapping tiles, whose seams are blended.
+    decodes an image larger than the VAE's tile in overlapping tiles, whose seams are blended. `num_frames` is of a film
+    (Wan), and one of a single frame is a picture.
 
     Raises ValueError for an unknown pipeline, a family that only `attach` knows, a pipeline with a ControlNet, a
     network that takes more than latents, and a VAE that is to use tiles and has none.
@@ -92,13 +114,14 @@ class LatentModel:
     embedded_guidance: float | None = None
     decode_batch: int = 1
     tiled: bool = False
+    num_frames: int = 1
 
     def __post_init__(self):
         if self.decode_batch < 1:
             raise UserError(
                 f"decode_batch is {self.decode_batch}: give the images that are decoded at a time, 1 or more"
             )
-        if self.tiled and "use_tiling" not in vars(self.pipe.vae):
+        if self.tiled and ("use_tiling" not in vars(self.pipe.vae) or self.family.latents.film):  # a film's is stateful
             raise UserError(f"{_name(self.pipe.vae)} cannot decode in tiles: leave enable_vae_tiling out")
         if self.family.encode is None:
             raise UserError(f"LatentModel does not know {_name(self.pipe)} (family {self.family.name}); use attach")
@@ -107,6 +130,7 @@ class LatentModel:
         takes, has = self.network.config.in_channels, self.family.latents.channels(self.pipe.vae)
         if takes % has:
             raise UserError(f"the network takes {takes} channels, more than the latents' {has}; use attach")
+        self.shape(frames=self.num_frames)
 
     @property
     def family(self) -> Family:
@@ -119,7 +143,12 @@ class LatentModel:
     @property
     def denoiser(self) -> NetworkDenoiser:
         scheduler = self.pipe.scheduler
-        return NetworkDenoiser(self.network, self.family, Clock(scheduler), prediction_type(scheduler))
+        return NetworkDenoiser(self.network, self.family, Clock(scheduler), prediction_type(scheduler), self._low)
+
+    @property
+    def _low(self) -> Expert | None:
+        below = self.family.boundary(self.pipe)
+        return None if below is None else Expert(getattr(self.pipe, self.family.denoisers[1]), below)
 
     @property
     def device(self) -> torch.device:
@@ -137,7 +166,8 @@ class LatentModel:
     def levels(self, steps: int, height: int | None = None, width: int | None = None, **options: Any) -> list[Noise]:
         """The `steps + 1` levels of the pipeline's scheduler, as the pipeline lays them out for the image's size (FLUX
         and SD3 shift them by it); options, as in `levels_of`, win."""
-        laid_out = self.family.options(self.pipe, self.shape(height, width)[1:], steps)
+        *_, rows, columns = self.shape(height, width)
+        laid_out = self.family.options(self.pipe, (rows, columns), steps)
         return levels_of(self.pipe.scheduler, steps, **{**laid_out, **options})
 
     def start_scale(self, levels: Sequence[Noise]) -> float:
@@ -148,21 +178,34 @@ class LatentModel:
         """(height, width) of an image in pixels; the pipeline's own by default."""
         sample = self.family.size(self.network)
         rows, columns = (sample, sample) if isinstance(sample, int) else sample
-        return height or rows * self._factor, width or columns * self._factor
+        return height or rows * self.factor, width or columns * self.factor
 
-    def shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a height x width image; ValueError unless the VAE's factor, times the side of the
-        network's patches, divides both."""
+    def shape(self, height: int | None = None, width: int | None = None, frames: int | None = None) -> tuple[int, ...]:
+        """(C, h, w) of the latents of a height x width image, or (C, T, h, w) of a film of `frames` (`num_frames` if
+        None); ValueError unless the VAE's factor, times the side of the network's patches, divides both sides, and the
+        VAE's factor in time the frames after the first."""
         height, width = self.size(height, width)
-        multiple = self._factor * self.family.patch
+        multiple = self.factor * self.family.patch
         if height % multiple or width % multiple:
             raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
-        return self.family.latents.channels(self.pipe.vae), height // self._factor, width // self._factor
+        sides = (height // self.factor, width // self.factor)
+        return (self.family.latents.channels(self.pipe.vae), *self._times(frames or self.num_frames), *sides)
+
+    def _times(self, frames: int) -> tuple[int, ...]:
+        """(T,) of a film, () of a picture."""
+        if not self.family.latents.frames:
+            if frames != 1:
+                raise UserError(f"{_name(self.pipe)} makes pictures: leave num_frames={frames} out")
+            return ()
+        each = self.pipe.vae_scale_factor_temporal
+        if frames < 1 or (frames - 1) % each:
+            raise UserError(f"num_frames is {frames}: give 1 more than a multiple of {each}, as in {4 * each + 1}")
+        return (1 + (frames - 1) // each,)
 
     @property
-    def _factor(self) -> int:
+    def factor(self) -> int:
         """Pixels along a side of one place of the latents."""
-        return self.pipe.vae_scale_factor * self.family.latents.patch
+        return self.family.factor(self.pipe) * self.family.latents.patch
 
     def noise(
         self, batch: int, generator: Generators = None, height: int | None = None, width: int | None = None
@@ -176,8 +219,12 @@ class LatentModel:
             if len(generator) != batch:
                 raise UserError(f"{len(generator)} generators for a batch of {batch}: pass one, or one per sample")
         shape = (batch, *self.shape(height, width))
-        dtype = torch.float32 if self.family.draws_float32 else self.dtype
-        return widen(randn_tensor(shape, generator=generator, device=self.device, dtype=dtype))
+        return widen(randn_tensor(shape, generator=generator, device=self.device, dtype=self.noise_dtype))
+
+    @property
+    def noise_dtype(self) -> torch.dtype:
+        """The dtype that the pipeline draws its noise in."""
+        return torch.float32 if self.family.draws_float32 else self.dtype
 
     def encode(
         self,
@@ -199,7 +246,8 @@ class LatentModel:
         return self.family.encode(self.pipe, prompts, negatives, self.size(height, width), self.embedded_guidance)
 
     def decode(self, latents: Tensor, checkpointed: bool = False) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], float32 or better, of latents (B, C, h, w).
+        """Images (B, 3, H, W) in [0, 1], float32 or better, of latents (B, C, h, w); films of several frames are
+        (B, 3, F, H, W).
 
         `checkpointed`: the backward pass recomputes the decoder instead of storing its activations, `decode_batch`
         images at a time (of a tiled image, tile by tile), and what it holds does not grow with the batch.
@@ -217,7 +265,7 @@ class LatentModel:
     def _decode(self, z: Tensor) -> Tensor:
         with _tiles(self.pipe.vae, again=not self._upcast) if self.tiled else nullcontext():
             pixels = self._vae(lambda vae, z: vae.decode(z, return_dict=False)[0], z)
-        pixels = pixels[:, :, 0] if self.family.latents.frames else pixels
+        pixels = self.family.latents.pictures(pixels)
         return (widen(pixels) / 2 + 0.5).clamp(0, 1)
 
     def _vae(self, function: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
@@ -233,6 +281,14 @@ class LatentModel:
         """Whether the VAE runs in float32 because its float16 overflows."""
         vae = self.pipe.vae
         return self.family.upcast_vae and bool(vae.config.force_upcast) and dtype_of(vae) == torch.float16
+
+
+@contextmanager
+def _together(contexts: Sequence[AbstractContextManager[Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 @contextmanager

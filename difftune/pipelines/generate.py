@@ -73,7 +73,8 @@ def generate_batches(
     What a method needs and only names (a classifier, a weaker network, a negative prompt) is found by
     `difftune.pipelines.method_parts`. Raises UserError for an eta that the scheduler does not take.
     """
-    given: dict[str, Any] = {"num_inference_steps": sampling.num_inference_steps}
+    steps = sampling.num_inference_steps
+    given: dict[str, Any] = {"num_inference_steps": steps, **family_of(pipe).asked(steps)}
     if sampling.eta:
         takes_eta(pipe)
         given["eta"] = sampling.eta
@@ -81,7 +82,7 @@ def generate_batches(
         given["guidance_scale"] = sampling.embedded_guidance
     pipe.set_progress_bar_config(disable=True)
     caution_unread(pipe, prompts)
-    equipped = equip(pipe, prepared(pipe, guidance, prompts, sampling.num_inference_steps))
+    equipped = equip(pipe, prepared(pipe, guidance, prompts, steps))
     for start in range(0, len(prompts), sampling.batch_size):
         chosen = slice(start, start + sampling.batch_size)
         latents = {} if noises is None else for_pipeline(pipe, noises[chosen])
@@ -103,7 +104,7 @@ def _batch(pipe: Any, prompts: list[str], seeds: list[int], equipped: Equipped, 
     """A batch by the pipeline, which is told what is `given` besides."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with attach(pipe, equipped.method(prompts), equipped.networks) as handle:
-        images = pipe(list(prompts), generator=generators, output_type="pt", **given).images
+        images = pipe(prompt=list(prompts), generator=generators, output_type="pt", **given).images
     images = finite(images.float().cpu(), "a generated picture")
     branches = {name: rows / len(prompts) for name, rows in handle.branches.items()}
     return Batch(images, prompts, seeds, handle.nfe / len(prompts), branches)
@@ -117,15 +118,17 @@ def takes_eta(pipe: Any) -> None:
 
 
 def for_pipeline(pipe: Any, noises: Tensor) -> dict[str, Any]:
-    """Noises (B, C, h, w) as a pipeline is called with them, at their size; FLUX wants them packed into tokens.
+    """Noises (B, C, h, w) as a pipeline is called with them, at their size; FLUX, Chroma and Qwen-Image want them
+    packed into tokens.
 
     The pipeline multiplies them by its scheduler's first sigma, as it does its own. UserError for other channels.
     """
     family, model = family_of(pipe), LatentModel(pipe)
-    height, width = (side * pipe.vae_scale_factor for side in noises.shape[2:])
+    height, width = (side * model.factor for side in noises.shape[-2:])
     if noises.shape[1:] != (shape := model.shape(height, width)):
         raise UserError(f"the noise is {tuple(noises.shape[1:])}, and the model's latents are {shape}")
-    latents = (noises if family.grid is None else packed(noises)).to(model.device, model.dtype)
+    tokens = family.grid is not None and family.patch > 1  # FLUX.2's pipeline makes its tokens itself
+    latents = (packed(noises) if tokens else noises).to(model.device, model.noise_dtype)
     return {"latents": latents, "height": height, "width": width}
 
 

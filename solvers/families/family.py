@@ -68,7 +68,10 @@ class Family:
     latents: Latents = field(default_factory=Latents)
     grid: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None  # of a network that reads tokens: see `packed`
     options: Callable[[Any, tuple[int, int], int], dict[str, Any]] = lambda pipe, latent, steps: {}  # of set_timesteps
+    asked: Callable[[int], dict[str, Any]] = lambda steps: {}  # what the pipeline must be told beside its steps
     size: Callable[[Any], Any] = lambda network: network.config.sample_size  # of a latent: side, or (rows, columns)
+    factor: Callable[[Any], int] = lambda pipe: pipe.vae_scale_factor  # pixels along a side of the VAE's latents
+    boundary: Callable[[Any], float | None] = lambda pipe: None  # the timestep below which the second denoiser serves
     patch: int = 1  # both sides of a latent are multiples of it
     draws_float32: bool = False  # noise is drawn in float32, else in the network's dtype
     upcast_vae: bool = False  # a float16 VAE that says `force_upcast` runs in float32

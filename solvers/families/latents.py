@@ -31,11 +31,15 @@ def of_batch_norm(vae: Any, z: Tensor) -> Statistics:
 @dataclass(frozen=True)
 class Latents:
     """Latents x (B, C, h, w) of a family: z = x std / scale + mean is what the VAE decodes, in patches of `patch` x
-    `patch` that are channels of x, or, with `frames`, as the only frame of a film."""
+    `patch` that are channels of x.
+
+    film: the VAE's own are of films, and x is the only frame of one, or, with `frames`, a film itself (B, C, T, h, w).
+    """
 
     channels: Callable[[Any], int] = lambda vae: vae.config.latent_channels
     patch: int = 1
     statistics: Callable[[Any, Tensor], Statistics] = of_config
+    film: bool = False
     frames: bool = False
 
     def to_vae(self, vae: Any, x: Tensor) -> Tensor:
@@ -47,11 +51,15 @@ class Latents:
 
     def from_vae(self, vae: Any, z: Tensor) -> Tensor:
         """`to_vae` undone."""
-        z = z[:, :, 0] if self.frames else z
+        z = z[:, :, 0] if self.film and not self.frames else z
         x = F.pixel_unshuffle(z, self.patch) if self.patch > 1 else z
         mean, std, scale = self.statistics(vae, x)
         return (widen(x) - mean) * scale / std
 
     def filmed(self, x: Tensor) -> Tensor:
         """Pictures or latents (B, C, H, W) as the VAE has them: with an axis of frames, if it is one of films."""
-        return x[:, :, None] if self.frames else x
+        return x[:, :, None] if self.film and x.ndim == 4 else x
+
+    def pictures(self, pixels: Tensor) -> Tensor:
+        """What the VAE gives, (B, 3, H, W), or (B, 3, F, H, W) if there are several frames."""
+        return pixels[:, :, 0] if self.film and pixels.shape[2] == 1 else pixels

@@ -43,7 +43,7 @@ QWEN = sequential_family(
     batch_first=QWEN_INPUTS,
     encode=encode_qwen,
     call=call_qwen,
-    latents=Latents(channels=lambda vae: vae.config.z_dim, frames=True),
+    latents=Latents(channels=lambda vae: vae.config.z_dim, film=True),
     grid=lambda arguments: tuple(arguments["img_shapes"][0][0][1:]),
     options=shifted_flux,
     size=lambda network: 128,  # QwenImagePipeline.default_sample_size: the network has none

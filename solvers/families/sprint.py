@@ -42,7 +42,7 @@ def in_trigflow(out: Tensor, sample: Tensor, rows: Mapping[str, Any], scheduler:
     return v.float() * scheduler.config.sigma_data
 
 
-def angles(pipe: Any, latent: tuple[int, int], steps: int) -> dict[str, Any]:
+def angles(steps: int) -> dict[str, Any]:
     """The scheduler has an angle in the middle for two steps alone."""
     return {} if steps == 2 else {"intermediate_timesteps": None}
 
@@ -55,7 +55,8 @@ SPRINT = transformer_family(
     encode=encode_sprint,
     call=call_sprint,
     model_output=in_trigflow,
-    options=angles,
+    options=lambda pipe, latent, steps: angles(steps),
+    asked=angles,
     draws_float32=True,
     time=thousandth,
 )

@@ -19,6 +19,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from tests.support.pipelines import LATENT, WIDTH, text_encoder, tokenizer, vae
@@ -276,7 +278,12 @@ def sprint(scheduler=None, **config):
     )
 
 
-def wan(scheduler=None, experts=1, boundary_ratio=None, **config):
+def umt5():
+    config = {"d_model": TEXT, "d_kv": 8, "d_ff": TEXT, "num_layers": 1, "num_heads": 2}
+    return UMT5EncoderModel(UMT5Config(vocab_size=len(t5_vocabulary()), **config)).eval()
+
+
+def wan(scheduler=None, experts=1, boundary_ratio=None, texts=False, **config):
     size = {"in_channels": 16, "out_channels": 16, "num_layers": 1, "ffn_dim": 32, "rope_max_seq_len": 32}
     heads = {"attention_head_dim": 12, "num_attention_heads": 2, "text_dim": TEXT, "freq_dim": 32}
     blocks = {"base_dim": 3, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
@@ -291,8 +298,8 @@ def wan(scheduler=None, experts=1, boundary_ratio=None, **config):
         boundary_ratio=boundary_ratio,
         scheduler=scheduler or diffusers.UniPCMultistepScheduler(**DPM),
         vae=lambda: diffusers.AutoencoderKLWan(**blocks, temperal_downsample=[False, True, True]).eval(),
-        text_encoder=None,
-        tokenizer=None,
+        text_encoder=umt5 if texts else None,
+        tokenizer=t5_tokenizer() if texts else None,
     )
 
 

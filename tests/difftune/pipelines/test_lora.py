@@ -33,6 +33,7 @@ def output(pipe) -> torch.Tensor:
 FAMILIES = {"sd": pipelines.sd, "sdxl": pipelines.sdxl, "sd3": dits.sd3, "flux": dits.flux, "pixart": dits.pixart}
 FAMILIES |= {"sana": dits.sana, "flux2": dits.flux2, "chroma": dits.chroma, "qwen": lambda: dits.qwen(texts=True)}
 FAMILIES |= {"zimage": dits.zimage, "lumina2": dits.lumina2, "sana-sprint": dits.sprint}
+FAMILIES |= {"wan": lambda: dits.wan(dits.flow(), texts=True)}
 
 
 @torch.no_grad()
