@@ -116,12 +116,33 @@ def prefetch(reward: str, **options: Any) -> list[Path]:
 
     Options may stand in the name, as for `rewards.registry.load`, which raises the same for them.
     """
+    about, arguments = entry(spelled(reward)[0]), _arguments(reward, options)
+    return imported(about.fetch)(**arguments) if about.fetch else [weights(name) for name in about.weights]
+
+
+def _arguments(reward: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a reward is made with: the options, those in its name, and the defaults."""
     plain, written = spelled(reward)
-    about, make = entry(plain), imported(entry(plain).make)
-    own = {option: value for option, value in (written | options).items() if option not in OF_ALL}
+    make = imported(entry(plain).make)
+    own = {option: value for option, value in {**written, **options}.items() if option not in OF_ALL}
     given = inspect.signature(make).bind(**fitting(plain, make, own))
     given.apply_defaults()
-    return imported(about.fetch)(**given.arguments) if about.fetch else [weights(name) for name in about.weights]
+    return given.arguments
+
+
+def revisions(reward: str) -> dict[str, str]:
+    """The pinned revision of each file and of each model of the Hub that a reward is made of, so far as it is known."""
+    found = {name: locks()[name].revision for name in entry(spelled(reward)[0]).weights}
+    for value in _arguments(reward, {}).values():
+        record = _record(value) if isinstance(value, str) else None
+        if record is not None and record.is_file():
+            found[value] = json.loads(record.read_text())["revision"]
+    return found
+
+
+def _record(model: str | Path) -> Path:
+    """Where the commit of a model of the Hub is written down."""
+    return _folder("models") / f"{str(model).replace('/', '--')}@main.json"
 
 
 def fetch_model(model: str | Path, **_: Any) -> list[Path]:
@@ -137,7 +158,7 @@ def snapshot(model: str | Path, weights: bool = True) -> Path:
     """
     if Path(model).is_dir():
         return _safe(Path(model)) if weights else Path(model)
-    record = _folder("models") / f"{str(model).replace('/', '--')}@main.json"
+    record = _record(model)
     pinned = json.loads(record.read_text())["revision"] if record.is_file() else None
     try:
         wanted = SAFE if weights else SMALL

@@ -7,7 +7,7 @@ import click
 
 from difftune.cli import options as o
 from difftune.cli.checks import spoken
-from difftune.cli.command import Command, Flag
+from difftune.cli.command import Command, Flag, Values
 from difftune.cli.config_file import CONFIG
 from difftune.cli.guidance import guidance_of
 from difftune.cli.output import planned, show, table
@@ -65,13 +65,24 @@ def sample(ctx: click.Context, as_json: bool, dry_run: bool, guidance_scale: flo
     cls=Command,
     params=[
         CONFIG,
-        o.MODEL,
+        Flag(
+            ["--model", "--pretrained_model_name_or_path", "model"],
+            metavar="NAME|FOLDER|HUB_ID",
+            help="Model to draw with: tiny, tiny-turbo, a folder in diffusers' format, or an id on the Hub.",
+        ),
+        Flag(["--images"], metavar="FOLDER", help="Pictures with captions that are there, in place of a model's."),
         o.LORA,
         Flag(
             ["--prompts"],
             metavar="FILE|NAME",
             default="shapeeval",
-            help="Captions: shapeeval, shapeeval-hard, or a text file with a caption on each line.",
+            help="Prompts: shapeeval, shapeeval-hard, geneval, parti, imagereward, ocr, a file (lines of text; .json, "
+            ".jsonl, .csv or .tsv with categories), or dataset:NAME[:COLUMN].",
+        ),
+        Values(
+            ["--reward"],
+            metavar="NAME ...",
+            help="Rewards of `difftune rewards list`, each reported by itself. If not given: the oracle.",
         ),
         Flag(["--baseline"], metavar="FILE", help="An earlier evaluation: adds the paired difference to it."),
         *o.GUIDANCE,
@@ -80,25 +91,34 @@ def sample(ctx: click.Context, as_json: bool, dry_run: bool, guidance_scale: flo
         o.BATCH_SIZE,
         o.count("images_per_prompt", 4, "Images of each prompt."),
         o.count("prompts_per_category", None, "First prompts of each category that are used. If not given: all."),
-        Flag(["--output_dir"], metavar="FOLDER", help="Also write eval.json and grid.png to this new or empty folder."),
+        Flag(
+            ["--output_dir"],
+            metavar="FOLDER",
+            help="Keep the pictures, the scores, eval.json, report.html and grid.png in this new or empty folder.",
+        ),
+        Flag(
+            ["--resume_from_checkpoint"],
+            type=click.Choice(["latest"]),
+            help="Go on in the output folder: its pictures and scores are kept, also for another --reward.",
+        ),
         o.JSON,
     ],
-    short_help="How often pictures show their captions.",
+    short_help="Score a model on a list of prompts.",
     example="difftune eval --model tiny --guidance cfg --images_per_prompt 2",
 )
 @click.pass_context
 def evaluate(ctx: click.Context, as_json: bool, guidance_scale: float | None, **flags: Any) -> None:
-    """ShapeEval: how often the oracle finds in the picture what its caption says, with 95 % intervals.
+    """Score a model's images, or those of a folder, on a list of prompts, with 95 % intervals.
 
-    The images of a prompt are correlated, so the intervals resample prompts. A difference counts only when its interval
-    excludes 0.
+    Without --reward it is how often the oracle finds in the picture what its caption says. The images of a prompt are
+    correlated, so the intervals resample prompts. A difference counts only when its interval excludes 0.
     """
     name, settings = guidance_of(ctx)
     config = EvalConfig(**flags | {"guidance": name, "guidance_options": settings})
-    from difftune.evaluation.shapeeval import run_shapeeval
+    from difftune.evaluation.run_folder import run_eval
 
-    found = run_shapeeval(config)
-    show(found, as_json, _eval_table(found))
+    found = run_eval(config)
+    show(found, as_json, _eval_table(found) if "overall" in found else _reward_table(found["rewards"]))
 
 
 @click.command(
@@ -183,7 +203,27 @@ def _eval_table(found: dict[str, Any]) -> str:
     rows = [["", "score", "95 % interval", *(["difference", "95 % interval", ""] if difference else [])]]
     for name, e in ((n, e) for n, e in found.items() if isinstance(e, dict) and "score" in e):
         rows.append([name, *_interval(e), *(_change(difference[name]) if name in difference else [])])
-    return table(rows) + f"\n{found['nfe']:g} NFE per image, {found['seconds']:.0f} s"
+    cost = f"{found['nfe']:g} NFE per image, " if "nfe" in found else ""
+    return table(rows) + f"\n{cost}{found['seconds']:.0f} s"
+
+
+CHANGE = ("difference", "95 % interval", "", "prompts won", "95 % interval", "p (Holm)")
+
+
+def _reward_table(rewards: dict[str, Any]) -> str:
+    """A row for each reward, and one for each of its categories."""
+    paired = any("difference" in r for r in rewards.values())
+    rows = [["", "score", "95 % interval", *(CHANGE if paired else ()), ""]]
+    for name, r in rewards.items():
+        change = [*_change(r["difference"]), *_wins(r)] if paired else []
+        rows.append([name, *_interval(r["overall"]), *change, "TRAINED ON" if r["trained_on"] else ""])
+        rows += [[f"  {kind}", *_interval(e)] for kind, e in r["categories"].items() if len(r["categories"]) > 1]
+    return table(rows)
+
+
+def _wins(r: dict[str, Any]) -> list[str]:
+    wins = r["win_rate"]
+    return [f"{wins['rate']:.0%}", f"{wins['low']:.0%} to {wins['high']:.0%}", f"{r['difference']['p_holm']:.2g}"]
 
 
 OF_A_ROW = ("guidance", "cfg_scale", "options", "nfe", "nfe_by_branch", "seconds")  # what is not a score in it
@@ -198,9 +238,10 @@ def _compare_table(rows: Sequence[dict[str, Any]]) -> str:
     return table(lines)
 
 
-def _interval(e: dict[str, float]) -> list[str]:
-    return [f"{e['score']:.3f}", f"{e['low']:.3f} to {e['high']:.3f}"]
+def _interval(e: dict[str, Any], form: str = ".3f") -> list[str]:
+    low, high = ("?" if e[end] is None else format(e[end], form) for end in ("low", "high"))
+    return [format(e["score"], form), f"{low} to {high}"]
 
 
 def _change(e: dict[str, Any]) -> list[str]:
-    return [f"{e['score']:+.3f}", f"{e['low']:+.3f} to {e['high']:+.3f}", "counts" if e["counts"] else "does not count"]
+    return [*_interval(e, "+.3f"), "counts" if e["counts"] else "does not count"]

@@ -50,18 +50,25 @@ class SampleConfig(ImagesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(ImagesConfig):
-    """ShapeEval of a model, or the oracle's verdict on images of other captions.
+    """Scores of a model's images, or of images that are there, on a list of prompts.
 
-    prompts: shapeeval, shapeeval-hard, or a text file of captions. prompts_per_category: the first ones that are used;
-    None is all. baseline: an earlier evaluation, to which the paired difference is taken.
+    model: None if `images`, a folder of pictures with captions, takes its place. prompts: a name of
+    `difftune.evaluation.prompt_lists`, a file, or "dataset:ID[:COLUMN]". prompts_per_category: the first ones that are
+    used; None is all. reward: each is reported by itself; empty is the oracle. baseline: an earlier evaluation, with
+    which this one is compared prompt by prompt. resume_from_checkpoint: "latest" goes on in output_dir; pictures and
+    scores that are there are kept.
     """
 
+    model: str | None = None  # type: ignore[assignment]
     guidance: str = "cfg"
     guidance_options: Mapping[str, Any] = field(default_factory=dict)
     prompts: str = "shapeeval"
+    images: str | None = None
+    reward: Sequence[str] = ()
     images_per_prompt: Many = 4
     prompts_per_category: Count | None = None
     baseline: str | None = None
+    resume_from_checkpoint: Literal["latest"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

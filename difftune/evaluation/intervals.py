@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from scipy.special import ndtri
@@ -41,16 +42,19 @@ class Estimate:
         return f"{self.score:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def estimate(values: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)) -> Estimate:
+def estimate(values: Sequence[float] | np.ndarray, bounds: tuple[float, float] | None = (0.0, 1.0)) -> Estimate:
     """The mean of independent `values` in `bounds`, with a percentile bootstrap interval.
 
     Each resample draws n - 1 of the n values, which makes the bootstrap's variance the unbiased one (Rao & Wu 1988).
-    Where all values agree a bootstrap has no width: then see `_unanimous`.
+    Where all values agree a bootstrap has no width: then see `_unanimous`. bounds: None for values without any, of
+    which a single one says nothing about others, and several that agree say that there is no spread.
     """
     x = np.asarray(values, np.float64)
     if len(x) == 0:
         raise UserError("an interval needs at least one prompt")
-    if np.ptp(x) == 0:
+    if np.ptp(x) == 0 and bounds is None:
+        return Estimate(float(x[0]), *((-inf, inf) if len(x) == 1 else (float(x[0]), float(x[0]))))
+    if np.ptp(x) == 0 and bounds is not None:
         return _unanimous(float(x[0]), len(x), bounds)
     draws = np.random.default_rng(BOOTSTRAP_SEED).integers(len(x), size=(RESAMPLES, len(x) - 1))
     low, high = np.quantile(x[draws].mean(1), (0.025, 0.975))

@@ -6,28 +6,19 @@ of the share of their images that match their caption, and it is the prompts tha
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from difftune.configs.images import EvalConfig
 from difftune.errors import UserError
 from difftune.evaluation.intervals import Estimate, Result, by_category, by_prompt, differences, estimate
-from difftune.files import output
-from difftune.files.claim import fresh
-from difftune.files.prompts import read_prompts
+from difftune.evaluation.prompt_lists import read_entries
 from difftune.files.text import parse_json, read_text
-from difftune.files.versions import versions
-from difftune.lookup import guidance_named
-from difftune.pipelines.fingerprint import differ, digest_of
-from difftune.pipelines.generate import Pictures, Sampling, draw_pictures, generate_batches, method_settings, pixels
-from difftune.pipelines.opened import open_pipeline
-from difftune.processes import say_once
+from difftune.pipelines.generate import Pictures, Sampling, draw_pictures, generate_batches
 from guidance.contract import Guidance
-from rewards.world import draw, grammar
+from rewards.world import grammar
 from rewards.world.oracle import Oracle
 
 
@@ -39,29 +30,15 @@ def scores(results: Sequence[Result]) -> dict[str, Estimate]:
 # ------------------------------------------------------------------------------------------------ prompts and pictures
 
 
-PROMPTS = {"shapeeval": draw.shapeeval, "shapeeval-hard": draw.shapeeval_hard}
-
-
 def entries_of(per_category: int | None = None, prompts: str = "shapeeval") -> list[dict[str, str]]:
-    """The entries of a list in `PROMPTS`, or of a text file; with `per_category`, only that many of each category.
-
-    An entry is {"prompt": ..., "category": ...}. Raises UserError for a file that cannot be read and for a caption
-    outside the grammar.
-    """
-    listed = PROMPTS[prompts]() if prompts in PROMPTS else _from_file(prompts)
-    chosen: list[dict[str, str]] = []
-    for name in grammar.ALL_CATEGORIES:
-        chosen += [entry for entry in listed if entry["category"] == name][:per_category]
-    return chosen
-
-
-def _from_file(path: str) -> list[dict[str, str]]:
-    """The file's captions, each once: seeds come from the prompt's text, so a repeated line would repeat its images."""
-    lines = dict.fromkeys(read_prompts(path, "shapeeval"))
+    """The captions of a list or a file, as `read_entries` has them. UserError for one outside the grammar."""
+    chosen = read_entries(prompts, per_category)
     try:
-        return [{"prompt": line, "category": grammar.category(grammar.parse(line))} for line in lines]
+        for entry in chosen:
+            grammar.parse(entry["prompt"])
     except ValueError as error:
-        raise UserError(f"the oracle cannot judge {path}: {error}") from error
+        raise UserError(f"the oracle cannot judge {prompts}: {error}") from error
+    return chosen
 
 
 def image_seed(seed: int, prompt: str, index: int) -> int:
@@ -134,34 +111,3 @@ def digest_in(path: str | Path) -> str | None:
     """The digest of the model that an evaluation file was made with; None if the file has none."""
     settings = parse_json(read_text(path, "--baseline")).get("settings")
     return settings.get("model_digest") if isinstance(settings, dict) else None
-
-
-def run_shapeeval(config: EvalConfig) -> dict[str, Any]:
-    """`difftune eval`: ShapeEval of a model as one JSON object; written to output_dir/eval.json too, beside a grid."""
-    baseline, each = config.baseline, config.images_per_prompt
-    before = None if baseline is None else load_results(baseline)
-    then = None if baseline is None else digest_in(baseline)
-    method = guidance_named(config.guidance, None, config.guidance_options)
-    chosen = entries_of(config.prompts_per_category, config.prompts)
-    with nullcontext() if config.output_dir is None else fresh(config.output_dir) as claim:
-        pipe = open_pipeline(config.model, config.lora)
-        now = digest_of(pipe)
-        if differ(then, now):
-            say_once(
-                f"--baseline {baseline} was made with model digest {then}, but {config.model!r} has {now}: the two are "
-                "different models"
-            )
-        e = evaluate(pipe, method, chosen, each, config.num_inference_steps, config.seed, config.batch_size)
-        settings = config.written() | {"guidance_options": method_settings(method), "model_digest": now}
-        found = _reported(e, before, settings)
-        if claim is not None:
-            grid = output.grid(pixels(e.made.images[::each]))
-            claim.results([("grid.png", grid), ("eval.json", output.as_json(found))])
-    return found
-
-
-def _reported(e: Evaluation, baseline: Sequence[Result] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of eval.json, with the long list of images last."""
-    found = summary(e.results, baseline)
-    images = {"images": found.pop("images")}
-    return found | e.made.cost() | {"settings": settings, "versions": versions()} | images

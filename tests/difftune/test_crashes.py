@@ -21,7 +21,8 @@ from difftune.configs.noise import RenoConfig
 from difftune.configs.recipes import AlignPropConfig
 from difftune.configs.search import SearchConfig
 from difftune.errors import ERRORS, UserError
-from difftune.evaluation import compare, shapeeval
+from difftune.evaluation import compare
+from difftune.evaluation.run_folder import run_eval
 from difftune.files.claim import claimed
 from difftune.labelling.label_file import LabelFile
 from difftune.labelling.session import Session
@@ -297,7 +298,7 @@ def test_a_command_that_fails_before_it_has_something_leaves_nothing(name, deep,
             SearchConfig("fk", ["red"], nothing, nfe_budget=8, output_dir=str(out)), quiet
         ),
         "sample": lambda: generate(SampleConfig(model=nothing, prompt=["red"], output_dir=str(out))),
-        "eval": lambda: shapeeval.run_shapeeval(EvalConfig(model=nothing, output_dir=str(out))),
+        "eval": lambda: run_eval(EvalConfig(model=nothing, output_dir=str(out))),
         "compare": lambda: compare.compare_methods(CompareConfig(model=nothing, prompt=["red"], output_dir=str(out))),
     }
     with pytest.raises(ERRORS):

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +27,6 @@ from difftune.labelling.label_file import LabelFile, live
 from difftune.labelling.server import open_server
 from difftune.labelling.session import Session
 from difftune.labelling.tasks import draw_tasks, pictures_to_label
-from tests.conftest import BROWSERS
 
 RED, BLUE = "a red circle", "a blue square"
 
@@ -599,17 +597,6 @@ def test_a_taken_port_is_one_sentence_and_the_label_file_is_free_again(server, t
 
 
 # ------------------------------------------------------------------------------------------------ a real browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    path = next(found for name in BROWSERS if (found := shutil.which(name)))
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @contextmanager

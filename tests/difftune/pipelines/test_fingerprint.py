@@ -15,6 +15,7 @@ from difftune.configs.noise import RenoConfig
 from difftune.configs.search import SearchConfig
 from difftune.errors import UserError
 from difftune.evaluation import shapeeval
+from difftune.evaluation.run_folder import run_eval
 from difftune.files.claim import claimed
 from difftune.pipelines import fingerprint
 from difftune.pipelines.fingerprint import digest_of
@@ -128,12 +129,12 @@ def test_a_search_is_not_resumed_on_other_weights(model, tmp_path):
 
 def test_a_baseline_of_other_weights_is_named(model, tmp_path, capsys):
     small = {"num_inference_steps": 2, "images_per_prompt": 1, "prompts_per_category": 1}
-    shapeeval.run_shapeeval(EvalConfig(model=str(model), output_dir=str(tmp_path / "old"), **small))
+    run_eval(EvalConfig(model=str(model), output_dir=str(tmp_path / "old"), **small))
     baseline = str(tmp_path / "old/eval.json")
-    shapeeval.run_shapeeval(EvalConfig(model=str(model), baseline=baseline, **small))
+    run_eval(EvalConfig(model=str(model), baseline=baseline, **small))
     assert "--baseline" not in capsys.readouterr().err
     retrain(model)
-    found = shapeeval.run_shapeeval(EvalConfig(model=str(model), baseline=baseline, **small))
+    found = run_eval(EvalConfig(model=str(model), baseline=baseline, **small))
     assert found["settings"]["model_digest"] == digest_of(models.load(model))
     said = [line for line in capsys.readouterr().err.splitlines() if "--baseline" in line]
     assert said == [
