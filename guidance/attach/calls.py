@@ -128,8 +128,8 @@ class Asked:
     def _moved(self, inputs: Inputs, x: Tensor, at: Noise) -> Inputs:
         """The arguments with another sample and the time of its level, those of the ControlNet too."""
         sample = self.family.batch_first[0]
-        told = {} if numbers(at) == numbers(self.at) else {TIME: self._told(inputs, at)}
-        moved = {**inputs, sample: self._laid_out(x, inputs[sample]), **told}
+        told: Inputs = {} if numbers(at) == numbers(self.at) else {TIME: self._told(inputs, at)}
+        moved: Inputs = {**inputs, sample: self._laid_out(x, inputs[sample]), **told}
         if "control" in inputs:
             moved["control"] = {**inputs["control"], CONTROLNET_INPUTS[0]: moved[sample], **told}
         return moved
