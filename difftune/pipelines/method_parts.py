@@ -18,6 +18,7 @@ from difftune.errors import UserError
 from guidance.contract import Guidance
 from guidance.guided import GuidedPredict, guided
 from guidance.methods.catalogue import (
+    FBG,
     GFCG,
     GUIDANCE,
     NAG,
@@ -87,10 +88,13 @@ def equip(pipe: Any, guidance: Guidance) -> Equipped:
 
 @torch.no_grad()
 def prepared(pipe: Any, guidance: Guidance, prompts: Sequence[str], steps: int) -> Guidance:
-    """The method with what is found once for a whole run: LinearAG's fit to CFG runs of the first prompts."""
+    """The method with what is found once for a whole run: LinearAG's fit to CFG runs of the first prompts, and FBG's
+    constants."""
     method: Any = guidance
     if "method" in vars(method):
         return replace(method, method=prepared(pipe, method.method, prompts, steps))
+    if isinstance(method, FBG) and method.prior < 1:
+        return FBG.of_levels(LatentModel(pipe).levels(steps), **_given(method))
     if not isinstance(method, LinearAG) or method.fit is not None:
         return guidance
     texts = (list(prompts) * RUNS)[: max(RUNS, min(len(prompts), 4 * RUNS))]
@@ -101,10 +105,16 @@ def prepared(pipe: Any, guidance: Guidance, prompts: Sequence[str], steps: int) 
     return replace(method, fit=fit_linear_ag(end.memory["recorded.cond"], end.memory["recorded.uncond"], levels))
 
 
+def _given(method: Any) -> dict[str, Any]:
+    """The fields of a method that are not None."""
+    return {name: value for name, value in vars(method).items() if value is not None}
+
+
 # ------------------------------------------------------------------------------------------------ in training
 
 UNTRAINABLE: dict[type, str] = {
     LinearAG: "is fitted to the model that training changes",
+    FBG: "follows each sample down one run",
     GFCG: "needs the class of each prompt",
     ClassifierGuidance: "needs the class of each prompt",
     DynamicCFG: "needs scorers of each prompt",

@@ -4,15 +4,18 @@ from collections.abc import Callable
 
 from guidance.contract import Guidance
 from guidance.methods.adaptive import AdaptiveGuidance
-from guidance.methods.apg import APG
+from guidance.methods.ahead import CFGMP, RectifiedCFGpp
+from guidance.methods.apg import APG, APGMix
 from guidance.methods.cfg import CFG, Plain
 from guidance.methods.cfgpp import CFGpp
 from guidance.methods.classifier import GFCG, ClassifierGuidance
 from guidance.methods.compose import Interval, Rescale
 from guidance.methods.conditions import MultiCondition, NullTextInversion
 from guidance.methods.dynamic import DynamicCFG
+from guidance.methods.feedback import FBG
 from guidance.methods.frequency import FDG
 from guidance.methods.linear_ag import LinearAG
+from guidance.methods.magnitude import MamboG
 from guidance.methods.negative import NAG, NASA, PerpNeg
 from guidance.methods.project import TCFG, CFGZeroStar
 from guidance.methods.scales import Between, Scale, strength
@@ -22,7 +25,12 @@ GUIDANCE: dict[str, Callable[..., Guidance]] = {
     "none": Plain,
     "cfg": CFG,
     "cfgpp": CFGpp,
+    "rectified-cfgpp": RectifiedCFGpp,
+    "cfg-mp": CFGMP,
     "apg": APG,
+    "apg-mix": APGMix,
+    "mambo-g": MamboG,
+    "fbg": FBG,
     "ag": AdaptiveGuidance,
     "linear-ag": LinearAG,
     "gfcg": GFCG,
@@ -47,6 +55,8 @@ GUIDANCE: dict[str, Callable[..., Guidance]] = {
 __all__ = [
     "APG",
     "CFG",
+    "CFGMP",
+    "FBG",
     "FDG",
     "GFCG",
     "GUIDANCE",
@@ -56,6 +66,7 @@ __all__ = [
     "SEG",
     "SLG",
     "TCFG",
+    "APGMix",
     "AdaptiveGuidance",
     "AutoGuidance",
     "Between",
@@ -65,10 +76,12 @@ __all__ = [
     "DynamicCFG",
     "Interval",
     "LinearAG",
+    "MamboG",
     "MultiCondition",
     "NullTextInversion",
     "PerpNeg",
     "Plain",
+    "RectifiedCFGpp",
     "Rescale",
     "Scale",
     "strength",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from guidance.contract import Branch, Guidance, Guide, Guided, within
+from guidance.methods.ahead import CFGMP
 from guidance.methods.cfg import CFG
 from guidance.methods.cfgpp import CFGpp
 from guidance.methods.conditions import NullTextInversion
@@ -78,7 +79,8 @@ class Rescale(Ranged):
     def __post_init__(self):
         super().__post_init__()
         nothing = "it has no conditional prediction of its own to compare with"
-        refuse(self, {Rescale: "once is enough", NASA: nothing, NAG: nothing})
+        moved = "its prediction also carries the latents back to where it moved them"
+        refuse(self, {Rescale: "once is enough", NASA: nothing, NAG: nothing, CFGMP: moved})
 
     def guide(self, path: Path, at: Noise) -> Guide:
         made, preds = yield from within(self.method, path, at)

@@ -10,6 +10,7 @@ from guidance.methods.catalogue import GUIDANCE
 from guidance.methods.linear_ag import LinearFit
 from guidance.methods.scales import time
 from solvers.families import table
+from solvers.families.zimage import padded
 from tests.guidance.methods.test_conformance import FAMILY, KINDS, STEPS, Spy, pipe_of, run
 from tests.support.dits import shaken
 
@@ -23,6 +24,9 @@ REFUSED = {
     if name not in known
 }
 REFUSED["qwen", "cfgpp"] = "CFGpp has no guided prediction for the pipeline's rule"
+REFUSED["qwen", "cfg-mp"] = "CFGMP has no guided prediction for the pipeline's rule"
+REFUSED["lumina2", "cfgpp"] = "CFGpp has no guided prediction for the pipeline's cfg_normalization"
+REFUSED["lumina2", "cfg-mp"] = "CFGMP has no guided prediction for the pipeline's cfg_normalization"
 PAIRS = [(kind, case, name) for kind, case in FAMILY for name in GUIDANCE if name != "null-text"]
 
 
@@ -30,28 +34,35 @@ def classify(x0):
     return x0.flatten(1)[:, :3].float()
 
 
+def condition(texts):
+    """Texts (L, D), which are of one length unless they come in a list, as a batch."""
+    return padded(texts) if isinstance(texts, list) else {"encoder_hidden_states": texts}
+
+
 def example(kind, name, times):
     """The method with what it needs on two prompts or on one."""
     text = KINDS[kind].texts["prompt_embeds"]
-    other = {"encoder_hidden_states": text[1:].flip(1)}
+    last = text[1:].flip(1) if isinstance(text, torch.Tensor) else [text[1].flip(0)]
+    other, negative = condition(last), condition(text[1:])["encoder_hidden_states"]
     fit = LinearFit(times, tuple((0.9,) + (0.1,) * 2 * i for i in range(STEPS)))
     options = {
         "ag": {"threshold": -1.0, "min_cfg_steps": 2},
         "linear-ag": {"fit": fit},
         "gfcg": {
             "classify": classify,
-            "classes": {"encoder_hidden_states": torch.cat([text, other["encoder_hidden_states"]])},
+            "classes": condition(torch.cat([text, last]) if isinstance(text, torch.Tensor) else text + last),
             "target": torch.tensor(0),
             "tolerance": 0.0,
         },
         "interval": {"low": 0.0, "high": 5.0},
         "classifier": {"classify": classify, "target": torch.tensor(0), "scale": 0.1},
         "cfg-zero": {"zero_steps": int(kind in ZEROED)},
+        "fbg": {"delta": -1.0, "tau": 0.01},
         "dynamic": {"scorers": (lambda x0: x0.flatten(1).sum(1), lambda x0: x0.flatten(1).std(1))},
         "perpneg": {"negatives": (other,)},
         "multi": {"conds": ("cond", other), "scales": (3.0, 1.0)},
-        "nasa": {"negative": text[1:]},
-        "nag": {"negative": text[1:]},
+        "nasa": {"negative": negative},
+        "nag": {"negative": negative},
     }
     return GUIDANCE[name](**options.get(name, {}))
 

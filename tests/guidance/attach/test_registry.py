@@ -63,6 +63,7 @@ def example(pipe, name):
         },
         "interval": {"low": 0.0, "high": 5.0},
         "cfg-zero": {"zero_steps": 0},
+        "fbg": {"delta": -1.0, "tau": 0.01},
         "cfg": {"scale": SCALE},
         "classifier": {"classify": classify, "target": torch.tensor(0), "scale": 0.1},
         "dynamic": {"scorers": (lambda x0: x0.flatten(1).sum(1), lambda x0: x0.flatten(1).std(1))},
@@ -77,7 +78,7 @@ def example(pipe, name):
 
 ENDED = {  # those that guide by the unconditional branch
     *("cfg", "cfgpp", "apg", "ag", "linear-ag", "interval", "rescale", "perpneg", "cfg-zero", "tcfg", "fdg"),
-    *("dynamic", "multi", "null-text"),
+    *("dynamic", "multi", "null-text", "rectified-cfgpp", "cfg-mp", "apg-mix", "mambo-g", "fbg"),
 }
 
 

@@ -23,6 +23,7 @@ from tests.support.toy import (
     STD,
     B,
     Toy,
+    at_step,
     example,
     labels,
     predict,
@@ -32,6 +33,7 @@ from tests.support.toy import (
 )
 
 ONE_EACH = {"linear-ag", "null-text"}  # made for the levels of one run, one evaluation each
+OF_EULER = {"rectified-cfgpp", "cfg-mp"}  # for steps of Euler's method
 TWO = {"cond": labels(0, 0, 0, 0), "uncond": labels(1, 1, 1, 1)}
 
 
@@ -66,6 +68,9 @@ def test_runs_with_every_sampler_and_leaves_no_state(name, step):
     try:
         run = [list(sample(step, predict(method), start(), levels, torch.Generator().manual_seed(1))) for _ in "ab"]
     except ValueError as error:
+        if name in OF_EULER and step is not euler:
+            assert "looks ahead to where the step ends, which only Euler's method tells" in str(error)
+            return
         assert name in ONE_EACH and ("one evaluation each" in str(error) or "none of them" in str(error))
         return
     assert torch.equal(run[0][-1].x, run[1][-1].x) and run[0][-1].x.isfinite().all()
@@ -78,7 +83,7 @@ def test_equal_branches_need_no_guidance(name):
         method = example(name, [at, flow(0.0)], alike=True)
         if name == "rescale":
             method = replace(method, phi=0.7)
-        p = predict(method, ALIKE, Toy(perturbed=BLOBS))(start(), at)
+        p = predict(method, ALIKE, Toy(perturbed=BLOBS))(at_step(start(), at), at)
         shift = 0 if p.shift is None else p.shift
         torch.testing.assert_close(p.x0 + shift, BLOBS(start().x, at, ALIKE["cond"]).x0, rtol=1e-7, atol=1e-7)
 
@@ -99,7 +104,7 @@ def test_neutral_settings(name, at):
 
 def in_space(method, path: Path, at, space: str, dtype=torch.float64) -> Prediction:
     """What the method makes of answers in a space, as (x0, eps)."""
-    made = driven(method, path, at, space, dtype)
+    made = driven(method, at_step(path, at), at, space, dtype)
     assert made.out.dtype == dtype
     x0, eps = (convert(made.out, space, to, path.x, at) for to in ("x0", "eps"))
     return Prediction(x0 + (0 if made.shift is None else made.shift), eps)
