@@ -22,6 +22,7 @@ from difftune.pipelines.generate import (
 from difftune.pipelines.opened import open_pipeline
 from difftune.reports import sheets
 from guidance.contract import Guidance
+from guidance.methods.ahead import RectifiedCFGpp
 from guidance.methods.cfgpp import CFGpp
 from guidance.methods.classifier import GFCG
 from guidance.methods.scales import converting
@@ -47,8 +48,8 @@ def at_cfg_scale(name: str, scale: float, pipe: Any, steps: int) -> Guidance:
     kind: Any = guidance_kinds(name)[-1]
     if kind is CFGpp:
         scale = CFGpp.from_cfg_scale(scale, levels_of(pipe.scheduler, steps)).scale  # type: ignore[assignment]
-    elif kind is GFCG:
-        scale = GFCG.from_cfg_scale(scale).scale  # type: ignore[assignment]
+    elif kind in (GFCG, RectifiedCFGpp):
+        scale = kind.from_cfg_scale(scale).scale
     with converting():
         return guidance_named(name, scale)
 

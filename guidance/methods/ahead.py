@@ -40,6 +40,11 @@ class RectifiedCFGpp(Scaled):
     usual = Usual(0, 15, "it multiplies the gap, c + s (c - u): it is CFG's scale less 1")
     neutral = Neutral({"scale": 0.0}, "none")
 
+    @classmethod
+    def from_cfg_scale(cls, scale: float) -> "RectifiedCFGpp":
+        """The method that is CFG of `scale` in the limit of many steps."""
+        return cls(scale - 1)
+
     def guide(self, path: Path, at: Noise) -> Guide:
         then = end_of_step(self, path)
         preds = yield {"cond": Branch("cond")}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from difftune.cli.program import cli
 from difftune.errors import UserError
-from difftune.evaluation.compare import Cell, caption, draw_sheet
+from difftune.evaluation.compare import Cell, at_cfg_scale, caption, draw_sheet
 from difftune.lookup import guidance_named, takes_scale
 from difftune.pipelines import method_parts
 from difftune.pipelines.generate import Pictures
@@ -89,6 +89,7 @@ FLAGS = {
     "gfcg": ["--guidance.rule", "pair", "--guidance.tolerance", "0"],
 }
 NFE = {"none": 2, "classifier": 2, "nasa": 2, "nag": 2, "perpneg": 8, "multi": 6, "linear-ag": 3}
+NFE |= {"rectified-cfgpp": 6, "cfg-mp": 10}
 NFE |= {"ag": None, "interval": None}  # depends on the picture
 
 
@@ -108,6 +109,10 @@ def test_a_weak_network_keeps_its_weights_where_a_pipeline_is_in_half_precision(
     networks = equip(half, guidance_named("autoguidance", 2.0)).networks
     assert networks["weak"].dtype == torch.bfloat16
     assert all(torch.equal(weight, before[name]) for name, weight in weak.state_dict().items())
+
+
+def test_a_column_of_cfgs_scale_is_each_methods_own():
+    assert at_cfg_scale("rectified-cfgpp", 5.5, None, 4).scale == 4.5 and at_cfg_scale("apg", 5.5, None, 4).scale == 5.5
 
 
 @pytest.mark.parametrize("name", [name for name in GUIDANCE if name != "null-text"])
