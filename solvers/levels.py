@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from solvers.errors import UserError
-from solvers.noise import Noise, angle, flow, log_snr, noise, vp
+from solvers.noise import Noise, angle, flow, log_snr, noise, normalised, vp
 
 Scheduler = Any  # diffusers declares none of the attributes that are read here
 
@@ -171,7 +171,8 @@ def _stages(scheduler: Scheduler) -> list[Noise]:
 
 
 def _angles(scheduler: Scheduler) -> list[Noise]:
-    return [angle(a) for a in scheduler.timesteps]
+    """TrigFlow's levels as those of the flow."""
+    return [normalised("flow", angle(a))[1] for a in scheduler.timesteps]
 
 
 READERS: dict[str, Callable[[Scheduler], list[Noise]]] = {

@@ -46,9 +46,10 @@ def cosine(t: float | Tensor) -> Noise:
 
 
 def angle(a: float | Tensor) -> Noise:
-    """TrigFlow's level (cos a, sin a), a in [0, pi / 2] (https://arxiv.org/abs/2410.11081); pure noise beyond that."""
-    a = torch.as_tensor(a, dtype=torch.float64).cpu().clamp(max=torch.pi / 2)
-    return Noise(torch.cos(a).clamp(min=0), torch.sin(a))
+    """TrigFlow's level (cos a, sin a), a in [0, pi / 2] (https://arxiv.org/abs/2410.11081); pure noise from there on."""
+    a = torch.as_tensor(a, dtype=torch.float64).cpu()
+    noisy = a >= torch.pi / 2
+    return Noise(a.cos().masked_fill(noisy, 0.0), a.sin().masked_fill(noisy, 1.0))
 
 
 def vp(alpha_bar: float | Tensor) -> Noise:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from difftune.configs.training import TrainingConfig
 from difftune.files.prompts import Prompts
@@ -55,9 +56,7 @@ class Texts:
     def __call__(self, model: LatentModel, texts: Sequence[str]) -> dict[str, Cond]:
         """{"cond": Cond, "uncond": Cond} of these prompts, one row for each."""
         rows = [self._row(model, text) for text in texts]
-        return {
-            name: {key: torch.cat([row[name][key] for row in rows]) for key in cond} for name, cond in rows[0].items()
-        }
+        return {name: joined([row[name] for row in rows]) for name in rows[0]}
 
     def _row(self, model: LatentModel, text: str) -> dict[str, Cond]:
         row = self.known.pop(text, None) or model.encode(text)
@@ -66,6 +65,22 @@ class Texts:
         while len(self.known) * size > self.room and len(self.known) > 1:
             self.known.popitem(last=False)
         return row
+
+
+def joined(rows: Sequence[Cond]) -> Cond:
+    """Conditions of single prompts as one of a batch: texts (1, L, D) of different lengths are padded with zeros to the
+    longest, and `NAME_mask` (B, L) tells the tokens of NAME."""
+    ragged = [key for key, value in rows[0].items() if value.ndim == 3 and len({row[key].shape[1] for row in rows}) > 1]
+    for key in ragged:
+        rows = [{f"{key}_mask": row[key].new_ones(row[key].shape[:2], dtype=torch.bool), **row} for row in rows]
+    batch = {key: [row[key] for row in rows] for key in rows[0]}
+    return {
+        key: padded(each) if key.removesuffix("_mask") in ragged else torch.cat(each) for key, each in batch.items()
+    }
+
+
+def padded(texts: Sequence[Tensor]) -> Tensor:
+    return pad_sequence([text[0] for text in texts], batch_first=True)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from difftune.pipelines import lora, lora_formats
 from solvers.families.table import family_of
 from solvers.latent import LatentModel
 from tests.support import dits, pipelines
+from tests.support.families import EVERY
 
 
 def perturbed(pipe, **options):
@@ -30,30 +31,24 @@ def output(pipe) -> torch.Tensor:
         return pipe.unet(x, 500, text, added_cond_kwargs=added).sample
 
 
-FAMILIES = {"sd": pipelines.sd, "sdxl": pipelines.sdxl, "sd3": dits.sd3, "flux": dits.flux, "pixart": dits.pixart}
-FAMILIES |= {"sana": dits.sana, "flux2": dits.flux2, "chroma": dits.chroma, "qwen": lambda: dits.qwen(texts=True)}
-FAMILIES |= {"zimage": dits.zimage, "lumina2": dits.lumina2, "sana-sprint": dits.sprint}
-FAMILIES |= {"wan": lambda: dits.wan(dits.flow(), texts=True)}
-
-
 @torch.no_grad()
 def said(pipe) -> torch.Tensor:
     """What the denoiser says, of any family."""
     torch.manual_seed(3)
-    model = LatentModel(pipe, 4.5 if family_of(pipe).name == "sana-sprint" else None)
+    model = LatentModel(pipe, EVERY[family_of(pipe).name].embedded)
     at = model.levels(4)[2]
     x = model.noise(2, [torch.Generator().manual_seed(i) for i in range(2)], 16, 16)
     return model.denoiser(x, at, model.encode(["red circle", "blue square"], height=16, width=16)["cond"]).eps
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("layout", lora.LAYOUTS)
 def test_every_layout_loads_whole_into_a_fresh_pipeline_of_every_family(tmp_path, name, layout):
     """alpha is not the rank; as many tensors are loaded as were saved."""
     torch.manual_seed(0)
-    pipe = FAMILIES[name]()
+    pipe = EVERY[name].make()
     torch.manual_seed(0)
-    fresh = FAMILIES[name]()
+    fresh = EVERY[name].make()
     base = said(fresh)
     assert torch.equal(base, said(pipe))
     perturbed(pipe, rank=2, alpha=8, layout=layout)

@@ -16,16 +16,9 @@ from difftune.pipelines.generate import for_pipeline
 from difftune.reno.optimizer import ReNO
 from solvers.families.table import family_of
 from tests.support import dits, pipelines
+from tests.support.families import EVERY, slow_but
 
 PROMPTS = ["red circle", "blue square"]
-PIPELINES = {"sdxl": pipelines.sdxl, "sd3": dits.sd3, "flux": dits.flux, "pixart": dits.pixart, "sana": dits.sana}
-PIPELINES |= {"flux2": dits.flux2, "chroma": dits.chroma, "qwen": lambda: dits.qwen(texts=True)}
-PIPELINES |= {"zimage": dits.zimage, "lumina2": dits.lumina2, "sana-sprint": dits.sprint}
-PIPELINES |= {"wan": lambda: dits.wan(dits.flow(), texts=True)}
-
-
-def slow_but(name, lean):
-    return name if name in lean else pytest.param(name, marks=pytest.mark.slow)
 
 
 class Left:
@@ -38,12 +31,12 @@ class Left:
         return left.mean(dim=(1, 2, 3)) - right.mean(dim=(1, 2, 3))
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", slow_but(EVERY, "sdxl", "flux", "zimage", "wan", "sana-sprint"))
 def test_noise_and_embedding_are_optimised(name):
-    pipe = PIPELINES[name]()
+    pipe = EVERY[name].make()
     settings = ReNO(pipe, Left(), num_inference_steps=2, optimizer="adam[learning_rate=0.1]", variables="both",
                     height=16, width=16, regularization_weight=0.0, progress=False,
-                    embedded_guidance=4.5 if name == "sana-sprint" else None)  # fmt: skip
+                    embedded_guidance=EVERY[name].embedded)  # fmt: skip
     result = settings.optimize(PROMPTS, 4)
     assert (result.rewards > result.rewards_before).all() and result.history[0].grad_norm.min() > 0
     assert not torch.equal(result.noises, result.noises_before)
@@ -52,12 +45,11 @@ def test_noise_and_embedding_are_optimised(name):
 OWN = {"sana-sprint": {"guidance_scale": 4.5}, "zimage": {"guidance_scale": 0.0}, "qwen": {}, "wan": {"num_frames": 1}}
 UNBINNED = {"use_resolution_binning": False}
 OWN |= {name: {**UNBINNED, **OWN.get(name, {"guidance_scale": 1.0})} for name in ("pixart", "sana", "sana-sprint")}
-EXACT = ("sdxl", "flux", "flux2", "qwen", "zimage", "wan", "sana-sprint")
 
 
-@pytest.mark.parametrize("name", [slow_but(name, EXACT) for name in PIPELINES])
+@pytest.mark.parametrize("name", slow_but(EVERY, "flux2", "qwen", "zimage", "wan", "sana-sprint"))
 def test_the_pipeline_makes_the_picture_from_the_noise_at_its_size(name):
-    pipe, told = PIPELINES[name](), 4.5 if name == "sana-sprint" else None
+    pipe, told = EVERY[name].make(), EVERY[name].embedded
     pipe.scheduler = dits.flow() if name == "sana" else pipe.scheduler  # its own cuts timesteps down to integers
     side = 32 if name in ("lumina2", "sana", "sana-sprint", "wan") else 16
     result = ReNO(pipe, Left(), num_inference_steps=1, height=side, width=2 * side, progress=False,
