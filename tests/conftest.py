@@ -1,7 +1,11 @@
 """Offline, and tests that need what is not here skip themselves and say what it is."""
 
+import gc
+import math
 import os
 import shutil
+import zlib
+from collections import defaultdict
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -11,6 +15,25 @@ import pytest
 import torch
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test with the mark `sampled(n)`, one case in n stays in the default suite; the others are slow."""
+    families = defaultdict(list)
+    for item in items:
+        if mark := item.get_closest_marker("sampled"):
+            families[item.nodeid.partition("[")[0], mark.args[0]].append(item)
+    for (_, share), cases in families.items():
+        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        for item in cases[math.ceil(len(cases) / share) :]:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays to the end: the garbage collector need not look at it 5,000 times."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -127,6 +127,7 @@ def test_scores_are_float32_from_images_of_any_float_dtype(name, loaded):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", READS)
+@pytest.mark.sampled(3)
 def test_a_picture_that_is_not_finite_has_no_score(name, bad, loaded):
     """NaN for it, so that a model that diverged is not rewarded; the others of the batch have theirs."""
     reward, images, words = loaded(name), noise_images(), prompts(name)

@@ -13,6 +13,7 @@ def bench():
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(2)
 def test_a_row_for_a_recipe_with_and_without_block_checkpointing(bench, capsys):
     usual = engine.verdict
     bench.measure(["alignprop"], steps=1, small=True)

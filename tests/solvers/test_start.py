@@ -92,6 +92,7 @@ PIPELINES = {**{name: lambda make=make: sd(scheduler=make()) for name, make in S
 
 @pytest.mark.parametrize("name", PIPELINES)
 @torch.no_grad()
+@pytest.mark.sampled(3)
 def test_every_loop_starts_as_the_pipeline_does(name):
     """At 1 and 5 steps: the latents of training and of search, for their noise."""
     pipe = PIPELINES[name]()

@@ -116,6 +116,7 @@ def test_a_column_of_cfgs_scale_is_each_methods_own():
 
 
 @pytest.mark.parametrize("name", [name for name in GUIDANCE if name != "null-text"])
+@pytest.mark.sampled(3)
 def test_sample_reaches_every_method(name, model, parts, tmp_path):
     flags = ["--guidance", name, *FLAGS.get(name, []), "--prompt", "a red circle", "--output_dir", tmp_path / "out"]
     found = json.loads(succeed("sample", "--model", model, *flags, "--json", *STEPS).stdout)

@@ -73,6 +73,7 @@ def trained(config, reward=SUM) -> tuple[dict[str, torch.Tensor], list[str], int
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(2)
 def test_a_budget_changes_no_gradient_and_is_kept(toy):
     whole, said, peak = trained(toy)
     assert said == ["attention: sdpa (the default)", "gradient: truncated:K, K ~ U{2..2} anew for each optimiser step"]
@@ -180,6 +181,7 @@ def test_a_string_that_cannot_be_is_one_sentence(gradient, what):
 
 
 @pytest.mark.parametrize("gradient", STRINGS)
+@pytest.mark.sampled(3)
 def test_recipes_run_every_mode(toy, gradient):
     """Two steps of AlignProp's sampler; a gradient reaches the adapter."""
     config = replace(toy, gradient=gradient.replace("10", "1"), train_batch_size=1, max_train_steps=1)

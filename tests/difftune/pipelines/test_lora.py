@@ -43,6 +43,7 @@ def said(pipe) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("layout", lora.LAYOUTS)
+@pytest.mark.sampled(3)
 def test_every_layout_loads_whole_into_a_fresh_pipeline_of_every_family(tmp_path, name, layout):
     """alpha is not the rank; as many tensors are loaded as were saved."""
     torch.manual_seed(0)

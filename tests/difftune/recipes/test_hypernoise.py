@@ -37,6 +37,7 @@ def test_loss_by_hand():
 
 
 @pytest.mark.parametrize("make", [pytest.param(pipelines.sd_turbo, marks=pytest.mark.slow), dits.sd3])
+@pytest.mark.sampled(2)
 def test_the_first_step_is_the_bases_and_one_update_raises_the_reward(make, tmp_path):
     config = toy("hypernoise", tmp_path, guidance="none", num_inference_steps=1, train_batch_size=4)
     session = session_of(replace(config, regularization_weight=0.0), make(), Brightness())

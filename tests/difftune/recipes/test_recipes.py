@@ -149,6 +149,7 @@ FAULTS = {"reward": faulty_reward, "gradient": faulty_gradient}
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.sampled(4)
 def test_what_is_not_finite_is_skipped_counted_and_never_saved(name, fault, tmp_path):
     """The second step of five is skipped, the third moves the weights again, and the next fault ends the run."""
     config = toy(name, tmp_path, max_skipped_steps=1, max_train_steps=5, ema_decay=0.9, **rounds(name, 1))

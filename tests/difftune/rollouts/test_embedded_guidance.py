@@ -26,6 +26,7 @@ ONE = {"guidance": "none", "train_batch_size": 2, "max_train_steps": 1, "num_inf
 
 
 @pytest.mark.parametrize("make", [pytest.param(TOLD["flux-dev"], marks=pytest.mark.slow), TOLD["lcm"]], ids=TOLD)
+@pytest.mark.sampled(2)
 def test_recipes_tell_the_network_its_scale_and_ask_for_one(make, tmp_path):
     found = []
     for told in (2.0, 5.0):

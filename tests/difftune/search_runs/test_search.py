@@ -532,6 +532,7 @@ def asked(pipe):
 
 @pytest.mark.parametrize("method", ["fk", "tds", "svdd", "dts-star", "best-of-n"])
 @pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.sampled(3)
 def test_killed_and_resumed_a_search_ends_as_if_it_had_not_been(pipe, method, after, tmp_path, monkeypatch, one_thread):
     """Bit for bit: the network is asked what it was asked before, in the same batches, and answers the same."""
     monkeypatch.setattr(command, "SAVE_SECONDS", 0.0)

@@ -65,6 +65,7 @@ def test_every_combination_runs_or_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.reference])
+@pytest.mark.sampled(3)
 def test_full_weights_in_bf16_are_compared_with_a_reference_that_rounds_as_they_do(name, tmp_path):
     """At the first step the two agree bit for bit, so that no ratio is noise."""
     run_one(name, tmp_path, cases(name)[-4])

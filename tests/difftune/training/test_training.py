@@ -82,6 +82,7 @@ TRAINED = {
 @pytest.mark.parametrize(
     "case", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("flux") else name for name in TRAINED]
 )
+@pytest.mark.sampled(3)
 def test_what_is_trained_is_the_network_itself_in_every_family_and_under_methods_that_patch_it(case, tmp_path):
     """The images of the network as it is called in training are those of the network, and a gradient reaches it."""
     make, guidance = TRAINED[case]
@@ -134,6 +135,7 @@ EQUIPPED = {
 
 
 @pytest.mark.parametrize("name", EQUIPPED)
+@pytest.mark.sampled(2)
 def test_what_a_method_only_names_is_found_in_training_as_for_images(name, tmp_path):
     """The images that are trained on are those of `difftune sample`, and a gradient reaches the network."""
     config = toy("alignprop", tmp_path, guidance=name, guidance_options=EQUIPPED[name], max_train_steps=1)

@@ -76,6 +76,7 @@ def weak_of(pipe):
 
 @pytest.mark.filterwarnings("ignore:.*guides with its own scale")
 @pytest.mark.parametrize("kind, case, name", PAIRS)
+@pytest.mark.sampled(3)
 def test_runs_are_alike_whatever_ran_before(kind, case, name):
     """Two runs with one seed are bit-identical, also after a run of another batch size; and they are guided."""
     pipe, seen = pipe_of(kind, case), []

@@ -12,6 +12,7 @@ DEAREST = {"cfg-mp": 8}  # evaluations a step
 
 
 @pytest.mark.parametrize("name", GUIDANCE)
+@pytest.mark.sampled(3)
 def test_every_method_at_any_number_of_steps(name):
     """Finite at each step down to data, with what it may cost; a flow from pure noise, and a VP run."""
     for steps in (1, 2, 3, 100, 250):

@@ -249,6 +249,7 @@ TOLERANCE = {name: tensor(0.03, 0.05 if name == "quadratic" else 0.03, 0.015) fo
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled(3)
 def test_the_limit_of_many_particles_is_the_target(name):
     """The sheet's N and sampler, without Monte Carlo's error; and the same without weights is not the target."""
     case = CASES[name]
@@ -315,6 +316,7 @@ def test_weighted_particles_have_the_target(name):
 
 
 @pytest.mark.parametrize("name", SLOW)
+@pytest.mark.sampled(3)
 def test_without_weights_they_have_not(name, monkeypatch):
     """The negative control, more than five standard errors away in one of the three."""
     unweighted(monkeypatch)

@@ -74,6 +74,7 @@ def test_the_best_never_gets_worse_and_the_budget_holds(name):
 
 @pytest.mark.filterwarnings("ignore:the budget pays for")
 @pytest.mark.parametrize("levels", [partial(grid, flow), partial(grid, cosine, start=0.98)], ids=["flow", "vp"])
+@pytest.mark.sampled(2)
 def test_every_search_at_any_number_of_steps(name, levels):
     """With the default settings, from 1 step to 250: it ends, at what the budget pays for, and with a sample."""
     exact = Gaussian(torch.tensor([0.5], **F64), 1.0)
@@ -184,6 +185,7 @@ def steered(k=6000, **settings):
 
 @pytest.mark.parametrize("threshold", [0.9, None])
 @pytest.mark.parametrize("potential", fk.POTENTIALS)
+@pytest.mark.sampled(2)
 def test_fk_samples_the_tilted_chain(potential, threshold):
     weighted = steered(potential=potential, threshold=threshold, inverse_temperature=MILD[potential])
     assert distance(weighted.x0, weighted.log_weight, MILD[potential]) < CHANCE

@@ -191,6 +191,7 @@ def test_few_steps_without_guidance(name, steps):
 
 
 @pytest.mark.parametrize("name", FULL)
+@pytest.mark.sampled(2)
 def test_gradient_is_the_slope(name):
     """The gradient of the sample, along the gradient's own direction in noise, conditions and parameters each."""
     case = FULL[name]

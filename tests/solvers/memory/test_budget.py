@@ -202,6 +202,7 @@ KINDS = [  # mode, images at a time, network's blocks, decoder's, rewards one at
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(2)
 def test_every_kind_of_plan_runs_within_its_prediction_and_gives_the_same_gradient(pipe, tiny):
     """Predicted from one image and one step; measured on three steps of three images."""
     job, expected = Job(pipe, 3, 3), None

@@ -112,6 +112,7 @@ def test_no_room_is_without_bound():
 
 
 @pytest.mark.parametrize("name", ["euler", pytest.param("heun", marks=pytest.mark.slow), "dpmpp_2m"])
+@pytest.mark.sampled(2)
 def test_full_grows_by_graphs_and_checkpoint_by_latents(pipe, name):
     """Per step: what the hooks of saved tensors see of the one, and at most two latents a network call of the other."""
     jobs = [Job(pipe, 2), Job(pipe, 3)]
@@ -126,6 +127,7 @@ def test_full_grows_by_graphs_and_checkpoint_by_latents(pipe, name):
 
 
 @pytest.mark.parametrize(("name", "gradient"), [("euler", "full"), *((name, "checkpoint") for name in SAMPLERS)])
+@pytest.mark.sampled(3)
 def test_blocks_recomputed_give_the_same_bits(pipe, name, gradient):
     job = Job(pipe, batch=2)
     plain = job.gradients("full", SAMPLERS[name], checkpointed=False)

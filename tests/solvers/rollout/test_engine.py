@@ -60,6 +60,7 @@ def gradients(*args, **options):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.sampled(3)
 def test_checkpoint_is_full_bit_for_bit(tiny, conds, name):
     """For the noise, both conditions and every weight of the LoRA."""
     full, again = (gradients(tiny, conds, SAMPLERS[name], gradient) for gradient in ("full", "checkpoint"))

@@ -105,6 +105,7 @@ def gradients(name, gradient, **net):
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("slots", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.sampled(3)
 def test_gradient_is_that_of_full(name, slots, dropout):
     """For x, noise, condition and parameters, with history and with dropout, whose masks come back."""
     loss, full, _, after = gradients(name, "full", dropout=dropout)
