@@ -26,6 +26,9 @@ class RewardGradientConfig(TrainingConfig):
     """Factor of the reward's loss. AdamW does not feel it; the clip, kl_coeff and float16's range do."""
     kl_coeff: NotNegative = 0.0
     """Weight of the divergence from the model before training, in nats per latent element; 0 leaves it out."""
+    normalize_gradient: bool = False
+    """Bring the gradient of every update to the norm max_grad_norm, as the clip does with longer ones: an update of few
+    trained sampler steps then weighs as much as one of many in AdamW's means."""
 
 
 @documented

@@ -83,7 +83,8 @@ def ascend_once(session: Session[RewardGradientConfig], plan: Plan, gradient: st
         return value + config.kl_coeff * kl, {"loss": value, "kl": kl}
 
     parts = [part for numbers in run.numbers(step) for part in plan.split(numbers)]
-    found = take_step(run, parts, loss_of, sizes=[len(part) for part in parts])  # backward for each, then one update
+    sizes = [len(part) for part in parts]
+    found = take_step(run, parts, loss_of, sizes, config.normalize_gradient)  # backward for each, then one update
     carrying = count_carrying(gradient, len(images.levels) - 1)
     return {**gather_statistics(run, scores), **found, "K": carrying}
 

@@ -51,13 +51,14 @@ def take_step(
     batches: Sequence[Batch],
     loss_of: Callable[[Batch], tuple[Tensor, Mapping[str, Tensor]]],
     sizes: Sequence[int] | None = None,
+    normalized: bool = False,
 ) -> Metrics:
     """Descend once by the gradient of the batches' mean loss: a backward pass for each, and one update.
 
     loss_of(batch) gives the loss () with its graph, and tensors () to report by name. Returned are their means over
     all batches and processes, beside the loss, unless its name is among them, and the gradient's norm, with what
-    `Training.gradients` finds. sizes: the weights of the batches in the means; None: all alike. Raises NotFinite as
-    `update_weights` does.
+    `Training.gradients` finds. sizes: the weights of the batches in the means; None: all alike. normalized: bring the
+    gradient to the norm that the clip allows. Raises NotFinite as `update_weights` does.
     """
     sizes = [1] * len(batches) if sizes is None else sizes
     met: list[dict[str, Tensor]] = []
@@ -66,7 +67,7 @@ def take_step(
             loss, found = loss_of(batch)
             differentiate(run, loss * size / sum(sizes))
         met.append({name: value.detach() * size for name, value in {"loss": loss, **found}.items()})
-    norm = update_weights(run)
+    norm = update_weights(run, normalized)
     means = torch.stack([torch.stack(list(found.values())).float() for found in met]).sum(0) / sum(sizes)
     loss, *rest = run.accelerator.gather(means[None]).mean(0).tolist()
     agreement = run.gradients.metrics if run.gradients is not None else {}
@@ -83,8 +84,10 @@ def differentiate(run: Training, loss: Tensor) -> None:
         raise NotFinite(str(error)) from error
 
 
-def update_weights(run: Training) -> float:
+def update_weights(run: Training, normalized: bool = False) -> float:
     """Clip the gradient, take an optimiser step, and return the norm before the clip.
+
+    normalized: a gradient that is shorter than the clip is scaled up to it.
 
     Raises NotFinite if that is not finite. Under float16 the loss scaler finds its scale by overflowing: it then
     skips the step by itself, and -1 is returned, unless the loss is no longer scaled up at all.
@@ -94,6 +97,8 @@ def update_weights(run: Training) -> float:
     fault, scaler = f"the gradient is not finite, its norm is {norm}", run.accelerator.scaler
     if not norm < float("inf") and scaler is None:
         raise NotFinite(fault)
+    if normalized and 0 < norm < run.config.max_grad_norm:
+        scale_gradient(run, run.config.max_grad_norm / norm)
     if run.gradients is not None and norm < float("inf"):
         run.gradients.see(gradients_of(run))
     run.optimizer.step()
@@ -103,6 +108,12 @@ def update_weights(run: Training) -> float:
     if run.average is not None and not run.accelerator.optimizer_step_was_skipped:
         run.average.update(run.weights)
     return norm if norm < float("inf") else -1.0
+
+
+def scale_gradient(run: Training, factor: float) -> None:
+    for weight in run.weights.values():
+        if weight.grad is not None:
+            weight.grad.mul_(factor)
 
 
 def gradients_of(run: Training) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """DRaFT, ReFL, DRTune and AlignProp's truncations: which steps they train, and the divergence from the start."""
 
+import itertools
 from dataclasses import replace
 from itertools import islice
 
@@ -332,6 +333,17 @@ def test_a_grey_latent_reaches_the_reward_as_grey_and_a_saturated_one_has_no_gra
         (gradient,) = torch.autograd.grad(images.sum(), shift)
         seen[name] = (images.unique().tolist(), gradient.item())
     assert seen == {"grey": ([0.5], 24.0), "white": ([1.0], 0.0), "black": ([0.0], 0.0), "light": ([0.75], 24.0)}
+
+
+def test_updates_weigh_alike_whatever_their_k_where_the_gradient_is_normalised(tmp_path):
+    norms = {}
+    for k, normalized in itertools.product((1, 3), (False, True)):
+        options = {"truncation_min": k, "truncation_max": k, "normalize_gradient": normalized}
+        metrics, moments = first("alignprop", tmp_path, **options)
+        norms[k, normalized] = moments.norm().item()
+        assert metrics["grad_norm"] == pytest.approx(10 * norms[k, False], rel=1e-3)  # AdamW's first mean is a tenth
+    assert norms[3, False] > 1.1 * norms[1, False]
+    assert norms[1, True] == norms[3, True] == pytest.approx(0.1, rel=1e-4)
 
 
 def test_samplers_with_noise_train_too(tmp_path):

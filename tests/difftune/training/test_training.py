@@ -316,14 +316,14 @@ def test_full_fine_tuning_has_a_reference_only_where_it_was_asked_for(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, run.base.parameters(), strict=True))
 
 
-def linear_step(folder, sizes=None, **more):
+def linear_step(folder, sizes=None, normalized=False, **more):
     """A step of the loss 'mean of b, times the sum of all weights', on two batches: what is reported, and the run."""
     run = begin_training(toy("alignprop", folder, **more), None, pipelines.sd())
 
     def loss_of(b):
         return b.mean() * sum(weight.sum() for weight in run.weights.values()), {"b": b.mean(), "loss": -b.mean()}
 
-    return take_step(run, [torch.tensor([1.0, 2.0]), torch.tensor([6.0])], loss_of, sizes), run
+    return take_step(run, [torch.tensor([1.0, 2.0]), torch.tensor([6.0])], loss_of, sizes, normalized), run
 
 
 @pytest.mark.parametrize(("sizes", "mean"), [([2, 1], 3.0), (None, 3.75)])
@@ -342,6 +342,13 @@ def test_a_gradient_is_clipped_to_its_norm_and_the_norm_before_is_reported(tmp_p
     found, run = linear_step(tmp_path, max_grad_norm=0.5)
     moments = torch.cat([run.optimizer.state[weight]["exp_avg"].flatten() for weight in run.weights.values()])
     assert found["grad_norm"] > 1 and moments.norm().item() == pytest.approx(0.1 * 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(("clip", "norm"), [(1e9, 1e9), (0.5, 0.5)])
+def test_a_normalised_gradient_has_the_norm_of_the_clip_whichever_is_greater(clip, norm, tmp_path):
+    found, run = linear_step(tmp_path, normalized=True, max_grad_norm=clip)
+    moments = torch.cat([run.optimizer.state[weight]["exp_avg"].flatten() for weight in run.weights.values()])
+    assert 1 < found["grad_norm"] < 1e6 and moments.norm().item() == pytest.approx(0.1 * norm, rel=1e-4)
 
 
 def test_the_learning_rate_of_a_step_is_the_schedules(tmp_path):
