@@ -3,6 +3,9 @@ import multiprocessing
 import os
 import resource
 import stat
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -162,6 +165,37 @@ def test_text_encoder_loads_under_transformers_4_too():
     assert json.loads((tiny / "tokenizer" / "vocab.json").read_text()) == known["vocab"]
     _, *merges = (tiny / "tokenizer" / "merges.txt").read_text().splitlines()
     assert [tuple(merge.split()) for merge in merges] == [tuple(merge) for merge in known["merges"]]
+
+
+OLD = ("transformers==4.57.6", "tokenizers==0.22.*", "huggingface_hub<1.0")
+ENCODES = """
+import json, sys, torch, transformers
+from transformers import CLIPTextModel, CLIPTokenizer
+folder, prompts = sys.argv[1], sys.argv[2:]
+tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+ids = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+with torch.no_grad():
+    states = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")(ids)[0]
+print(json.dumps([transformers.__version__, ids.tolist(), states.tolist()]))
+"""
+
+
+@pytest.mark.slow
+def test_transformers_4_itself_reads_the_text_encoder(tmp_path):
+    """In an environment with that release from the registry, and all else of this one."""
+    python, prompts = tmp_path / "bin/python", ["a red circle", "two green triangles on a black background"]
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
+    subprocess.run([*install, *OLD], check=True)
+    (packages,) = tmp_path.glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
+    command = ["-c", ENCODES, models.path("tiny"), *prompts]
+    said = [
+        subprocess.run([of, *command], capture_output=True, text=True, check=True) for of in (python, sys.executable)
+    ]
+    (old, ids, states), (_, own_ids, own_states) = (json.loads(each.stdout.splitlines()[-1]) for each in said)
+    assert old == "4.57.6" and ids == own_ids
+    torch.testing.assert_close(torch.tensor(states), torch.tensor(own_states), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
