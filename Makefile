@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint types bench docs gallery package clean
+.PHONY: demo test test-slow lint types bench evidence docs gallery package clean
 
 demo: $(STAMP)  ## the main job on the embedded model: runs/demo/report.html
 	@$(BIN)/difftune demo --output_dir runs/demo
@@ -25,6 +25,10 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	@set -e; for script in scripts/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# ROWS: guidance search noise training peers, or some of them; all without it
+evidence: $(STAMP)  ## docs/evidence.md and the README's table of claims; hours, and it goes on where it was stopped
+	@$(BIN)/python scripts/make_evidence.py $(ROWS)
 
 docs: $(STAMP)  ## build/site/index.html; offline, and a link to nowhere is an error
 	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet

@@ -76,7 +76,7 @@ QUICK = Size((2.0,), 4, 2, 1, 2, 1, 2, 2, 1, 16, 20)
 def cell(folder: File, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of that name: read, or measured and written."""
     found = Store(folder / "results.jsonl").measured(name, measure)
-    print(name, json.dumps({key: value for key, value in found.items() if key != "holds"}), flush=True)
+    print(name, json.dumps({key: v for key, v in found.items() if not isinstance(v, list)}), flush=True)
     return found
 
 
@@ -158,6 +158,7 @@ def measured(name: str, scale: float | None, given: Set, size: Size) -> dict[str
         "frechet": _distance(seen, given.features, size.resamples),
         "saturation": asdict(intervals.estimate(saturation)),
         "diversity": asdict(intervals.estimate([float(vendi(f)) for f in seen], (1.0, float(size.images)))),
+        "saturations": saturation,  # of each prompt
         "holds": [r.holds for r in results],
     }
 
@@ -235,7 +236,8 @@ def inversion(size: Size, method: Guidance) -> dict[str, Any]:
         again = latent.decode(edit(latent.denoiser, method, z, conds, conds, levels))
         error = ((again - latent.decode(z)) ** 2).flatten(1).mean(1)
         found += (-10 * error.clamp(min=1e-10).log10()).tolist()
-    return asdict(intervals.estimate(found, (0.0, 100.0))) | {"pictures": size.pictures, "steps": size.inversion_steps}
+    known = {"pictures": size.pictures, "steps": size.inversion_steps, "psnr": found}
+    return asdict(intervals.estimate(found, (0.0, 100.0))) | known
 
 
 def invert_all(folder: File, size: Size) -> None:

@@ -40,6 +40,7 @@ from forwards import Forwards, counted
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from difftune import models
 from difftune.cli.config_file import EXAMPLES
 from difftune.cli.program import cli
 from difftune.evaluation import intervals, shapeeval
@@ -157,7 +158,10 @@ def before(job: Job, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the model does untrained: measured once for all runs that sample alike."""
     alike = {k: v for k, v in settings.items() if k.startswith("guidance")}
     alike |= {k: settings[k] for k in ("model", "num_inference_steps", "reward")}
-    key = json.dumps([alike, job.per_category, job.images, EVAL_SEED, JUDGES], sort_keys=True)
+    known = benching.weights(*(name for name, model in models.MODELS.items() if model.base is None))
+    if settings["model"] in models.MODELS:
+        known += benching.weights(settings["model"])
+    key = json.dumps([alike, job.per_category, job.images, EVAL_SEED, JUDGES, known], sort_keys=True)
     file = job.folder.parent / f"before-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     if not file.exists():
         part = file.with_suffix(".part")
@@ -268,15 +272,21 @@ def follow(job: Job, results: Path) -> None:
     """Run the job, unless its line is there, in a process of its own that is ended where it hangs."""
     if job.folder.name in Store(results).read():
         return
+    alone(job, run, job, results)
+
+
+def alone(job: Job, work: Callable[..., object], *given: Any) -> bool:
+    """Whether a function came to its end in a process of its own, which is ended where it hangs."""
     print(f"{job.folder.name}: training", file=sys.stderr, flush=True)
-    work = multiprocessing.get_context("spawn").Process(target=run, args=(job, results))
-    work.start()
-    work.join(job.cap + GRACE)
-    if work.is_alive():
-        work.kill()
-        work.join()
-    if work.exitcode:
-        print(f"{job.folder.name}: failed with {work.exitcode}", file=sys.stderr, flush=True)
+    process = multiprocessing.get_context("spawn").Process(target=work, args=given)
+    process.start()
+    process.join(job.cap + GRACE)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    if process.exitcode:
+        print(f"{job.folder.name}: failed with {process.exitcode}", file=sys.stderr, flush=True)
+    return process.exitcode == 0
 
 
 def jobs(given: argparse.Namespace) -> list[Job]:

@@ -21,7 +21,6 @@ weights e^(1.5 i), and how far the weighted samples of each method are from thes
 
 import argparse
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -31,6 +30,7 @@ from functools import cache
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
+import benching
 import torch
 from benching import Store, hardware, heading, row
 from torch import Tensor
@@ -203,11 +203,9 @@ def key_of(run: Run, prompts: Sequence[str], setting: Setting) -> str:
     return json.dumps([*run, len(prompts), *setting, weights()])
 
 
-@cache
 def weights() -> str:
-    """A digest of the models' contents: what was measured with others is measured again."""
-    files = sorted(file for name in ("tiny", "tiny-clip") for file in models.path(name).rglob("*.safetensors"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    """A digest of the models that all runs are of."""
+    return benching.weights("tiny", "tiny-clip")
 
 
 def measure_all(runs: Sequence[Run], prompts: Sequence[str], setting: Setting, file: File) -> dict[Run, Any]:

@@ -1,5 +1,6 @@
 """What every bench does: measure in paired rounds, keep each measurement as a line of JSON, tell it as a table."""
 
+import hashlib
 import json
 import math
 import platform
@@ -7,10 +8,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from difftune import models
 
 Run = Callable[[], object]
 
@@ -134,6 +138,13 @@ def reset_peak() -> int:
 
 
 # ------------------------------------------------------------------------------------------------ what was measured
+
+
+@cache
+def weights(*names: str) -> str:
+    """A digest of embedded models' contents: what was measured with others is measured again."""
+    files = sorted(file for name in names for file in models.path(name).rglob("*.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 class Store:
