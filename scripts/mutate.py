@@ -226,6 +226,7 @@ def _test(tree: Path, tests: list[str], limit: int, note: str) -> None:
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-o", "timeout=900", "-W", "ignore", "--no-header"]
+    options += ["-m", "sampled or not slow"]
     os._exit(int(pytest.main([*options, *tests], plugins=[Noted(note)])))
 
 
