@@ -46,7 +46,7 @@ def cosine(t: float | Tensor) -> Noise:
 
 
 def angle(a: float | Tensor) -> Noise:
-    """TrigFlow's level (cos a, sin a), a in [0, pi / 2] (https://arxiv.org/abs/2410.11081); pure noise from there on."""
+    """TrigFlow's level (cos a, sin a), a in [0, pi / 2] (https://arxiv.org/abs/2410.11081); pure noise from there."""
     a = torch.as_tensor(a, dtype=torch.float64).cpu()
     noisy = a >= torch.pi / 2
     return Noise(a.cos().masked_fill(noisy, 0.0), a.sin().masked_fill(noisy, 1.0))

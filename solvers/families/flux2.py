@@ -1,4 +1,4 @@
-"""FLUX.2 klein, base and distilled."""
+"""FLUX.2: klein, base and distilled, and dev."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Cond
-from solvers.families.family import TEXT_INPUTS, guidance_told, sequential_family, thousandth
+from solvers.families.family import TEXT_INPUTS, sequential_family, thousandth
+from solvers.families.flux import told_scale
 from solvers.families.latents import Latents, of_batch_norm
 from solvers.families.patches import SKIPPED_JOINT
 
@@ -15,10 +16,11 @@ FLUX2_INPUTS = (*TEXT_INPUTS, "guidance")
 
 
 def encode_flux2(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
-    """Three of Qwen3's hidden states side by side, (B, 512, 3 D)."""
-    guidance_told(pipe.transformer, "guidance_embeds", embedded_guidance)
+    """Three hidden states of Qwen3 (klein) or Mistral (dev) side by side, (B, 512, 3 D), and dev's embedded guidance
+    scale (B,)."""
+    more = told_scale(pipe, len(prompts), embedded_guidance)
     texts = {"cond": prompts, "uncond": negatives or [""] * len(prompts)}
-    return {branch: {"encoder_hidden_states": pipe.encode_prompt(each)[0]} for branch, each in texts.items()}
+    return {branch: {"encoder_hidden_states": pipe.encode_prompt(each)[0], **more} for branch, each in texts.items()}
 
 
 def call_flux2(network: Any, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
@@ -60,7 +62,7 @@ def empirical_mu(tokens: int, steps: int) -> float:
 FLUX2 = sequential_family(
     name="flux2",
     patches=SKIPPED_JOINT,
-    pipelines=("Flux2KleinPipeline",),
+    pipelines=("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2Pipeline"),
     batch_first=FLUX2_INPUTS,
     encode=encode_flux2,
     call=call_flux2,
@@ -68,6 +70,6 @@ FLUX2 = sequential_family(
     grid=lambda arguments: tuple(int(side) + 1 for side in arguments["img_ids"].flatten(0, -2)[-1, 1:3]),
     options=shifted_flux2,
     size=lambda network: 64,  # Flux2KleinPipeline.default_sample_size, in patches: the network has none
-    prepare="guidance_scale > 1, of a model that is not distilled",
+    prepare="guidance_scale > 1, of a klein that is not distilled",
     time=thousandth,
 )

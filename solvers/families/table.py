@@ -26,12 +26,23 @@ from solvers.families.zimage import ZIMAGE
 KNOWN = (SD, SDXL, SD3, FLUX, FLUX2, CHROMA, PIXART, SANA, SPRINT, WAN, QWEN, ZIMAGE, LUMINA2)
 FAMILIES: dict[str, Family] = {family.name: family for family in KNOWN}
 
+REFUSED = {  # pipelines that people run and that no family knows, each with the reason
+    "HiDreamImagePipeline": "its experts run under no_grad outside of training, so that its gradients would be wrong",
+    "HunyuanImagePipeline": "it guides by a guider of its own, and its gradient checkpointing ends in a TypeError",
+    "Kandinsky5T2IPipeline": "its rotary embedding rounds to bfloat16 in every dtype, so gradients cannot be checked",
+    "Kandinsky5T2VPipeline": "its rotary embedding rounds to bfloat16 in every dtype, so gradients cannot be checked",
+    "Flux2KleinKVPipeline": "it keeps the keys and values of its reference pictures from step to step",
+    "QwenImage21Pipeline": "it keeps keys and values from step to step, and has no rule for the norm as Qwen-Image has",
+}
+
 
 def family_of(pipe: DiffusionPipeline) -> Family:
-    """The family that lists the pipeline's class; ValueError, naming the class and the known ones, where none does."""
+    """The family that lists the pipeline's class; ValueError, with the known ones or the reason, where none does."""
     name = type(pipe).__name__
     for family in FAMILIES.values():
         if name in family.pipelines:
             return family
+    if name in REFUSED:
+        raise UserError(f"no family for {name}: {REFUSED[name]}")
     known = ", ".join(name for family in FAMILIES.values() for name in family.pipelines)
     raise UserError(f"no family for {name}; known pipelines: {known}")

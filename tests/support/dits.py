@@ -2,6 +2,7 @@
 
 from functools import cache
 from types import FunctionType
+from zlib import crc32
 
 import diffusers
 import torch
@@ -166,30 +167,55 @@ def qwen_tokenizer():
     return made
 
 
+def flux2_autoencoder():
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    made = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, layers_per_block=1, **blocks
+    )
+    made.bn.running_mean.copy_(torch.linspace(-0.3, 0.4, 16))
+    made.bn.running_var.copy_(torch.linspace(0.5, 1.7, 16))
+    return made.eval()
+
+
 def flux2(scheduler=None, is_distilled=False, **config):
     """FLUX.2 klein; its text model has the 27 layers that are read."""
     size = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (4, 4, 4, 4)}
     heads = {"attention_head_dim": 16, "num_attention_heads": 2, "timestep_guidance_channels": 16}
     texts = {"joint_attention_dim": 24, "guidance_embeds": False}
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-
-    def autoencoder():
-        made = diffusers.AutoencoderKLFlux2(
-            block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, layers_per_block=1, **blocks
-        )
-        made.bn.running_mean.copy_(torch.linspace(-0.3, 0.4, 16))
-        made.bn.running_var.copy_(torch.linspace(0.5, 1.7, 16))
-        return made.eval()
-
     return built(
         diffusers.Flux2KleinPipeline,
         transformer=lambda: shaken(diffusers.Flux2Transformer2DModel(**{**size, **heads, **texts, **config})),
         scheduler=scheduler or flow(use_dynamic_shifting=True),
-        vae=autoencoder,
+        vae=flux2_autoencoder,
         text_encoder=lambda: qwen3(27),
         tokenizer=qwen_tokenizer(),
         is_distilled=is_distilled,
     )
+
+
+def flux2_dev(scheduler=None, **config):
+    """FLUX.2 dev, whose texts are encoded by numbers of their own in place of Mistral, which is too large to build."""
+    size = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (4, 4, 4, 4)}
+    heads = {"attention_head_dim": 16, "num_attention_heads": 2, "timestep_guidance_channels": 16}
+    texts = {"joint_attention_dim": 24, "guidance_embeds": True}
+    made = built(
+        diffusers.Flux2Pipeline,
+        transformer=lambda: shaken(diffusers.Flux2Transformer2DModel(**{**size, **heads, **texts, **config})),
+        scheduler=scheduler or flow(use_dynamic_shifting=True),
+        vae=flux2_autoencoder,
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+    def encode_prompt(prompt, prompt_embeds=None, **options):
+        if prompt_embeds is None:
+            draws = [torch.Generator().manual_seed(crc32(text.encode())) for text in prompt]
+            prompt_embeds = torch.stack([torch.randn(6, 24, generator=draw) for draw in draws])
+            prompt_embeds = prompt_embeds.to(made.transformer.dtype)
+        return prompt_embeds, made._prepare_text_ids(prompt_embeds)
+
+    made.encode_prompt = encode_prompt
+    return made
 
 
 def zimage(scheduler=None, kind=diffusers.ZImagePipeline, **config):

@@ -32,6 +32,7 @@ from tests.support.dits import (
     flow,
     flux,
     flux2,
+    flux2_dev,
     lumina2,
     pixart,
     qwen,
@@ -446,6 +447,20 @@ def test_sana_sprint_without_a_second_branch(steps):
     with attach(pipe, Spy(seen)), pytest.raises(ValueError, match="guidance-distilled"):
         pipe(None, **call, **texts)
     assert seen[0][0].x.shape == (2, 4, 16, 32) and float(seen[0][1].sigma) == pytest.approx(1)
+
+
+def test_flux2_dev_without_a_second_branch():
+    pipe, more = flux2_dev(), {"prompt_embeds": normal(2, 6, 24), "guidance_scale": 4.0, "height": 16, "width": 24}
+    more |= {"num_inference_steps": STEPS, "output_type": "latent"}
+    draw = lambda: pipe(**more, generator=torch.Generator().manual_seed(1)).images  # noqa: E731
+    stock, before = draw(), dicts(pipe)
+    with attach(pipe, Plain()) as handle:
+        assert torch.equal(draw(), stock) and handle.nfe == 2 * STEPS
+    with attach(pipe, SLG(2.0)) as handle:
+        assert not torch.allclose(draw(), stock, atol=1e-3) and handle.nfe == 4 * STEPS
+    with attach(pipe, CFG(SCALE)), pytest.raises(ValueError, match="'uncond', of this guidance-distilled model"):
+        draw()
+    assert dicts(pipe) == before
 
 
 def test_skip_layer_guidance_of_sd3_is_kept():
