@@ -9,7 +9,8 @@ moved (root mean square), and two more judges: `coverage`, and `tiny-classifier`
 are 95 %, of the paired difference, over prompts.
 
 Costs are counted while training: a row through the network is one forward-equivalent, its way back two. The forwards of
-the decoder and of the reward are not among them.
+the decoder and of the reward are not among them. Seconds are this process's own on a CPU, whatever else runs, with what
+it takes to load the model; the cap is of the clock on the wall.
 
 Each finished run is a line of FOLDER/results.jsonl: what stands there is not run again, a run that was cut off begins
 anew. `--against` trains alignprop for three minutes and ddpo for ten times its forward-equivalents, both on saturation,
@@ -35,7 +36,7 @@ import benching
 import numpy as np
 import torch
 import yaml
-from benching import Store
+from benching import Store, clock
 from forwards import Forwards, counted
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -84,11 +85,12 @@ class Job:
 
 @contextmanager
 def written_with_cost(forwards: Forwards) -> Iterator[None]:
-    """Each line of metrics.jsonl tells what was spent until then."""
+    """Each line of metrics.jsonl tells what was spent until then: forwards, and seconds by `clock`."""
     append: Callable[..., None] = records.append
+    began = clock()
 
     def priced(path: Path, record: Mapping[str, Any]) -> None:
-        append(path, {**record, "forward_equivalents": forwards.total})
+        append(path, {**record, "forward_equivalents": forwards.total, "process_seconds": clock() - began})
 
     records.append = priced
     try:
@@ -187,11 +189,11 @@ def run(job: Job, results: Path) -> None:
     ended = trained(job)
     settings = yaml.safe_load((job.folder / CONFIG).read_text())
     spent = {line["step"]: line for line in records.records(job.folder / METRICS)}
-    seconds = np.cumsum([line["seconds"] for line in spent.values()]).tolist()
     then, points = before(job, settings), []
     for path in chosen(checkpoint.checkpoints(job.folder), job.points):
         step = int(path.name.rpartition("-")[2])
-        cost = {"seconds": seconds[step - 1], "forward_equivalents": spent[step]["forward_equivalents"]}
+        cost = {"seconds": spent[step]["process_seconds"]}
+        cost["forward_equivalents"] = spent[step]["forward_equivalents"]
         points.append({"step": step, **cost, **compared(job, measured(job, settings, path), then)})
     curve = [[line["forward_equivalents"], line.get("reward_mean")] for line in spent.values()]
     found = {"recipe": job.recipe, "seed": job.seed, "ended": ended, "settings": settings}

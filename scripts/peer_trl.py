@@ -90,9 +90,9 @@ def train(job: Job) -> dict[str, Any]:
     trainer, seconds, epoch, points, curve = trainer_of(job, scores, save_freq=1_000_000), 0.0, 0, [], []
     with counted(Forwards()) as spent:
         while seconds < job["seconds"] and epoch < job["updates"]:
-            began, seen = time.perf_counter(), len(scores.means)
+            began, seen = time.process_time(), len(scores.means)
             trainer.step(epoch, epoch)
-            seconds, epoch = seconds + time.perf_counter() - began, epoch + 1
+            seconds, epoch = seconds + time.process_time() - began, epoch + 1
             curve.append([spent.total, sum(scores.means[seen:]) / len(scores.means[seen:])])
             if seconds >= job["seconds"] * (len(points) + 1) / job["points"] or epoch == job["updates"]:
                 folder = Path(job["folder"]) / f"point-{len(points)}"
