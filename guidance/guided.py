@@ -84,8 +84,9 @@ class GuidedPredict:
         if branch.patch is None:
             said = denoise(inputs["x"], at, inputs["cond"])
         else:
-            with denoise.patched(branch.patch):
-                said = denoise(inputs["x"], at, inputs["cond"])
+            with denoise.patched(branch.patch) as prepare:
+                cond = inputs["cond"] if prepare is None else prepare(inputs["cond"], tuple(inputs["x"].shape))
+                said = denoise(inputs["x"], at, cond)
         return said.eps - said.x0
 
 

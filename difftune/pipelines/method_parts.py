@@ -38,6 +38,7 @@ from rewards.registry import load
 from rewards.world.classifier import CLASSES, load_classifier
 from rewards.world.render import RESOLUTION
 from solvers.denoiser import Cond, Path
+from solvers.families.streams import MASKS
 from solvers.families.table import family_of
 from solvers.latent import LatentModel
 from solvers.levels import prediction_type
@@ -277,7 +278,13 @@ def _in_attention(pipe: Any, method: NASA | NAG) -> Equipped:
     _check_negative(method)
     if not isinstance(method.negative, str):
         return fixed(method)
-    return fixed(replace(method, negative=_encoded(pipe, method.negative)["encoder_hidden_states"]))
+    return fixed(replace(method, negative=_tokens(_encoded(pipe, method.negative))))
+
+
+def _tokens(cond: Cond) -> Tensor:
+    """The hidden states (1, L, D) of a text, without those that its mask leaves out."""
+    masks = [cond[name][0].bool() for name in MASKS if name in cond]
+    return cond["encoder_hidden_states"][:, masks[0]] if masks else cond["encoder_hidden_states"]
 
 
 def _check_negative(method: NASA | NAG) -> None:

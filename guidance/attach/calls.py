@@ -206,7 +206,8 @@ class Asked:
         forward, module = (call.forward, call.network) if network == "main" else (self.networks[network],) * 2
         inputs = {**inputs, **self._residuals(inputs.get("control"))}
         inputs.pop("control", None)
-        with self._patched(module, patch):
+        with self._patched(module, patch) as prepare:
+            inputs = inputs if prepare is None else prepare(inputs, tuple(self.x.shape))
             arguments = nested({**call.shared, **inputs, "return_dict": False})
             return self._predicted(forward(**self.family.scattered(arguments))[0])
 

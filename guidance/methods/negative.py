@@ -96,13 +96,16 @@ class NAG(_InAttention):
     Z = Z_c + scale (Z_c - Z_n),  shrunk per token to ||Z||_1 <= tau ||Z_c||_1,  out = mix Z + (1 - mix) Z_c.
 
     One evaluation a step. The authors' code writes s Z_c - (s - 1) Z_n, so its scale s is our s - 1, see
-    `from_authors_scale`; the defaults of tau and mix are its own for FLUX and SDXL.
+    `from_authors_scale`; tau and mix of None are its own for the family: 3.5 and 0.5 for Wan, else 2.5 and 0.25.
+
+    In transformers where text and picture attend together, Z_c is the picture's attention to (prompt, picture) and Z_n
+    that to (negative, picture). The negative prompt is a second text, which attends to itself and the picture.
     """
 
     scale: Scale = 5.0
     negative: Tensor | str | None = None
-    tau: Positive = 2.5
-    mix: Share = 0.25
+    tau: Positive | None = None
+    mix: Share | None = None
     space = "any"
     usual = Usual(0, 15, "the authors' nag_scale less 1: NAG.from_authors_scale(5)")
     neutral = Neutral({"scale": 0.0}, "none")
@@ -113,5 +116,6 @@ class NAG(_InAttention):
         return cls(scale - 1, **fields)
 
     def guide(self, path: Path, at: Noise) -> Guide:
-        preds = yield self._asked(self.scale, self.negative, f"nag:{self.tau}:{self.mix}", path, at)
+        settings = ":".join("" if value is None else f"{value:g}" for value in (self.tau, self.mix))
+        preds = yield self._asked(self.scale, self.negative, f"nag:{settings}", path, at)
         return Guided(preds["cond"])

@@ -9,9 +9,10 @@ from solvers.denoiser import Cond
 from solvers.families.family import TEXT_INPUTS, guidance_told, sequential_family, thousandth
 from solvers.families.flux import grid_of_places, places_of, shifted_flux
 from solvers.families.patches import SKIPPED_JOINT
+from solvers.families.streams import JOINT, NEGATIVE
 from solvers.families.tokens import packed, unpacked
 
-CHROMA_INPUTS = (*TEXT_INPUTS, "attention_mask")
+CHROMA_INPUTS = (*TEXT_INPUTS, "attention_mask", *NEGATIVE)
 
 
 def encode_chroma(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
@@ -43,7 +44,7 @@ def call_chroma(network: Any, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor
 
 CHROMA = sequential_family(
     name="chroma",
-    patches=SKIPPED_JOINT,
+    patches={**SKIPPED_JOINT, **JOINT},
     pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline"),
     batch_first=CHROMA_INPUTS,
     encode=encode_chroma,

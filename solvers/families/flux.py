@@ -11,6 +11,7 @@ from solvers.denoiser import Cond
 from solvers.families.family import guidance_told, sequential_family, shift, thousandth
 from solvers.families.patches import SKIPPED_JOINT
 from solvers.families.sd3 import SD3_INPUTS
+from solvers.families.streams import JOINT
 from solvers.families.tokens import packed, unpacked
 from solvers.modules import execution_device
 
@@ -65,7 +66,7 @@ def shifted_flux(pipe: Any, latent: tuple[int, int], steps: int) -> dict[str, An
 
 FLUX = sequential_family(
     name="flux",
-    patches=SKIPPED_JOINT,
+    patches={**SKIPPED_JOINT, **JOINT},
     pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
     batch_first=FLUX_INPUTS,
     encode=encode_flux,

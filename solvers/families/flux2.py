@@ -11,8 +11,9 @@ from solvers.families.family import TEXT_INPUTS, sequential_family, thousandth
 from solvers.families.flux import told_scale
 from solvers.families.latents import Latents, of_batch_norm
 from solvers.families.patches import SKIPPED_JOINT
+from solvers.families.streams import JOINT, NEGATIVE
 
-FLUX2_INPUTS = (*TEXT_INPUTS, "guidance")
+FLUX2_INPUTS = (*TEXT_INPUTS, "guidance", *NEGATIVE)
 
 
 def encode_flux2(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
@@ -61,7 +62,7 @@ def empirical_mu(tokens: int, steps: int) -> float:
 
 FLUX2 = sequential_family(
     name="flux2",
-    patches=SKIPPED_JOINT,
+    patches={**SKIPPED_JOINT, **JOINT},
     pipelines=("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2Pipeline"),
     batch_first=FLUX2_INPUTS,
     encode=encode_flux2,

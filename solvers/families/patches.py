@@ -1,5 +1,7 @@
 """Named changes inside a network's forward pass, each a context: patch(network, *settings), settings as text.
 
+What a context yields, if not None, prepares the conditions of each call: prepare(cond, shape of the latents) -> cond.
+
 Modules are found by their names; the change is undone when the context ends, also by an exception. `UNET_PATCHES` are
 those of the UNets of Stable Diffusion, by default in the middle block, as they are in a transformer.
 """
@@ -270,8 +272,11 @@ def _projected(attn: Any, z: Tensor) -> Tensor:
     return z / attn.rescale_output_factor
 
 
-def _nag(network: nn.Module, tau: str, mix: str) -> AbstractContextManager[None]:
-    return away_in_attention(network, partial(nag, tau=float(tau), mix=float(mix)))
+def _nag(network: nn.Module, tau: str = "", mix: str = "") -> AbstractContextManager[None]:
+    return away_in_attention(network, partial(nag, tau=float(tau or USUAL[0]), mix=float(mix or USUAL[1])))
+
+
+USUAL = (2.5, 0.25)  # tau and mix of NAG
 
 
 UNET_PATCHES: dict[str, Patch] = {
@@ -291,6 +296,11 @@ def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
     """A transformer's blocks by name, in the order in which they run."""
     stacks = {name: child for name, child in network.named_children() if name in STACKS}
     return {f"{name}.{i}": block for name, stack in stacks.items() for i, block in enumerate(stack.children())}
+
+
+def selected_blocks(network: nn.Module, layers: str) -> list[Any]:
+    """The blocks in `layers`, prefixes of their names joined by commas. Raises ValueError for one that finds none."""
+    return _selected(network, layers, blocks_of(network), "block")
 
 
 def middle_of(network: nn.Module) -> str:

@@ -11,9 +11,10 @@ from solvers.families.family import TEXT_INPUTS, sequential_family, thousandth
 from solvers.families.flux import shifted_flux, told_scale
 from solvers.families.latents import Latents
 from solvers.families.patches import SKIPPED_JOINT
+from solvers.families.streams import JOINT, NEGATIVE
 from solvers.families.tokens import packed, unpacked
 
-QWEN_INPUTS = (*TEXT_INPUTS, "encoder_hidden_states_mask", "guidance")
+QWEN_INPUTS = (*TEXT_INPUTS, "encoder_hidden_states_mask", "guidance", *NEGATIVE)
 
 
 def encode_qwen(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
@@ -38,7 +39,7 @@ def call_qwen(network: Any, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
 
 QWEN = sequential_family(
     name="qwen",
-    patches=SKIPPED_JOINT,
+    patches={**SKIPPED_JOINT, **JOINT},
     pipelines=("QwenImagePipeline",),
     batch_first=QWEN_INPUTS,
     encode=encode_qwen,

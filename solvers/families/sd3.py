@@ -7,8 +7,9 @@ from solvers.denoiser import Cond
 from solvers.families.after import SKIP_LAYERS
 from solvers.families.family import TEXT_INPUTS, call_transformer, guidance_told, shifted, transformer_family
 from solvers.families.patches import SKIPPED_SD3
+from solvers.families.streams import JOINT, NEGATIVE
 
-SD3_INPUTS = (*TEXT_INPUTS, "pooled_projections", "joint_attention_kwargs.ip_adapter_image_embeds")
+SD3_INPUTS = (*TEXT_INPUTS, "pooled_projections", "joint_attention_kwargs.ip_adapter_image_embeds", *NEGATIVE)
 
 
 def encode_sd3(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
@@ -23,7 +24,7 @@ def encode_sd3(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[s
 
 SD3 = transformer_family(
     name="sd3",
-    patches=SKIPPED_SD3,
+    patches={**SKIPPED_SD3, **JOINT},
     pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
     batch_first=SD3_INPUTS,
     encode=encode_sd3,

@@ -8,8 +8,9 @@ from solvers.errors import UserError
 from solvers.families.family import TEXT_INPUTS, call_transformer, guidance_told, sequential_family
 from solvers.families.latents import Latents
 from solvers.families.patches import SKIPPED
+from solvers.families.streams import NEGATIVE, OF_WAN
 
-WAN_INPUTS = (*TEXT_INPUTS, "encoder_hidden_states_image")
+WAN_INPUTS = (*TEXT_INPUTS, "encoder_hidden_states_image", *NEGATIVE)
 MAX_TOKENS = 512  # of WanPipeline's call; its `encode_prompt` has another number
 
 
@@ -30,7 +31,7 @@ def boundary_of(pipe: Any) -> float | None:
 
 WAN = sequential_family(
     name="wan",
-    patches=SKIPPED,
+    patches={**SKIPPED, **OF_WAN},
     pipelines=("WanPipeline",),
     denoisers=("transformer", "transformer_2"),
     boundary=boundary_of,

@@ -14,7 +14,9 @@ from solvers.families.zimage import padded
 from tests.guidance.methods.test_conformance import FAMILY, KINDS, STEPS, Spy, pipe_of, run
 from tests.support.dits import shaken
 
+JOINT = ("flux", "flux2", "sd3", "qwen", "chroma", "wan")
 PATCHES = {kind: ("slg", "pag") if kind in ("pixart-sigma", "sana") else ("slg",) for kind, _ in FAMILY}
+PATCHES |= dict.fromkeys(JOINT, ("slg", "pag", "seg", "nag"))
 PATCHES |= dict.fromkeys(("sd", "sdxl"), ("pag", "slg", "seg", "nasa", "nag"))
 ZEROED = ("sd3", "flux", "sana", "wan")
 REFUSED = {
@@ -25,6 +27,7 @@ REFUSED = {
 }
 REFUSED["qwen", "cfgpp"] = "CFGpp has no guided prediction for the pipeline's rule"
 REFUSED["qwen", "cfg-mp"] = "CFGMP has no guided prediction for the pipeline's rule"
+REFUSED["qwen", "nag"] = "NAG has no guided prediction for the pipeline's rule"
 REFUSED["lumina2", "cfgpp"] = "CFGpp has no guided prediction for the pipeline's cfg_normalization"
 REFUSED["lumina2", "cfg-mp"] = "CFGMP has no guided prediction for the pipeline's cfg_normalization"
 PAIRS = [(kind, case, name) for kind, case in FAMILY for name in GUIDANCE if name != "null-text"]
