@@ -184,7 +184,7 @@ def score(reward: Sequence[str], prompt: Sequence[str], image: Sequence[str], as
             ["--format", "layout"],
             type=click.Choice(["kohya", "comfyui"]),
             default="kohya",
-            help="Layout: kohya for Automatic1111 and kohya's scripts (UNets alone), or comfyui.",
+            help="Layout: kohya, of kohya's scripts and Automatic1111, or comfyui.",
         ),
         click.Argument(["file"]),
     ],

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from difftune.errors import UserError
 from difftune.files.output import whole_file, write
 from difftune.pipelines import fingerprint, lora_formats
-from difftune.pipelines.lora_formats import WEIGHTS
+from difftune.pipelines.lora_formats import FAMILY, WEIGHTS, Adapter
 from solvers.families.table import family_of
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -180,7 +180,7 @@ def save(
     with whole_file(Path(folder, WEIGHTS)) as partial:
         writer = type(pipe) if isinstance(pipe, LoraBaseMixin) else SD3LoraLoaderMixin
         writer.save_lora_weights(partial.parent, **layers, **settings, weight_name=WEIGHTS)
-        sort_header(partial, fingerprint.digest_of(pipe))
+        sort_header(partial, {fingerprint.KEY: fingerprint.digest_of(pipe), FAMILY: family_of(pipe).name})
     return Path(folder, WEIGHTS)
 
 
@@ -222,14 +222,14 @@ def adapter_of(network: nn.Module, name: str, tensors: Mapping[str, Tensor] | No
 def export_kohya(pipe: Any, file: str | Path, adapter_name: str | None = None) -> Path:
     """Write an adapter as Automatic1111, ComfyUI and kohya's scripts read it; `pipe.load_lora_weights` does too.
 
-    The layout is `lora_formats.kohya`'s, which raises UserError for a denoiser that is no UNet and for DoRA.
+    The layout is `lora_formats.kohya`'s, which raises UserError for a transformer that it does not know and for DoRA.
     adapter_name: as for `chosen`.
     """
-    network, kind = network_of(pipe), family_of(pipe).denoisers[0]
-    lora_formats.check_unet(kind)
+    network, family = network_of(pipe), family_of(pipe)
     name = chosen(network, adapter_name)
-    tensors = lora_formats.kohya(kind, adapter_of(network, name), network.peft_config[name].to_dict())
-    write(Path(file), safetensors(tensors, {"format": "pt"}))
+    settings = network.peft_config[name].to_dict()
+    adapter = Adapter(family.denoisers[0], family.name, adapter_of(network, name), settings)
+    write(Path(file), safetensors(lora_formats.kohya(adapter), {"format": "pt"}))
     return Path(file)
 
 
@@ -298,14 +298,14 @@ def _attach(pipe: Any, folder: str | Path, name: str) -> None:
     set_peft_model_state_dict(network, tensors, name)
 
 
-def sort_header(file: Path, model: str | None = None) -> None:
+def sort_header(file: Path, notes: Mapping[str, str | None]) -> None:
     """Put a safetensors file's header in order: its metadata comes in a random one, and equal weights shall be equal
-    files. model: the digest of the base model, to be noted there."""
+    files. notes: what is added there, of the base model."""
     data = file.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     fields = json.loads(data[8:end])
-    if model is not None:
-        fields["__metadata__"] = {**fields.get("__metadata__", {}), fingerprint.KEY: model}
+    known = {name: note for name, note in notes.items() if note is not None}
+    fields["__metadata__"] = {**fields.get("__metadata__", {}), **known}
     header = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the format's own padding
     file.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])

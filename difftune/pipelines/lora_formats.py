@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from difftune.errors import UserError
 from difftune.files.output import write
+from difftune.pipelines.lora_kohya import Layer, kohya_layers
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
+FAMILY = "difftune_family"  # in the file's metadata
 KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 Tensors = Mapping[str, Tensor]
 
@@ -29,33 +31,46 @@ def export(folder: str | Path, file: str | Path, layout: str) -> Path:
         raise UserError(f"no layout {layout!r}; known: {', '.join(LAYOUTS)}")
     if Path(file).suffix != ".safetensors":
         raise UserError(f"{file} is the file to write: give it a name that ends in .safetensors")
-    kind, tensors, settings = read(Path(folder, WEIGHTS))
-    write(Path(file), safetensors(LAYOUTS[layout](kind, tensors, settings), {"format": "pt"}))
+    adapter = read(Path(folder, WEIGHTS))
+    write(Path(file), safetensors(LAYOUTS[layout](adapter), {"format": "pt"}))
     return Path(file)
 
 
-def read(file: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """The network's kind ("unet" or "transformer"), the tensors by layer and side, and the adapter's settings."""
+class Adapter(NamedTuple):
+    """A LoRA: its network's kind ("unet" or "transformer") and family, its tensors by layer and side, its settings."""
+
+    kind: str
+    family: str
+    tensors: Tensors
+    settings: Mapping[str, Any]
+
+
+def read(file: Path) -> Adapter:
+    """The LoRA of a file that training wrote."""
     try:
         with safe_open(file, "pt") as found:
             tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
-            settings = json.loads(found.metadata()["lora_adapter_metadata"])
+            notes = found.metadata()
+            settings = json.loads(notes["lora_adapter_metadata"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} is no LoRA of difftune train: give the --output_dir of a run") from error
     kind = next(iter(tensors)).partition(".")[0]
     own = {name.removeprefix(f"{kind}."): value for name, value in settings.items()}
-    return kind, {name.removeprefix(f"{kind}."): value for name, value in tensors.items()}, own
+    layers = {name.removeprefix(f"{kind}."): value for name, value in tensors.items()}
+    return Adapter(kind, notes.get(FAMILY, "a family that its file does not name"), layers, own)
 
 
-def kohya(kind: str, tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Layer a.b.c of a UNet as lora_unet_a_b_c, with lora_down, lora_up and alpha.
+def kohya(adapter: Adapter) -> dict[str, Tensor]:
+    """Layer a.b.c of a UNet as lora_unet_a_b_c, with lora_down, lora_up and alpha; a transformer's as `kohya_layers`.
 
-    diffusers reads one alpha for all layers, so a layer of another alpha than the rest has that in its lora_up. Raises
-    UserError for another network than a UNet, whose layers these programs know by names of their own, and for DoRA.
+    diffusers reads one alpha for all layers of a UNet, so a layer of another alpha than the rest has that in its
+    lora_up. Raises UserError for a transformer that the layout does not know, and for DoRA.
     """
-    check_unet(kind)
+    tensors, settings = adapter.tensors, adapter.settings
     if settings.get("use_dora"):
         raise UserError(f"this layout has no magnitudes, and the adapter is of DoRA: keep {WEIGHTS}")
+    if adapter.kind != "unet":
+        return kohya_layers(adapter.family, layers_of(adapter))
     found: dict[str, Tensor] = {}
     for key, value in tensors.items():
         layer, _, side = key.removesuffix(".weight").rpartition(".")
@@ -66,18 +81,21 @@ def kohya(kind: str, tensors: Tensors, settings: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def check_unet(kind: str) -> None:
-    """UserError for another network than a UNet."""
-    if kind != "unet":
-        raise UserError(f"kohya's layout is of UNets, and this is a LoRA of a {kind}: keep {WEIGHTS}, or take comfyui")
+def layers_of(adapter: Adapter) -> dict[str, Layer]:
+    """The adapted layers by name."""
+    tensors = adapter.tensors
+    names = dict.fromkeys(key.removesuffix(".weight").rpartition(".")[0] for key in tensors)
+    sides = {name: (tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]) for name in names}
+    return {name: Layer(*both, alpha_of(name, tensors, adapter.settings)) for name, both in sides.items()}
 
 
-def comfyui(kind: str, tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+def comfyui(adapter: Adapter) -> dict[str, Tensor]:
     """A UNet as kohya's; a transformer by diffusers' own names, which ComfyUI reads, with the alpha of each layer."""
+    kind, tensors = adapter.kind, adapter.tensors
     if kind == "unet":
-        return kohya(kind, tensors, settings)
+        return kohya(adapter)
     layers = {key.removesuffix(".weight").rpartition(".")[0] for key in tensors}
-    alphas = {f"{kind}.{layer}.alpha": torch.tensor(alpha_of(layer, tensors, settings)) for layer in layers}
+    alphas = {f"{kind}.{layer}.alpha": torch.tensor(alpha_of(layer, tensors, adapter.settings)) for layer in layers}
     return {f"{kind}.{key}": value for key, value in tensors.items()} | dict(sorted(alphas.items()))
 
 
@@ -89,7 +107,7 @@ def alpha_of(layer: str, tensors: Tensors, settings: Mapping[str, Any]) -> float
     return alpha * rank**0.5 if settings.get("use_rslora") else alpha
 
 
-LAYOUTS: dict[str, Callable[[str, Tensors, Mapping[str, Any]], dict[str, Tensor]]] = {
+LAYOUTS: dict[str, Callable[[Adapter], dict[str, Tensor]]] = {
     "kohya": kohya,
     "comfyui": comfyui,
 }

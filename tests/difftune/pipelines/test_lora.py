@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.loaders import lora_conversion_utils as conversions
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -96,8 +97,10 @@ def test_kohyas_file_is_the_same_adapter(tmp_path, layout):
     fresh = pipelines.sd()
     fresh.load_lora_weights(tmp_path, weight_name="kohya.safetensors")
     assert (output(fresh) - output(pipe)).abs().max() <= 1e-5
-    with pytest.raises(UserError, match="this is a LoRA of a transformer"):
-        lora.export_kohya(dits.sd3(), tmp_path / "no.safetensors")
+    with pytest.raises(
+        UserError, match="kohya's layout is of UNets and of sd3, .* this is a LoRA of pixart: take comf"
+    ):
+        lora.export_kohya(perturbed(dits.pixart(), rank=2), tmp_path / "no.safetensors")
 
 
 @pytest.mark.parametrize("layout", ["kohya", "comfyui"])
@@ -110,20 +113,91 @@ def test_a_folder_is_exported_without_its_model(tmp_path, layout):
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
-def test_a_transformer_is_exported_for_comfyui_alone(tmp_path):
-    pipe = dits.sd3()
+def test_a_transformer_is_exported_for_comfyui_by_diffusers_names(tmp_path):
+    pipe = dits.sana()
     trained = lora.add(pipe, rank=2, alpha=8)
     lora.save(pipe, tmp_path)
     found = load_file(lora_formats.export(tmp_path, tmp_path / "out.safetensors", "comfyui"))
     layers = {key.partition(".lora_")[0] for key in found if "lora_A" in key}
     assert len(found) == 3 * len(layers) == 3 * len(trained) // 2
     assert all(key.startswith("transformer.") and float(found[f"{key}.alpha"]) == 8 for key in layers)
-    with pytest.raises(UserError, match="is a LoRA of a transformer: keep .*, or take comfyui"):
+    with pytest.raises(UserError, match="this is a LoRA of sana: take comfyui"):
         lora_formats.export(tmp_path, tmp_path / "no.safetensors", "kohya")
     with pytest.raises(UserError, match="no is the file to write: give it a name that ends in .safetensors"):
         lora_formats.export(tmp_path, "no", "comfyui")
     with pytest.raises(UserError, match="is no LoRA of difftune train"):
         lora_formats.export(tmp_path / "nowhere", "no.safetensors", "comfyui")
+
+
+def updates(tensors, scale=lambda layer: 1.0) -> dict[str, torch.Tensor]:
+    """alpha / rank B A v of each layer, by diffusers' names, for one and the same v."""
+    layers = {key.partition(".lora_")[0] for key in tensors if "lora_" in key}
+    sides = {layer: [tensors[f"{layer}.lora_{side}.weight"] for side in "AB"] for layer in layers}
+    made = {layer: scale(layer) * b @ (a @ torch.linspace(-1, 1, a.shape[1])) for layer, (a, b) in sides.items()}
+    return {layer.removeprefix("transformer."): update for layer, update in made.items() if update.any()}
+
+
+def adapter_of_flux(wide=3072, rank=2):
+    """Layers of FLUX.1's own width, which diffusers' reader of the layout is made for."""
+    draw = torch.Generator().manual_seed(0)
+    square = [f"transformer_blocks.0.attn.{name}" for name in (*lora.ATTENTION, *lora.JOINT)]
+    square += [f"single_transformer_blocks.1.attn.{name}" for name in ("to_q", "to_k", "to_v")]
+    sizes = {layer: (wide, wide) for layer in (*square, "single_transformer_blocks.0.attn.to_q")}
+    sizes |= {
+        "single_transformer_blocks.0.proj_mlp": (4 * wide, wide),
+        "transformer_blocks.0.ff.net.2": (wide, 4 * wide),
+    }
+    sizes |= {"single_transformer_blocks.0.proj_out": (wide, 5 * wide)}
+    tensors = {}
+    for layer, (out, into) in sizes.items():
+        tensors[f"{layer}.lora_A.weight"] = torch.randn(rank, into, generator=draw)
+        tensors[f"{layer}.lora_B.weight"] = torch.randn(out, rank, generator=draw)
+    settings = {"lora_alpha": 8, "alpha_pattern": {"to_k": 3, "proj_mlp": 5}}
+    return lora_formats.Adapter("transformer", "flux", tensors, settings)
+
+
+def test_kohyas_file_of_flux_is_the_same_update():
+    """By diffusers' own reader of the layout, which takes the joined layers apart again."""
+    adapter = adapter_of_flux()
+    found = updates(conversions._convert_kohya_flux_lora_to_diffusers(lora_formats.kohya(adapter)))
+    expected = updates(adapter.tensors, lambda a: lora_formats.alpha_of(a, adapter.tensors, adapter.settings) / 2)
+    assert found.keys() == expected.keys() and len(found) == 15
+    for layer, update in expected.items():
+        torch.testing.assert_close(found[layer], update, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["flux2", "qwen", "zimage"])
+@pytest.mark.parametrize("layout", lora.LAYOUTS)
+def test_kohyas_file_of_a_transformer_loads_into_its_pipeline(tmp_path, name, layout):
+    torch.manual_seed(0)
+    pipe = EVERY[name].make()
+    torch.manual_seed(0)
+    fresh = EVERY[name].make()
+    perturbed(pipe, rank=2, alpha=8, layout=layout)
+    file = lora.export_kohya(pipe, tmp_path / "kohya.safetensors")
+    assert all(key.startswith("lora_unet_") and key.count(".") <= 2 for key in load_file(file))
+    base = said(fresh)
+    fresh.load_lora_weights(tmp_path, weight_name="kohya.safetensors")
+    assert (said(fresh) - said(pipe)).abs().max() <= 2e-5 and (said(fresh) - base).abs().max() > 1e-3
+
+
+def test_kohyas_file_of_sd3_has_the_published_layers():
+    """Which diffusers does not read: by the layout's names, and the update of each part of a joined layer."""
+    pipe = dits.sd3(qk_norm="rms_norm", dual_attention_layers=(0,))
+    perturbed(pipe, rank=2, alpha=8, layout="attention+ff+conv")
+    own = lora.adapter_of(pipe.transformer, "default")
+    settings = pipe.transformer.peft_config["default"].to_dict()
+    found = lora_formats.kohya(lora_formats.Adapter("transformer", "sd3", own, settings))
+    names, block = {key.partition(".")[0] for key in found}, "lora_unet_joint_blocks_0"
+    x = [f"{block}_x_block_{part}" for part in ("attn_qkv", "attn_proj", "attn2_qkv", "mlp_fc1", "mlp_fc2")]
+    context = [f"{block}_context_block_{part}" for part in ("attn_qkv", "attn_proj", "mlp_fc1")]
+    assert {*x, *context, "lora_unet_joint_blocks_1_context_block_attn_qkv", "lora_unet_final_layer_linear"} <= names
+    assert "lora_unet_joint_blocks_1_context_block_attn_proj" not in names  # the last block has no use for the text
+    down, up, alpha = (found[f"{x[0]}.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha"))
+    joined = alpha / len(down) * up @ (down @ torch.linspace(-1, 1, down.shape[1]))
+    expected = updates(own, lambda layer: 8 / 2)
+    for part, name in zip(joined.chunk(3), ("to_q", "to_k", "to_v"), strict=True):
+        torch.testing.assert_close(part, expected[f"transformer_blocks.0.attn.{name}"])
 
 
 def delta(pipe, name: str) -> torch.Tensor:
