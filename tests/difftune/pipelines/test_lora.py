@@ -11,7 +11,7 @@ from difftune.pipelines import lora, lora_formats
 from solvers.families.table import family_of
 from solvers.latent import LatentModel
 from tests.support import dits, pipelines
-from tests.support.families import EVERY
+from tests.support.families import EVERY, slow_but
 
 
 def perturbed(pipe, **options):
@@ -42,7 +42,7 @@ def said(pipe) -> torch.Tensor:
     return model.denoiser(x, at, model.encode(["red circle", "blue square"], height=16, width=16)["cond"]).eps
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", slow_but(EVERY, "sd", "sd3", "flux", "flux2", "zimage", "wan"))
 @pytest.mark.parametrize("layout", lora.LAYOUTS)
 @pytest.mark.sampled(3)
 def test_every_layout_loads_whole_into_a_fresh_pipeline_of_every_family(tmp_path, name, layout):
@@ -167,13 +167,12 @@ def test_kohyas_file_of_flux_is_the_same_update():
 
 
 @pytest.mark.parametrize("name", ["flux2", "qwen", "zimage"])
-@pytest.mark.parametrize("layout", lora.LAYOUTS)
-def test_kohyas_file_of_a_transformer_loads_into_its_pipeline(tmp_path, name, layout):
+def test_kohyas_file_of_a_transformer_loads_into_its_pipeline(tmp_path, name):
     torch.manual_seed(0)
     pipe = EVERY[name].make()
     torch.manual_seed(0)
     fresh = EVERY[name].make()
-    perturbed(pipe, rank=2, alpha=8, layout=layout)
+    perturbed(pipe, rank=2, alpha=8, layout="attention+ff+conv")
     file = lora.export_kohya(pipe, tmp_path / "kohya.safetensors")
     assert all(key.startswith("lora_unet_") and key.count(".") <= 2 for key in load_file(file))
     base = said(fresh)

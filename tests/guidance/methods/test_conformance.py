@@ -137,6 +137,7 @@ OF_KIND = {
     "lumina2": ("flow Euler", "flow Euler by size"),
     "lumina2-raw": ("flow Euler",),
 }
+ALONE = ("sana-sprint", "flux2-dev")  # whose pipelines have one branch: they have tests of their own
 EACH = [(kind, case) for kind, cases in OF_KIND.items() for case in cases]
 ONE = [(kind, cases[0]) for kind, cases in OF_KIND.items()]
 AGAIN = {"sd-v", "flux-dev", "pixart-alpha", "sana-sigma", "wan-experts", "lumina2-raw"}  # its family has another kind
