@@ -34,7 +34,7 @@ class SampleConfig(ImagesConfig):
     eta: the noise of DDIM's steps; 1 is DDPM. noise: a file of `difftune optimize`, with a noise for each image.
     noise_lora: the folder of `difftune train hypernoise`, whose LoRA moves each image's noise.
     lora_anneal: how the share of the LoRA's output grows from 0 to 1 along the steps: linear, power (its square), or
-    switch (at 60 %); None is 1 throughout.
+    switch (at 60 %); None is 1 throughout. num_frames: of each film, of a model of films (Wan); it is written as .mp4.
     """
 
     prompt: Sequence[str]
@@ -46,6 +46,7 @@ class SampleConfig(ImagesConfig):
     noise: str | None = None
     noise_lora: str | None = None
     lora_anneal: Literal["linear", "power", "switch"] | None = None
+    num_frames: Many | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from difftune.configs.images import SampleConfig
 from difftune.errors import UserError
 from difftune.files import output
 from difftune.files.claim import fresh
+from difftune.files.films import check_films, mp4
 from difftune.files.noises import noises_of
 from difftune.files.versions import versions
 from difftune.lookup import guidance_named
@@ -38,7 +39,8 @@ class Sampling:
     """How images are drawn, whatever the guidance.
 
     eta: the noise of DDIM's steps, 1 is DDPM. embedded_guidance: the scale told to a network distilled over scales; the
-    pipeline's own default if None. lora_anneal: of `annealed.SHARES`; None is the whole LoRA at each step.
+    pipeline's own default if None. lora_anneal: of `annealed.SHARES`; None is the whole LoRA at each step. num_frames:
+    of each film, if the model makes films; one frame is a picture.
     """
 
     num_inference_steps: int = 25
@@ -46,12 +48,13 @@ class Sampling:
     eta: float = 0.0
     embedded_guidance: float | None = None
     lora_anneal: str | None = None
+    num_frames: int | None = None
 
 
 class Batch(NamedTuple):
     """A batch of pictures and what made them."""
 
-    images: Tensor  # (B, 3, H, W) in [0, 1], float32, on the CPU
+    images: Tensor  # (B, 3, H, W) in [0, 1], float32, on the CPU; films of several frames are (B, 3, F, H, W)
     prompts: list[str]
     seeds: list[int]
     nfe: float  # rows that went through the network, per image
@@ -75,6 +78,7 @@ def generate_batches(
     """
     steps = sampling.num_inference_steps
     given: dict[str, Any] = {"num_inference_steps": steps, **family_of(pipe).asked(steps)}
+    given |= frames_for(pipe, sampling.num_frames)
     if sampling.eta:
         takes_eta(pipe)
         given["eta"] = sampling.eta
@@ -104,10 +108,24 @@ def _batch(pipe: Any, prompts: list[str], seeds: list[int], equipped: Equipped, 
     """A batch by the pipeline, which is told what is `given` besides."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with attach(pipe, equipped.method(prompts), equipped.networks) as handle:
-        images = pipe(prompt=list(prompts), generator=generators, output_type="pt", **given).images
+        made = pipe(prompt=list(prompts), generator=generators, output_type="pt", **given)
+    images = pictures_of(made)
     images = finite(images.float().cpu(), "a generated picture")
     branches = {name: rows / len(prompts) for name, rows in handle.branches.items()}
     return Batch(images, prompts, seeds, handle.nfe / len(prompts), branches)
+
+
+def frames_for(pipe: Any, num_frames: int | None) -> dict[str, int]:
+    """The frames that a pipeline of films is asked for; nothing of another. UserError for a number it cannot make."""
+    LatentModel(pipe, num_frames=num_frames or 1)
+    return {"num_frames": num_frames or 1} if family_of(pipe).latents.frames else {}
+
+
+def pictures_of(made: Any) -> Tensor:
+    """The pictures (B, 3, H, W), or films of several frames (B, 3, F, H, W), of a pipeline's result."""
+    if "frames" not in made:
+        return made.images
+    return made.frames[:, 0] if made.frames.shape[1] == 1 else made.frames.transpose(1, 2)
 
 
 def takes_eta(pipe: Any) -> None:
@@ -123,13 +141,15 @@ def for_pipeline(pipe: Any, noises: Tensor) -> dict[str, Any]:
 
     The pipeline multiplies them by its scheduler's first sigma, as it does its own. UserError for other channels.
     """
-    family, model = family_of(pipe), LatentModel(pipe)
+    family = family_of(pipe)
+    films = {"num_frames": 1 + (noises.shape[2] - 1) * pipe.vae_scale_factor_temporal} if family.latents.frames else {}
+    model = LatentModel(pipe, **films)
     height, width = (side * model.factor for side in noises.shape[-2:])
     if noises.shape[1:] != (shape := model.shape(height, width)):
         raise UserError(f"the noise is {tuple(noises.shape[1:])}, and the model's latents are {shape}")
     tokens = family.grid is not None and family.patch > 1  # FLUX.2's pipeline makes its tokens itself
     latents = (packed(noises) if tokens else noises).to(model.device, model.noise_dtype)
-    return {"latents": latents, "height": height, "width": width}
+    return {"latents": latents, "height": height, "width": width, **films}
 
 
 class Pictures(NamedTuple):
@@ -185,7 +205,15 @@ def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str
     if config.noise is not None and config.noise_lora is not None:
         raise UserError("--noise gives the noises and --noise_lora moves drawn ones: leave one of them out")
     noises = None if config.noise is None else noises_of(config.noise, len(texts))
-    sampling = Sampling(config.num_inference_steps, config.batch_size, config.eta, lora_anneal=config.lora_anneal)
+    if (config.num_frames or 1) > 1:
+        check_films()
+    sampling = Sampling(
+        config.num_inference_steps,
+        config.batch_size,
+        config.eta,
+        lora_anneal=config.lora_anneal,
+        num_frames=config.num_frames,
+    )
     with fresh(config.output_dir) as claim:
         if config.noise_lora is not None:
             noises = moved_by(config.noise_lora, config.model, texts, seeds, config.num_inference_steps)
@@ -198,7 +226,12 @@ def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str
             "scheduler": type(pipe.scheduler).__name__,
         }
         images = [
-            {"file": f"{i:05d}-seed{seed}.png", "prompt": prompt, "seed": seed, "nfe": nfe}
+            {
+                "file": f"{i:05d}-seed{seed}.{'png' if made.images.ndim == 4 else 'mp4'}",
+                "prompt": prompt,
+                "seed": seed,
+                "nfe": nfe,
+            }
             for i, (prompt, seed, nfe) in enumerate(zip(texts, seeds, made.nfes, strict=True))
         ]
         found = {"settings": settings, "images": images, **made.cost(), "versions": versions()}
@@ -212,10 +245,11 @@ def jobs_of(prompts: Sequence[str], count: int, seed: int) -> tuple[list[str], l
 
 
 def _results(images: Tensor, found: Mapping[str, Any], columns: int | None) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the pictures, the grid and sample.json, in the order in which they are written."""
-    pictures = pixels(images)
-    for about, picture in zip(found["images"], pictures, strict=True):
-        yield about["file"], output.png(picture)
+    """Names and contents of the pictures or films, the grid (of the films' middle frames) and sample.json, in the order
+    in which they are written."""
+    pictures = pixels(images if images.ndim == 4 else images[:, :, images.shape[2] // 2])
+    for i, (about, picture) in enumerate(zip(found["images"], pictures, strict=True)):
+        yield about["file"], output.png(picture) if images.ndim == 4 else mp4(images[i])
     yield "grid.png", output.grid(pictures, columns)
     yield "sample.json", output.as_json(found)
 

@@ -42,7 +42,7 @@ def test_noise_and_embedding_are_optimised(name):
     assert not torch.equal(result.noises, result.noises_before)
 
 
-OWN = {"sana-sprint": {"guidance_scale": 4.5}, "zimage": {"guidance_scale": 0.0}, "qwen": {}, "wan": {"num_frames": 1}}
+OWN = {"sana-sprint": {"guidance_scale": 4.5}, "zimage": {"guidance_scale": 0.0}, "qwen": {}}
 UNBINNED = {"use_resolution_binning": False}
 OWN |= {name: {**UNBINNED, **OWN.get(name, {"guidance_scale": 1.0})} for name in ("pixart", "sana", "sana-sprint")}
 

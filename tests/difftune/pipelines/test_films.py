@@ -1,0 +1,56 @@
+"""Films of Wan: drawn from noise, written as .mp4, judged by their frames."""
+
+import pytest
+import torch
+
+from difftune.errors import UserError
+from difftune.files.films import mp4
+from difftune.pipelines.generate import Sampling, frames_for, generate_batches
+from guidance.methods.cfg import CFG
+from rewards.simple import Brightness
+from rewards.wrappers.frames import OverFrames
+from tests.support import dits, pipelines
+
+
+def test_a_film_is_drawn_from_its_noise_and_has_its_frames():
+    pipe = dits.wan(dits.flow(), texts=True)
+    noises = torch.randn(2, 16, 2, 2, 4, generator=torch.Generator().manual_seed(0))
+    sampling = Sampling(num_inference_steps=2, num_frames=5)
+    (batch,) = generate_batches(pipe, ["a red circle", "a square"], [0, 1], CFG(2.0), sampling, noises)
+    call = {"height": 16, "width": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 2.0}
+    stock = pipe(["a red circle", "a square"], latents=noises, output_type="pt", **call).frames
+    assert batch.images.shape == (2, 3, 5, 16, 32) and batch.nfe == 4
+    assert torch.equal(batch.images, stock.transpose(1, 2))
+
+
+def test_films_are_asked_for_of_models_of_films():
+    assert frames_for(dits.wan(), None) == {"num_frames": 1} and frames_for(pipelines.sd(), None) == {}
+    with pytest.raises(UserError, match="num_frames is 6: give 1 more than a multiple of 4"):
+        frames_for(dits.wan(), 6)
+    with pytest.raises(UserError, match="StableDiffusionPipeline makes pictures: leave num_frames=5 out"):
+        frames_for(pipelines.sd(), 5)
+
+
+def test_an_mp4_holds_the_frames(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    levels = torch.linspace(0.1, 0.9, 5)
+    film = torch.stack([levels, levels.flip(0), torch.full((5,), 0.5)])[:, :, None, None].expand(3, 5, 32, 48)
+    (tmp_path / "film.mp4").write_bytes(mp4(film))
+    reader = cv2.VideoCapture(str(tmp_path / "film.mp4"))
+    frames = [torch.from_numpy(frame).flip(2) for read, frame in iter(reader.read, (False, None)) if read]
+    assert len(frames) == 5 and frames[0].shape == (32, 48, 3)
+    found = torch.stack([frame.float().mean((0, 1)) / 255 for frame in frames], 1)
+    assert (found - film[:, :, 0, 0]).abs().max() < 0.03  # of red, green and blue, frame by frame
+
+
+def test_a_reward_over_frames_is_their_mean():
+    film = torch.rand(2, 3, 9, 4, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    bright = Brightness()
+    scores = OverFrames(bright, 3)(film, ["a", "b"])
+    expected = torch.stack([bright(film[:, :, i], ["a", "b"]) for i in (0, 4, 8)]).mean(0)
+    torch.testing.assert_close(scores, expected)
+    (gradient,) = torch.autograd.grad(scores.sum(), film)
+    assert gradient.flatten(3).any(3).any(1)[0].nonzero().flatten().tolist() == [0, 4, 8]
+    assert torch.equal(OverFrames(bright)(film[:, :, 0], ["a", "b"]), bright(film[:, :, 0], ["a", "b"]))
+    with pytest.raises(ValueError, match="frames is 0: give the frames that are scored"):
+        OverFrames(bright, 0)
