@@ -197,7 +197,7 @@ def answer(found: Mapping[str, Any]) -> str:
         return "no: the epoch after it changes nothing"
     if found.get("from_uninterrupted") == 0:
         return "yes, to the bit"
-    return "yes" if found.get("read_from_saved", 0) == 0 else "not where it was: it reads other weights than it saved"
+    return "yes" if found.get("read_from_saved", 0) == 0 else "not where it was: it reads other weights"
 
 
 # ------------------------------------------------------------------------------------------------ tables

@@ -1,4 +1,4 @@
-"""Measures what stands on docs/evidence.md, and writes the page and the README's table of claims.
+"""Measures what stands on docs/evidence.md, and writes the page, its place in mkdocs.yml and the README's table.
 
     python scripts/make_evidence.py [search noise training guidance peers] [--part I/N] [--quick] [--folder FOLDER]
         [--plan] [--seeds 0 1 2] [--budgets 250 1000 10000] [--prompts 40] [--recipes alignprop ...] [--cap 480]
@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,7 @@ from evidence import guidance, noise, page, peers, search, training  # noqa: E40
 from evidence.rows import Results, Section, part_of  # noqa: E402
 
 from difftune.files.output import write  # noqa: E402
+from rewards.world.grammar import HARD_CATEGORIES  # noqa: E402
 
 PARTS: dict[str, ModuleType] = {
     "guidance": guidance,
@@ -46,8 +48,12 @@ def sizes(given: argparse.Namespace) -> dict[str, Any]:
             found = {n: s._replace(**{name: tuple(value)}) if name in s._fields else s for n, s in found.items()}
     if given.prompts is not None:
         found["search"] = found["search"]._replace(prompts=given.prompts)
+        found["noise"] = found["noise"]._replace(
+            part=replace(found["noise"].part, prompts=-(-given.prompts // len(HARD_CATEGORIES)))
+        )
     if given.cap is not None:
         found["training"] = found["training"]._replace(cap=given.cap)
+        found["noise"] = found["noise"]._replace(cap=given.cap)
     return found
 
 
@@ -101,6 +107,7 @@ def main(given: argparse.Namespace) -> None:
     write(target / page.PAGE, page.page(found, results))
     claims = [claim for section in found.values() for claim in section.claims]
     write(target / "README.md", page.readme((ROOT / "README.md").read_text(), claims))
+    write(target / "mkdocs.yml", page.navigation((ROOT / "mkdocs.yml").read_text()))
     print(f"wrote {target / page.PAGE} and {target / 'README.md'}")
 
 
@@ -113,9 +120,9 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", help="of search, noise, training and peers")
     parser.add_argument("--budgets", type=int, nargs="+", help="evaluations of a prompt in search")
-    parser.add_argument("--prompts", type=int, help="of search")
+    parser.add_argument("--prompts", type=int, help="of search and noise, as many of each category of ShapeEval-hard")
     parser.add_argument("--recipes", nargs="+", choices=training.Size().recipes)
-    parser.add_argument("--cap", type=float, help="seconds of a training")
+    parser.add_argument("--cap", type=float, help="seconds of a training, the noise hypernetwork's among them")
     arguments = parser.parse_args()
     if unknown := set(arguments.rows) - set(PARTS):
         parser.error(f"no section {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")

@@ -112,7 +112,7 @@ def cfgpp_claims(pairs: Mapping[tuple[float, float], Any]) -> Iterator[Claim]:
     if pairs:
         gains = {scales: paired(a["psnr"], b["psnr"], 100.0) for scales, (a, b) in pairs.items()}
         (lam, omega), change = max(gains.items(), key=lambda item: item[0][0] * (item[0][0] <= 0.6))
-        ours = f"{said(change, 1)} dB at lambda {lam:g} to CFG {omega:g}, {len(gains)} pairs of scales in the table"
+        ours = f"{said(change, 1)} dB at lambda {lam:g} to CFG {omega:g}"
         command = "difftune sample --guidance cfgpp"
         yield Claim("CFG++", "guidance/cfgpp.md", "better inversion than CFG", ours, above(change), command)
 

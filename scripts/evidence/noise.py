@@ -54,7 +54,7 @@ class Size(NamedTuple):
     cap: float = 480  # seconds of the hypernetwork's training
     flags: tuple[str, ...] = ("--reward", SMOOTH, "--max_train_steps", "100000", "--checkpointing_steps", "20")
     chosen_on: tuple[int, ...] = (10, 11)  # seeds of the choice of defaults, on which nothing else is reported
-    variants: int | None = 15  # prompts of each category in that choice
+    variants: int | None = 10  # prompts of each category of ShapeEval, on which nothing else is reported either
 
 
 QUICK_PART = Part("tiny-turbo", 1, None, 3, 1, "shapeeval-hard", SMOOTH)
@@ -117,14 +117,17 @@ class Noise:
     # ------------------------------------------------------------------------------------------ ReNO's defaults
 
     def variant(self, name: str, run: Run) -> Row:
-        part = replace(self.size.part, prompts=self.size.variants, options=VARIANTS[name])
+        part = replace(self.choice, options=VARIANTS[name])
         settings = {"part": repr(part), "first": run.first, "prompts": run.prompts}
         place = f"noise/variant-{list(VARIANTS).index(name)}-{run.first:05d}"
         return Row(place, settings, MODELS, partial(chosen, part, run), f"variant-{run.first}")
 
     def variants(self, name: str) -> list[Row]:
-        part = replace(self.size.part, prompts=self.size.variants)
-        return [self.variant(name, run) for seed in self.size.chosen_on for run in self.runs(part, seed)]
+        return [self.variant(name, run) for seed in self.size.chosen_on for run in self.runs(self.choice, seed)]
+
+    @property
+    def choice(self) -> Part:
+        return replace(self.size.part, prompts=self.size.variants, listed="shapeeval")
 
     def of_method(self, method: str) -> list[Row]:
         return [self.row(method, run) for seed in self.size.seeds for run in self.runs(self.size.part, seed)]
@@ -251,8 +254,9 @@ def choice_text(size: Size, choice: Mapping[str, Told]) -> str:
             changes = [said(paired(a, b)) for a, b in pairs]
         rows.append([name, estimate(found.holds), changes[0], f"{mean(found.scores):.4f}", changes[1]])
     lead = (
-        f"ReNO's regulariser and rate, with the smoothed reward, on seeds {', '.join(map(str, size.chosen_on))}, which "
-        "nothing else is reported on; the first row is the default, and the others are paired with it:"
+        f"ReNO's regulariser and rate, with the smoothed reward, on {len(next(iter(choice.values())).holds)} prompts "
+        f"of ShapeEval and seeds {', '.join(map(str, size.chosen_on))}, which nothing else is reported on; the first "
+        "row is the default, and the others are paired with it:"
     )
     head = ["regulariser, weight and rate", "oracle", "to the default", JUDGE, "to the default "]
     return f"{lead}\n\n{table(head, rows)}"

@@ -179,6 +179,12 @@ def test_the_readme_has_a_row_for_each_claim_that_it_shows(make):
         make.page.readme("# nothing\n", [])
 
 
+def test_the_page_gets_its_place_once(make):
+    once = make.page.navigation((ROOT / "mkdocs.yml").read_text())
+    assert once.count("evidence.md") == 1 and "      - benchmarks.md\n      - evidence.md\n" in once
+    assert make.page.navigation(once) == once
+
+
 def test_the_page_tells_claims_tables_and_costs(make, results, searched):
     size = make.search.QUICK._replace(methods=("best-of-n", "dts-star"))
     for row in make.search.rows(size):
