@@ -1,7 +1,7 @@
 """Measures what stands on docs/evidence.md, and writes the page, its place in mkdocs.yml and the README's table.
 
     python scripts/make_evidence.py [search noise training guidance peers] [--part I/N] [--quick] [--folder FOLDER]
-        [--plan] [--seeds 0 1 2] [--budgets 250 1000 10000] [--prompts 40] [--recipes alignprop ...] [--cap 480]
+        [--plan] [--only TEXT] [--seeds 0 1 2] [--budgets 250 1000 10000] [--prompts 40] [--recipes NAME ...] [--cap S]
 
 Each measurement is a small file below FOLDER (runs/evidence), written whole; one that was made with the same settings
 and the same weights is not made again, so that the command can be stopped and goes on. Processes side by side take a
@@ -61,13 +61,20 @@ def sections(chosen: Mapping[str, Any], results: Results) -> dict[str, Section]:
     return {name: PARTS[name].section(size, results) for name, size in chosen.items()}
 
 
-def measure(name: str, size: Any, results: Results, part: str) -> None:
-    """Make what is missing of a section."""
-    todo = [row for row in part_of(PARTS[name].section(size, results).rows, part) if results.read(row) is None]
+def measure(name: str, size: Any, results: Results, part: str, only: str) -> list[str]:
+    """Make what is missing of a section. Returns the names of what failed, of which the reason is printed."""
+    rows = [row for row in PARTS[name].section(size, results).rows if only in row.name]
+    todo, failed = [row for row in part_of(rows, part) if results.read(row) is None], []
     for i, row in enumerate(todo, 1):
-        results.measured(row)
+        try:
+            results.measured(row)
+        except (Exception, SystemExit) as error:  # the others are measured all the same
+            failed.append(row.name)
+            print(f"{name} {i} of {len(todo)}: {row.name} failed: {error}", flush=True)
+            continue
         entry = results.entry(row)
         print(f"{name} {i} of {len(todo)}: {row.name}, {entry['seconds'] if entry else 0} s", flush=True)
+    return failed
 
 
 def planned(found: Mapping[str, Section], results: Results) -> str:
@@ -97,8 +104,9 @@ def main(given: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # so that seconds are one thread's
     folder = given.folder or ROOT / ("runs/evidence_quick" if given.quick else "runs/evidence")
     results, chosen = Results(folder), sizes(given)
+    failed = []
     for name in given.rows if not given.plan else ():
-        measure(name, chosen[name], results, given.part)
+        failed += measure(name, chosen[name], results, given.part, given.only)
     found = sections(chosen, results)
     print(planned({name: found[name] for name in given.rows}, results))
     if given.plan:
@@ -109,12 +117,15 @@ def main(given: argparse.Namespace) -> None:
     write(target / "README.md", page.readme((ROOT / "README.md").read_text(), claims))
     write(target / "mkdocs.yml", page.navigation((ROOT / "mkdocs.yml").read_text()))
     print(f"wrote {target / page.PAGE} and {target / 'README.md'}")
+    if failed:
+        raise SystemExit(f"failed, for the reasons above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", help=f"sections to measure: {', '.join(PARTS)}; all without them")
     parser.add_argument("--part", default="1/1", help="I/N: the I-th of N parts of the measurements")
+    parser.add_argument("--only", default="", metavar="TEXT", help="measure only what has this in its name")
     parser.add_argument("--quick", action="store_true", help="every measurement in small numbers")
     parser.add_argument("--plan", action="store_true", help="measure nothing, say what there is")
     parser.add_argument("--folder", type=Path)

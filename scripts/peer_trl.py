@@ -119,20 +119,21 @@ def resume(job: Job) -> dict[str, Any]:
 
 
 def guidance(job: Job) -> dict[str, Any]:
-    """One epoch without guidance: TRL's scale of 1, at which it makes no second branch."""
-    return one_epoch(job, sample_guidance_scale=1.0)
+    """An epoch without guidance: TRL's scale of 1, at which it makes no second branch."""
+    return epochs(job, 1, sample_guidance_scale=1.0)
 
 
 def defaults(job: Job) -> dict[str, Any]:
-    """One epoch with TRL's own settings, but for ten sampler steps."""
-    return one_epoch(job | {"options": {"sample_num_steps": 10}})
+    """Ten epochs with TRL's own settings, but for ten sampler steps: which of them carry gradient is drawn anew."""
+    return epochs(job | {"options": {"sample_num_steps": 10}}, 10)
 
 
-def one_epoch(job: Job, **options: Any) -> dict[str, Any]:
-    trainer = trainer_of(job, Scores(job["reward"]), **options)
+def epochs(job: Job, count: int, **options: Any) -> dict[str, Any]:
+    trainer = trainer_of(job, Scores(job["reward"]), save_freq=1_000_000, **options)
     begun = predictions(trainer)
-    trainer.step(0, 0)
-    return {"one_epoch": distance(predictions(trainer), begun)}
+    for epoch in range(count):
+        trainer.step(epoch, epoch)
+    return {"moved": distance(predictions(trainer), begun)}
 
 
 def encode(job: Job) -> dict[str, Any]:

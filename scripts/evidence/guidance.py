@@ -21,7 +21,9 @@ HIGH = 6.0  # the scale at which APG's claim is looked at
 class Size(NamedTuple):
     """How much is drawn."""
 
-    sweep: bench_guidance.Size = bench_guidance.Size(model="tiny-flow", adaptive_images=4)
+    sweep: bench_guidance.Size = bench_guidance.Size(
+        (1.5, 3.0, HIGH, 9.0), images=2, adaptive_images=4, repeats=6, model="tiny-flow"
+    )
     pairs: tuple[tuple[float, float], ...] = bench_guidance.PAIRS
     scale: float = 3.0  # of adaptive guidance
 

@@ -59,7 +59,7 @@ class Size(NamedTuple):
 
 QUICK_PART = Part("tiny-turbo", 1, None, 3, 1, "shapeeval-hard", SMOOTH)
 QUICK_FLAGS = ("--reward", SMOOTH, "--max_train_steps", "2", "--train_batch_size", "2")
-QUICK = Size(QUICK_PART, (0,), 120, QUICK_FLAGS, (10,), 1)
+QUICK = Size(QUICK_PART, (0,), 900, QUICK_FLAGS, (10,), 1)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Noise:
         return Row(f"noise/{method}-{run.first:05d}", settings, MODELS, measure, f"noise-{run.first}")
 
     def measured(self, method: str, run: Run) -> dict[str, Any]:
-        bench_reno.warm(self.size.part)
+        warm(self.size.part)
         if method == "hypernoise":
             return moved(self.size.part, run, self.results.measured(self.trained())["folder"])
         return bench_reno.measured(self.size.part, self.known_as(method, run), self.store(method, run))
@@ -92,7 +92,7 @@ class Noise:
 
     def store(self, method: str, run: Run) -> Store:
         """The store in which a method that has another's time looks for it."""
-        store = Store(self.results.folder / f"noise/times-{method}.jsonl")
+        store = Store(self.results.folder / f"noise/times-{method}-{run.first:05d}.jsonl")
         if method.endswith("-time") or method == "best-hypernoise":
             other = "reno" if method.endswith("-time") else "hypernoise"
             store.file.unlink(missing_ok=True)
@@ -110,6 +110,8 @@ class Noise:
         job = Job("hypernoise", 0, folder, self.size.flags, self.size.cap)
         if not bench_recipes.alone(job, bench_recipes.trained, job):
             raise SystemExit("the training of the hypernetwork failed")
+        if not checkpoint.checkpoints(folder):
+            raise SystemExit("the training of the hypernetwork was stopped before its first update")
         last = checkpoint.checkpoints(folder)[-1]
         lines = list(records.records(folder / METRICS))
         return {"folder": str(last), "updates": lines[-1]["step"], "seconds": sum(line["seconds"] for line in lines)}
@@ -136,12 +138,18 @@ class Noise:
         """Block after block, so that a part of them is already a result."""
         blocks = zip(*(self.of_method(method) for method in METHODS), strict=True)
         choice = zip(*(self.variants(name) for name in VARIANTS), strict=True)
-        return [*chain.from_iterable(blocks), *chain.from_iterable(choice)]
+        return [self.trained(), *chain.from_iterable(blocks), *chain.from_iterable(choice)]
 
 
 def chosen(part: Part, run: Run) -> dict[str, Any]:
-    bench_reno.warm(part)
+    warm(part)
     return bench_reno.measured(part, run, Store(Path("unused")))
+
+
+@cache
+def warm(part: Part) -> None:
+    """Once a process, before what is timed."""
+    bench_reno.warm(part)
 
 
 @cache

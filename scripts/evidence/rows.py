@@ -1,9 +1,11 @@
 """A measurement, the file that keeps it, and what is claimed on the page from several of them."""
 
+import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,10 +56,13 @@ class Results:
         return entry if entry["digest"] == row.digest else None
 
     def measured(self, row: Row) -> dict[str, Any]:
-        """What the row found: read, or measured and written as a whole file."""
-        found = self.read(row)
-        if found is not None:
-            return found
+        """What the row found: read, or measured and written as a whole file, by one process at a time."""
+        with locked(self.folder / "locks" / row.name):
+            found = self.read(row)
+            return self.made(row) if found is None else found
+
+    def made(self, row: Row) -> dict[str, Any]:
+        """The row, measured and written."""
         began = time.perf_counter()
         made = dict(row.measure())
         seconds = round(time.perf_counter() - began, 1)
@@ -69,6 +74,15 @@ class Results:
         """What each of the rows found; None unless all were measured."""
         found = [self.read(row) for row in rows]
         return None if not found or None in found else found  # type: ignore[return-value]
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Only one process at a time is within; the lock of one that was killed is free."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 def part_of(rows: Sequence[Row], part: str) -> list[Row]:

@@ -56,7 +56,7 @@ class Size(NamedTuple):
     forwards: float = 13_000  # forward-equivalents of each run in that choice
 
 
-QUICK = Size(120, (0,), (*GRADIENT, *CALLED), 1, 2, bench_recipes.QUICK, (20, 60), (10,), 400)
+QUICK = Size(900, (0,), (*GRADIENT, *CALLED), 1, 2, bench_recipes.QUICK, (900, 900), (10,), 400)
 
 
 def flags_of(recipe: str, size: Size) -> tuple[str, ...]:

@@ -19,8 +19,8 @@ def bench():
     ("found", "words"),
     [
         ({"error": "AssertionError: 50 | 10"}, "no: AssertionError: 50 / 10"),
-        ({"one_epoch": 0.1}, "yes"),
-        ({"one_epoch": 0.0}, "no: nothing changes"),
+        ({"moved": 0.1}, "yes"),
+        ({"moved": 0.0}, "no: nothing changes"),
         ({"read_from_saved": 0.0, "epoch_after_resuming": 0.0}, "no: the epoch after it changes nothing"),
         ({"read_from_saved": 0.2, "epoch_after_resuming": 0.1}, "not where it was: it reads other weights"),
         ({"epoch_after_resuming": 0.1, "from_uninterrupted": 0.0}, "yes, to the bit"),
@@ -32,7 +32,7 @@ def test_a_trial_is_told_as_it_went(found, words, bench):
 
 
 def test_every_trial_is_a_column_and_every_recipe_a_row(bench):
-    found = {(of, r, t): {"one_epoch": 1.0} for of in ("trl", "difftune") for r in bench.TRIED for t in bench.TRIALS}
+    found = {(of, r, t): {"moved": 1.0} for of in ("trl", "difftune") for r in bench.TRIED for t in bench.TRIALS}
     head, _, *rows = bench.told_trials(found).splitlines()
     assert all(words in head for words in bench.TRIALS.values())
     assert [row.split(" | ")[0] for row in rows] == [

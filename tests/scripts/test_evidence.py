@@ -1,7 +1,9 @@
 """The evidence: a measurement is made once, what is claimed follows from what was measured, and the page tells it."""
 
+import fcntl
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,23 @@ def test_a_row_is_measured_once_until_its_settings_or_the_weights_change(make, r
     assert results.read(row) is None
     results.measured(row)
     assert made == ["part/one"] * 2
+
+
+def test_one_process_at_a_time_makes_a_row(make, results):
+    """What another one has measured meanwhile is read."""
+    made, held = [], []
+    row = row_in(make, made)
+
+    def measure():
+        with (results.folder / "locks" / row.name).open("w") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(True)
+        return {"value": 2.0}
+
+    assert results.measured(replace(row, measure=measure)) == {"value": 2.0} and held
+    with (results.folder / "locks" / row.name).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert results.measured(row) == {"value": 2.0} and not made
 
 
 def test_parts_are_all_rows_once_and_keep_groups_together(make):
@@ -179,6 +198,21 @@ def test_the_readme_has_a_row_for_each_claim_that_it_shows(make):
         make.page.readme("# nothing\n", [])
 
 
+def test_what_fails_is_named_and_the_others_are_measured(make, results, monkeypatch, capsys):
+    def measured(run, prompts, setting):
+        if run.method == "dts-star":
+            raise RuntimeError("no memory")
+        return {"seconds": 0.0, "points": [[[10, 1, 0.5, 1.0]] for _ in prompts]}
+
+    monkeypatch.setattr("bench_search.measured", measured)
+    size = make.search.QUICK._replace(methods=("best-of-n", "dts-star", "fk"))
+    failed = make.measure("search", size, results, "1/1", "-40-")
+    assert failed == ["search/dts-star-40-0-000", "search/dts-star-40-0-002"]
+    assert "dts-star-40-0-002 failed: no memory" in capsys.readouterr().out
+    made = [row.name for row in make.search.rows(size) if results.read(row)]
+    assert len(made) == 4 and not [name for name in made if "-20-" in name or "dts" in name]
+
+
 def test_the_page_gets_its_place_once(make):
     once = make.page.navigation((ROOT / "mkdocs.yml").read_text())
     assert once.count("evidence.md") == 1 and "      - benchmarks.md\n      - evidence.md\n" in once
@@ -200,7 +234,7 @@ def test_the_page_tells_claims_tables_and_costs(make, results, searched):
 @pytest.mark.parametrize("name", ["guidance", "search", "noise", "training"])
 def test_a_section_is_measured_in_small_numbers_and_told(make, name, tmp_path, monkeypatch):
     given = dict.fromkeys(("seeds", "budgets", "recipes", "prompts", "cap"))
-    given |= {"quick": True, "plan": False, "folder": tmp_path, "part": "1/1", "rows": [name]}
+    given |= {"quick": True, "plan": False, "folder": tmp_path, "part": "1/1", "rows": [name], "only": ""}
     if name == "training":
         given["recipes"] = ["drtune", "ddpo"]
     make.main(Namespace(**given))
