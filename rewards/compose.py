@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import isfinite, sqrt
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from math import inf, isfinite, sqrt
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -129,15 +129,134 @@ def seen(scores: Tensor, before: Statistics | None = None) -> Statistics:
     return Statistics(number, before.mean + delta * len(x) / number, squares)
 
 
-def normalised(
-    parts: Mapping[str, Tensor], statistics: Mapping[str, Statistics]
-) -> tuple[dict[str, Tensor], dict[str, Statistics]]:
-    """(scores - mean) / std of every reward, by the statistics with this batch counted in; and those statistics.
+Scaling = Literal["none", "range", "running", "group"]
 
-    A constant reward becomes 0. The statistics carry no gradient.
+
+class Scale(NamedTuple):
+    """A reward counts as (score - mean) / std."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+
+@dataclass
+class Scales:
+    """Statistics of several rewards' scores that move from step to step: within one, `present` is what counts."""
+
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    present: dict[str, Statistics] = field(default_factory=dict)
+    met: list[dict[str, Tensor]] = field(default_factory=list)  # scores that are not counted in yet
+    listening: bool = False  # whether scores are met
+    latest: dict[str, Statistics] = field(default_factory=dict)  # of the last step that had any
+    begun: bool = False  # whether the present step has counted some
+
+    def listen(self) -> None:
+        """From now on scores are met, until they are taken."""
+        self.met, self.listening = [], True
+
+    def meet(self, parts: Mapping[str, Tensor]) -> None:
+        if self.listening:
+            self.met.append({name: scores.detach().cpu() for name, scores in parts.items()})
+
+    def take(self) -> dict[str, list[float]]:
+        """The scores that were met."""
+        met = [{name: scores.double().tolist() for name, scores in parts.items()} for parts in self.met]
+        self.met, self.listening = [], False
+        return {name: [score for parts in met for score in parts[name]] for name in (met[0] if met else {})}
+
+    def count(self, parts: Mapping[str, Sequence[float]]) -> None:
+        """Count scores in, which the next step is scaled by."""
+        if parts and not self.begun:
+            self.latest, self.begun = {}, True
+        for name, scores in parts.items():
+            for statistics in (self.statistics, self.latest):
+                statistics[name] = seen(torch.tensor(scores, dtype=torch.float64), statistics.get(name))
+
+    def renew(self) -> None:
+        """A step begins: all that was counted is present."""
+        self.present, self.begun = dict(self.statistics), False
+
+    def state(self) -> dict[str, list[float]]:
+        """The statistics as JSON holds them."""
+        return {name: list(found) for name, found in self.statistics.items()}
+
+    def load(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Put back what `state` gave."""
+        self.statistics = {name: Statistics(int(n), mean, squares) for name, (n, mean, squares) in state.items()}
+        self.renew()
+
+
+@dataclass(frozen=True)
+class ScaledSum(WeightedSum):
+    """sum_i weight_i (reward_i(images, prompts) - mean_i) / std_i, so that weights compare whatever the rewards' units.
+
+    scaling: "range", mean and std are the low end and the width of the reward's nominal range; "running", those of all
+    scores of the steps before, and the nominal range's while there are fewer than two; "group", those of each `group`
+    scores in a row, which are of one prompt, and 0 if they are equal; "none", 0 and 1. `scales` are running's. No
+    gradient goes through mean and std. Raises ValueError for a reward without a nominal range if that is wanted.
     """
-    now = {name: seen(scores, statistics.get(name)) for name, scores in parts.items()}
-    return {name: (scores - now[name].mean) / now[name].std for name, scores in parts.items()}, now
+
+    scaling: Scaling = "none"
+    group: int = 1
+    scales: Scales = field(default_factory=Scales, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.scaling not in get_args(Scaling):
+            raise RewardError(f"rewards are scaled by {', '.join(get_args(Scaling))}, not {self.scaling!r}")
+        if self.scaling == "range":
+            for name in self.rewards:
+                nominal_scale(name)
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        found = super().parts(images, prompts)
+        self.scales.meet(found)
+        return found
+
+    def total(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return super().total({name: self.scaled(name, scores) for name, scores in parts.items()})
+
+    def scaled(self, name: str, scores: Tensor) -> Tensor:
+        """The scores (B,) of a reward in its scale."""
+        if self.scaling == "group":
+            return in_groups(scores, self.group)
+        mean, std = self.scale(name)
+        return (scores - mean) / std
+
+    def scale(self, name: str) -> Scale:
+        known = self.scales.present.get(name, Statistics())
+        if self.scaling == "running" and known.number > 1:
+            return Scale(known.mean, known.std)
+        if self.scaling == "running":
+            return nominal_scale(name, Scale())
+        return nominal_scale(name) if self.scaling == "range" else Scale()
+
+
+def nominal_scale(name: str, otherwise: Scale | None = None) -> Scale:
+    """The low end and the width of a reward's nominal range; `otherwise` for one that has none, and for a reward that
+    is known by its class alone. RewardError without that."""
+    try:
+        low, high = entry(name).range
+    except RewardError:
+        low, high = -inf, inf
+    if high - low < inf:
+        return Scale(low, high - low)
+    if otherwise is not None:
+        return otherwise
+    raise RewardError(f"reward {name!r} has no nominal range to be scaled by: leave reward_scaling out, and weigh it")
+
+
+def in_groups(scores: Tensor, group: int) -> Tensor:
+    """(r - mean of the prompt) / std of the prompt, (B,), of every `group` scores in a row; 0 if they are all equal."""
+    groups = scores.double().view(-1, group)
+    alike = (groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)).detach()
+    gaps = (groups - groups.mean(1, keepdim=True).detach()).masked_fill(alike, 0.0)
+    std = groups.detach().std(1, correction=0, keepdim=True).clamp(min=1e-6)
+    return (gaps / std).flatten().to(scores)
+
+
+def scaled_sum(reward: WeightedSum, scaling: Scaling, group: int = 1) -> WeightedSum:
+    """The same sum of scaled rewards; itself if they are not to be scaled."""
+    return reward if scaling == "none" else ScaledSum(reward.rewards, reward.weights, scaling, group)
 
 
 @dataclass(frozen=True)

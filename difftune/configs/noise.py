@@ -18,6 +18,9 @@ class RenoConfig(Config):
     """Model to draw with: tiny-turbo, tiny, a folder in diffusers' format, or an id on the Hub."""
     reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
     """Rewards to raise, as a weighted sum; a weight is 1 if not given. Differentiable, if the optimiser needs it."""
+    reward_scaling: Literal["none", "range"] = "none"
+    """What each reward is divided by before they are summed: none, nothing; range, the width of its nominal range. A
+    scale that moves would make the rewards of two iterations no longer comparable."""
     output_dir: str = "runs/reno"
     """Folder of the result. It must be empty, unless the run is resumed."""
     iterations: Count = 50
@@ -72,8 +75,6 @@ class RenoConfig(Config):
     regularizer: Literal["chi", "spectral", "dno"] = "chi"
     """Minus the log density that Gaussian noise gives to the noise's norm (chi), to its norm and spectrum
     (spectral), or to its blocks (dno)."""
-    normalize: bool = False
-    """Divide each reward by the width of its nominal range, so that weights compare."""
     held_out: str | None = None
     """Reward that is not optimised: it is reported beside the one that is, with the iteration where they part."""
     patience: Count | None = None

@@ -212,9 +212,6 @@ class GRPOConfig(TrainingConfig):
     advantage_std: Literal["residual", "group", "raw"] = "residual"
     """What divides a reward's distance from its prompt's mean: residual, the deviation of these distances; group, the
     prompt's own (DanceGRPO); raw, that of all rewards (Flow-GRPO)."""
-    reward_scaling: Literal["none", "group"] = "none"
-    """How several rewards become one advantage: none, as their weighted sum; group, each divided by its deviation in
-    the prompt's images before they are summed (GDPO), so that no scale counts; advantage_std is then unused."""
     adv_clip_max: NotNegative = 5.0
     """Advantages are kept within this many standard deviations."""
     trust: Literal["clip", "guard"] = "clip"
@@ -262,9 +259,6 @@ class NFTConfig(TrainingConfig):
     advantage_std: Literal["residual", "group", "raw"] = "raw"
     """What divides a reward's distance from its prompt's mean: residual, the deviation of these distances; group, the
     prompt's own; raw, that of all rewards, as in the paper's code."""
-    reward_scaling: Literal["none", "group"] = "none"
-    """How several rewards become one advantage: none, as their weighted sum; group, each divided by its deviation in
-    the prompt's images before they are summed (GDPO), so that no scale counts; advantage_std is then unused."""
     adv_clip_max: NotNegative = 5.0
     """Advantages are kept within this many standard deviations; an image at the upper end has quality 1."""
     clip_range: NotNegative | None = None

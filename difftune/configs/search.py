@@ -22,6 +22,9 @@ class SearchConfig(Config):
     """Folder of a training run, whose LoRA is loaded."""
     reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
     """Rewards to raise, as a weighted sum; a weight is 1 if not given. tds needs differentiable ones."""
+    reward_scaling: Literal["none", "range"] = "none"
+    """What each reward is divided by before they are summed: none, nothing; range, the width of its nominal range. A
+    scale that moves would make the rewards of two moments no longer comparable."""
     output_dir: str = "runs/search"
     """Folder of the result. It must be empty, unless the search is resumed."""
     nfe_budget: Count = 800

@@ -16,6 +16,10 @@ class TrainingConfig(Config):
     """Model to train: tiny, tiny-turbo, a folder in diffusers' format, or an id on the Hub."""
     reward: list[str] = field(default_factory=lambda: ["tiny-clip"])
     """Rewards to raise, as a weighted sum; a weight is 1 if not given."""
+    reward_scaling: Literal["none", "range", "running", "group"] = "none"
+    """What each reward is divided by before they are summed: none, nothing; range, the width of its nominal range;
+    running, the deviation of its scores so far; group, that in the prompt's images (GDPO), if images of a prompt are
+    compared: advantage_std is then unused."""
     output_dir: str = "runs/train"
     """Folder of the run. It must be empty, unless the run is resumed."""
     prompts: str = "shapes"

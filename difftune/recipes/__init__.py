@@ -20,12 +20,14 @@ __all__ = ["RECIPES", "Recipe", "check_recipe", "recipe_of", "train", "train_in_
 
 def check_recipe(config: TrainingConfig, pipe: Any = None, reward: "Reward | None" = None) -> None:
     """UserError, in one sentence, for the first invalid setting; nothing heavy is loaded."""
+    from difftune.recipes.scaling import check_scaling
     from difftune.training.checks import check_reward, check_training
 
     recipe = recipe_of(config)
     check_training(config, pipe)
     recipe.check(config)
     check_reward(config, reward, gradient=recipe.reward == "gradient")
+    check_scaling(recipe, config, reward)
 
 
 def train(

@@ -75,6 +75,8 @@ class Recipe:
     folder of pictures; any reward, or an objective of sets of images."""
     reference: bool | str = False
     """Whether the model before training is called too: always, never, or if the setting of this name is above 0."""
+    own_groups: bool = False
+    """Whether it scales the parts of a reward in the group of a prompt by itself, over all batches of a round."""
     finish: str = ""
     """The function of the recipe's file that a run in a folder ends with, if it has one: see `write_win_rate`."""
 
@@ -118,8 +120,8 @@ RECIPES = {
         Recipe("adjoint-matching", AdjointMatchingConfig, "Adjoint matching", "2409.08861", "gradient", reference=True),
         Recipe("hypernoise", HypernoiseConfig, "HyperNoise", "2508.09968", "gradient", reference=True),
         Recipe("ddpo", DDPOConfig, "DDPO", "2305.13301", reference="kl_weight"),
-        Recipe("grpo", GRPOConfig, "Flow-GRPO", "2505.05470", reference="kl_weight"),
-        Recipe("nft", NFTConfig, "DiffusionNFT", "2509.16117", reference=True),
+        Recipe("grpo", GRPOConfig, "Flow-GRPO", "2505.05470", reference="kl_weight", own_groups=True),
+        Recipe("nft", NFTConfig, "DiffusionNFT", "2509.16117", reference=True, own_groups=True),
         Recipe("d3po", D3POConfig, "D3PO", "2311.13231", "labels", reference=True),
         Recipe("dpo", DPOConfig, "Diffusion-DPO", "2311.12908", "labels", reference=True),
         Recipe("kto", KTOConfig, "Diffusion-KTO", "2404.04465", "labels", reference=True),

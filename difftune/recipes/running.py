@@ -13,6 +13,7 @@ from difftune.lookup import reward_named
 from difftune.models import load as load_model
 from difftune.recipes.card import model_card, trained_on
 from difftune.recipes.catalogue import Recipe
+from difftune.recipes.scaling import scale_rewards
 from difftune.rollouts.session import open_session
 from difftune.training import run_folder, validation
 from difftune.training.report import write_report
@@ -42,7 +43,7 @@ def train_steps(
     """Metrics and state after each remaining optimiser step."""
     reference, say = recipe.wants_reference(config), say or keep_quiet
     with open_session(config, state, parts.pipe, parts.prompts, parts.reward, reference, say) as session:
-        yield from recipe.train(session)
+        yield from recipe.train(scale_rewards(recipe, session))
 
 
 def train_unsaved(

@@ -1,16 +1,13 @@
-"""ReNO's settings as objects: optimisers by their names, and rewards as one weighted sum."""
+"""ReNO's optimisers by their names."""
 
-from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from difftune.errors import UserError
-from difftune.lookup import Rewards, known, reward_named
+from difftune.lookup import known
 from difftune.reno.first_order import FIRST_ORDER
 from difftune.reno.paper import Setting, learning_rate
 from difftune.reno.zero_order import ZERO_ORDER
-from rewards.compose import WeightedSum
-from rewards.registry import entry, spelled
+from rewards.registry import spelled
 
 OPTIMIZERS = FIRST_ORDER | ZERO_ORDER
 
@@ -39,20 +36,3 @@ def sized(optimizer: Any, paper: Setting | None, dimension: int) -> Any:
     if vars(optimizer).get("learning_rate", 0) is not None:
         return optimizer
     return replace(optimizer, learning_rate=paper.learning_rate if paper else learning_rate(dimension))
-
-
-def weights_over_ranges(reward: Rewards) -> WeightedSum:
-    """The weighted sum where each reward is divided by the width of its nominal range.
-
-    UserError for a reward without a name, or without a range.
-    """
-    if not isinstance(reward, Mapping):
-        raise UserError("normalize goes by the rewards' nominal ranges: give the rewards by name")
-    return reward_named({name: weight / nominal_width(name) for name, weight in reward.items()}, gradient=False)
-
-
-def nominal_width(name: str) -> float:
-    low, high = entry(name).range
-    if not high - low < float("inf"):
-        raise UserError(f"reward {name!r} has no nominal range to be normalised by: leave normalize out, and weigh it")
-    return high - low

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from difftune.errors import UserError
 from difftune.files.checkpoint import State, going_on
-from difftune.lookup import at_least, reward_named, reward_weights, sampler_named
+from difftune.lookup import Rewards, at_least, reward_named, reward_weights, sampler_named
 from difftune.pipelines.engine import one_at_a_time, wants_noise
 from difftune.pipelines.method_parts import equip, guided_by
-from difftune.reno.named import Rewards, needs_gradient, sized, weights_over_ranges
+from difftune.reno.named import needs_gradient, sized
 from difftune.reno.objective import Iteration, Objective, Unknowns, embeddings
 from difftune.reno.paper import levels_at, setting_of
 from difftune.reno.progress import Progress, beginning, chosen, of_state
@@ -31,6 +31,7 @@ from difftune.reno.settings import NoiseSettings
 from difftune.reno.zero_order import ranked, started
 from guidance.invert import invert
 from guidance.methods.catalogue import Plain
+from rewards.compose import scaled_sum
 from solvers.latent import Generators, LatentModel
 from solvers.memory.budget import Plan
 from solvers.noise import Noise
@@ -228,7 +229,7 @@ class ReNO(NoiseSettings):
         if start is not None:
             noise = started_at(start, noise)
         unknowns = Unknowns(self.variables, noise, embeddings(conds, noise))
-        reward = weights_over_ranges(self.reward) if self.normalize else reward_named(self.reward, gradient=False)
+        reward = scaled_sum(reward_named(self.reward, gradient=False), self.reward_scaling)
         watched = None if self.held_out is None else reward_named(self.held_out, gradient=False)
         batch = len(prompts) * self.candidates
         whole = Plan(self.gradient or "checkpoint", batch, batch, decode_batch=self.decode_batch)

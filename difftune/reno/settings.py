@@ -47,7 +47,7 @@ class NoiseSettings(Ranged):
     grad_clip: Positive | None = None
     regularizer: str = "chi"  # a name of `regularizers.REGULARIZERS`
     regularization_weight: NotNegative = 0.01
-    normalize: bool = False  # divide each reward by the width of its nominal range, so that weights compare
+    reward_scaling: Literal["none", "range"] = "none"  # range: each reward as a share of its nominal range
     patience: Count | None = None  # iterations without a better image after which a sample leaves
     target: float | None = None  # total reward at which a sample leaves
     max_distance: NotNegative | None = None  # from the start, as a share of the start's norm

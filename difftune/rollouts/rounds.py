@@ -70,10 +70,11 @@ class Rounds(Generic[Found]):
             else:
                 before = run.own if self.first < 0 else self.began
                 weights = run.weights if self.sampled_by is None else self.sampled_by(before, first)
-                self.began = Kept(copy_tensors(weights), {"seen": run.seen.state()})
+                self.began = Kept(copy_tensors(weights), {"seen": run.seen.state(), "scales": run.scales.state()})
             self.first, self.found = first, None
         if self.found is None:
             run.seen.load(self.began.info["seen"])
+            run.scales.load(self.began.info.get("scales", {}))
             seed = seed_of(run.config.seed, first, f"round of process {run.rank}")
             with lend_weights(run.weights, self.began.tensors), seeded_generators(seed):
                 self.found = self.collect(range(first, first + self.length))

@@ -36,6 +36,7 @@ from difftune.search_runs.flags import experts_of, method_settings_of
 from difftune.search_runs.lineage_plot import picture, shown_leaves
 from difftune.search_runs.search import GRADIENTS, Found, Point, Search, decode_each, method_config, search
 from guidance.search.problem import Graph, Saved
+from rewards.compose import scaled_sum
 from rewards.registry import Reward
 
 STATE, RESULT = "state.safetensors", "search.json"
@@ -83,7 +84,8 @@ def check_search(config: SearchConfig, reward: Reward | None = None) -> None:
 
 def begin_search(config: SearchConfig, earlier: "Earlier | None", pipe: Any, reward: Reward | None) -> Search:
     """The search, from its beginning or from where it was saved."""
-    reward = reward_named(config.reward if reward is None else reward, gradient=config.method in GRADIENTS)
+    named = reward_named(config.reward if reward is None else reward, gradient=config.method in GRADIENTS)
+    reward = scaled_sum(named, config.reward_scaling)
     going = search(
         open_pipeline(config.model, config.lora) if pipe is None else pipe,
         config.prompt,

@@ -28,6 +28,7 @@ from difftune.training.network import DTYPES, FrozenNetwork, ReferenceNetwork, T
 from difftune.training.numbering import sample_numbers, seed_of
 from difftune.training.optimizers import OPTIMIZERS, learning_rates
 from difftune.training.reward_statistics import PerPrompt
+from rewards.compose import Scales
 from solvers.rollout.run import unchecked_gradients, watch_gradients, watching
 
 Metrics = dict[str, float]
@@ -63,6 +64,7 @@ class Training:
     done: int = 0  # optimiser steps before this process began
     skipped: int = 0  # of them and since, how many were not finite
     seen: PerPrompt = field(default_factory=PerPrompt)  # the rewards of each prompt, in all processes
+    scales: Scales = field(default_factory=Scales)  # of several rewards, in all processes
     own: Kept = field(default_factory=keep_nothing)  # what a recipe gave `take_snapshot`, of the resumed state
     generators: Randomness | None = None  # with which the first remaining step begins
 
@@ -263,6 +265,7 @@ def take_snapshot(run: Training, step: int, metrics: Metrics, own: Kept | None =
         "skipped": run.skipped,
         "updates": run.average.updates if run.average is not None else 0,
         "seen": run.seen.state(),
+        "scales": run.scales.state(),
         "gradients": None if run.gradients is None else {"count": run.gradients.count, "pairs": run.gradients.pairs},
         "optimizer": {f"{key}.{name}": number for key, its in numbers.items() for name, number in its.items()},
         "own": dict(own.info),
@@ -300,6 +303,7 @@ def resume_training(run: Training, state: State) -> None:
     run.done, run.skipped = state.step, info["skipped"]
     run.own = Kept(tensors.own, info["own"])
     run.seen.load(info["seen"])
+    run.scales.load(info.get("scales", {}))
     if run.gradients is not None and tensors.gradient:  # a checkpoint of 0.1 has none
         run.gradients.previous = tensors.gradient["previous"].to(run.accelerator.device)
         run.gradients.count = info["gradients"]["count"]

@@ -33,6 +33,7 @@ def attempt_step(run: Training, step: int) -> Iterator[Metrics]:
         run.generators = None
     for group in run.optimizer.param_groups:
         group["lr"] = config.learning_rate * run.rate(step)
+    run.scales.renew()
     metrics: Metrics = {"step": step + 1}
     try:
         yield metrics
@@ -43,7 +44,8 @@ def attempt_step(run: Training, step: int) -> Iterator[Metrics]:
             raise RunError(f"step {step + 1}: {error}; checkpoints are as they were") from error
         processes.say_once(f"step {step + 1} is skipped, {run.skipped} of {config.max_skipped_steps}: {error}")
     rate = run.optimizer.param_groups[0]["lr"]
-    metrics.update({"lr": rate, "skipped": run.skipped, "seconds": time.perf_counter() - started})
+    means = {f"reward.{name}": found.mean for name, found in run.scales.latest.items()}
+    metrics.update({**means, "lr": rate, "skipped": run.skipped, "seconds": time.perf_counter() - started})
 
 
 def take_step(
@@ -126,20 +128,26 @@ def gradients_of(run: Training) -> list[Tensor]:
 
 
 def score_images(reward: Reward, images: Tensor, prompts: Sequence[str], run: Training) -> Tensor:
-    """The scores (B,). Raises NotFinite, in every process, if one of any process is not finite."""
+    """The scores (B,). Raises NotFinite, in every process, if one of any process is not finite.
+
+    What each reward of a `ScaledSum` gave is counted in `run.scales`.
+    """
     scores, fault = None, None
+    run.scales.listen()
     try:
         scores = reward(images, prompts)
         if not scores.isfinite().all():
             fault = f"the reward for {prompts[int(scores.isfinite().int().argmin())]!r} is not finite"
     except NotFinite as error:
         fault = str(error)
-    everyone = gather_object([(fault, prompts, None if scores is None else scores.detach().tolist())])
-    for found, _, _ in everyone:
+    met = run.scales.take()
+    everyone = gather_object([(fault, prompts, None if scores is None else scores.detach().tolist(), met)])
+    for found, *_ in everyone:
         if found is not None:
             raise NotFinite(found)
-    for _, its, values in everyone:
+    for _, its, values, parts in everyone:
         run.seen.update(its, values)
+        run.scales.count(parts)
     assert scores is not None
     return scores
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -5,11 +7,11 @@ from rewards.checks import checked, finite
 from rewards.compose import (
     Clipped,
     Routed,
+    ScaledSum,
     WeightedSum,
     dual_ascent,
     lagrangian,
     non_dominated,
-    normalised,
     parse_rewards,
     seen,
     weighted,
@@ -145,21 +147,67 @@ def test_statistics_are_those_of_all_scores_whatever_the_batches():
     assert statistics.std == pytest.approx(float(scores.std()), rel=1e-6)
 
 
-def test_normalised_rewards_have_one_scale():
-    parts = {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([100.0, 300.0, 200.0]), "c": torch.full((3,), 7.0)}
-    found, statistics = normalised(parts, {})
-    torch.testing.assert_close(found["a"], torch.tensor([-1.0, 0.0, 1.0]))
-    torch.testing.assert_close(found["b"], torch.tensor([-1.0, 1.0, 0.0]))
-    torch.testing.assert_close(found["c"], torch.zeros(3))
-    again, _ = normalised({"a": torch.tensor([2.0])}, statistics)
-    assert abs(float(again["a"])) < 1e-6
+class Given:
+    """Scores as they are given."""
+
+    differentiable = True
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def __call__(self, images, prompts):
+        return self.scores
 
 
-def test_normalised_gradient_is_the_rewards_over_its_std():
-    scores = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
-    found, statistics = normalised({"a": scores}, {})
-    (gradient,) = torch.autograd.grad(found["a"].sum(), scores)
-    torch.testing.assert_close(gradient, torch.full((3,), 1 / statistics["a"].std))
+def scaled(parts, scaling, weights=None, **more):
+    weights = weights or dict.fromkeys(parts, 1.0)
+    return ScaledSum({name: Given(scores) for name, scores in parts.items()}, weights, scaling, **more)
+
+
+X = torch.zeros(4, 3, 2, 2), ["a", "a", "b", "b"]
+PARTS = {"brightness": torch.tensor([-1.0, 0.0, -0.5, -0.25]), "jpeg": torch.tensor([100.0, 300.0, 200.0, 200.0])}
+
+
+def test_rewards_are_shares_of_their_nominal_ranges():
+    found = scaled(PARTS, "range", {"brightness": 2.0, "jpeg": -1.0})(*X)
+    share = {"brightness": PARTS["brightness"] + 1, "jpeg": (PARTS["jpeg"] - 0.5) / 299.5}
+    torch.testing.assert_close(found, 2 * share["brightness"] - share["jpeg"])
+    with pytest.raises(ValueError, match="'remote' has no nominal range to be scaled by"):
+        scaled({"remote": PARTS["jpeg"]}, "range")
+    with pytest.raises(ValueError, match="scaled by none, range, running, group, not 'unit'"):
+        scaled(PARTS, "unit")
+
+
+def test_rewards_are_scaled_by_what_was_seen_before_the_step():
+    """The nominal range until two scores are there; then (r - mean) / std, which does not move within a step."""
+    reward = scaled({**PARTS, "unknown": torch.tensor([1.0, 2.0, 3.0, 4.0])}, "running")
+    shares = (PARTS["brightness"] + 1) + (PARTS["jpeg"] - 0.5) / 299.5 + torch.arange(1.0, 5)
+    for _ in range(2):
+        reward.scales.listen()
+        torch.testing.assert_close(reward(*X), shares)
+        reward.scales.count(reward.scales.take())
+    reward.scales.renew()
+    own = {name: member.scores.repeat(2) for name, member in reward.rewards.items()}
+    expected = sum((member.scores - own[n].mean()) / own[n].std() for n, member in reward.rewards.items())
+    torch.testing.assert_close(reward(*X), expected)
+    assert reward.scales.take() == {}  # it did not listen
+    again = scaled({name: member.scores for name, member in reward.rewards.items()}, "running")
+    again.scales.load(json.loads(json.dumps(reward.scales.state())))
+    assert torch.equal(again(*X), reward(*X))
+
+
+def test_rewards_are_scaled_within_the_images_of_a_prompt():
+    found = scaled(PARTS, "group", {"brightness": 1.0, "jpeg": 2.0}, group=2)(*X)
+    torch.testing.assert_close(found, torch.tensor([-3.0, 3.0, -1.0, 1.0]))  # the last two sizes are equal
+
+
+def test_no_gradient_goes_through_a_scale():
+    scores = torch.tensor([1.0, 2.0, 4.0, 4.0], requires_grad=True)
+    reward = scaled({"jpeg": scores}, "running")
+    reward.scales.count({"jpeg": [0.0, 4.0]})
+    reward.scales.renew()
+    (gradient,) = torch.autograd.grad(reward(*X).sum(), scores)
+    torch.testing.assert_close(gradient, torch.full((4,), 1 / 8**0.5))
 
 
 def test_clipped_reward_has_no_gradient_outside():

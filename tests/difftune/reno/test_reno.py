@@ -617,15 +617,15 @@ def test_another_size_is_made_and_sdxl_is_served():
 
 def test_normalised_rewards_are_shares_of_their_ranges(pipe):
     scores = {"brightness": 2.0, "contrast": 1.0}
-    plain, normal = (next(quiet(pipe, scores, normalize=n).iterate(PROMPTS, 1)).record for n in (False, True))
+    plain, normal = (next(quiet(pipe, scores, reward_scaling=n).iterate(PROMPTS, 1)).record for n in ("none", "range"))
     assert torch.equal(plain.parts["contrast"], normal.parts["contrast"])
     from rewards.registry import REWARDS
 
-    width = {name: REWARDS[name].range[1] - REWARDS[name].range[0] for name in scores}
-    expected = sum(weight * plain.parts[name] / width[name] for name, weight in scores.items())
+    ends = {name: REWARDS[name].range for name in scores}
+    expected = sum(w * (plain.parts[n] - ends[n][0]) / (ends[n][1] - ends[n][0]) for n, w in scores.items())
     assert torch.allclose(normal.total, expected) and not torch.allclose(normal.total, plain.total)
-    with pytest.raises(UserError, match="'colorfulness' has no nominal range|nominal ranges: give the rewards by name"):
-        quiet(pipe, normalize=True).optimize(PROMPTS, 1)
+    with pytest.raises(ValueError, match="'Linear' has no nominal range"):
+        quiet(pipe, reward_scaling="range").optimize(PROMPTS, 1)
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -41,8 +41,9 @@ def settings(out, **more) -> RenoConfig:
 
 OTHER = {"num_inference_steps": 3, "sampler": "ancestral", "guidance": "cfg", "embedded_guidance": 2.0, "height": 32,
          "width": 16, "setting": "sd-turbo", "variables": "both", "optimizer": "adam", "learning_rate": 0.3,
-         "grad_clip": 0.7, "regularizer": "spectral", "regularization_weight": 0.2, "normalize": True, "patience": 4,
-         "target": 0.9, "max_distance": 0.4, "gradient": "checkpoint", "memory_budget": "3GiB",
+         "grad_clip": 0.7, "regularizer": "spectral", "regularization_weight": 0.2, "patience": 4,
+         "reward_scaling": "range", "target": 0.9,
+         "max_distance": 0.4, "gradient": "checkpoint", "memory_budget": "3GiB",
          "offload": True, "decode_batch": 2, "enable_vae_tiling": True}  # fmt: skip
 
 
