@@ -7,7 +7,7 @@ import shutil
 import zlib
 from collections import defaultdict
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["HF_HUB_OFFLINE"] = str(int(os.environ.get("DIFFTUNE_NETWORK") != "1"))  # before huggingface_hub is imported
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' tensors are tiny: threads would only wait for each other
 
@@ -39,6 +39,8 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device: torch.cuda.is_available() is False")
+    if item.get_closest_marker("network") and os.environ["HF_HUB_OFFLINE"] == "1":
+        pytest.skip("needs the Hub, and gigabytes of weights: set DIFFTUNE_NETWORK=1")
     if item.get_closest_marker("browser") and not any(map(shutil.which, BROWSERS)):
         pytest.skip(f"needs Chromium: none of {', '.join(BROWSERS)} is on the PATH")
 

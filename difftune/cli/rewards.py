@@ -111,7 +111,8 @@ def _facts(name: str, entry: Any) -> dict[str, Any]:
 def _asks(facts: dict[str, Any]) -> str:
     """What a reward asks for and gives, in words."""
     prompt = "reads the prompt" if facts["needs_prompt"] else "reads no prompt"
-    return f"{prompt}; {'a' if facts['differentiable'] else 'no'} gradient; licence: {facts['licence']}"
+    extra = f"; needs the extra difftune[{facts['extra']}]" if facts["extra"] else ""
+    return f"{prompt}; {'a' if facts['differentiable'] else 'no'} gradient; licence: {facts['licence']}{extra}"
 
 
 def _locked(names: Sequence[str]) -> list[dict[str, Any]]:

@@ -71,6 +71,10 @@ def made(tmp_path_factory, random_clip) -> dict[str, dict]:
         "vlm": judge,
         "vqascore": judge,
         "soft-tifa": judge | {"questions": questions},
+        "vqascore-clip-flant5": checkpoints.clip_t5(tmp_path_factory.mktemp("clip_t5")),
+        "lpips": {"weights": checkpoints.alexnet_file(folder), "reference": torch.full((3, 16, 16), 0.5)},
+        "pyiqa": {"metric": "tv"},
+        "torchmetrics": {"metric": "total_variation"},
     }
 
 

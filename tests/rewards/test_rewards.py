@@ -1,10 +1,12 @@
 """What every reward owes, on all of them, and each one's own formula by another implementation."""
 
+import ast
 import io
 import subprocess
 import sys
 import types
 from importlib import util
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -13,6 +15,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy.fft import dctn
 
+import rewards
+from difftune import evaluation
 from rewards import jpeg
 from rewards.learned import clip, ocr
 from rewards.registry import REWARDS, load, register
@@ -26,7 +30,7 @@ SPECIAL = {  # what these want of a prompt
     "classifier": ["cat", "dog", "mouse"],
     "ocr": ['a sign "one"', 'a sign "two"', 'a sign "three"'],
 }
-NEEDS = {"ocr": "rapidocr"}
+NEEDS = {"ocr": "rapidocr", "pyiqa": "pyiqa", "torchmetrics": "torchmetrics"}
 NAMES = [name for name in REWARDS if name not in NEEDS or util.find_spec(NEEDS[name])]
 READS = [pytest.param(name, marks=pytest.mark.slow) if name == "ocr" else name for name in NAMES]  # it takes seconds
 DIFFERENTIABLE = [name for name in NAMES if REWARDS[name].differentiable]
@@ -91,10 +95,12 @@ BETTER = {  # a better picture, a worse one, and the prompt
 DOWNLOADED = {  # or the user's own model, or another reward
     "clip-score", "clip", "open-clip", "pickscore", "hps-v2", "hps-v2.1", "hps-v3", "imagereward", "cyclereward",
     "aesthetic", "aesthetic-ava", "aesthetic-v1",
-    "classifier", "vlm", "vqascore", "soft-tifa", "text-exemplar", "judge", "remote", "smooth",
+    "classifier", "vlm", "vqascore", "soft-tifa", "text-exemplar", "judge", "remote", "smooth", "lpips", "pyiqa",
+    "torchmetrics", "vqascore-clip-flant5",
 }  # fmt: skip
-WITH_DTYPE = DOWNLOADED - {"text-exemplar", "remote", "smooth", "judge"}
-SEEN = (WITH_DTYPE | {"tiny-clip", "tiny-classifier"}) - {"vlm", "vqascore", "soft-tifa", "hps-v3"}  # with a Preprocess
+WITH_DTYPE = DOWNLOADED - {"text-exemplar", "remote", "smooth", "judge", "pyiqa", "torchmetrics"}
+WITHOUT_PREPROCESS = {"vlm", "vqascore", "vqascore-clip-flant5", "soft-tifa", "hps-v3", "lpips"}
+SEEN = (WITH_DTYPE | {"tiny-clip", "tiny-classifier"}) - WITHOUT_PREPROCESS
 ROUGH = {"pickscore": 10.0}  # cosines times exp(logit_scale)
 
 
@@ -269,6 +275,18 @@ def test_listing_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
+EXTRAS = {"rapidocr", "onnxruntime", "pyiqa", "torchmetrics", "piq", "lpips", "hpsv2", "hpsv3", "ImageReward"}
+
+
+def test_no_reward_imports_an_extra_before_it_is_made():
+    """So that all live in one process of one environment, whichever of the extras are installed."""
+    for file in sorted(Path(rewards.__file__).parent.rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        names = {a.name.partition(".")[0] for node in nodes if isinstance(node, ast.Import) for a in node.names}
+        names |= {(n.module or "").partition(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
+        assert not names & EXTRAS, (file, names & EXTRAS)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
@@ -434,6 +452,26 @@ def test_text_is_compared_without_spaces_and_case():
     for nothing in ("a sign", 'a sign "  "'):
         with pytest.raises(ValueError, match=f"{nothing!r} quotes no text to be read"):
             ocr.quoted(nothing)
+
+
+def flow_grpo(read: str, prompt: str) -> float:
+    """As Flow-GRPO's flow_grpo/ocr.py scores what was read."""
+    wanted = prompt.split('"')[1].replace(" ", "").lower()
+    read = read.replace(" ", "").lower()
+    away = 0 if wanted in read else ocr.edit_distance(read, wanted)
+    return 1 - min(away, len(wanted)) / len(wanted)
+
+
+def test_legible_text_is_scored_as_flow_grpo_does():
+    assert ocr.legible("HELO WORLD", "Hello World") == pytest.approx(0.9)
+    file = Path(evaluation.__file__).parent / "prompts" / "flow-grpo-ocr-test.txt"
+    prompts = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    assert len(prompts) == 1018
+    for i, prompt in enumerate(prompts):
+        text = ocr.quoted(prompt)
+        reads = (text, text[1:], text.swapcase()[:-2] + "xy", f"so {text} it is", "", prompt[: 5 + i % 20])
+        for read in reads:
+            assert ocr.legible(read, text) == pytest.approx(flow_grpo(read, prompt), abs=1e-12), (read, prompt)
 
 
 def test_text_is_read_by_rapidocr(monkeypatch):

@@ -235,3 +235,48 @@ def hpsv3(folder: Path) -> tuple[Path, Path]:
         state |= {f"rm_head.{n}.weight": layer.weight.detach(), f"rm_head.{n}.bias": layer.bias.detach()}
     save_file({key: value.contiguous() for key, value in state.items()}, folder / "HPSv3.safetensors")
     return folder / "HPSv3.safetensors", base
+
+
+def alexnet_model() -> nn.Module:
+    """torchvision's AlexNet with small random weights: its convolutions, and of its classifier one layer."""
+    from torchvision.models import alexnet
+
+    with torch.device("meta"):
+        model = alexnet()
+    model.classifier = nn.Sequential(nn.Linear(4, 2))
+    return lively(model.to_empty(device="cpu"))
+
+
+def alexnet_file(folder: Path) -> Path:
+    """As torchvision publishes it: a pickle with features.N and classifier.N."""
+    torch.save(alexnet_model().state_dict(), folder / "alexnet.pth")
+    return folder / "alexnet.pth"
+
+
+def clip_t5(folder: Path) -> dict[str, Path]:
+    """CLIP-FlanT5 in small: the T5 with its projector, the CLIP and the tokenizer, each in a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, T5Config
+    from transformers import T5ForConditionalGeneration as T5
+
+    found = {name: folder / name for name in ("model", "vision", "words")}
+    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, tie_word_embeddings=False,
+                      feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0)  # fmt: skip
+    model, projector = T5(config), nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 16))
+    for parameter in lively(model).parameters():  # T5's attention does not divide by the root of the width
+        parameter.data.mul_(1.0 if parameter.ndim < 2 else 0.4)
+    state = {**model.state_dict()}
+    state |= {f"mm_projector.{key}": value for key, value in lively(projector).state_dict().items()}
+    config.save_pretrained(found["model"])
+    save_file({key: value.clone().contiguous() for key, value in state.items()}, found["model"] / "model.safetensors")
+    eyes = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+                            image_size=32, patch_size=8, projection_dim=32)  # fmt: skip
+    lively(CLIPVisionModel(eyes)).save_pretrained(found["vision"])
+    words = ["<pad>", "</s>", "<unk>", "Yes", "a", "red", "blue", "circle", "square", "figure", "show", "?", "USER"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"
+    ).save_pretrained(found["words"])
+    return found

@@ -18,7 +18,10 @@ def test_list_has_every_reward_with_what_it_asks_for():
     assert [reward["name"] for reward in found] == sorted(REWARDS)
     hps = next(reward for reward in found if reward["name"] == "hps-v2.1")
     assert hps["differentiable"] and hps["needs_prompt"] and not hps["comparable_across_prompts"]
-    assert "tiny-clip" in succeed("rewards", "list").stdout
+    told = " ".join(succeed("rewards", "list").stdout.split())
+    extras = [reward.extra for reward in REWARDS.values() if reward.extra]
+    assert "tiny-clip" in told and {"ocr", "pyiqa", "torchmetrics"} <= set(extras)
+    assert all(f"needs the extra difftune[{extra}]" in told for extra in extras)
 
 
 def test_info_tells_the_files_and_how_far_they_are_known():
