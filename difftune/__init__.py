@@ -57,6 +57,7 @@ _HOME = {  # public name -> where it lives: "module", "module:its name there", o
     "SAMPLERS": "solvers.samplers.catalogue",
     "run_sampler": "solvers.samplers.catalogue:sample",
     "generate": "difftune.pipelines.generate",
+    "compiled": "difftune.pipelines.compiled",
     "SampleConfig": "difftune.configs.images",
     "rollout": "solvers.rollout.modes",
     "MODELS": "difftune.models",

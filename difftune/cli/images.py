@@ -35,6 +35,11 @@ from difftune.configs.images import CompareConfig, EvalConfig, SampleConfig
             help="How the LoRA's share grows from 0 to 1 along the steps (DRaFT+). If not given: 1 throughout.",
         ),
         Flag(["--noise_lora"], metavar="FOLDER", help="Folder of `difftune train hypernoise`: moves the noise."),
+        Flag(
+            ["--compile/--no_compile"],
+            default=False,
+            help="Compile the blocks of the network and of the decoder by torch: it pays for many images.",
+        ),
         o.OUTPUT_DIR,
         o.DRY_RUN,
         o.JSON,

@@ -26,7 +26,7 @@ GROUPS = {  # title: the fields and the flags of all commands that stand there
     "Validation": "validation_steps validation_prompts num_validation_images early_stop num_win_rate_images",
     "Memory and speed": """mixed_precision gradient memory_budget offload decode_batch
         enable_vae_tiling enable_xformers_memory_efficient_attention
-        deterministic device max_images dry_run""",
+        compile deterministic device max_images dry_run""",
     "Files": """output_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to animation
         as_json verbose""",
 }

@@ -35,6 +35,7 @@ class SampleConfig(ImagesConfig):
     noise_lora: the folder of `difftune train hypernoise`, whose LoRA moves each image's noise.
     lora_anneal: how the share of the LoRA's output grows from 0 to 1 along the steps: linear, power (its square), or
     switch (at 60 %); None is 1 throughout. num_frames: of each film, of a model of films (Wan); it is written as .mp4.
+    compile: the network's blocks and the decoder's.
     """
 
     prompt: Sequence[str]
@@ -47,6 +48,7 @@ class SampleConfig(ImagesConfig):
     noise_lora: str | None = None
     lora_anneal: Literal["linear", "power", "switch"] | None = None
     num_frames: Many | None = None
+    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,9 @@ class SearchConfig(Config):
     enable_vae_tiling: bool = False
     """Decode a picture larger than the VAE's tile in overlapping tiles, whose seams are blended: less memory, and not
     quite the same picture."""
+    compile: bool = False
+    """Compile the blocks of the network and of the decoder by torch: each kind and shape once, in the first steps. Not
+    quite the same bits."""
     resume_from_checkpoint: Literal["latest"] | None = None
     """Go on with the search that the output folder holds, exactly as if it had not been interrupted: the word latest.
     The budgets may be larger than they were."""

@@ -55,6 +55,9 @@ class TrainingConfig(Config):
     quite the same picture."""
     enable_xformers_memory_efficient_attention: bool = False
     """Attend by xformers, if a probe on this GPU shows that it is no slower than torch's own attention."""
+    compile: bool = False
+    """Compile the blocks of the network and of the decoder by torch: each kind and shape once, in the first steps. Not
+    quite the same bits."""
     deterministic: bool = False
     """Use torch's deterministic algorithms, and stop if an operation has none."""
 

@@ -21,6 +21,7 @@ from difftune.files.versions import versions
 from difftune.lookup import guidance_named
 from difftune.pipelines import lora
 from difftune.pipelines.annealed import SHARES, Extra, annealed
+from difftune.pipelines.compiled import check_compile, compiled
 from difftune.pipelines.fingerprint import digest_of
 from difftune.pipelines.method_parts import Equipped, equip, prepared
 from difftune.pipelines.noise_lora import moved_by
@@ -204,6 +205,7 @@ def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str
     texts, seeds = jobs_of(config.prompt, config.num_images, config.seed)
     if config.noise is not None and config.noise_lora is not None:
         raise UserError("--noise gives the noises and --noise_lora moves drawn ones: leave one of them out")
+    check_compile(config)
     noises = None if config.noise is None else noises_of(config.noise, len(texts))
     if (config.num_frames or 1) > 1:
         check_films()
@@ -218,7 +220,8 @@ def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str
         if config.noise_lora is not None:
             noises = moved_by(config.noise_lora, config.model, texts, seeds, config.num_inference_steps)
         pipe = open_pipeline(config.model, config.lora)
-        made = draw_pictures(generate_batches(pipe, texts, seeds, method, sampling, noises), len(texts), "sample")
+        with compiled(pipe, config.compile, dynamic=None):
+            made = draw_pictures(generate_batches(pipe, texts, seeds, method, sampling, noises), len(texts), "sample")
         settings = config.written() | {
             "guidance": config.guidance if guidance is None else type(guidance).__name__,
             "guidance_options": method_settings(method),

@@ -30,13 +30,16 @@ def training(config: TrainingConfig) -> dry_run.Lines:
     small = smaller(config)
     parts = config.gradient_accumulation_steps // small.gradient_accumulation_steps
     seconds, peak = step_cost(small)
-    basis = f"{seconds * parts:.2g} s an optimiser step, without validations"
+    basis = f"{seconds * parts:.2g} s an optimiser step, without validations" + (
+        ", not compiled" if config.compile else ""
+    )
     return lines | dry_run.cost_lines(seconds * parts * config.max_train_steps, peak, basis)
 
 
 def smaller(config: TrainingConfig) -> TrainingConfig:
-    """The settings without validations, and without accumulation where the recipe can do without."""
-    plain = replace(config, validation_steps=None, validation_reward=None, early_stop=False, max_train_steps=AFTER + 1)
+    """The settings without validations, plain, and without accumulation where the recipe can do without."""
+    less: dict[str, Any] = {"validation_steps": None, "validation_reward": None, "early_stop": False, "compile": False}
+    plain = replace(config, max_train_steps=AFTER + 1, **less)
     try:
         small = replace(plain, gradient_accumulation_steps=1)
         check_recipe(small)

@@ -29,6 +29,7 @@ from difftune.files.pictures import read_picture
 from difftune.lookup import method_of, reward_named, reward_weights
 from difftune.models import check_model
 from difftune.models import load as load_model
+from difftune.pipelines.compiled import check_compile, compiled
 from difftune.pipelines.engine import Engine, check_engine, kernels, offload_of
 from difftune.pipelines.fingerprint import check_resumed, digest_of
 from difftune.reno.named import needs_gradient
@@ -87,11 +88,14 @@ def optimize_batches(
     if torch.cuda.is_available() and pipe is None:
         reno.pipe.to("cuda")
     network, exact = LatentModel(reno.pipe, reno.embedded_guidance).network, config.deterministic
-    with kernels(config.enable_xformers_memory_efficient_attention, exact, network) as attention:
+    with (
+        kernels(config.enable_xformers_memory_efficient_attention, exact, network) as attention,
+        compiled(reno.pipe, config.compile) as blocks,
+    ):
         batches = list(batches_of(config))
         plan = reno.planned(batches[0].prompts)
         engine = Engine(plan, attention, exact, offload_of(config.offload, network.device)).lines(plan.gradient)
-        engine |= precision(reno)
+        engine |= precision(reno) | ({} if blocks is None else {"compile": blocks})
         for name, line in engine.items():
             say(f"{name}: {line}")
         start = None if config.start is None else start_of(config, reno)
@@ -144,6 +148,7 @@ def check_optimize(config: RenoConfig, pipe: Any = None, reward: Reward | None =
     if not config.prompt:
         raise UserError("there is no prompt to optimise: give at least one --prompt")
     check_engine(None, config.enable_xformers_memory_efficient_attention)
+    check_compile(config)
     gradient = needs_gradient(noise_settings(config).update)
     reward_weights(config.reward if reward is None else reward, gradient)
     check_names(config)

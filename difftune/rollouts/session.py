@@ -9,6 +9,7 @@ from difftune.configs.training import TrainingConfig
 from difftune.files.checkpoint import Say, State
 from difftune.files.prompts import Prompts
 from difftune.pipelines import lora
+from difftune.pipelines.compiled import compiled
 from difftune.pipelines.engine import kernels
 from difftune.rollouts.image_sampler import ImageSampler
 from difftune.training.state import Training, begin_training
@@ -58,13 +59,18 @@ def open_session(
     """
     run = begin_training(config, state, pipe, reference)
     network = lora.network_of(pipe)
-    with kernels(config.enable_xformers_memory_efficient_attention, config.deterministic, network) as found:
+    with (
+        kernels(config.enable_xformers_memory_efficient_attention, config.deterministic, network) as found,
+        compiled(pipe, config.compile) as blocks,
+    ):
         images = ImageSampler.of(config, pipe, run.network)
         session = Session(config, run, images, prompts, reward, found, say)
         session.tell(attention=f"{found.backend} ({found.why})")
         if config.lora is not None:
             kept = "with it as it was" if config.reference == "start" else "without it"
             session.tell(lora=f"goes on from {config.lora}; the reference is the model {kept}")
+        if blocks is not None:
+            session.tell(compile=blocks)
         if config.deterministic:
             session.tell(deterministic="torch's deterministic algorithms")
         yield session

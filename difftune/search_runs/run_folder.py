@@ -28,6 +28,7 @@ from difftune.files.output import as_json, grid, png, write
 from difftune.files.versions import versions
 from difftune.lookup import method_of, reward_named, reward_weights
 from difftune.models import check_model
+from difftune.pipelines.compiled import check_compile, compiled
 from difftune.pipelines.fingerprint import check_resumed, digest_of
 from difftune.pipelines.generate import pixels
 from difftune.pipelines.opened import open_pipeline
@@ -63,7 +64,11 @@ def search_in_folder(
             return json.loads((claim.path / RESULT).read_text("utf-8"))
         claim.clear()
         earlier = read_earlier(claim, config)
-        found = follow_search(begin_search(config, earlier, pipe, reward), config, claim.path)
+        going = begin_search(config, earlier, pipe, reward)
+        with compiled(going.pipe, config.compile, dynamic=None) as blocks:
+            if blocks is not None:
+                say(f"compile: {blocks}")
+            found = follow_search(going, config, claim.path)
         summary = {**search_summary(config, found), "seconds": round(time.perf_counter() - began, 3)}
         summary["versions"] = versions()
         claim.results([*search_files(config, found), (CONFIG, settings_yaml(config)), (RESULT, as_json(summary))])
@@ -79,6 +84,7 @@ def check_search(config: SearchConfig, reward: Reward | None = None) -> None:
     experts_for(config.method, settings, experts_of(config))
     method_of(config)
     reward_weights(config.reward if reward is None else reward, gradient=config.method in GRADIENTS)
+    check_compile(config)
     check_model(config.model)
 
 

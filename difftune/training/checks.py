@@ -9,6 +9,7 @@ from difftune.errors import UserError
 from difftune.lookup import method_of, reward_weights
 from difftune.models import check_model, scheduler_of
 from difftune.pipelines import lora
+from difftune.pipelines.compiled import check_compile
 from difftune.pipelines.engine import check_engine
 from difftune.pipelines.method_parts import check_trainable
 from difftune.training import validation
@@ -27,6 +28,7 @@ def check_training(config: TrainingConfig, pipe: Any = None) -> None:
     validation.check_validation(config)
     method = method_of(config)
     check_engine(None, config.enable_xformers_memory_efficient_attention)
+    check_compile(config)
     if pipe is None:
         check_model(config.model)
     check_trainable(method, lambda: scheduler_of(config.model) if pipe is None else pipe.scheduler)

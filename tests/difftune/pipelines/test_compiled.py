@@ -1,0 +1,261 @@
+"""`--compile`: the same values and gradients, blocks that are as they were afterwards, and refusals of one sentence."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+from torch._dynamo.utils import counters
+
+from difftune.cli.program import cli
+from difftune.configs.images import SampleConfig
+from difftune.configs.noise import RenoConfig
+from difftune.configs.recipes import AlignPropConfig, DDPOConfig
+from difftune.configs.search import SearchConfig
+from difftune.configs.written import settings_yaml
+from difftune.errors import UserError
+from difftune.pipelines import compiled as compiling
+from difftune.pipelines import lora
+from difftune.pipelines.compiled import blocks_of, check_compile, compiled
+from difftune.recipes import check_recipe, train
+from difftune.reno.optimizer import ReNO
+from difftune.search_runs.search import search
+from guidance.attach import attach
+from guidance.guided import guided
+from guidance.methods.catalogue import CFG, PAG
+from rewards.simple import Brightness
+from solvers.latent import LatentModel
+from solvers.memory.checkpointing import block_checkpointing
+from solvers.rollout.modes import rollout
+from solvers.samplers.catalogue import euler
+from tests.support import dits, pipelines
+
+PROMPTS = ["red circle", "blue square"]
+ONE_WIDTH = {  # few shapes, so that there is little to compile
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+MODES = ("full", "checkpoint", "truncated:2", "revolve:1", "adjoint:euler", "reversible:bdia", "lean")
+
+
+def small():
+    return pipelines.sd(unet_config=ONE_WIDTH)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch traces the blocks and their gradients, and runs them by its own operators."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def close(found, expected, tolerance=1e-4):
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).norm() / b.norm()) < tolerance
+
+
+# ------------------------------------------------------------------------------------------------ without a compiler
+def test_the_blocks_of_the_network_and_of_the_decoder_are_compiled_and_plain_again(monkeypatch):
+    """Those alone: an encoder, a resampling and a whole network stay as they are."""
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda call, **options: made.append((call.__self__, options)) or call)
+    pipe = pipelines.sd()
+    with compiled(pipe) as line:
+        within = [m for part in (pipe.unet, pipe.vae) for m in part.modules() if m._compiled_call_impl is not None]
+        assert [block for block, _ in made] == within
+        pipe.unet(torch.zeros(1, 4, 8, 8), torch.tensor(1), torch.zeros(1, 4, pipelines.WIDTH))
+    assert {options["dynamic"] for _, options in made} == {False}
+    assert {type(block).__name__ for block in within} == {"ResnetBlock2D", "BasicTransformerBlock"}
+    assert set(within) == {*blocks_of(pipe.unet), *blocks_of(pipe.vae.decoder)} and blocks_of(pipe.vae.decoder)
+    assert (
+        line
+        == f"{len(blocks_of(pipe.unet))} blocks of the network and {len(blocks_of(pipe.vae.decoder))} of the \
+decoder (inductor)"
+    )
+    assert not any(m._compiled_call_impl for m in pipe.unet.modules())
+    with compiled(pipe, on=False) as line:
+        assert line is None and len(made) == len(within)
+
+
+@pytest.mark.parametrize("make", [dits.sd3, dits.flux, dits.pixart, dits.sana], ids=lambda make: make.__name__)
+def test_transformers_name_their_blocks(make):
+    blocks = blocks_of(make().transformer)
+    assert blocks and all("Block" in type(block).__name__ for block in blocks)
+
+
+def test_a_network_without_blocks_that_are_known_is_refused():
+    pipe = small()
+    pipe.unet.down_blocks, pipe.unet.up_blocks, pipe.unet.mid_block = nn.ModuleList(), nn.ModuleList(), None
+    with pytest.raises(UserError, match="UNet2DConditionModel has no blocks that are known to compile"), compiled(pipe):
+        pass
+
+
+ALIGNPROP = AlignPropConfig(compile=True, reward=["brightness"])
+
+
+@pytest.mark.parametrize(
+    ("check", "config", "name"),
+    [
+        (check_recipe, replace(ALIGNPROP, memory_budget="6GiB"), "memory_budget"),
+        (check_compile, RenoConfig(prompt=PROMPTS, compile=True, memory_budget="6GiB"), "memory_budget"),
+        (check_compile, SearchConfig(prompt=PROMPTS, compile=True, memory_budget="6GiB"), "memory_budget"),
+        (
+            check_compile,
+            SampleConfig(model="tiny", prompt=PROMPTS, output_dir="x", compile=True, lora_anneal="linear"),
+            "lora_anneal",
+        ),
+        (
+            check_compile,
+            replace(ALIGNPROP, enable_xformers_memory_efficient_attention=True),
+            "enable_xformers_memory_efficient_attention",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_with_it_are_refused(check, config, name):
+    with pytest.raises(UserError, match=f"--compile does not go with --{name}: .*; leave one of them out"):
+        check(config)
+    check_compile(replace(config, compile=False))
+
+
+def test_without_a_compiler_all_four_commands_say_so_before_anything_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(compiling, "on_cpu", lambda: True)
+    prompt = ["--prompt", "a red circle", "--output_dir", str(tmp_path / "out"), "--compile"]
+    loaded = []
+    monkeypatch.setattr("difftune.models.load", lambda *a, **k: loaded.append(a))
+    for words in (["sample"], ["optimize"], ["search", "fk"], ["train", "alignprop"]):
+        given = [*words, "--model", "tiny", *(prompt if words[0] != "train" else prompt[2:])]
+        said = CliRunner().invoke(cli, given, standalone_mode=False).output
+        assert "--compile needs a C++ compiler, and there is no no-such-compiler: install it" in said, words
+    assert not loaded and not (tmp_path / "out").exists()
+
+
+def test_without_headers_or_triton_it_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
+    monkeypatch.setattr(compiling, "on_cpu", lambda: False)
+    monkeypatch.setattr(compiling.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(compiling.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "there is no Python.h" in compiling.obstacle()
+    (tmp_path / "Python.h").touch()
+    assert "needs triton on a GPU" in compiling.obstacle()
+    monkeypatch.setattr(compiling, "on_cpu", lambda: True)
+    assert compiling.obstacle() is None
+
+
+def test_it_is_written_down():
+    assert "compile: true" in settings_yaml(ALIGNPROP) and "compile: false" in settings_yaml(DDPOConfig())
+
+
+# ------------------------------------------------------------------------------------------------ traced by torch
+def gradients(pipe, weights, mode, blocks=False):
+    """Images, and the gradient of a function of them in the LoRA's weights, through a run of three steps."""
+    model = LatentModel(pipe)
+    levels, generators = model.levels(3), [torch.Generator().manual_seed(i) for i in range(2)]
+    with torch.no_grad():
+        conds, x = model.encode(PROMPTS), model.noise(2, generators)
+    noise = torch.randn(3, *x.shape, generator=generators[0]) if mode == "lean" else None
+    own = mode.partition(":")[0] in ("adjoint", "reversible", "lean")
+    predict = guided(model.denoiser, CFG(3.0), conds)
+    path = rollout(None if own else euler, predict, x, levels, mode, noise)
+    images = model.decode(path.x, checkpointed=True)
+    return [images.detach(), *torch.autograd.grad(images.square().mean(), weights)]
+
+
+def adapted(pipe):
+    weights = list(lora.add(pipe, rank=2).values())
+    with torch.no_grad():
+        for weight in weights:
+            weight.normal_(std=0.3)
+    return weights
+
+
+@pytest.mark.slow
+def test_images_and_gradients_are_the_same_in_every_mode_under_a_lora_and_block_checkpointing(traced):
+    pipe = small()
+    weights = adapted(pipe)
+    plain = {mode: gradients(pipe, weights, mode) for mode in MODES}
+    with compiled(pipe):
+        for mode in MODES:
+            close(gradients(pipe, weights, mode), plain[mode])
+        graphs = counters["stats"]["unique_graphs"]
+        with block_checkpointing(pipe.unet, pipe.vae):
+            close(gradients(pipe, weights, "checkpoint"), plain["checkpoint"])
+        with lora.off(pipe.unet), torch.no_grad():
+            bare = pipe.unet(torch.ones(1, 4, 8, 8), torch.tensor(1), torch.ones(1, 4, pipelines.WIDTH))[0]
+    assert 4 <= graphs <= 40
+    with lora.off(pipe.unet), torch.no_grad():
+        close([bare], [pipe.unet(torch.ones(1, 4, 8, 8), torch.tensor(1), torch.ones(1, 4, pipelines.WIDTH))[0]])
+    again = gradients(pipe, weights, "full")
+    assert all(torch.equal(a, b) for a, b in zip(again, plain["full"], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [small, dits.flux])
+def test_an_attached_pipeline_draws_the_same_pictures(traced, make):
+    """Also under a method that changes the network's attention, for another batch, and without guidance."""
+    pipe = make()
+
+    def drawn():
+        found = []
+        methods = [CFG(3.0), PAG(CFG(3.0))] if make is small else [CFG(3.0)]
+        for method in methods:
+            generators = [torch.Generator().manual_seed(i) for i in range(2)]
+            options = {"guidance_scale": 3.0} if make is small else {"true_cfg_scale": 3.0, "negative_prompt": [""] * 2}
+            with attach(pipe, method):
+                found.append(
+                    pipe(PROMPTS, num_inference_steps=2, generator=generators, output_type="pt", **options).images
+                )
+        return found
+
+    plain = drawn()
+    with compiled(pipe, dynamic=None):
+        close(drawn(), plain)
+    assert counters["stats"]["unique_graphs"]
+
+
+TOY = {"prompts": "animals", "max_train_steps": 2, "train_batch_size": 2, "num_inference_steps": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [AlignPropConfig, DDPOConfig])
+def test_a_recipe_trains_to_the_same_weights(traced, config, tmp_path):
+    settings = config(output_dir=str(tmp_path), reward=["brightness"], **TOY)
+
+    def trained(on):
+        told = []
+        steps = train(replace(settings, compile=on), None, small(), Brightness(), told.append)
+        *_, (_, state) = steps
+        return [t for name, t in state.tensors.items() if name.startswith("weights.")], told
+
+    (found, told), (plain, quiet) = trained(True), trained(False)
+    close(found, plain, 1e-2)
+    assert [line for line in told if line.startswith("compile: ")] and not [li for li in quiet if "compile" in li]
+
+
+@pytest.mark.slow
+def test_a_search_and_a_noise_find_the_same(traced):
+    def found(on):
+        pipe = small()
+        with compiled(pipe, on):
+            noise = ReNO(pipe, Brightness(), num_inference_steps=2, progress=False).optimize(PROMPTS, 2)
+        with compiled(pipe, on, dynamic=None):
+            run = search(pipe, PROMPTS, "fk", Brightness(), 24, num_inference_steps=3, progress=False)
+            return [noise.images, run.run().images]
+
+    close(found(True), found(False), 1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ by the real compiler
+@pytest.mark.slow
+@pytest.mark.skipif(compiling.obstacle() is not None, reason=str(compiling.obstacle()))
+def test_the_real_compiler_gives_the_same_up_to_rounding():
+    pipe = small()
+    weights = adapted(pipe)
+    plain = gradients(pipe, weights, "checkpoint")
+    with compiled(pipe):
+        close(gradients(pipe, weights, "checkpoint"), plain, 1e-3)
