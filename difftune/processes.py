@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
+from difftune.errors import RunError
 from difftune.signals import ENDING, handling, leave
 
 
@@ -20,6 +21,17 @@ def process() -> PartialState:
 
 def on_cpu() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def gathered(value: Any) -> list[Any]:
+    """Each process's value, in every process. Raises RunError if one of them has ended."""
+    try:
+        return gather_object([value])
+    except RuntimeError as error:
+        raise RunError(
+            "another of the processes that were launched together has ended, and with it its share of the work: begin "
+            "again, or go on from what was saved"
+        ) from error
 
 
 class Stop:
@@ -39,7 +51,7 @@ def agree_to_stop(stop: Stop) -> int:
     """
     if process().num_processes == 1:
         return stop.number
-    found = max(gather_object([stop.number]))
+    found = max(gathered(stop.number))
     stop.number = found or stop.number
     return found
 

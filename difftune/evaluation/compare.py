@@ -20,6 +20,7 @@ from difftune.pipelines.generate import (
     pixels,
 )
 from difftune.pipelines.opened import open_pipeline
+from difftune.pipelines.shared import claimed_by_main
 from difftune.reports import sheets
 from guidance.contract import Guidance
 from guidance.methods.ahead import RectifiedCFGpp
@@ -107,19 +108,20 @@ def compare_methods(config: CompareConfig) -> dict[str, Any]:
         guidance_named(name)
     check_cells(config)
     rewards = list(reward_weights(config.reward)) or default_rewards(config.prompt)
-    with fresh(config.output_dir) as claim:
+    with claimed_by_main(config.output_dir, fresh) as claim:
         reward_named(dict.fromkeys((*rewards, *MEASURES), 1.0), gradient=False)  # all can be loaded
         pipe = open_pipeline(config.model, config.lora)
         texts, seeds = jobs_of(config.prompt, config.num_images, config.seed)
-        sampling = Sampling(config.num_inference_steps, config.batch_size)
+        sampling = Sampling(config.num_inference_steps, config.batch_size, shared=True)
         made = list(cells(pipe, config.guidance, config.scales, texts, seeds, sampling))
         found = {
             "settings": config.written() | {"reward": rewards, "scheduler": type(pipe.scheduler).__name__},
             "rows": [row(cell, rewards, texts) for cell in made],
             "versions": versions(),
         }
-        grid = draw_sheet(made, config.scales, config.num_images)
-        claim.results([("grid.png", grid), ("compare.json", output.as_json(found))])
+        if claim is not None:
+            grid = draw_sheet(made, config.scales, config.num_images)
+            claim.results([("grid.png", grid), ("compare.json", output.as_json(found))])
     return found
 
 

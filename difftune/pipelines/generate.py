@@ -26,6 +26,8 @@ from difftune.pipelines.fingerprint import digest_of
 from difftune.pipelines.method_parts import Equipped, equip, prepared
 from difftune.pipelines.noise_lora import moved_by
 from difftune.pipelines.opened import open_pipeline
+from difftune.pipelines.shared import claimed_by_main, own_share, told_by_each
+from difftune.processes import process
 from guidance.attach.handle import attach
 from guidance.contract import Guidance
 from rewards.checks import finite
@@ -41,7 +43,8 @@ class Sampling:
 
     eta: the noise of DDIM's steps, 1 is DDPM. embedded_guidance: the scale told to a network distilled over scales; the
     pipeline's own default if None. lora_anneal: of `annealed.SHARES`; None is the whole LoRA at each step. num_frames:
-    of each film, if the model makes films; one frame is a picture.
+    of each film, if the model makes films; one frame is a picture. shared: the batches are divided among the processes
+    that were launched together.
     """
 
     num_inference_steps: int = 25
@@ -50,6 +53,7 @@ class Sampling:
     embedded_guidance: float | None = None
     lora_anneal: str | None = None
     num_frames: int | None = None
+    shared: bool = False
 
 
 class Batch(NamedTuple):
@@ -60,6 +64,7 @@ class Batch(NamedTuple):
     seeds: list[int]
     nfe: float  # rows that went through the network, per image
     branches: dict[str, float]  # of them, those of each branch ("cond", "uncond", ...)
+    first: int = 0  # number of its first picture
 
 
 @torch.no_grad()
@@ -74,8 +79,9 @@ def generate_batches(
     """One image per (prompt, seed), batch by batch. An image's noise is that of its own seed, whatever the batch, or of
     `noises` (B, C, h, w) its own.
 
-    What a method needs and only names (a classifier, a weaker network, a negative prompt) is found by
-    `difftune.pipelines.method_parts`. Raises UserError for an eta that the scheduler does not take.
+    Of batches that are shared, this process's alone. What a method needs and only names (a classifier, a weaker
+    network, a negative prompt) is found by `difftune.pipelines.method_parts`.
+    Raises UserError for an eta that the scheduler does not take.
     """
     steps = sampling.num_inference_steps
     given: dict[str, Any] = {"num_inference_steps": steps, **family_of(pipe).asked(steps)}
@@ -88,12 +94,13 @@ def generate_batches(
     pipe.set_progress_bar_config(disable=True)
     caution_unread(pipe, prompts)
     equipped = equip(pipe, prepared(pipe, guidance, prompts, steps))
-    for start in range(0, len(prompts), sampling.batch_size):
+    starts = range(0, len(prompts), sampling.batch_size)
+    for start in own_share(starts) if sampling.shared else starts:
         chosen = slice(start, start + sampling.batch_size)
         latents = {} if noises is None else for_pipeline(pipe, noises[chosen])
         with annealing(pipe, sampling) as extra:
             batch = _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), equipped, given | latents)
-        yield batch._replace(nfe=batch.nfe + extra.rows / len(batch.prompts))
+        yield batch._replace(nfe=batch.nfe + extra.rows / len(batch.prompts), first=start)
 
 
 def annealing(pipe: Any, sampling: Sampling) -> AbstractContextManager[Extra]:
@@ -172,12 +179,19 @@ class Pictures(NamedTuple):
 
 
 def draw_pictures(batches: Iterator[Batch], total: int, label: str) -> Pictures:
-    """The `total` images of all batches, with a progress bar if a person watches."""
-    began, made = time.perf_counter(), list[Batch]()
-    with tqdm(total=total, desc=label, disable=None) as bar:
-        for batch in batches:
-            made.append(batch)
-            bar.update(len(batch.images))
+    """The `total` images of all batches and processes, with a progress bar if a person watches."""
+    began = time.perf_counter()
+
+    def drawn() -> list[Batch]:
+        made = []
+        with tqdm(total=total, desc=label, disable=None if process().is_main_process else True) as bar:
+            for batch in batches:
+                made.append(batch)
+                bar.update(len(batch.images))
+        return made
+
+    every = {batch.first: batch for batches in told_by_each(drawn) for batch in batches}
+    made = [every[first] for first in sorted(every)]
     names = dict.fromkeys(name for batch in made for name in batch.branches)
     rows = {name: sum(b.branches.get(name, 0) * len(b.images) for b in made) for name in names}
     return Pictures(
@@ -215,8 +229,9 @@ def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str
         config.eta,
         lora_anneal=config.lora_anneal,
         num_frames=config.num_frames,
+        shared=True,
     )
-    with fresh(config.output_dir) as claim:
+    with claimed_by_main(config.output_dir, fresh) as claim:
         if config.noise_lora is not None:
             noises = moved_by(config.noise_lora, config.model, texts, seeds, config.num_inference_steps)
         pipe = open_pipeline(config.model, config.lora)
@@ -238,7 +253,8 @@ def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str
             for i, (prompt, seed, nfe) in enumerate(zip(texts, seeds, made.nfes, strict=True))
         ]
         found = {"settings": settings, "images": images, **made.cost(), "versions": versions()}
-        claim.results(_results(made.images, found, config.num_images if len(config.prompt) > 1 else None))
+        if claim is not None:
+            claim.results(_results(made.images, found, config.num_images if len(config.prompt) > 1 else None))
     return found
 
 

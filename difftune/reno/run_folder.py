@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from difftune.configs.written import CONFIG, settings_yaml
 from difftune.errors import DiskError, UserError
 from difftune.files import checkpoint
 from difftune.files.checkpoint import Say, State
-from difftune.files.claim import Claim, claimed
+from difftune.files.claim import Claim
 from difftune.files.noises import NOISE, noises_of
 from difftune.files.output import as_json, grid, png, remove, sweep
 from difftune.files.pictures import read_picture
@@ -32,6 +33,7 @@ from difftune.models import load as load_model
 from difftune.pipelines.compiled import check_compile, compiled
 from difftune.pipelines.engine import Engine, check_engine, kernels, offload_of
 from difftune.pipelines.fingerprint import check_resumed, digest_of
+from difftune.pipelines.shared import claimed_by_main, done_by_all, made_by_main
 from difftune.reno.named import needs_gradient
 from difftune.reno.optimizer import Live, ReNO, Result
 from difftune.reno.settings import NoiseSettings
@@ -67,23 +69,33 @@ def optimize_in_folder(
     """
     check_optimize(config, pipe, reward)
     say = show or processes.say_once
-    with claimed(config.output_dir) as claim:
-        if claim.ended and config.resume_from_checkpoint:
-            say(f"{claim.path} was finished: nothing remains to do")
-            return json.loads((claim.path / RESULT).read_text("utf-8"))
-        prepare(claim, config)
+    with claimed_by_main(config.output_dir) as claim:
+        done = made_by_main(lambda: made_before(claim, config))
+        if done is not None:
+            say(f"{config.output_dir} was finished: nothing remains to do")
+            return done
         summary, found = optimize_batches(config, claim, say, pipe, reward)
-        claim.results([*optimize_files(config, found), (CONFIG, settings_yaml(config)), (RESULT, as_json(summary))])
-        claim.end(CHECKPOINTS)
+        if claim is not None:
+            claim.results([*optimize_files(config, found), (CONFIG, settings_yaml(config)), (RESULT, as_json(summary))])
+            claim.end(CHECKPOINTS)
     if summary.get("parting"):
         say(f"{config.held_out} fell while the reward rose: {summary['parting']['says']}")
     return summary
 
 
+def made_before(claim: Claim | None, config: RenoConfig) -> dict[str, Any] | None:
+    """The summary of a run that had ended; otherwise the main process makes the folder ready."""
+    assert claim is not None
+    if claim.ended and config.resume_from_checkpoint:
+        return json.loads((claim.path / RESULT).read_text("utf-8"))
+    prepare(claim, config)
+    return None
+
+
 def optimize_batches(
-    config: RenoConfig, claim: Claim, say: Say, pipe: Any, reward: Reward | None
+    config: RenoConfig, claim: Claim | None, say: Say, pipe: Any, reward: Reward | None
 ) -> tuple[dict[str, Any], list[Made]]:
-    """The contents of optimize.json, and every batch."""
+    """The contents of optimize.json, and every batch; each is made by one of the processes."""
     started, reno = time.perf_counter(), make_reno(config, pipe, reward)
     if torch.cuda.is_available() and pipe is None:
         reno.pipe.to("cuda")
@@ -99,7 +111,7 @@ def optimize_batches(
         for name, line in engine.items():
             say(f"{name}: {line}")
         start = None if config.start is None else start_of(config, reno)
-        found = [optimize_batch(config, reno, batch, start, claim, say) for batch in batches]
+        found = done_by_all([partial(optimize_batch, config, reno, batch, start, claim, say) for batch in batches])
     return {**optimize_summary(config, found), "engine": engine, "seconds": time.perf_counter() - started}, found
 
 
@@ -216,9 +228,11 @@ def prepare(claim: Claim, config: RenoConfig) -> None:
     claim.note(CHECKPOINTS)
 
 
-def optimize_batch(config: RenoConfig, reno: ReNO, batch: Batch, start: Tensor | None, claim: Claim, say: Say) -> Made:
+def optimize_batch(
+    config: RenoConfig, reno: ReNO, batch: Batch, start: Tensor | None, claim: Claim | None, say: Say
+) -> Made:
     """One batch, from its newest checkpoint if the run is resumed."""
-    folder = claim.path / CHECKPOINTS / f"{batch.number:03d}"
+    folder = Path(config.output_dir, CHECKPOINTS, f"{batch.number:03d}")
     checkpoint.sort_out(folder, say)
     state = None if config.resume_from_checkpoint is None else checkpoint.resumed(folder, "latest")
     if state is not None:
@@ -230,7 +244,8 @@ def optimize_batch(config: RenoConfig, reno: ReNO, batch: Batch, start: Tensor |
     frames = [] if state is None else list(state.tensors["frames"])
     keeper = Keeper(config, claim, folder, frames, digest_of(reno.pipe))
     lives = reno.iterate(batch.prompts, **call)
-    best = follow_iterations(keeper, tqdm(lives, "ReNO", config.iterations, initial=len(frames), disable=None))
+    hidden = None if processes.process().is_main_process else True
+    best = follow_iterations(keeper, tqdm(lives, "ReNO", config.iterations, initial=len(frames), disable=hidden))
     return Made(best or replace(reno, progress=False).optimize(batch.prompts, **call), torch.stack(frames))
 
 
@@ -239,7 +254,7 @@ class Keeper:
     """The pictures of a batch so far, and where it stands; saves that, each iteration once."""
 
     config: RenoConfig
-    claim: Claim
+    claim: Claim | None  # of the main process
     folder: Path
     frames: list[Tensor]
     model: str | None  # its digest
@@ -255,7 +270,8 @@ class Keeper:
         """Write the checkpoint of the last iteration, unless there is one."""
         if self.live is not None and self.live.progress.iteration != self.saved:
             checkpoint.save(self.folder, with_frames(self.config, self.live.state, self.frames, self.model), limit=1)
-            self.claim.keep(CHECKPOINTS)
+            if self.claim is not None:
+                self.claim.keep(CHECKPOINTS)
             self.saved = self.live.progress.iteration
 
 

@@ -23,7 +23,7 @@ from difftune.configs.search import SearchConfig
 from difftune.configs.written import CONFIG, settings_yaml
 from difftune.errors import DiskError, RunError, UserError
 from difftune.files.checkpoint import Say
-from difftune.files.claim import Claim, claimed
+from difftune.files.claim import Claim
 from difftune.files.output import as_json, grid, png, write
 from difftune.files.versions import versions
 from difftune.lookup import method_of, reward_named, reward_weights
@@ -32,6 +32,7 @@ from difftune.pipelines.compiled import check_compile, compiled
 from difftune.pipelines.fingerprint import check_resumed, digest_of
 from difftune.pipelines.generate import pixels
 from difftune.pipelines.opened import open_pipeline
+from difftune.pipelines.shared import claimed_by_main, made_by_main
 from difftune.search_runs.experts import experts_for
 from difftune.search_runs.flags import experts_of, method_settings_of
 from difftune.search_runs.lineage_plot import picture, shown_leaves
@@ -58,22 +59,31 @@ def search_in_folder(
     """
     check_search(config, reward)
     say, began = show or processes.say_once, time.perf_counter()
-    with claimed(config.output_dir) as claim:
-        if claim.ended and config.resume_from_checkpoint:
-            say(f"{claim.path} was finished: nothing remains to do")
-            return json.loads((claim.path / RESULT).read_text("utf-8"))
-        claim.clear()
-        earlier = read_earlier(claim, config)
+    with claimed_by_main(config.output_dir) as claim:
+        done, earlier = made_by_main(lambda: held_before(claim, config))
+        if done is not None:
+            say(f"{config.output_dir} was finished: nothing remains to do")
+            return done
         going = begin_search(config, earlier, pipe, reward)
         with compiled(going.pipe, config.compile, dynamic=None) as blocks:
             if blocks is not None:
                 say(f"compile: {blocks}")
-            found = follow_search(going, config, claim.path)
+            found = follow_search(going, config)
         summary = {**search_summary(config, found), "seconds": round(time.perf_counter() - began, 3)}
         summary["versions"] = versions()
-        claim.results([*search_files(config, found), (CONFIG, settings_yaml(config)), (RESULT, as_json(summary))])
-        claim.end()
+        if claim is not None:
+            claim.results([*search_files(config, found), (CONFIG, settings_yaml(config)), (RESULT, as_json(summary))])
+            claim.end()
     return summary
+
+
+def held_before(claim: Claim | None, config: SearchConfig) -> "tuple[dict[str, Any] | None, Earlier | None]":
+    """The summary of a search that had ended, or else the one that was saved, as the main process finds them."""
+    assert claim is not None
+    if claim.ended and config.resume_from_checkpoint:
+        return json.loads((claim.path / RESULT).read_text("utf-8")), None
+    claim.clear()
+    return None, read_earlier(claim, config)
 
 
 def check_search(config: SearchConfig, reward: Reward | None = None) -> None:
@@ -108,7 +118,9 @@ def begin_search(config: SearchConfig, earlier: "Earlier | None", pipe: Any, rew
         memory_budget=config.memory_budget,
         decode_batch=config.decode_batch,
         enable_vae_tiling=config.enable_vae_tiling,
+        progress=processes.process().is_main_process,
         saved=None if earlier is None else earlier.saved,
+        shared=True,
         **method_settings_of(config),
     )
     if earlier is not None:
@@ -117,16 +129,21 @@ def begin_search(config: SearchConfig, earlier: "Earlier | None", pipe: Any, rew
     return going
 
 
-def follow_search(going: Search, config: SearchConfig, folder: Path) -> Found:
-    """The end of a search whose state is saved every few seconds, at its end, and after an error."""
-    found, keeper = None, Keeper(config, folder / STATE, digest_of(going.pipe))
+def follow_search(going: Search, config: SearchConfig) -> Found:
+    """The end of a search whose state is saved every few seconds, at its end, and after an error.
+
+    A signal to any process ends all of them, after the same step.
+    """
+    found, keeper = None, Keeper(config, Path(config.output_dir, STATE), digest_of(going.pipe))
     with processes.stopping() as stop:
         try:
             for number, found in enumerate(going):
                 keeper.see(found)
-                if stop.number or time.perf_counter() - keeper.saved > SAVE_SECONDS:
+                asked = processes.agree_to_stop(stop)
+                if asked or time.perf_counter() - keeper.saved > SAVE_SECONDS:
                     keeper.save(found)
-                if stop.number:
+                if asked:
+                    processes.process().wait_for_everyone()  # the main one has saved
                     stop.leave(number + 1)
         except Exception:
             keeper.rescue()
@@ -137,7 +154,7 @@ def follow_search(going: Search, config: SearchConfig, folder: Path) -> Found:
 
 
 class Keeper:
-    """Saves where a search stands.
+    """Saves where a search stands, in the main process.
 
     A tree changes in place, so that a step which fails spoils it: what is saved after an error was taken before that
     step, or before an earlier one if taking it costs more than a twentieth of the time.
@@ -147,19 +164,21 @@ class Keeper:
         self.config, self.file, self.model = config, file, model
         self.saved = self.taken = time.perf_counter()
         self.cost, self.data = 0.0, b""
+        self.main = processes.process().is_main_process
 
     def see(self, found: Found) -> None:
         """Take the state between two steps."""
         began = time.perf_counter()
-        if began - self.taken >= 20 * self.cost:
+        if self.main and began - self.taken >= 20 * self.cost:
             self.data = state_bytes(self.config, found, self.model)
             self.taken = time.perf_counter()
             self.cost = self.taken - began
 
     def save(self, found: Found) -> None:
         """Write the state, which no step has changed since."""
-        self.data = state_bytes(self.config, found, self.model)
-        write(self.file, self.data)
+        if self.main:
+            self.data = state_bytes(self.config, found, self.model)
+            write(self.file, self.data)
         self.saved = time.perf_counter()
 
     def rescue(self) -> None:

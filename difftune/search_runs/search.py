@@ -32,6 +32,8 @@ from difftune.files.pictures import pil, save_pictures
 from difftune.lookup import at_least, known, reward_named
 from difftune.pipelines.engine import frozen
 from difftune.pipelines.method_parts import prepared
+from difftune.pipelines.shared import done_by_all
+from difftune.processes import process
 from difftune.search_runs.experts import Experts, experts_for
 from difftune.search_runs.held import rows_within
 from difftune.search_runs.problem import Adapter
@@ -201,6 +203,7 @@ def search(
     width: int | None = None,
     progress: bool = True,
     saved: Saved | None = None,
+    shared: bool = False,
     **settings: Any,
 ) -> Search:
     """A search for images of high reward, one for each prompt: to be `run`, or to be iterated.
@@ -214,7 +217,7 @@ def search(
     ("6GiB", weights included): one row is measured, and as many are run at a time as fit beside the samples that the
     budgets pay for; micro_batch sets them by hand. decode_batch, enable_vae_tiling: images that are decoded at a time,
     and whether a large one is in tiles. saved: what a state's `saved()` gave, to go on from; the budgets may
-    have grown.
+    have grown. shared: the processes that were launched together run this very search, each with a part of every batch.
     Raises UserError, before anything runs, for an unknown name or an invalid setting.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -234,6 +237,8 @@ def search(
         problem.needs_noise(method)
     problem.nfe_budget, problem.reward_budget = nfe_budget, reward_budget
     problem.micro_batch = micro_batch
+    if shared:
+        problem.workers, problem.do = process().num_processes, done_by_all
     if micro_batch is None and memory_budget is not None:
         problem.micro_batch = rows_within(memory_budget, adapter, problem, config, method in GRADIENTS)
     states = SEARCHES[method].search(problem, config, saved)

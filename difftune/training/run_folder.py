@@ -6,23 +6,23 @@ A recipe yields (metrics, state) after each optimiser step and knows nothing of 
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from difftune.configs.written import CONFIG, settings_yaml
 from difftune.errors import DiskError, RunError, UserError
 from difftune.files import checkpoint, records
 from difftune.files.checkpoint import Say, State
-from difftune.files.claim import LOCK, Claim, claimed
+from difftune.files.claim import LOCK
 from difftune.files.output import sweep, write
 from difftune.lookup import guidance_kinds
 from difftune.pipelines import full_weights, lora
+from difftune.pipelines.shared import claimed_by_main
 from difftune.processes import agree_to_stop, process, say_once, stopping
 from difftune.training import trackers as log
 from difftune.training import validation
@@ -65,22 +65,6 @@ def begin_run(config: Config, say: Say | None = None) -> Iterator[State | None]:
             if claim is not None and checkpoint.checkpoints(folder):
                 claim.keep()
             raise
-
-
-@contextmanager
-def claimed_by_main(folder: Path) -> Iterator[Claim | None]:
-    """The folder for all processes, claimed by the main one; if that cannot, all of them are told."""
-    with ExitStack() as stack:
-        claim, fault = None, None
-        if process().is_main_process:
-            try:
-                claim = stack.enter_context(claimed(folder))
-            except UserError as error:
-                fault = error
-        for found in gather_object([fault]) if process().num_processes > 1 else [fault]:
-            if found is not None:
-                raise found
-        yield claim
 
 
 def run_in_folder(

@@ -13,7 +13,9 @@ on from there. Randomness is a function of (seed, key), never of what was drawn 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
+from math import ceil
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -88,6 +90,30 @@ class RowCounter(Counter):
             self.each = self.each + (1 if chosen is None else chosen.cpu().long())
 
 
+class Answer(NamedTuple):
+    """A prediction for some rows."""
+
+    prediction: Prediction
+    each: Tensor  # () or (B,) int64, the NFEs of a row
+
+
+class Graded(NamedTuple):
+    """Predictions for some rows by expert, what their estimates are worth, and the gradient of that."""
+
+    answers: dict[str | None, Answer]
+    rewards: Tensor  # (B,) float64
+    gradients: Tensor  # (B, ...), by x
+
+
+Jobs = Sequence[Callable[[], Any]]
+ONE = torch.ones((), dtype=torch.int64)
+
+
+def one_after_another(jobs: Jobs) -> list[Any]:
+    """What the jobs give, all done here."""
+    return [job() for job in jobs]
+
+
 class Spent(NamedTuple):
     """The NFEs and the calls that each group has spent, each (G,) int64 and added to in place."""
 
@@ -126,6 +152,7 @@ class Problem:
     each step; 1 by default. experts: unguided predictions by name, for methods that combine them on their own.
     start_scale: what multiplies the unit noise at the first level; its sigma by default, which is not every pipeline's.
     nfe_budget, reward_budget: NFEs and reward calls of each group, never exceeded. micro_batch: rows at a time.
+    workers: processes that run this very search, each with a part of every batch; `do` gives all what each has done.
 
     Raises UserError for invalid levels, seeds, costs or eta.
     """
@@ -141,6 +168,8 @@ class Problem:
     nfe_budget: int | None = None
     reward_budget: int | None = None
     micro_batch: int | None = None
+    workers: int = 1
+    do: Callable[[Jobs], list[Any]] = one_after_another
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
     start_scale: float | None = None
@@ -221,7 +250,11 @@ class Problem:
     def predicted(self, path: Path, i: int, groups: Tensor, expert: str | None = None) -> Prediction:
         """The prediction at level i for rows of these groups (B,), without a gradient; of an expert if one is named."""
         with torch.no_grad():
-            return joined([self._call(path[part], i, groups[part], expert) for part in self.parts(len(groups))])
+            parts = self.parts(len(groups))
+            answers = self.do([partial(self._answer, path[part], i, groups[part], expert) for part in parts])
+        for part, answer in zip(parts, answers, strict=True):
+            self._spend("nfe", groups[part], answer.each, self.nfe_budget)
+        return joined([answer.prediction for answer in answers])
 
     def kernel(self, prediction: Prediction, i: int) -> tuple[Tensor, Tensor]:
         """Mean (B, ...) and deviation () of x at level i + 1 given the prediction at level i."""
@@ -236,8 +269,10 @@ class Problem:
     def score(self, x0: Tensor, groups: Tensor) -> Tensor:
         """Rewards (B,) in float64, on the CPU; counted. Raises ValueError for one that is not finite."""
         with torch.no_grad():
-            parts = [self._score(x0[part], groups[part]) for part in self.parts(len(groups))]
-        return torch.cat([part.double().cpu() for part in parts])
+            parts = self.parts(len(groups))
+            rewards = self.do([partial(self._rewards, x0[part], groups[part]) for part in parts])
+        self._spend("reward_calls", groups, ONE, self.reward_budget)
+        return torch.cat([part.double().cpu() for part in rewards])
 
     def graded(self, path: Path, i: int, groups: Tensor) -> tuple[Prediction, Tensor, Tensor]:
         """The prediction at level i, r(x0) (B,) of its clean estimate, and the gradient of that by x (B, ...).
@@ -252,9 +287,14 @@ class Problem:
     ) -> tuple[dict[str | None, Prediction], Tensor, Tensor]:
         """`graded` for several predictions (None: the problem's own), scored on what `read` makes of them and x."""
         parts = self.parts(len(groups))
-        found = [self._graded(path[part], i, groups[part], experts, read) for part in parts]
-        said, rewards, gradients = zip(*found, strict=True)
-        return {name: joined([p[name] for p in said]) for name in experts}, torch.cat(rewards), torch.cat(gradients)
+        found = self.do([partial(self._graded, path[part], i, groups[part], experts, read) for part in parts])
+        for part, one in zip(parts, found, strict=True):
+            for name in experts:
+                self._spend("nfe", groups[part], one.answers[name].each, self.nfe_budget)
+        self._spend("reward_calls", groups, ONE, self.reward_budget)
+        self._spend("gradients", groups, ONE)
+        said = {name: joined([one.answers[name].prediction for one in found]) for name in experts}
+        return said, torch.cat([one.rewards for one in found]), torch.cat([one.gradients for one in found])
 
     def nothing_yet(self) -> Best:
         """The best samples of a search before any is finished: none."""
@@ -263,42 +303,36 @@ class Problem:
         return Best(found, torch.full(shape[:1], -torch.inf, dtype=torch.float64))
 
     def parts(self, rows: int) -> list[slice]:
-        """Micro-batches of a batch."""
-        size = self.micro_batch or max(rows, 1)
+        """Micro-batches of a batch: of the size that is given, or one for each worker."""
+        size = self.micro_batch or max(ceil(rows / self.workers), 1)
         return [slice(start, start + size) for start in range(0, rows, size)]
 
-    # ------------------------------------------------------------------------------------------ counting
+    # ------------------------------------------------------------------------------------------ of a part of a batch
 
-    def _call(self, path: Path, i: int, groups: Tensor, expert: str | None = None) -> Prediction:
+    def _answer(self, path: Path, i: int, groups: Tensor, expert: str | None = None) -> Answer:
         predict = (self.predict if expert is None else self.experts[expert])(groups)
         prediction = predict(path, self.levels[i])
-        each = torch.ones((), dtype=torch.int64)
-        if isinstance(predict, GuidedPredict) and isinstance(predict.counter, RowCounter):
-            each = predict.counter.each
-        self._spend("nfe", groups, each, self.nfe_budget)
-        return prediction
+        counted = isinstance(predict, GuidedPredict) and isinstance(predict.counter, RowCounter)
+        return Answer(prediction, predict.counter.each if counted else ONE)  # type: ignore[attr-defined]
 
-    def _score(self, x0: Tensor, groups: Tensor) -> Tensor:
+    def _rewards(self, x0: Tensor, groups: Tensor) -> Tensor:
         rewards = self.reward(x0, groups)
-        self._spend("reward_calls", groups, torch.ones((), dtype=torch.int64), self.reward_budget)
         if not rewards.isfinite().all():
             bad = int(rewards.isfinite().int().argmin())
             raise UserError(f"the reward of a sample of group {int(groups[bad])} is {float(rewards[bad])}")
         return rewards
 
-    def _graded(
-        self, path: Path, i: int, groups: Tensor, experts: Sequence[str | None], read: Read
-    ) -> tuple[dict[str | None, Prediction], Tensor, Tensor]:
+    def _graded(self, path: Path, i: int, groups: Tensor, experts: Sequence[str | None], read: Read) -> Graded:
         with torch.enable_grad():
             x = path.x.detach().requires_grad_()
             here = Path(x, path.x0, path.memory)
-            said = {name: self._call(here, i, groups, name) for name in experts}
-            rewards = self._score(read(said, x), groups)
+            answers = {name: self._answer(here, i, groups, name) for name in experts}
+            rewards = self._rewards(read({name: answer.prediction for name, answer in answers.items()}, x), groups)
             if not rewards.requires_grad:
                 raise UserError("the reward gives no gradient of the latents, and this method needs one: use fk")
             (gradient,) = torch.autograd.grad(rewards.sum(), x)
-        self._spend("gradients", groups, torch.ones((), dtype=torch.int64))
-        return {name: detached(p) for name, p in said.items()}, rewards.detach().double().cpu(), gradient
+        answers = {name: a._replace(prediction=detached(a.prediction)) for name, a in answers.items()}
+        return Graded(answers, rewards.detach().double().cpu(), gradient)
 
     def _spend(self, name: str, groups: Tensor, each: Tensor, limit: int | None = None) -> None:
         account = self.spent._asdict()[name]
