@@ -10,7 +10,7 @@ where the network has seen noise.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from difftune.files.checkpoint import State, going_on
 from difftune.lookup import Rewards, at_least, reward_named, reward_weights, sampler_named
 from difftune.pipelines.engine import one_at_a_time, wants_noise
 from difftune.pipelines.method_parts import equip, guided_by
+from difftune.pipelines.texts import Texts
 from difftune.reno.named import needs_gradient, sized
 from difftune.reno.objective import Iteration, Objective, Unknowns, embeddings
 from difftune.reno.paper import levels_at, setting_of
@@ -52,6 +53,7 @@ class ReNO(NoiseSettings):
     reward: Rewards
     held_out: Rewards | None = None
     progress: bool = True  # show a progress bar
+    texts: Texts = field(default_factory=Texts, repr=False, compare=False)  # the prompts that were encoded
 
     def __post_init__(self):
         super().__post_init__()
@@ -108,7 +110,7 @@ class ReNO(NoiseSettings):
         """
         model = LatentModel(self.pipe, self.embedded_guidance)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        conds = model.encode(texts, height=images.shape[2], width=images.shape[3])
+        conds = self.texts(model, texts, *images.shape[2:])
         predict = guided_by(model, equip(self.pipe, self.guidance or Plain()), texts, conds)
         levels = model.levels(num_inference_steps, *images.shape[2:])
         x = invert(predict, model.encode_images(images.to(model.device)), levels).x
@@ -220,7 +222,7 @@ class ReNO(NoiseSettings):
     @torch.no_grad()
     def _made(self, prompts: list[str], generator: Generators, start: Tensor | None) -> Objective:
         model = LatentModel(self.pipe, self.embedded_guidance, self.decode_batch, self.enable_vae_tiling)
-        conds = model.encode(prompts, height=self.height, width=self.width)
+        conds = self.texts(model, prompts, self.height, self.width)
         noise = model.noise(len(prompts), generator, self.height, self.width)
         levels = self.levels(model)
         scale = model.start_scale(levels)

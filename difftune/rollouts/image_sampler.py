@@ -1,19 +1,18 @@
 """The sampler of a recipe: images of prompts and numbered noise, under its guidance."""
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from difftune.configs.training import TrainingConfig
 from difftune.files.prompts import Prompts
 from difftune.lookup import method_of, sampler_named
 from difftune.pipelines.engine import moving, step_of, wants_noise
 from difftune.pipelines.method_parts import trainable
+from difftune.pipelines.texts import Texts
 from difftune.training.network import TrainedNetwork
 from difftune.training.numbering import seed_of
 from guidance.contract import Guidance
@@ -40,47 +39,6 @@ class Drawn(NamedTuple):
     path: Path
     prompts: list[str]
     conds: Mapping[str, Cond]
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Prompts' conditions, each encoded once while there is room for it: the text encoders are frozen.
-
-    A prompt is encoded alone, so that its bits depend on nothing that is encoded beside it or was before.
-    """
-
-    room: int = 2**26  # bytes
-    known: OrderedDict[str, dict[str, Cond]] = field(default_factory=OrderedDict)  # the latest used last
-
-    @torch.no_grad()
-    def __call__(self, model: LatentModel, texts: Sequence[str]) -> dict[str, Cond]:
-        """{"cond": Cond, "uncond": Cond} of these prompts, one row for each."""
-        rows = [self._row(model, text) for text in texts]
-        return {name: joined([row[name] for row in rows]) for name in rows[0]}
-
-    def _row(self, model: LatentModel, text: str) -> dict[str, Cond]:
-        row = self.known.pop(text, None) or model.encode(text)
-        self.known[text] = row
-        size = sum(value.nbytes for cond in row.values() for value in cond.values())
-        while len(self.known) * size > self.room and len(self.known) > 1:
-            self.known.popitem(last=False)
-        return row
-
-
-def joined(rows: Sequence[Cond]) -> Cond:
-    """Conditions of single prompts as one of a batch: texts (1, L, D) of different lengths are padded with zeros to the
-    longest, and `NAME_mask` (B, L) tells the tokens of NAME."""
-    ragged = [key for key, value in rows[0].items() if value.ndim == 3 and len({row[key].shape[1] for row in rows}) > 1]
-    for key in ragged:
-        rows = [{f"{key}_mask": row[key].new_ones(row[key].shape[:2], dtype=torch.bool), **row} for row in rows]
-    batch = {key: [row[key] for row in rows] for key in rows[0]}
-    return {
-        key: padded(each) if key.removesuffix("_mask") in ragged else torch.cat(each) for key, each in batch.items()
-    }
-
-
-def padded(texts: Sequence[Tensor]) -> Tensor:
-    return pad_sequence([text[0] for text in texts], batch_first=True)
 
 
 @dataclass(frozen=True)

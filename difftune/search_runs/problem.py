@@ -61,8 +61,7 @@ class Adapter:
         Whatever the guidance needs, its conditions and the prompts are encoded here, once for the whole search.
         """
         conds, equipped = self.conds(negative_prompts), equip(self.model.pipe, guidance)
-        equipped.method(self.prompts)  # a prompt that the method cannot serve is refused before anything runs
-        predict = partial(self.guided, equipped, conds)
+        predict = self.predictor(equipped, conds)  # a prompt that the method cannot serve is refused here
         shape = self.model.shape(self.height, self.width)
         seeds = [seed + i for i in range(len(self.prompts))]
         experts = {name: self.expert(cond) for name, cond in conds.items()}
@@ -79,12 +78,17 @@ class Adapter:
 
     def expert(self, cond: Cond) -> Callable[[Tensor], GuidedPredict]:
         """The unguided prediction under a condition of all prompts."""
-        return partial(self.guided, fixed(Plain()), {"cond": cond})
+        return self.predictor(fixed(Plain()), {"cond": cond})
 
-    def guided(self, equipped: Equipped, conds: Mapping[str, Cond], groups: Tensor) -> GuidedPredict:
-        """The guided prediction for rows of these groups, with a counter of its own."""
-        rows = {name: rows_of(cond, groups) for name, cond in conds.items()}
-        return guided_by(self.model, equipped, self.texts(groups), rows, RowCounter())
+    def predictor(self, equipped: Equipped, conds: Mapping[str, Cond]) -> Callable[[Tensor], GuidedPredict]:
+        """The guided prediction for rows of given groups; the networks and their clock are looked up once."""
+        return partial(self.rows, guided_by(self.model, equipped, self.prompts, conds), equipped)
+
+    def rows(self, every: GuidedPredict, equipped: Equipped, groups: Tensor) -> GuidedPredict:
+        """The prediction `every` of all prompts for rows of these groups, with a counter of its own."""
+        conds = {name: rows_of(cond, groups) for name, cond in every.conds.items()}
+        method = equipped.method(self.texts(groups))
+        return replace(every, guidance=method, conds=conds, counter=RowCounter())
 
     def texts(self, groups: Tensor) -> list[str]:
         return [self.prompts[group] for group in groups.tolist()]
