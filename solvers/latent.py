@@ -12,7 +12,6 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +24,7 @@ from solvers.families.table import family_of
 from solvers.levels import Clock, levels_of, prediction_type, start_scale
 from solvers.modules import dtype_of, execution_device
 from solvers.noise import Noise, normalised
-from solvers.samplers.catalogue import Generators
+from solvers.samplers.catalogue import Generators, unit_normal
 
 
 class Expert(NamedTuple):
@@ -219,7 +218,7 @@ class LatentModel:
             if len(generator) != batch:
                 raise UserError(f"{len(generator)} generators for a batch of {batch}: pass one, or one per sample")
         shape = (batch, *self.shape(height, width))
-        return widen(randn_tensor(shape, generator=generator, device=self.device, dtype=self.noise_dtype))
+        return widen(unit_normal(shape, generator, self.device, self.noise_dtype))
 
     @property
     def noise_dtype(self) -> torch.dtype:

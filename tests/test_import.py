@@ -1,3 +1,4 @@
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import difftune
+from tests.test_layering import MODULES
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,6 +27,48 @@ def test_import_loads_next_to_nothing_and_leaves_torch_alone():
     loaded, heavy = python(code).stdout.split("\n")[:2]
     assert heavy == "[]"
     assert int(loaded) < 100  # which takes 5 ms, where the time would be that of the machine
+
+
+HELP = (
+    "from difftune.cli.program import cli\n"
+    "for words in ([], ['sample'], ['train', 'alignprop'], ['search'], ['rewards', 'list']):\n"
+    "    cli([*words, '--help'], standalone_mode=False)\n"
+    "heavy = ('torch', 'numpy', 'diffusers', 'transformers', 'accelerate', 'PIL', 'scipy', 'yaml')\n"
+    "print(len(sys.modules), [m for m in heavy if m in sys.modules])"
+)
+
+
+def test_help_loads_few_modules_and_none_of_the_heavy_ones():
+    """220 when this was written, of which 80 are the interpreter's: 0.2 s of CPU, which no test can measure."""
+    loaded, heavy = python(HELP).stdout.splitlines()[-1].split(" ", 1)
+    assert heavy == "[]" and int(loaded) < 250
+
+
+LIGHT = ["difftune.evaluation.score", "guidance.methods.catalogue", "guidance.search.catalogue", "difftune.lookup"]
+MODELS = {"accelerate", "diffusers", "peft", "transformers"}  # 3 to 7 s of CPU to import
+
+
+def imported_at_once(module: str) -> set[str]:
+    """The modules that importing one imports, ours with all that they import, and others by their first name."""
+    found, front = {module}, [module]
+    while front:
+        for node in ast.parse(MODULES[front.pop()].read_text()).body:
+            named = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                named += [f"{node.module}.{alias.name}" for alias in node.names]
+            if isinstance(node, ast.Import):
+                named = [alias.name for alias in node.names]
+            new = {name if name in MODULES else name.partition(".")[0] for name in named} - found
+            found |= new
+            front += [name for name in new if name in MODULES]
+    return found
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_what_draws_no_picture_imports_no_library_of_models(module):
+    """`difftune score`, `difftune methods` and what checks the names of the settings."""
+    assert "torch" in imported_at_once(module) and not imported_at_once(module) & MODELS
+    assert imported_at_once("difftune.pipelines.generate") & MODELS
 
 
 @pytest.mark.parametrize("name", difftune.__all__)

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
@@ -94,10 +95,16 @@ def with_one_scale(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "guidance_scale": options["scale"], "guidance_options": rest}
 
 
+@cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """The classes of a module by name, from its source, which is parsed once for all of them."""
+    body = ast.parse(inspect.getsource(sys.modules[module])).body
+    return {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+
+
 def documented(config: type) -> type:
     """The dataclass, where `metadata["help"]` of each field is the docstring below it, or below the one it replaces."""
-    (tree,) = ast.parse(inspect.getsource(config)).body
-    assert isinstance(tree, ast.ClassDef)
+    tree = _classes(config.__module__)[config.__name__]
     bases = [base for base in reversed(config.__mro__[1:-1]) if "__dataclass_fields__" in vars(base)]
     texts = {f.name: f.metadata["help"] for base in bases for f in fields(base)}
     texts |= {

@@ -15,12 +15,12 @@ from math import log
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from numpy.random import SeedSequence
 from torch import Tensor
 
 from solvers.denoiser import Path
 from solvers.errors import UserError
+from solvers.samplers.catalogue import unit_normal
 
 Generators = Sequence[torch.Generator | None]  # one for each group
 Resampler = Callable[[Tensor, torch.Generator | None], Tensor]  # weights (K,) that sum to one -> indices (K,)
@@ -138,7 +138,7 @@ def ancestry(parents: Sequence[Tensor]) -> Tensor:
 def noise_like(x: Tensor, generators: Generators) -> Tensor:
     """Noise (G * K, ...) like x, each group's from its own generator."""
     shape = (len(x) // len(generators), *x.shape[1:])
-    return torch.cat([randn_tensor(shape, generator=g, device=x.device, dtype=x.dtype) for g in generators])
+    return torch.cat([unit_normal(shape, g, x.device, x.dtype) for g in generators])
 
 
 def generators_of(seed: int, groups: Sequence[int]) -> list[torch.Generator]:

@@ -14,10 +14,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from solvers.denoiser import Path, Predict, widen
+from solvers.errors import UserError
 from solvers.noise import Noise
 from solvers.samplers.multistep import ab2, deis, dpmpp_2m, sde_dpmpp_2m, unipc_1, unipc_2
 from solvers.samplers.singlestep import dpm_2, dpm_3, edm_heun, heun, midpoint, rk4
@@ -74,10 +74,23 @@ def is_stochastic(step: Any) -> bool:
     return is_stochastic(step.func) if isinstance(step, partial) else step in STOCHASTIC
 
 
+def unit_normal(shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Unit normal numbers (B, ...), those that a diffusers pipeline draws: by one generator, or each sample's by its
+    own; by a generator on the CPU, the same for every device. UserError for one of another device."""
+    one_each = list(generator) if isinstance(generator, Sequence) else [generator]
+    first = one_each[0]
+    if first is not None and first.device.type not in (device.type, "cpu"):
+        raise UserError(f"a generator on {first.device} draws no numbers for {device}: give one there, or on the CPU")
+    own = device if first is None or first.device.type == device.type else first.device
+    if len(one_each) == 1:
+        return torch.randn(tuple(shape), generator=first, device=own, dtype=dtype).to(device)
+    drawn = [torch.randn((1, *shape[1:]), generator=g, device=own, dtype=dtype) for g in one_each[: shape[0]]]
+    return torch.cat(drawn).to(device)
+
+
 def gaussian(x: Tensor, generator: Generators = None) -> Tensor:
     """Noise like x, from one generator or from one per sample, on any device."""
-    one_each = list(generator) if isinstance(generator, Sequence) else generator
-    return randn_tensor(x.shape, one_each, device=x.device, dtype=x.dtype)
+    return unit_normal(x.shape, generator, x.device, x.dtype)
 
 
 def sample(
