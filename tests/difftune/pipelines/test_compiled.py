@@ -175,6 +175,7 @@ def adapted(pipe):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # tracing is most of it, and takes half a minute of CPU
 def test_images_and_gradients_are_the_same_in_every_mode_under_a_lora_and_block_checkpointing(traced):
     pipe = small()
     weights = adapted(pipe)
@@ -202,7 +203,7 @@ def test_an_attached_pipeline_draws_the_same_pictures(traced, make):
 
     def drawn():
         found = []
-        methods = [CFG(3.0), PAG(CFG(3.0))] if make is small else [CFG(3.0)]
+        methods = [CFG(3.0), PAG(3.0)] if make is small else [CFG(3.0)]
         for method in methods:
             generators = [torch.Generator().manual_seed(i) for i in range(2)]
             options = {"guidance_scale": 3.0} if make is small else {"true_cfg_scale": 3.0, "negative_prompt": [""] * 2}
@@ -252,6 +253,7 @@ def test_a_search_and_a_noise_find_the_same(traced):
 
 # ------------------------------------------------------------------------------------------------ by the real compiler
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(compiling.obstacle() is not None, reason=str(compiling.obstacle()))
 def test_the_real_compiler_gives_the_same_up_to_rounding():
     pipe = small()
