@@ -4,7 +4,7 @@
 
 loops      the stock pipeline, the same under attach(pipe, CFG), and our own loop (SD 1.5, SDXL, SD3.5-M)
 rollout    a backward pass through 10, 25 and 50 sampler steps: no gradient, a hand-written loop, "checkpoint" (SD 1.5)
-recipes    a step of alignprop, also with recomputed blocks, and of each policy recipe: seconds and peak (SD 1.5)
+recipes    a step of alignprop, also with recomputed blocks, and of each policy recipe in 10: seconds, peak (SD 1.5)
 budget     alignprop within 6, 12 and 24 GiB: what was predicted, and the peak (SD 1.5)
 compile    a training step of the network alone, as it is and compiled (SD 1.5)
 reno       the authors' update written out, and ours on one image and on eight (SD 1.5, one step)
@@ -34,7 +34,15 @@ from rewards.registry import load
 from solvers.latent import LatentModel
 
 PROMPT = bench_loops.PROMPT
-POLICY = ("ddpo", "grpo", "nft", "d3po", "adjoint-matching")  # those that RECIPES has are measured
+GROUPS = {"gradient_accumulation_steps": 2, "num_images_per_prompt": 4}  # two batches of four images of a prompt
+POLICY: Mapping[str, Mapping[str, int]] = {
+    "ddpo": {},
+    "grpo": GROUPS,
+    "nft": GROUPS,
+    "d3po": {},
+    "adjoint-matching": {},
+}
+FEW = 10  # steps of a sampler that all of a policy's images are trained on
 Entry = Mapping[str, Any]  # {"what": {name: cell}}: a row of the table for each
 
 
@@ -95,9 +103,10 @@ def compared(bench: Bench, size: str, runs: Callable[..., Any], batch: int, step
 def recipes(bench: Bench) -> Iterator[tuple[str, Callable[[], Entry]]]:
     yield "alignprop", partial(trained, bench, alignprop(bench))
     yield "alignprop, blocks recomputed", partial(trained, bench, alignprop(bench), blocks=True)
-    for name in POLICY:
-        if name in RECIPES:
-            yield name, partial(trained, bench, configured(bench, RECIPES[name].config))
+    for name, more in POLICY.items():
+        steps = 4 if bench.small else FEW
+        config = configured(bench, RECIPES[name].config, num_inference_steps=steps, **more)
+        yield f"{name}, {steps} steps", partial(trained, bench, config)
 
 
 def configured(bench: Bench, config: type, **more: Any) -> Any:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from difftune.recipes import check_recipe
 from tests.support.benches import script
 
 MILLIONS = {"SD 1.5": 860, "SDXL": 2567, "SD3.5-M": 2243}  # of the published networks
@@ -52,3 +53,12 @@ def test_what_is_measured_is_kept_and_an_error_does_not_cost_the_rest(bench, tmp
 def test_without_a_gpu_it_says_what_runs(bench, tmp_path):
     with pytest.raises(SystemExit, match="pass --small"):
         bench.main([], 6, str(tmp_path / "gpu.jsonl"), small=False)
+
+
+def test_the_settings_of_every_policy_recipe_are_valid(bench):
+    """One batch is four images; a step of grpo and nft takes two groups of four."""
+    parts = list(bench.recipes(bench.Bench(small=True)))
+    configs = [measure.args[1] for _, measure in parts]
+    assert [name.partition(",")[0] for name, _ in parts][2:] == list(bench.POLICY)
+    for config in configs:
+        check_recipe(config)
