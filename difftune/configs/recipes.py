@@ -109,7 +109,7 @@ class AdjointMatchingConfig(TrainingConfig):
     """Memoryless sampler, the only one: DDPM's steps, of a flow too."""
     guidance: str = "none"
     """Guidance method of the images that are made; the regression has none."""
-    learning_rate: NotNegative = 3e-4
+    learning_rate: Positive = 3e-4
 
     reward_multiplier: Positive = 100.0
     """Weight of the reward against the divergence from the model before training: the optimum is that model times
@@ -137,7 +137,7 @@ class HypernoiseConfig(TrainingConfig):
     """Guidance method; distilled few-step models want none."""
     lora_layers: Literal["attention", "attention+ff+conv"] = "attention+ff+conv"
     """Layers with a LoRA: the attention, or also the feed-forward, projection, time and convolution layers."""
-    learning_rate: NotNegative = 1e-3
+    learning_rate: Positive = 1e-3
 
     regularization_weight: NotNegative = 0.5
     """Weight of the mean square of what is added to the noise, per element."""
@@ -155,7 +155,7 @@ class DDPOConfig(TrainingConfig):
     """Sampler with a log-probability, the only one: DDIM with eta, or the SDE of a flow."""
     eta: Positive | None = None
     """Noise of the sampler, above 0. If not given: DDPM's 1 for DDIM, and 0.7 for a flow's SDE."""
-    learning_rate: NotNegative = 3e-4
+    learning_rate: Positive = 3e-4
 
     updates_per_round: Many = 1
     """Optimiser steps on the images of one round, each step on its own share of them."""
@@ -194,7 +194,7 @@ class GRPOConfig(TrainingConfig):
     """Guidance method, in training as in use; without one, sampling and training cost half."""
     gradient_accumulation_steps: Many = 4
     """Backward passes of each trained sampler step per optimiser step."""
-    learning_rate: NotNegative = 3e-4
+    learning_rate: Positive = 3e-4
 
     updates_per_round: Many = 1
     """Optimiser steps on the images of one round, each step on its own share of them."""
@@ -237,7 +237,7 @@ class NFTConfig(TrainingConfig):
     """Guidance method of the images that are made; the paper has none there, and the training has none in any case."""
     gradient_accumulation_steps: Many = 4
     """Backward passes of each noise level per optimiser step."""
-    learning_rate: NotNegative = 3e-4
+    learning_rate: Positive = 3e-4
 
     loss: Literal["nft", "awm", "dgpo"] = "nft"
     """Loss: nft, two mirror images of the model, one drawn to better images, the other to worse; awm, PPO's loss of the
@@ -284,7 +284,7 @@ class D3POConfig(TrainingConfig):
     """Sampler with a log-probability, the only one: DDIM with eta, or the SDE of a flow."""
     eta: Positive | None = None
     """Noise of the sampler, above 0. If not given: DDPM's 1 for DDIM, and 0.7 for a flow's SDE."""
-    learning_rate: NotNegative = 3e-5
+    learning_rate: Positive = 3e-5
 
     num_images_per_prompt: Annotated[int, Range(2, 1_000_000)] = 2
     """Images of each prompt, from one first noise; every two of them are a pair. 2 with labels."""
@@ -309,7 +309,7 @@ class PreferenceConfig(TrainingConfig):
     num_images_per_prompt: Annotated[int, Range(2, 1_000_000)] = 2
     """Images that are made of each prompt."""
     rank: Many = 8
-    learning_rate: NotNegative = 1e-5
+    learning_rate: Positive = 1e-5
     adam_weight_decay: NotNegative = 1e-2
 
 
@@ -354,7 +354,7 @@ class DROConfig(PreferenceConfig):
     """Pairs per process and backward pass."""
     num_images_per_prompt: Annotated[int, Range(2, 1_000_000)] = 2
     """Images that are made for each pair, which is the best and the worst of them."""
-    learning_rate: NotNegative = 5e-6
+    learning_rate: Positive = 5e-6
     max_loser_loss: NotNegative | None = None
     """A bad image's denoising error is not raised beyond this. If not given: it has no bound, as in the paper."""
 
@@ -393,7 +393,7 @@ class PSOConfig(TrainingConfig):
     """Guidance method; distilled few-step models want none."""
     rank: Many = 32
     """Rank of the LoRA."""
-    learning_rate: NotNegative = 1e-5
+    learning_rate: Positive = 1e-5
     """Learning rate after the warm-up."""
     adam_weight_decay: NotNegative = 1e-6
     """Weight decay, a share of the learning rate per step."""
@@ -444,7 +444,7 @@ class DragonConfig(TrainingConfig):
     """Images of new prompts, before and after training, that the win rate compares; 0 leaves it out."""
     rank: Many = 8
     """Rank of the LoRA."""
-    learning_rate: NotNegative = 1e-5
+    learning_rate: Positive = 1e-5
     """Learning rate after the warm-up."""
     adam_weight_decay: NotNegative = 1e-2
     """Weight decay, a share of the learning rate per step."""

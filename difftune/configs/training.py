@@ -80,7 +80,7 @@ class TrainingConfig(Config):
 
     optimizer: Literal["adamw", "adamw8bit", "lion"] = "adamw"
     """Optimiser; adamw8bit needs the extra bitsandbytes."""
-    learning_rate: NotNegative = 1e-3
+    learning_rate: Positive = 1e-3
     """Learning rate after the warm-up."""
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
