@@ -135,10 +135,15 @@ def revisions(reward: str) -> dict[str, str]:
     """The pinned revision of each file and of each model of the Hub that a reward is made of, so far as it is known."""
     found = {name: locks()[name].revision for name in entry(spelled(reward)[0]).weights}
     for value in _arguments(reward, {}).values():
-        record = _record(value) if isinstance(value, str) else None
+        record = _record(value) if isinstance(value, str) and _may_be_of_the_hub(value) else None
         if record is not None and record.is_file():
             found[value] = json.loads(record.read_text())["revision"]
     return found
+
+
+def _may_be_of_the_hub(text: str) -> bool:
+    """Whether a text is spelled as a model of the Hub, "owner/name", and not as a question or a path."""
+    return re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", text) is not None
 
 
 def _record(model: str | Path) -> Path:

@@ -7,7 +7,7 @@ sample` writes them; `batches.jsonl` has a line for each batch that is there.
 import gc
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,12 +180,12 @@ def images_in(folder: str | Path, needing: Sequence[str], categories: Mapping[st
 
 
 def with_seeds(folder: Path, images: Sequence[EvalImage]) -> list[EvalImage]:
-    """The pictures with the seeds that `difftune sample` or `eval` wrote down, if it made them."""
-    seeds = {}
-    if (folder / SAMPLES).is_file():
-        about = parse_json(read_text(folder / SAMPLES, "the pictures of"))
-        seeds = {image["file"]: image.get("seed") for image in about["images"]}
+    """The pictures with the seeds and the categories that `difftune sample` or `eval` wrote down, if it made them."""
+    if not (folder / SAMPLES).is_file():
+        return list(images)
+    about = {image["file"]: image for image in parse_json(read_text(folder / SAMPLES, "the pictures of"))["images"]}
+    told = [(image, about[image.file]) for image in images]
     return [
-        EvalImage(i.file, i.prompt, i.category, seeds[i.file] if isinstance(seeds.get(i.file), int) else i.seed)
-        for i in images
+        replace(image, seed=int(its.get("seed", image.seed)), category=image.category or str(its.get("category", "")))
+        for image, its in told
     ]

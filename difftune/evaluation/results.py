@@ -56,7 +56,7 @@ def read_evaluated(path: str | Path) -> Evaluated:
         scores = [{**i.get("scores", {}), **({"oracle": bool(i["holds"])} if "holds" in i else {})} for i in listed]
         names = set.intersection(*map(set, scores))
         found = {name: [float(row[name]) for row in scores] for name in sorted(names)}
-        trained = about.get("trained_on", [])
+        trained = None if about.get("trained_on", []) is None else frozenset(map(str, about.get("trained_on", [])))
         folder = about.get("pictures")
     except UserError:
         raise
@@ -65,7 +65,7 @@ def read_evaluated(path: str | Path) -> Evaluated:
         raise UserError(f"{path} is not an evaluation ({why}): give what `difftune eval --json` printed") from error
     places = [Path(path).parent / PICTURES, *([Path(folder)] if isinstance(folder, str) else [])]
     pictures = next((place for place in places if images[0].file and (place / images[0].file).is_file()), None)
-    return Evaluated(images, found, pictures, None if trained is None else frozenset(trained))
+    return Evaluated(images, found, pictures, trained)
 
 
 # ------------------------------------------------------------------------------------------------ pairs

@@ -53,10 +53,10 @@ def rewards_of_pictures(folder: Path) -> frozenset[str] | None:
     """The rewards that the model of a folder of `difftune sample` was trained on; None if the folder does not tell."""
     if not (folder / SAMPLES).is_file():
         return None
-    settings = parse_json(read_text(folder / SAMPLES, "the pictures of")).get("settings", {})
     try:
-        return rewards_of_loras(settings.get("lora"))
-    except ValueError:  # the LoRA's folder is no longer there
+        settings = parse_json(read_text(folder / SAMPLES, "the pictures of"))["settings"]
+        return rewards_of_loras(settings["lora"])
+    except (ValueError, KeyError, TypeError):  # the LoRA's folder is no longer there, or not told
         return None
 
 

@@ -21,9 +21,10 @@ from difftune.errors import RunError, UserError
 from difftune.evaluation import drawn, judged, run_folder
 from difftune.evaluation.paired import compare_prompts, holm, sign_flip_p
 from difftune.evaluation.prompt_lists import ELSEWHERE, FOLDER, SHIPPED, read_entries
-from difftune.evaluation.results import Evaluated, change_of, pair_up
+from difftune.evaluation.results import Evaluated, change_of, pair_up, read_evaluated
 from difftune.evaluation.run_folder import run_eval
-from difftune.evaluation.trained import is_trained, rewards_of_loras
+from difftune.evaluation.trained import is_trained, rewards_of_loras, rewards_of_pictures
+from rewards.hub import revisions
 from rewards.registry import REWARDS, Entry
 from rewards.simple import Contrast
 from tests.support.pipelines import sd
@@ -142,6 +143,9 @@ def test_pairs_are_of_the_seeds_that_both_have_or_of_prompts():
     pairs = pair_up(now, then)
     assert (pairs.prompts, pairs.by) == (["a"], "prompt and seed")
     assert change_of(now, then, pairs, "brightness").difference.score == 0.5
+    mixed = [drawn.EvalImage("", "a", "", 1), drawn.EvalImage("", "b", "", 5)]  # b has no seed in common
+    pairs = pair_up(now, Evaluated(mixed, {"brightness": [1.0, 4.0]}))
+    assert (pairs.prompts, pairs.keys) == (["a"], {("a", 1)})
     other = scored({"b": [1.0, 2.0], "a": [1.0]}, first_seed=7)
     pairs = pair_up(now, other)
     assert (pairs.prompts, pairs.by) == (["a", "b"], "prompt")
@@ -216,6 +220,7 @@ def test_the_same_run_as_its_own_baseline_changes_nothing(config, tmp_path):
     pictures = str(tmp_path / "out" / "images")
     there = run_eval(replace(config, model=None, images=pictures, output_dir=None, batch_size=5))
     assert [row["seed"] for row in there["images"]] == [row["seed"] for row in first["images"]]
+    assert there["trained_on"] == []  # the folder tells that there was no LoRA
     for name, facts in first["rewards"].items():
         assert there["rewards"][name]["overall"] == pytest.approx(facts["overall"])
 
@@ -292,7 +297,7 @@ def test_a_score_that_is_no_number_names_its_picture_and_loses_none(folder, tmp_
     assert [line["score"] for line in kept] == pytest.approx([50 / 255, 100 / 255])
     (folder / "2.png").unlink()
     found = run_eval(replace(config, resume_from_checkpoint="latest"))
-    assert [row["prompt"] for row in found["images"]] == ["dark", "gray", "gray"]
+    assert [(row["prompt"], row["seed"]) for row in found["images"]] == [("dark", 0), ("gray", 0), ("gray", 1)]
     assert found["rewards"]["chosen"]["overall"]["score"] == pytest.approx((50 + 95) / 2 / 255)
     assert found["trained_on"] is None and "nfe" not in found
 
@@ -330,6 +335,27 @@ def test_a_reward_is_known_by_its_name_and_model():
     assert is_trained("hps-v2.1[dtype=bfloat16]", {"hps-v2.1"})
     assert not is_trained("smooth[reward=jpeg]", {"smooth[reward=tiny-clip]"})
     assert not is_trained("vlm[model=a]", {"vlm[model=b]"})
+
+
+def test_pictures_tell_what_their_model_was_trained_on(folder, tmp_path):
+    assert rewards_of_pictures(folder) is None
+    lora = trained_folder(tmp_path / "lora", reward=["jpeg"])
+    for settings, found in [({"lora": [str(lora)]}, {"jpeg"}), ({"lora": ["gone"]}, None), (3, None), ({}, None)]:
+        (folder / "sample.json").write_text(json.dumps({"settings": settings, "images": []}))
+        assert rewards_of_pictures(folder) == found
+
+
+def test_a_baseline_of_another_form_is_one_sentence(tmp_path):
+    image = {"prompt": "a", "category": "", "seed": 0, "scores": {"jpeg": 1}}
+    for about in ([], {"images": []}, {"images": [3]}, {"images": [image], "trained_on": 5},
+                  {"images": [{**image, "scores": {"jpeg": "x"}}]}, {"images": [{**image, "seed": None}]}):  # fmt: skip
+        (tmp_path / "base.json").write_text(json.dumps(about))
+        with pytest.raises(UserError, match="base.json is not an evaluation"):
+            read_evaluated(tmp_path / "base.json")
+
+
+def test_a_long_question_is_no_model_of_the_hub():
+    assert revisions(f"judge[url=http://a, model=b/c, template={{prompt}} {'long ' * 200}]") == {}
 
 
 def test_a_trained_reward_is_marked(folder, tmp_path, monkeypatch):
