@@ -113,7 +113,7 @@ def searched(make, monkeypatch):
         points = [[10 * n, n, gain * n, float(n > 1)] for n in range(1, run.nfe // 10 + 1)]
         return {"seconds": 0.0, "points": [points for _ in prompts]}
 
-    monkeypatch.setattr("bench_search.measured", measured)
+    monkeypatch.setattr(make.search.bench_search, "measured", measured)
 
 
 def test_a_search_that_needs_half_of_the_evaluations_is_told_so(make, results, searched):
@@ -204,7 +204,7 @@ def test_what_fails_is_named_and_the_others_are_measured(make, results, monkeypa
             raise RuntimeError("no memory")
         return {"seconds": 0.0, "points": [[[10, 1, 0.5, 1.0]] for _ in prompts]}
 
-    monkeypatch.setattr("bench_search.measured", measured)
+    monkeypatch.setattr(make.search.bench_search, "measured", measured)
     size = make.search.QUICK._replace(methods=("best-of-n", "dts-star", "fk"))
     failed = make.measure("search", size, results, "1/1", "-40-")
     assert failed == ["search/dts-star-40-0-000", "search/dts-star-40-0-002"]
