@@ -19,7 +19,7 @@ from guidance.methods.magnitude import MamboG
 from guidance.methods.negative import NAG, NASA, PerpNeg
 from guidance.methods.project import TCFG, CFGZeroStar
 from guidance.methods.scales import Between, Scale, strength
-from guidance.methods.weak import PAG, SEG, SLG, AutoGuidance
+from guidance.methods.weak import PAG, SEG, SLG, STG, AutoGuidance
 
 GUIDANCE: dict[str, Callable[..., Guidance]] = {
     "none": Plain,
@@ -44,6 +44,7 @@ GUIDANCE: dict[str, Callable[..., Guidance]] = {
     "pag": PAG,
     "slg": SLG,
     "seg": SEG,
+    "stg": STG,
     "dynamic": DynamicCFG,
     "classifier": ClassifierGuidance,
     "nasa": NASA,
@@ -65,6 +66,7 @@ __all__ = [
     "PAG",
     "SEG",
     "SLG",
+    "STG",
     "TCFG",
     "APGMix",
     "AdaptiveGuidance",

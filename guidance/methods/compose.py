@@ -1,6 +1,6 @@
 """Methods around methods: a guidance interval, and a rescaled prediction."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from guidance.methods.conditions import NullTextInversion
 from guidance.methods.linear_ag import LinearAG
 from guidance.methods.negative import NAG, NASA
 from guidance.methods.project import CFGZeroStar
-from guidance.methods.scales import Neutral, Scale, ratio, strength
+from guidance.methods.scales import Neutral, Scale, ratio, strength, time
 from solvers.denoiser import Path
 from solvers.errors import UserError
 from solvers.families.after import rescaled
@@ -37,6 +37,22 @@ class Interval(Ranged):
     low: NotNegative = 0.28
     high: Annotated[float, Range(0, infinite=True)] = 5.42
     neutral = Neutral({"low": 0.0, "high": 0.0}, "none")
+
+    @classmethod
+    def of_steps(
+        cls, levels: Sequence[Noise], start: float = 0.0, stop: float = 1.0, method: Guidance | None = None
+    ) -> "Interval":
+        """The interval of the steps int(start N) <= i < int(stop N) of a run of N steps down the `levels`.
+
+        Its bounds lie between the levels of neighbouring steps, in the middle in sigma / (alpha + sigma).
+        """
+        if not 0 <= start <= stop <= 1:
+            raise UserError(f"steps from {start} to {stop} of a run: give 0 <= start <= stop <= 1")
+        steps = len(levels) - 1
+        first, end = int(start * steps), int(stop * steps)
+        high, low = (float("inf") if i == 0 else _between(levels[i - 1], levels[i]) for i in (first, end))
+        bounds = {"low": 0.0, "high": 0.0} if first == end else {"low": 0.0 if end == steps else low, "high": high}
+        return cls(method or CFG(), **bounds)
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,6 +104,12 @@ class Rescale(Ranged):
         if made.data is not None:
             return made._replace(data=matched(made.data, preds["cond"], phi))
         return made._replace(out=matched(made.out, preds["cond"], phi))
+
+
+def _between(now: Noise, then: Noise) -> float:
+    """sigma / alpha in the middle of two levels' times."""
+    middle = (time(now) + time(then)) / 2
+    return middle / (1 - middle)
 
 
 def matched(out: Tensor, cond: Tensor, phi: float | Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """Away from a weaker model: another network, or the same one with parts of its attention taken out."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-from guidance.contract import Branch, Guide, Guided
+from guidance.contract import Branch, Guide, Guided, within
 from guidance.methods.scales import Neutral, Scale, Scaled, Usual, chosen, nonzero, strength
 from solvers.denoiser import Path
+from solvers.families.after import rescaled
 from solvers.noise import Noise
-from solvers.ranges import Range
+from solvers.ranges import Range, Share
 
 
 @dataclass(frozen=True)
@@ -109,3 +110,31 @@ class SEG(_Perturbed):
 
     def guide(self, path: Path, at: Noise) -> Guide:
         return self._guided(self.scale, self.cfg_scale, f"seg:{self.layers}:{self.sigma}", path, at)
+
+
+@dataclass(frozen=True)
+class STG(Scaled):
+    """Spatiotemporal skip guidance, for films (https://arxiv.org/abs/2411.18664): the weak model has the identity for
+    the self-attention maps in `layers` (STG-A, which is PAG), or leaves the blocks out (STG-R, which is SLG),
+
+    out = c + scale (c - weak) [+ (cfg_scale - 1) (c - u)],    times rescale std(c) / std(out) + 1 - rescale.
+
+    The deviations are those of each sample, of what the network emits. `layers` is as in `PAG`.
+    """
+
+    scale: Scale = 1.0
+    cfg_scale: Scale | None = None
+    layers: str = ""
+    skip: Literal["attention", "blocks"] = "attention"
+    rescale: Share = 0.0
+    usual = Usual(0, 5, "it multiplies c - weak, 1 is the authors', and up to 2; CFG's scale is cfg_scale")
+    neutral = Neutral({"scale": 0.0, "rescale": 0.0}, "none")
+
+    @property
+    def space(self) -> str:
+        return "output" if self.rescale else "any"
+
+    def guide(self, path: Path, at: Noise) -> Guide:
+        kind = PAG if self.skip == "attention" else SLG
+        made, preds = yield from within(kind(self.scale, cfg_scale=self.cfg_scale, layers=self.layers), path, at)
+        return made._replace(out=rescaled(made.out, preds["cond"], self.rescale)) if self.rescale else made

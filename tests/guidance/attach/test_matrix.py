@@ -25,6 +25,7 @@ REFUSED = {
     for name in PATCHES["sd"]
     if name not in known
 }
+REFUSED |= {(kind, "stg"): "has no patch 'pag'" for kind, known in PATCHES.items() if "pag" not in known}
 REFUSED["qwen", "cfgpp"] = "CFGpp has no guided prediction for the pipeline's rule"
 REFUSED["qwen", "cfg-mp"] = "CFGMP has no guided prediction for the pipeline's rule"
 REFUSED["qwen", "nag"] = "NAG has no guided prediction for the pipeline's rule"
