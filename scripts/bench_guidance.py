@@ -1,9 +1,12 @@
 """Guidance methods on `tiny`, or on `tiny-flow`: what they cost, what they reach, where they fail.
 
-    python scripts/bench_guidance.py [overhead sweep classes adaptive inversion] [--quick] [--output_dir FOLDER]
+    python scripts/bench_guidance.py [overhead sweep hard classes adaptive inversion table] [--quick] [--output_dir DIR]
 
 overhead   attach(pipe, CFG) beside the stock pipeline, and our own loop beside both: seconds per image
-sweep      ShapeEval, Fréchet distance, saturation and diversity over scales, all methods at one number of evaluations
+sweep      ShapeEval, Fréchet distance, coverage, saturation and diversity over scales, all methods at one number of
+           evaluations; on tiny-flow the methods for flows too
+hard       the same on ShapeEval-hard
+table      what sweep and hard found, a line a method and scale, and where each method stands against CFG
 classes    the same on the prompts of the classifier's classes, for GFCG
 adaptive   adaptive guidance against CFG, paired: score, evaluations, seconds of the denoising loop
 inversion  PSNR of rendered pictures after inversion and sampling, CFG against CFG++ at paired scales
@@ -23,8 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from benching import Store, hardware, paired, ratios
-from diffusers import EulerDiscreteScheduler
+from benching import Store, hardware, heading, paired, ratios, row
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
 from difftune.evaluation import intervals, shapeeval
@@ -49,6 +52,11 @@ from solvers.latent import LatentModel
 from solvers.samplers.catalogue import euler, sample
 
 METHODS = ("none", "cfg", "cfgpp", "apg", "ag", "interval", "autoguidance")
+FLOW_METHODS = (
+    *("none", "cfg", "cfgpp", "rectified-cfgpp", "apg", "mambo-g", "fbg"),
+    *("interval", "ag", "cfg-zero"),
+)
+NEIGHBOURS = 5  # that a picture's neighbourhood reaches to, in `coverage`
 PAIRS = ((0.2, 2.0), (0.4, 5.0), (0.6, 7.5), (0.8, 9.0), (1.0, 12.5))  # CFG++ and CFG scales that are compared
 SHRINKAGE = 0.01  # of the covariances: the features are many for the pictures
 
@@ -118,7 +126,7 @@ class Set(NamedTuple):
 
 def prompts_of(name: str, size: Size) -> Set:
     classes = [{"prompt": text, "category": "one_object"} for text in TEXTS[: size.prompts and 2 * size.prompts]]
-    entries = classes if name == "classes" else shapeeval.entries_of(size.prompts)
+    entries = classes if name == "classes" else shapeeval.entries_of(size.prompts, name)
     rng = np.random.default_rng([0, len(entries)])
     captions = [grammar.parse(e["prompt"]) for e in entries for _ in range(size.images)]
     pictures = [torch.from_numpy(render(draw.draw_scene(rng, caption))).permute(2, 0, 1) for caption in captions]
@@ -156,11 +164,22 @@ def measured(name: str, scale: float | None, given: Set, size: Size) -> dict[str
         "seconds": made.seconds,
         "score": asdict(shapeeval.scores(results)["overall"]),
         "frechet": _distance(seen, given.features, size.resamples),
+        "coverage": asdict(intervals.estimate(coverage(seen, given.features))),
         "saturation": asdict(intervals.estimate(saturation)),
         "diversity": asdict(intervals.estimate([float(vendi(f)) for f in seen], (1.0, float(size.images)))),
         "saturations": saturation,  # of each prompt
         "holds": [r.holds for r in results],
     }
+
+
+def coverage(seen: Tensor, real: Tensor) -> list[float]:
+    """The share of each prompt's rendered pictures that have a drawn one in their neighbourhood, which reaches to their
+    `NEIGHBOURS`-th rendered neighbour (https://arxiv.org/abs/2002.09797), of features (prompts, images, D)."""
+    drawn, rendered = seen.flatten(0, 1), real.flatten(0, 1)
+    apart = torch.cdist(rendered, rendered).fill_diagonal_(torch.inf)
+    reach = apart.kthvalue(min(NEIGHBOURS, len(rendered) - 1), dim=1).values
+    covered = torch.cdist(rendered, drawn).amin(1) <= reach
+    return covered.double().view(real.shape[:2]).mean(1).tolist()
 
 
 def _distance(seen: Tensor, real: Tensor, resamples: int) -> dict[str, float]:
@@ -186,6 +205,41 @@ def sweep(folder: File, size: Size, kind: str, methods: Sequence[str]) -> None:
                 return measured(name, scale, given, size)
 
             cell(folder, label, measure)
+
+
+MEASURES = ("score", "coverage", "saturation", "diversity")
+
+
+def print_table(folder: File) -> None:
+    """What the sweeps found, as Markdown; and for each method but CFG, at which scales its score's interval lies above
+    or below CFG's."""
+    for kind in ("shapeeval", "shapeeval-hard"):
+        rows = {key: found for key, found in Store(folder / "results.jsonl").read().items() if _is_of(key, kind, found)}
+        found = {(r["guidance"], r["scale"]): r for r in rows.values()}
+        if not found:
+            continue
+        print(f"\n{kind}\n\n{heading(['method', 'scale', 'steps', *MEASURES])}")
+        for (name, scale), r in found.items():
+            print(row([name, "-" if scale is None else f"{scale:g}", r["steps"], *(_told(r[m]) for m in MEASURES)]))
+        for name in dict.fromkeys(name for name, scale in found if scale is not None and name != "cfg"):
+            print(_standing(name, found))
+
+
+def _is_of(key: str, kind: str, found: dict[str, Any]) -> bool:
+    return "guidance" in found and key.startswith(f"{kind}-{found['guidance']}")
+
+
+def _standing(name: str, found: dict[tuple[str, float], dict[str, Any]]) -> str:
+    """Where a method's score differs from CFG's of the same scale, beyond both intervals."""
+    scales = [s for n, s in found if n == name and ("cfg", s) in found]
+    pairs = {s: (found[name, s]["score"], found["cfg", s]["score"]) for s in scales}
+    above = [f"{s:g}" for s, (own, cfg) in pairs.items() if own["low"] > cfg["high"]]
+    below = [f"{s:g}" for s, (own, cfg) in pairs.items() if own["high"] < cfg["low"]]
+    return f"{name}: above CFG at scales {', '.join(above) or 'none'}; below at {', '.join(below) or 'none'}"
+
+
+def _told(value: dict[str, float]) -> str:
+    return f"{value['score']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
 
 
 # ------------------------------------------------------------------------------------------------ adaptive guidance
@@ -249,6 +303,8 @@ def invert_all(folder: File, size: Size) -> None:
 def _pipe(size: Size) -> Any:
     pipe = open_pipeline(size.model)
     pipe.set_progress_bar_config(disable=True)
+    if size.model == "tiny-flow":  # Euler's method for all, which alone serves Rectified-CFG++
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=1)
     return pipe
 
 
@@ -264,15 +320,18 @@ def main(
     folder = File(output_dir) / ("" if size.model == "tiny" else size.model)
     print(f"{hardware()}, results in {folder}")
     label = f"adaptive-{ag.scale:g}-{ag.threshold:g}-{ag.min_cfg_steps}-{size.steps}-{spacing or 'uniform'}"
+    methods = FLOW_METHODS if size.model == "tiny-flow" else METHODS
     todo: dict[str, Callable[[], object]] = {
         "overhead": lambda: [
             cell(folder, f"overhead-{batch}-{size.steps}-{size.repeats}", partial(overhead, size, batch))
             for batch in batches
         ],
-        "sweep": lambda: sweep(folder, size, "shapeeval", METHODS),
+        "sweep": lambda: sweep(folder, size, "shapeeval", methods),
+        "hard": lambda: sweep(folder, size, "shapeeval-hard", methods),
         "classes": lambda: sweep(folder, size, "classes", ("none", "cfg", "gfcg")),
         "adaptive": lambda: cell(folder, label, lambda: adaptive(size, ag, spacing)),
         "inversion": lambda: invert_all(folder, size),
+        "table": lambda: print_table(folder),
     }
     for part in parts or (todo if quick else ["overhead"]):
         todo[part]()
@@ -280,10 +339,10 @@ def main(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="overhead (the default), sweep, classes, adaptive, inversion")
+    parser.add_argument("parts", nargs="*", help="overhead (the default), sweep, hard, classes, adaptive, ...")
     parser.add_argument("--quick", action="store_true", help="all parts, as small as can be")
     parser.add_argument("--output_dir", default="runs/bench_guidance")
-    parser.add_argument("--scales", type=float, nargs="+", help="CFG scales of `sweep` and `classes`")
+    parser.add_argument("--scales", type=float, nargs="+", help="CFG scales of `sweep`, `hard` and `classes`")
     parser.add_argument("--evaluations", type=int, help="of an image in `sweep` and `classes`")
     parser.add_argument("--images", type=int, help="of a prompt in `sweep` and `classes`")
     parser.add_argument("--prompts", type=int, help="of each category; all without it")

@@ -26,6 +26,7 @@ from guidance.contract import Guidance
 from guidance.methods.ahead import RectifiedCFGpp
 from guidance.methods.cfgpp import CFGpp
 from guidance.methods.classifier import GFCG
+from guidance.methods.feedback import FBG
 from guidance.methods.scales import converting
 from rewards.registry import load
 from rewards.world import grammar
@@ -45,12 +46,15 @@ class Cell:
 
 
 def at_cfg_scale(name: str, scale: float, pipe: Any, steps: int) -> Guidance:
-    """The method at the scale of its own convention that corresponds to CFG's, if it has one (`from_cfg_scale`)."""
+    """The method at the scale of its own convention that corresponds to CFG's, if it has one (`from_cfg_scale`); of
+    FBG, whose scale is its own, that is the largest."""
     kind: Any = guidance_kinds(name)[-1]
     if kind is CFGpp:
         scale = CFGpp.from_cfg_scale(scale, levels_of(pipe.scheduler, steps)).scale  # type: ignore[assignment]
     elif kind in (GFCG, RectifiedCFGpp):
         scale = kind.from_cfg_scale(scale).scale
+    elif kind is FBG and scale > 1:
+        return guidance_named(name, options={"largest": scale})
     with converting():
         return guidance_named(name, scale)
 

@@ -44,8 +44,12 @@ def locator(scheduler: Any) -> Callable[[Any, Tensor], Where]:
 
 
 def is_first_order(scheduler: Any) -> bool:
-    """Whether each step of the scheduler is one of Euler's method, from the level of its one call to its end."""
-    return any(kind.__name__ in FIRST_ORDER for kind in type(scheduler).__mro__)
+    """Whether each step of the scheduler is one of Euler's method, from the level of its one call to its end; DPM++ of
+    order 1 is that, too."""
+    kinds, config = {kind.__name__ for kind in type(scheduler).__mro__}, scheduler.config
+    if "DPMSolverMultistepScheduler" in kinds:
+        return config["solver_order"] == 1 and not config["algorithm_type"].startswith("sde")
+    return not kinds.isdisjoint(FIRST_ORDER)
 
 
 def index_of(scheduler: Any, timestep: Tensor) -> int:

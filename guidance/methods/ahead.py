@@ -19,7 +19,8 @@ def end_of_step(method: Any, path: Path) -> Noise:
     if path.then is None:
         raise UserError(
             f"{type(method).__name__} looks ahead to where the step ends, which only Euler's method tells: use the"
-            " sampler euler, or on a pipeline FlowMatchEulerDiscreteScheduler, EulerDiscreteScheduler or DDIMScheduler"
+            " sampler euler, or on a pipeline FlowMatchEulerDiscreteScheduler, EulerDiscreteScheduler, DDIMScheduler or"
+            " DPMSolverMultistepScheduler with solver_order=1"
         )
     return path.then
 

@@ -11,6 +11,7 @@ The softmax over the tokens of several streams splits exactly by the logarithm o
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class Call:
 
     text: int = 0  # tokens of the prompt
     negative: int = 0  # and of the negative prompt, which follow it
+    apart: Tensor | None = None  # the negative prompt (B, L, D), if its tokens do not simply follow
     scale: Tensor | None = None  # (B,)
     shape: tuple[int, ...] = ()  # of the latents, (B, C, ..., h, w)
 
@@ -42,7 +44,8 @@ class Stream(NamedTuple):
         return Stream(*(x[:, tokens] for x in self))
 
 
-Rotate = Callable[[Tensor], Tensor]  # (B, n, heads, D), of the positions 0 to n - 1 of a stream
+Rotate = Callable[[Tensor], Tensor]  # of a picture's queries or keys (B, n, heads, D)
+RotateText = Callable[[Tensor, int], Tensor]  # of a text's, which begins at that token of the stream
 Mask = Callable[[slice, slice], Tensor | None]  # of the rows and the columns of one stream and another
 
 
@@ -54,7 +57,7 @@ class Streams:
     picture: Stream
     text: Stream | None = None
     rotate_picture: Rotate = lambda x: x
-    rotate_text: Rotate = lambda x: x
+    rotate_text: RotateText = lambda x, start: x
     mask: Mask = lambda rows, columns: None
     places: tuple[int, int] = (0, 0)  # where the text's and the picture's tokens begin
 
@@ -62,7 +65,7 @@ class Streams:
         """With positions; the text as a whole."""
         return Streams(
             turned(self.picture, self.rotate_picture),
-            None if self.text is None else turned(self.text, self.rotate_text),
+            None if self.text is None else turned(self.text, lambda x: self.rotate_text(x, 0)),
             mask=self.mask,
             places=self.places,
         )
@@ -155,13 +158,16 @@ def merged(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ SEG
-def blurred_rule(streams: Streams, call: Call, sigma: float) -> Outputs:
+def blurred_rule(streams: Streams, call: Call, sigma: float, padded: int = 1) -> Outputs:
     """The picture's queries are blurred over its grid, after the network's norm and before the rotation by positions,
-    which a blur would average away. Frames of a film are blurred one by one."""
-    q, (rows, columns) = streams.picture.q, grid_of(streams.picture.q.shape[1], call.shape)
-    batch, _, heads, size = q.shape
-    frames = q.flatten(2).reshape(-1, rows * columns, heads * size)
-    smooth = blurred(frames, rows, columns, sigma).reshape(batch, -1, heads, size).contiguous()
+    which a blur would average away. Frames of a film are blurred one by one. padded: the multiple to which a network
+    fills the picture's tokens up, whose last ones are left as they are.
+    """
+    q, (frames, rows, columns) = streams.picture.q, grid_of(streams.picture.q.shape[1], call.shape, padded)
+    (batch, _, heads, size), count = q.shape, frames * rows * columns
+    films = q[:, :count].flatten(2).reshape(-1, rows * columns, heads * size)
+    smooth = blurred(films, rows, columns, sigma).reshape(batch, count, heads, size)
+    smooth = torch.cat([smooth, q[:, count:]], dim=1)
     soft = Streams(
         *(streams.picture._replace(q=smooth), streams.text, streams.rotate_picture, streams.rotate_text),
         *(streams.mask, streams.places),
@@ -169,17 +175,21 @@ def blurred_rule(streams: Streams, call: Call, sigma: float) -> Outputs:
     return stock(soft, call)
 
 
-def grid_of(tokens: int, shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of the tokens of one frame of latents (B, C, h, w) or (B, C, frames, h, w)."""
+PADDED = 32  # of Z-Image
+
+
+def grid_of(tokens: int, shape: Sequence[int], padded: int = 1) -> tuple[int, int, int]:
+    """Frames, rows and columns of the tokens of latents (B, C, h, w) or (B, C, frames, h, w): 1 x 1 or 2 x 2 places."""
     height, width = shape[-2:]
     frames = shape[2] if len(shape) == 5 else 1
-    patch = round((frames * height * width / tokens) ** 0.5)
-    if patch < 1 or frames * (height // patch) * (width // patch) != tokens:
+    grids = [(frames, height // patch, width // patch) for patch in (1, 2)]
+    found = [grid for grid in grids if 0 <= tokens - prod(grid) < padded]
+    if not found:
         raise UserError(
             f"SEG blurs over the grid of the picture's tokens, and {tokens} tokens are no grid of latents of"
             f" {height} x {width}: use pag"
         )
-    return height // patch, width // patch
+    return found[0]
 
 
 # ------------------------------------------------------------------------------------------------ NAG
@@ -193,7 +203,7 @@ def negative_rule(streams: Streams, call: Call, combine: Combine) -> Outputs:
     begin, picture = streams.places[0], turned(streams.picture, streams.rotate_picture)
     itself = Keys(picture, within(streams.places[1], picture))
     texts = [slice(0, call.text), slice(call.text, call.text + call.negative)]
-    two = [turned(streams.text.part(part), streams.rotate_text) for part in texts]
+    two = [_turned_part(streams, part) for part in texts]
     keys = [Keys(s, slice(begin + part.start, begin + part.stop)) for s, part in zip(two, texts, strict=True)]
     told = [attended(part.stream.q, part.place, [part, itself], streams.mask) for part in keys]
     plus, minus = both(itself, keys, streams.mask)
@@ -210,6 +220,11 @@ def cross_negative_rule(streams: Streams, call: Call, combine: Combine) -> Outpu
     plus, minus = (attended(streams.picture.q, everywhere, [Keys(text, everywhere)], streams.mask) for text in texts)
     scale = call.scale.to(plus.dtype).view(-1, 1, 1)
     return None, combine(plus.flatten(2), minus.flatten(2), scale).unflatten(2, plus.shape[2:])
+
+
+def _turned_part(streams: Streams, tokens: slice) -> Stream:
+    assert streams.text is not None
+    return turned(streams.text.part(tokens), lambda x: streams.rotate_text(x, tokens.start))
 
 
 def both(itself: Keys, texts: Sequence[Keys], mask: Mask) -> list[Tensor]:

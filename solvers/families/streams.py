@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from solvers.errors import UserError
 from solvers.families.joint import (
+    PADDED,
     Attending,
     Call,
     Mask,
@@ -38,6 +39,7 @@ from solvers.families.patches import (
     selected_blocks,
 )
 
+LACKS_NEGATIVE = "this patch wants negative_hidden_states (B, L, D) and negative_scale (B,) as conditions"
 NEGATIVE = ("negative_hidden_states", "negative_scale")  # of NAG, which its patch takes out of the conditions
 MASKS = ("attention_mask", "encoder_hidden_states_mask", "encoder_attention_mask")
 
@@ -128,13 +130,16 @@ class FluxJoint(Joint):
             length = call.text + call.negative
             text, stream = stream.part(slice(length)), stream.part(slice(length, None))
         length, count = text.q.shape[1], stream.q.shape[1]
-        rotate_picture = rotate_text = lambda x: x
+        rotate_picture, rotate_text = (lambda x: x), (lambda x, start: x)
         if rotary is not None:
             rotate_picture = partial(turn, rotary, lambda rows: rows[-count:])
-            rotate_text = lambda x: turn(rotary, lambda rows: first_rows(rows[:-count], x.shape[1], self.still), x)  # noqa: E731
+            rotate_text = partial(self.turn_text, rotary, count)
         streams = Streams(stream, text, rotate_picture, rotate_text, masked(mask), (0, length))
         told, seen = self.attending(streams)
         return flat(told), flat(seen)
+
+    def turn_text(self, rotary: tuple[Tensor, Tensor], pictures: int, x: Tensor, start: int) -> Tensor:
+        return turn(rotary, lambda rows: first_rows(rows[:-pictures], x.shape[1], self.still), x)
 
 
 class Flux2Joint(FluxJoint):
@@ -196,11 +201,11 @@ class QwenJoint(Joint):
         if encoder_hidden_states_mask is not None:
             whole = encoder_hidden_states_mask.new_ones(len(hidden_states), hidden_states.shape[1])
             mask = torch.cat([encoder_hidden_states_mask, whole], dim=1)[:, None, None, :].bool()
-        rotate_picture = rotate_text = lambda x: x
+        rotate_picture, rotate_text = (lambda x: x), (lambda x, start: x)
         if image_rotary_emb is not None:
             seen_rows, told_rows = image_rotary_emb
             rotate_picture = lambda x: apply_rotary_emb_qwen(x, seen_rows, use_real=False)  # noqa: E731
-            rotate_text = lambda x: apply_rotary_emb_qwen(x, told_rows[: x.shape[1]], use_real=False)  # noqa: E731
+            rotate_text = lambda x, start: apply_rotary_emb_qwen(x, told_rows[: x.shape[1]], use_real=False)  # noqa: E731
         places = (0, text.q.shape[1])
         told, seen = self.attending(Streams(picture, text, rotate_picture, rotate_text, masked(mask), places))
         return out_of(attn, flat(seen)), attn.to_add_out(flat(told))
@@ -250,6 +255,42 @@ class WanText(Joint):
         return out_of(attn, flat(self.attending(Streams(Stream(q, q, q), keys))[1]))
 
 
+class ZImageJoint(Joint):
+    """Z-Image: one sequence, the picture first, then the prompt, then a negative one; each has rotations of its own."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Tensor | None = None,
+    ) -> Tensor:
+        assert freqs_cis is not None
+        both, seen = stream_of(attn, hidden_states), padded_count(self.attending.call.shape)
+        mask = None if attention_mask is None else attention_mask[:, None, None, :]
+        streams = Streams(
+            *(both.part(slice(seen)), both.part(slice(seen, None))),
+            lambda x: turn_complex(x, freqs_cis[:, :seen]),
+            lambda x, start: turn_complex(x, freqs_cis[:, seen + start : seen + start + x.shape[1]]),
+            *(masked(mask), (seen, 0)),
+        )
+        text, picture = self.attending(streams)
+        return out_of(attn, torch.cat([flat(picture), flat(text)], dim=1))
+
+
+def padded_count(shape: tuple[int, ...]) -> int:
+    """Tokens of a picture of latents (B, C, h, w), patches of 2 x 2, with the learned ones that fill it up."""
+    count = (shape[-2] // 2) * (shape[-1] // 2)
+    return count + -count % PADDED
+
+
+def turn_complex(x: Tensor, angles: Tensor) -> Tensor:
+    """x (B, n, heads, D) by complex numbers (B, n, D / 2)."""
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * angles.unsqueeze(2)).flatten(3).type_as(x)
+
+
 STREAMS: dict[str, type[Joint]] = {
     "FluxAttnProcessor": FluxJoint,
     "Flux2AttnProcessor": Flux2Joint,
@@ -257,6 +298,7 @@ STREAMS: dict[str, type[Joint]] = {
     "JointAttnProcessor2_0": SD3Joint,
     "QwenDoubleStreamAttnProcessor2_0": QwenJoint,
     "WanAttnProcessor": WanSelf,
+    "ZSingleStreamAttnProcessor": ZImageJoint,
 }
 
 
@@ -290,7 +332,7 @@ def _told(call: Call, cond: Mapping[str, Any], shape: tuple[int, ...]) -> dict[s
 def with_negative(call: Call, cond: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
     """The conditions with the tokens of the negative prompt after those of the prompt, and in the mask."""
     if not cond.keys() >= set(NEGATIVE):
-        raise UserError("this patch wants negative_hidden_states (B, L, D) and negative_scale (B,) as conditions")
+        raise UserError(LACKS_NEGATIVE)
     rest = {name: value for name, value in cond.items() if name not in NEGATIVE}
     text = cond["encoder_hidden_states"]
     negative = cond["negative_hidden_states"].to(text)
@@ -310,9 +352,12 @@ def identity_picture(network: nn.Module, layers: str = "", *, name: str = "attn"
     return attending(network, layers or middle_of(network), name, identity_rule, STREAMS)
 
 
-def blurred_picture(network: nn.Module, layers: str = "", sigma: str = "inf", *, name: str = "attn") -> Any:
+def blurred_picture(
+    network: nn.Module, layers: str = "", sigma: str = "inf", *, name: str = "attn", padded: int = 1
+) -> Any:
     """SEG: the picture's queries are blurred over its grid."""
-    return attending(network, layers or middle_of(network), name, partial(blurred_rule, sigma=float(sigma)), STREAMS)
+    rule = partial(blurred_rule, sigma=float(sigma), padded=padded)
+    return attending(network, layers or middle_of(network), name, rule, STREAMS)
 
 
 @contextmanager
@@ -332,6 +377,52 @@ def away(
         yield partial(with_negative, *told.args)
 
 
+@contextmanager
+def away_zimage(network: Any, tau: str = "", mix: str = "") -> Iterator[Any]:
+    """NAG in Z-Image, whose text is refined by itself: the negative prompt is so, too, and follows in the sequence."""
+    combine = partial(nag, tau=float(tau or USUAL[0]), mix=float(mix or USUAL[1]))
+    original = network._build_unified_sequence
+    with attending(network, "", "attention", partial(negative_rule, combine=combine), STREAMS) as told:
+        call = told.args[0]
+        with replaced(network, "_build_unified_sequence", partial(_with_refined, network, call, original)):
+            yield partial(_with_apart, call)
+
+
+def _with_apart(call: Call, cond: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+    if not cond.keys() >= set(NEGATIVE):
+        raise UserError(LACKS_NEGATIVE)
+    call.shape, call.scale, call.apart = shape, cond["negative_scale"], cond["negative_hidden_states"]
+    return {name: value for name, value in cond.items() if name not in NEGATIVE}
+
+
+def _with_refined(network: Any, call: Call, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The network's sequence (B, S, C), with the negative prompt's tokens at its end, and their rotations and mask."""
+    sequence, angles, mask, noisy = original(*args, **kwargs)
+    assert call.apart is not None
+    tokens, turns = refined(network, call.apart.to(sequence))
+    call.text, call.negative = sequence.shape[1] - padded_count(call.shape), tokens.shape[1]
+    longer = None if mask is None else torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1)
+    return torch.cat([sequence, tokens], dim=1), torch.cat([angles, turns], dim=1), longer, noisy
+
+
+def refined(network: Any, texts: Tensor) -> tuple[Tensor, Tensor]:
+    """Texts (B, L, D) as the network embeds and refines them, (B, n, C), and their rotations (B, n, D / 2)."""
+    length, device = texts.shape[1], texts.device
+    size = (length + -length % PADDED, 1, 1)
+    rows = [network._pad_with_ids(text, size, (1, 0, 0), device)[:3] for text in texts]
+    words, places, padding = (list(part) for part in zip(*rows, strict=True))
+    embedded = list(network.cap_embedder(torch.stack(words)))
+    made, turns, mask, *_ = network._prepare_sequence(embedded, places, padding, network.cap_pad_token, None, device)
+    for layer in network.context_refiner:
+        made = layer(made, mask, turns)
+    return made, turns
+
+
+OF_ZIMAGE: dict[str, Patch] = {
+    "pag": partial(identity_picture, name="attention"),
+    "seg": partial(blurred_picture, name="attention", padded=PADDED),
+    "nag": away_zimage,
+}
 JOINT: dict[str, Patch] = {"pag": identity_picture, "seg": blurred_picture, "nag": away}
 OF_WAN: dict[str, Patch] = {
     "pag": partial(identity_picture, name="attn1"),

@@ -12,8 +12,9 @@ from solvers.families.after import LIMITED_NORM
 from solvers.families.family import TEXT_INPUTS, guidance_told, remaining, transformer_family
 from solvers.families.flux import shifted_flux
 from solvers.families.patches import SKIPPED
+from solvers.families.streams import NEGATIVE, OF_ZIMAGE
 
-ZIMAGE_INPUTS = (*TEXT_INPUTS, "encoder_hidden_states_mask")
+ZIMAGE_INPUTS = (*TEXT_INPUTS, "encoder_hidden_states_mask", *NEGATIVE)
 
 
 def encode_zimage(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
@@ -72,7 +73,7 @@ def call_zimage(network: Any, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor
 ZIMAGE = transformer_family(
     name="zimage",
     order=("cond", "uncond"),
-    patches=SKIPPED,
+    patches={**SKIPPED, **OF_ZIMAGE},
     pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline"),
     batch_first=ZIMAGE_INPUTS,
     encode=encode_zimage,

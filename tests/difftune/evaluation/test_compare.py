@@ -17,7 +17,7 @@ from difftune.pipelines import method_parts
 from difftune.pipelines.generate import Pictures
 from difftune.pipelines.method_parts import TEXTS, equip, targets
 from difftune.reports.sheets import SIDE
-from guidance.methods.catalogue import APG, CFG, GUIDANCE, AdaptiveGuidance, CFGpp, Interval, Rescale
+from guidance.methods.catalogue import APG, CFG, FBG, GUIDANCE, AdaptiveGuidance, CFGpp, Interval, Rescale
 from tests.support.pipelines import ddim, sd
 
 STEPS = ["--steps", "2"]
@@ -112,6 +112,7 @@ def test_a_weak_network_keeps_its_weights_where_a_pipeline_is_in_half_precision(
 
 
 def test_a_column_of_cfgs_scale_is_each_methods_own():
+    assert at_cfg_scale("fbg", 5.5, None, 4) == FBG(largest=5.5)
     assert at_cfg_scale("rectified-cfgpp", 5.5, None, 4).scale == 4.5 and at_cfg_scale("apg", 5.5, None, 4).scale == 5.5
 
 

@@ -12,9 +12,10 @@ from guidance.methods.scales import time
 from solvers.families import table
 from solvers.families.zimage import padded
 from tests.guidance.methods.test_conformance import FAMILY, KINDS, STEPS, Spy, pipe_of, run
+from tests.support.benches import script
 from tests.support.dits import shaken
 
-JOINT = ("flux", "flux2", "sd3", "qwen", "chroma", "wan")
+JOINT = ("flux", "flux2", "sd3", "qwen", "chroma", "wan", "zimage")
 PATCHES = {kind: ("slg", "pag") if kind in ("pixart-sigma", "sana") else ("slg",) for kind, _ in FAMILY}
 PATCHES |= dict.fromkeys(JOINT, ("slg", "pag", "seg", "nag"))
 PATCHES |= dict.fromkeys(("sd", "sdxl"), ("pag", "slg", "seg", "nasa", "nag"))
@@ -31,7 +32,9 @@ REFUSED["qwen", "cfg-mp"] = "CFGMP has no guided prediction for the pipeline's r
 REFUSED["qwen", "nag"] = "NAG has no guided prediction for the pipeline's rule"
 REFUSED["lumina2", "cfgpp"] = "CFGpp has no guided prediction for the pipeline's cfg_normalization"
 REFUSED["lumina2", "cfg-mp"] = "CFGMP has no guided prediction for the pipeline's cfg_normalization"
-PAIRS = [(kind, case, name) for kind, case in FAMILY for name in GUIDANCE if name != "null-text"]
+METHODS = tuple(name for name in GUIDANCE if name != "null-text")
+TESTED = tuple(kind for kind, _ in FAMILY)
+PAIRS = [(kind, case, name) for kind, case in FAMILY for name in METHODS]
 
 
 def classify(x0):
@@ -100,3 +103,9 @@ def test_runs_are_alike_whatever_ran_before(kind, case, name):
     assert torch.equal(first, again) and handle.nfe == nfe and bool(first.isfinite().all())
     assert len(alone) == 1 and bool(alone.isfinite().all())
     assert not torch.allclose(first, stock, atol=1e-4)
+
+
+def test_the_page_is_made_of_these_tables():
+    with script("make_matrix") as made:
+        expected = made.page(TESTED, METHODS, REFUSED)
+        assert made.PAGE.read_text() == expected, "python scripts/make_matrix.py writes the page anew"

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from guidance.attach.handle import attach
@@ -11,11 +12,13 @@ from guidance.contract import Branch, Guided
 from guidance.guided import guided
 from solvers.denoiser import Path
 from solvers.families import table
+from solvers.levels import levels_of
 from solvers.noise import Noise, cosine, flow, grid
 from solvers.samplers.catalogue import SAMPLERS, euler, sample
 from tests.guidance.attach.test_registry import controlled
 from tests.guidance.attach.test_registry import run as call
 from tests.guidance.methods.test_conformance import FAMILY, STEPS, close, pipe_of, run
+from tests.support.dits import DPM
 from tests.support.toy import CONDS, B, Toy, labels, start
 
 ONE_STEP = ("DDIM", "flow Euler", "flow Euler by size")
@@ -197,6 +200,15 @@ def test_a_scheduler_with_a_history_does_not_tell_where_the_step_ends():
     with attach(pipe, method):
         run("sd", pipe)
     assert method.seen == [None] * STEPS
+
+
+def test_first_order_dpm_is_eulers_method():
+    pipe, method = pipe_of("sd3", "flow DPM++ 2M"), Ahead()
+    pipe.scheduler = DPMSolverMultistepScheduler(**DPM, solver_order=1)
+    with attach(pipe, method):
+        run("sd3", pipe)
+    levels = levels_of(pipe.scheduler)[1:]
+    assert [float(then.sigma) for then in method.seen] == pytest.approx([float(at.sigma) for at in levels], abs=1e-6)
 
 
 def test_a_controlnet_looks_ahead_too():

@@ -90,13 +90,14 @@ def test_blur_is_after_the_norm_and_before_the_rotation():
     """The mean of normed queries, which attends with a smaller norm: the rotation acts on what was blurred."""
     text, picture = stream(3), stream(6)
     turn = lambda x: x * torch.linspace(1, 2, x.shape[1])[None, :, None, None]  # noqa: E731
-    streams = Streams(picture, text, turn, lambda x: x, places=(0, 3))
+    streams = Streams(picture, text, turn, lambda x, start: x, places=(0, 3))
     told, out = joint.blurred_rule(streams, Call(shape=(B, 4, 4, 6)), float("inf"))
     mean = turn(picture.q.mean(1, keepdim=True).expand_as(picture.q))
     keys = [Keys(text, slice(0, 3)), Keys(picture._replace(k=turn(picture.k)), slice(3, 9))]
     torch.testing.assert_close(out, attended(mean, slice(3, 9), keys, no_mask))
     torch.testing.assert_close(told, attended(text.q, slice(0, 3), keys, no_mask))
-    assert grid_of(6, (1, 4, 4, 6)) == (2, 3) and grid_of(12, (1, 4, 2, 4, 6)) == (2, 3)
+    assert grid_of(6, (1, 4, 4, 6)) == (1, 2, 3) and grid_of(12, (1, 4, 2, 4, 6)) == (2, 2, 3)
+    assert grid_of(24, (1, 4, 4, 6)) == (1, 4, 6) and grid_of(32, (1, 4, 8, 12), 32) == (1, 4, 6)
     with pytest.raises(ValueError, match="7 tokens are no grid of latents of 4 x 6: use pag"):
         grid_of(7, (1, 4, 4, 6))
 
@@ -118,11 +119,13 @@ def test_text_positions():
 # ------------------------------------------------------------------------------------------------ whole networks
 def negative_of(kind: str, same: bool = False) -> Tensor:
     texts = KINDS[kind].texts
+    if kind == "zimage":
+        return texts["prompt_embeds" if same else "negative_prompt_embeds"][0][None].clone()
     return texts["prompt_embeds"] if same else texts["negative_prompt_embeds"].flip(1)
 
 
 @pytest.mark.filterwarnings("ignore:.*guides with its own scale")
-@pytest.mark.parametrize("kind", (*JOINT_KINDS, "wan"))
+@pytest.mark.parametrize("kind", (*JOINT_KINDS, "wan", "zimage"))
 def test_negative_guidance_in_a_pipeline(kind):
     """Off where scale, share or the negative say so; else the picture changes, for one evaluation."""
     pipe = pipe_of(kind, OF_KIND[kind][0])
@@ -188,7 +191,7 @@ def test_the_network_is_that_of_two_texts(make):
 
 @pytest.mark.filterwarnings("ignore:.*guides with its own scale")
 @pytest.mark.parametrize("method", (PAG(2.0), SEG(2.0), SEG(2.0, sigma=1.0)), ids=lambda m: f"{type(m).__name__}")
-@pytest.mark.parametrize("kind", (*JOINT_KINDS, "wan"))
+@pytest.mark.parametrize("kind", (*JOINT_KINDS, "wan", "zimage"))
 def test_weak_attention_in_a_pipeline(kind, method):
     pipe = pipe_of(kind, OF_KIND[kind][0])
     with attach(pipe, NAG(0.0)):
@@ -208,11 +211,11 @@ class Stock:
         return Guided(preds["cond"])
 
 
-@pytest.mark.parametrize("kind", (*JOINT_KINDS, "wan"))
+@pytest.mark.parametrize("kind", (*JOINT_KINDS, "wan", "zimage"))
 def test_the_stock_rule_is_the_network_itself(kind, monkeypatch):
     """Each reading of an attention, with the rule that changes nothing."""
     pipe = pipe_of(kind, OF_KIND[kind][0])
-    plain, name = run(kind, pipe, scale=1.0, steps=1), "attn1" if kind == "wan" else "attn"
+    plain, name = run(kind, pipe, scale=1.0, steps=1), {"wan": "attn1", "zimage": "attention"}.get(kind, "attn")
     patches = {"stock": lambda network: attending(network, "", name, joint.stock, STREAMS)}
     monkeypatch.setitem(vars(table.family_of(pipe)), "patches", patches)
     with attach(pipe, Stock()):
