@@ -167,6 +167,7 @@ def times_heard(pipe):
     return heard, lambda: vars(network).pop("forward")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind, case", [pair for pair in FAMILY if pair[1] in ONE_STEP])
 def test_the_next_level_is_told_as_the_next_step_tells_it(kind, case):
     """Each look ahead tells the network the very time of the next step, in the family's own unit."""
@@ -183,6 +184,7 @@ def test_the_next_level_is_told_as_the_next_step_tells_it(kind, case):
     assert abs(heard[-1] - ends) < 1e-6 or kind in ("sd", "sdxl", "pixart-sigma")  # DDIM ends at its first timestep
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind, case", FAMILY)
 def test_the_same_point_in_a_pipeline(kind, case):
     """A branch at the point itself is the plain one: to the bit where latents are not rescaled for the network."""

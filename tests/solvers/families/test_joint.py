@@ -124,6 +124,7 @@ def negative_of(kind: str, same: bool = False) -> Tensor:
     return texts["prompt_embeds"] if same else texts["negative_prompt_embeds"].flip(1)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:.*guides with its own scale")
 @pytest.mark.parametrize("kind", (*JOINT_KINDS, "wan", "zimage"))
 def test_negative_guidance_in_a_pipeline(kind):
@@ -151,6 +152,7 @@ def test_negative_guidance_in_a_pipeline(kind):
     assert float((made["on"] - plain).abs().max()) > 1e-3 * scale
 
 
+@pytest.mark.sampled(3)
 @torch.no_grad()
 @pytest.mark.parametrize("make", (flux, flux2, sd3, qwen, chroma), ids=lambda make: make.__name__)
 def test_the_network_is_that_of_two_texts(make):
@@ -189,6 +191,7 @@ def test_the_network_is_that_of_two_texts(make):
     assert len(seen) == len([n for n, _ in network.named_modules() if n.endswith(".attn")])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:.*guides with its own scale")
 @pytest.mark.parametrize("method", (PAG(2.0), SEG(2.0), SEG(2.0, sigma=1.0)), ids=lambda m: f"{type(m).__name__}")
 @pytest.mark.parametrize("kind", (*JOINT_KINDS, "wan", "zimage"))
@@ -211,6 +214,7 @@ class Stock:
         return Guided(preds["cond"])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", (*JOINT_KINDS, "wan", "zimage"))
 def test_the_stock_rule_is_the_network_itself(kind, monkeypatch):
     """Each reading of an attention, with the rule that changes nothing."""
