@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from difftune.signals import ENDING, handling, leave
 
 
 def process() -> PartialState:
-    """This process among those that were launched together; accelerate joins those on CPUs only if it is told."""
-    return PartialState(cpu=on_cpu())
+    """This process among those that were launched together; accelerate joins those on CPUs only if it is told.
+
+    One that waits while another judges or writes does so for a day.
+    """
+    return PartialState(cpu=on_cpu(), timeout=timedelta(days=1))
 
 
 def on_cpu() -> bool:

@@ -22,6 +22,8 @@ from difftune.files.text import parse_json, read_text
 from difftune.pipelines.fingerprint import check_resumed, digest_of
 from difftune.pipelines.generate import Batch, Sampling, generate_batches, pixels
 from difftune.pipelines.opened import open_pipeline
+from difftune.pipelines.shared import made_by_main, told_by_each
+from difftune.processes import process
 from guidance.contract import Guidance
 
 PICTURES, BATCHES = "images", "batches.jsonl"
@@ -67,7 +69,7 @@ def draw_missing(config: EvalConfig, guidance: Guidance, drawing: Drawing) -> st
 
     UserError if the folder's pictures are of other settings or of another model.
     """
-    begun, there = read_plan(drawing), {batch["step"] for batch in batches_in(drawing)}
+    begun, there = made_by_main(lambda: (read_plan(drawing), {batch["step"] for batch in batches_in(drawing)}))
     missing = [i for i in range(-(-len(drawing.images) // config.batch_size)) if i not in there]
     if begun is not None and not missing:
         return begun.get("model_digest")
@@ -87,10 +89,10 @@ def draw_opened(
     assert config.model is not None
     pipe = open_pipeline(config.model, config.lora)
     if begun is None:
-        write_plan(drawing, digest_of(pipe))
+        made_by_main(lambda: write_plan(drawing, digest_of(pipe)))
     else:
         check_resumed(pipe, begun.get("model_digest"))
-    draw_batches(pipe, config, guidance, drawing, missing)
+    told_by_each(lambda: draw_batches(pipe, config, guidance, drawing, missing))
     return digest_of(pipe)
 
 
@@ -102,15 +104,15 @@ def release_memory() -> None:
 
 
 def draw_batches(pipe: Any, config: EvalConfig, guidance: Guidance, drawing: Drawing, missing: Sequence[int]) -> None:
-    """Draw the batches of these numbers; a batch is there when its line is."""
-    size, sampling = config.batch_size, Sampling(config.num_inference_steps, config.batch_size)
+    """Draw the batches of these numbers, this process's share of them; a batch is there when its line is."""
+    size, sampling = config.batch_size, Sampling(config.num_inference_steps, config.batch_size, shared=True)
     parts = [drawing.images[i * size : (i + 1) * size] for i in missing]
     texts, seeds = [image.prompt for part in parts for image in part], [image.seed for part in parts for image in part]
-    with tqdm(total=len(texts), desc="eval", disable=None) as bar:
-        made = generate_batches(pipe, texts, seeds, guidance, sampling)
-        for i, part, batch in zip(missing, parts, made, strict=True):
-            write_batch(drawing, i, part, batch)
-            bar.update(len(part))
+    with tqdm(total=len(texts), desc="eval", disable=None if process().is_main_process else True) as bar:
+        for batch in generate_batches(pipe, texts, seeds, guidance, sampling):
+            place = batch.first // size
+            write_batch(drawing, missing[place], parts[place], batch)
+            bar.update(len(batch.prompts))
 
 
 def write_batch(drawing: Drawing, number: int, images: Sequence[EvalImage], batch: Batch) -> None:
@@ -122,8 +124,8 @@ def write_batch(drawing: Drawing, number: int, images: Sequence[EvalImage], batc
 
 
 def batches_in(drawing: Drawing) -> list[dict[str, Any]]:
-    """What is known of the batches that are there."""
-    return list(records.records(drawing.folder / BATCHES))
+    """What is known of the batches that are there, in their order: several processes add them as they are drawn."""
+    return sorted(records.records(drawing.folder / BATCHES), key=lambda batch: batch["step"])
 
 
 def cost_of(drawing: Drawing) -> dict[str, Any]:

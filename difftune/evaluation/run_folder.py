@@ -37,6 +37,7 @@ from difftune.files.versions import versions
 from difftune.lookup import guidance_named, reward_weights
 from difftune.pipelines.fingerprint import differ
 from difftune.pipelines.generate import method_settings
+from difftune.pipelines.shared import entered_by_main, made_by_main
 from difftune.processes import say_once
 from guidance.contract import Guidance
 from rewards import hub
@@ -61,28 +62,45 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
     """Evaluate; with an output folder, write eval.json, report.html, grid.png and the pictures. Returns what eval.json
     holds.
 
-    Raises UserError, before anything is loaded, for what cannot be evaluated: an unknown reward, a prompt that it
-    cannot judge, a baseline that was not scored by it.
+    The processes that were launched together divide the drawing; the main one judges, and writes. Raises UserError,
+    before anything is loaded, for what cannot be evaluated: an unknown reward, a prompt that it cannot judge, a
+    baseline that was not scored by it.
     """
     asked, began = ask(config), perf_counter()
-    with evaluation_folder(config) as (folder, claim):
-        pictures, digest, cost = provide(config, asked, folder)
-        files, kept = Pictures.of(pictures, asked.images), Kept.of(folder / SCORES)
-        scores = {name: score_pictures(files, name, config.batch_size, kept) for name in asked.rewards}
-        now = Evaluated(asked.images, scores, pictures, trained_on(config))
-        found = {
-            **results_of(asked, now),
-            **cost,
-            "seconds": round(perf_counter() - began, 3),
-            "trained_on": None if now.trained is None else sorted(now.trained),
-            "pictures": str(pictures.resolve()) if claim is not None or config.images else None,
-            "settings": settings_of(config, asked, digest),
-            "versions": versions(),
-            "images": [row | holds_of(asked, row) for row in image_rows(now)],
-        }
-        say_if_other(config, digest)
-        if claim is not None:
-            claim.results(eval_files(found, now, asked.then))
+    with entered_by_main(evaluation_folder(config)) as opened:
+        own, claim = opened or (None, None)
+        folder = made_by_main(lambda: own)
+        assert folder is not None
+        drawn = provide(config, asked, folder)
+        return made_by_main(lambda: judge_drawn(config, asked, folder, drawn, claim, began))
+
+
+def judge_drawn(
+    config: EvalConfig,
+    asked: Asked,
+    folder: Path,
+    drawn: tuple[Path, str | None, dict[str, Any]],
+    claim: Claim | None,
+    began: float,
+) -> dict[str, Any]:
+    """The results of the pictures, their model's digest and their cost, written if the folder is claimed."""
+    pictures, digest, cost = drawn
+    files, kept = Pictures.of(pictures, asked.images), Kept.of(folder / SCORES)
+    scores = {name: score_pictures(files, name, config.batch_size, kept) for name in asked.rewards}
+    now = Evaluated(asked.images, scores, pictures, trained_on(config))
+    found = {
+        **results_of(asked, now),
+        **cost,
+        "seconds": round(perf_counter() - began, 3),
+        "trained_on": None if now.trained is None else sorted(now.trained),
+        "pictures": str(pictures.resolve()) if claim is not None or config.images else None,
+        "settings": settings_of(config, asked, digest),
+        "versions": versions(),
+        "images": [row | holds_of(asked, row) for row in image_rows(now)],
+    }
+    say_if_other(config, digest)
+    if claim is not None:
+        claim.results(eval_files(found, now, asked.then))
     return found
 
 

@@ -80,14 +80,18 @@ def _told(fault: Fault) -> Fault:
     return RunError(f"another of the processes failed with {type(fault).__name__}: {' '.join(str(fault).split())}")
 
 
+@contextmanager
+def entered_by_main(context: AbstractContextManager[Made]) -> Iterator[Made | None]:
+    """A context that the main process enters, who alone is given what it holds; if that cannot, all are told."""
+    held: list[Made] = []
+    with ExitStack() as stack:
+        told_by_each(lambda: held.append(stack.enter_context(context)) if process().is_main_process else None)
+        yield held[0] if held else None
+
+
 Opening = Callable[[Any], AbstractContextManager[Claim]]
 
 
-@contextmanager
-def claimed_by_main(folder: Any, opening: Opening = claimed) -> Iterator[Claim | None]:
-    """The folder for all processes, claimed by the main one, who alone is given the claim; if that cannot, all of them
-    are told. opening: `claimed`, or `fresh`."""
-    claims: list[Claim] = []
-    with ExitStack() as stack:
-        told_by_each(lambda: claims.append(stack.enter_context(opening(folder))) if process().is_main_process else None)
-        yield claims[0] if claims else None
+def claimed_by_main(folder: Any, opening: Opening = claimed) -> AbstractContextManager[Claim | None]:
+    """The folder for all processes, claimed by the main one alone. opening: `claimed`, or `fresh`."""
+    return entered_by_main(opening(folder))

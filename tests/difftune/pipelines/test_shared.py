@@ -149,22 +149,26 @@ def model(tmp_path):
 
 def commands(model, folder):
     """Each with more batches than processes, and one that is not full."""
+    captions = Path(model).parent / "captions.txt"
+    captions.write_text("a red circle\na blue square\na red square\n")
+    judged = ["--prompts", str(captions), "--reward", "brightness", "--images_per_prompt", "1", "--batch_size", "1"]
     prompts = ["--prompt", "red circle", "blue square", "red square", "--model", model, "--steps", "2"]
-    out = [["--output_dir", f"{folder}/{name}"] for name in ("sample", "compare", "optimize", "search")]
+    out = [["--output_dir", f"{folder}/{name}"] for name in ("sample", "compare", "optimize", "search", "eval")]
     return [
         ["sample", *prompts, "--batch_size", "2", *out[0]],
         ["compare", *prompts, "--num_images", "1", "--batch_size", "2", "--scales", "2", "3", *out[1]],
         ["optimize", *prompts, "--reward", "brightness", "--batch_size", "1", "--iterations", "2", *out[2]],
         ["search", "fk", *prompts, "--reward", "brightness", "--nfe_budget", "8", *out[3]],
+        ["eval", "--model", model, "--steps", "2", *judged, *out[4]],
     ]
 
 
-TIMES = ("seconds", "settings", "versions")
+OTHERS = ("seconds", "settings", "versions", "pictures")  # times and places
 
 
 def without_times(value):
     if isinstance(value, dict):
-        return {name: without_times(part) for name, part in value.items() if name not in TIMES}
+        return {name: without_times(part) for name, part in value.items() if name not in OTHERS}
     return [without_times(part) for part in value] if isinstance(value, list) else value
 
 
