@@ -26,6 +26,7 @@ from difftune.configs.images import CompareConfig, EvalConfig, SampleConfig
         o.SEED,
         o.BATCH_SIZE,
         o.count("num_images", 1, "Images of each prompt."),
+        Flag(["--image"], metavar="FILE", help="Picture that the pipeline edits (FLUX Kontext, Qwen-Image-Edit)."),
         o.count("num_frames", None, "Frames of each film, of a model of films (Wan); written as .mp4."),
         Flag(["--eta"], type=o.NOT_NEGATIVE, default=0.0, help="Noise of DDIM's steps; 1 is DDPM."),
         Flag(["--noise"], metavar="FILE", help="The noise.safetensors of `difftune optimize`: a noise for each image."),

@@ -36,6 +36,7 @@ class SampleConfig(ImagesConfig):
     lora_anneal: how the share of the LoRA's output grows from 0 to 1 along the steps: linear, power (its square), or
     switch (at 60 %); None is 1 throughout. num_frames: of each film, of a model of films (Wan); it is written as .mp4.
     compile: the network's blocks and the decoder's.
+    image: a file with the picture that a pipeline starts from or edits (FLUX Kontext, Qwen-Image-Edit, img2img).
     """
 
     prompt: Sequence[str]
@@ -49,6 +50,7 @@ class SampleConfig(ImagesConfig):
     lora_anneal: Literal["linear", "power", "switch"] | None = None
     num_frames: Many | None = None
     compile: bool = False
+    image: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from difftune.files import output
 from difftune.files.claim import fresh
 from difftune.files.films import check_films, mp4
 from difftune.files.noises import noises_of
+from difftune.files.pictures import pil, read_picture
 from difftune.files.versions import versions
 from difftune.lookup import guidance_named
 from difftune.pipelines import lora
@@ -44,7 +46,7 @@ class Sampling:
     eta: the noise of DDIM's steps, 1 is DDPM. embedded_guidance: the scale told to a network distilled over scales; the
     pipeline's own default if None. lora_anneal: of `annealed.SHARES`; None is the whole LoRA at each step. num_frames:
     of each film, if the model makes films; one frame is a picture. shared: the batches are divided among the processes
-    that were launched together.
+    that were launched together. image: the file of a picture to begin from.
     """
 
     num_inference_steps: int = 25
@@ -54,6 +56,7 @@ class Sampling:
     lora_anneal: str | None = None
     num_frames: int | None = None
     shared: bool = False
+    image: str | None = None
 
 
 class Batch(NamedTuple):
@@ -85,7 +88,7 @@ def generate_batches(
     """
     steps = sampling.num_inference_steps
     given: dict[str, Any] = {"num_inference_steps": steps, **family_of(pipe).asked(steps)}
-    given |= frames_for(pipe, sampling.num_frames)
+    given |= frames_for(pipe, sampling.num_frames) | image_for(pipe, sampling.image)
     if sampling.eta:
         takes_eta(pipe)
         given["eta"] = sampling.eta
@@ -125,8 +128,21 @@ def _batch(pipe: Any, prompts: list[str], seeds: list[int], equipped: Equipped, 
 
 def frames_for(pipe: Any, num_frames: int | None) -> dict[str, int]:
     """The frames that a pipeline of films is asked for; nothing of another. UserError for a number it cannot make."""
+    if not family_of(pipe).latents.frames and num_frames is None:
+        return {}
     LatentModel(pipe, num_frames=num_frames or 1)
     return {"num_frames": num_frames or 1} if family_of(pipe).latents.frames else {}
+
+
+def image_for(pipe: Any, file: str | None) -> dict[str, Any]:
+    """The picture that a pipeline begins from. UserError for one that takes none, or cannot do without."""
+    taken = inspect.signature(type(pipe).__call__).parameters.get("image")
+    edits = any(word in type(pipe).__name__ for word in ("Img2Img", "Inpaint", "Kontext", "Edit"))
+    if file is None and edits:
+        raise UserError(f"{type(pipe).__name__} begins from a picture: give its file as --image")
+    if file is not None and taken is None:
+        raise UserError(f"{type(pipe).__name__} takes no picture: leave --image out")
+    return {} if file is None else {"image": pil(read_picture(Path(file))[None])[0]}
 
 
 def pictures_of(made: Any) -> Tensor:
@@ -230,6 +246,7 @@ def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str
         lora_anneal=config.lora_anneal,
         num_frames=config.num_frames,
         shared=True,
+        image=config.image,
     )
     with claimed_by_main(config.output_dir, fresh) as claim:
         if config.noise_lora is not None:

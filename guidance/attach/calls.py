@@ -115,8 +115,10 @@ class Asked:
 
     def _predicted(self, out: Any, read: bool = True) -> Tensor:
         """The part of a network's answer that predicts, in the layout of the latents."""
-        grid = self.family.grid
-        return self.family.prediction(unpacked(out, grid(self.calls[0].shared)) if grid and read else out, self.x)
+        if self.family.grid and read:
+            rows, columns = self.family.grid(self.calls[0].shared)
+            out = unpacked(out[:, : rows * columns], (rows, columns))  # a reference picture's tokens come after them
+        return self.family.prediction(out, self.x)
 
     def _inputs(self, branch: Branch) -> Inputs:
         """The arguments of one branch that are its own, and those of its ControlNet under "control"."""
@@ -128,6 +130,10 @@ class Asked:
     def _moved(self, inputs: Inputs, x: Tensor, at: Noise) -> Inputs:
         """The arguments with another sample and the time of its level, those of the ControlNet too."""
         sample = self.family.batch_first[0]
+        if any(name in inputs for name in self.family.residuals):
+            raise UserError(
+                "the ControlNet was asked at another point than this method's branch is at: use another method"
+            )
         told: Inputs = {} if numbers(at) == numbers(self.at) else {TIME: self._told(inputs, at)}
         moved: Inputs = {**inputs, sample: self._laid_out(x, inputs[sample]), **told}
         if "control" in inputs:

@@ -126,7 +126,7 @@ class Handle:
                 if parts[name] is not None:  # Wan's second expert
                     _refuse_cache(parts[name])
                     stack.enter_context(hooked(parts[name], calls, run.forward))
-            if "controlnet" in parts:
+            if "controlnet" in parts and not self.family.residuals:
                 stack.enter_context(hooked(parts["controlnet"], calls, run.control_forward))
             stack.enter_context(wrapped_step(self.pipe.scheduler, calls, run.step))
             yield stack.enter_context(bar)

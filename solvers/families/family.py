@@ -77,6 +77,7 @@ class Family:
     upcast_vae: bool = False  # a float16 VAE that says `force_upcast` runs in float32
     after: After | None = None
     time: Callable[[Any, Tensor], Tensor] = lambda network, timestep: timestep  # that it is told at a scheduler's
+    residuals: tuple[str, ...] = ()  # those of a ControlNet among `batch_first`, as the pipeline has it; else a UNet's
     extra: str = ""  # the argument that marks an additional, conditional call within a step
     embeds: str = "guidance_embeds"  # the network's setting that says that it is told a guidance scale
     unguided: float = 1.0  # the pipeline's guidance scale without guidance: s = 0 where out = c + s (c - u)

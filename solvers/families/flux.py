@@ -16,6 +16,11 @@ from solvers.families.tokens import packed, unpacked
 from solvers.modules import execution_device
 
 FLUX_INPUTS = (*SD3_INPUTS, "guidance")
+FLUX_RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
+FLUX_TASKS = (
+    *("", "Img2Img", "Inpaint", "Kontext", "KontextInpaint"),
+    *("ControlNet", "ControlNetImg2Img", "ControlNetInpaint"),
+)
 
 
 def encode_flux(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
@@ -52,8 +57,10 @@ def places_of(grid: tuple[int, int]) -> Tensor:
 
 
 def grid_of_places(arguments: Mapping[str, Any]) -> tuple[int, int]:
-    """The grid of a call of the network, by the place of its last token."""
-    _, row, column = arguments["img_ids"][-1]
+    """The grid of a call of the network, by the place of its last token: those of a reference picture, whose first
+    number is not 0, do not count."""
+    places = arguments["img_ids"]
+    _, row, column = places[places[:, 0] == 0][-1]
     return int(row) + 1, int(column) + 1
 
 
@@ -67,8 +74,9 @@ def shifted_flux(pipe: Any, latent: tuple[int, int], steps: int) -> dict[str, An
 FLUX = sequential_family(
     name="flux",
     patches={**SKIPPED_JOINT, **JOINT},
-    pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
-    batch_first=FLUX_INPUTS,
+    pipelines=tuple(f"Flux{task}Pipeline" for task in FLUX_TASKS),
+    batch_first=(*FLUX_INPUTS, *FLUX_RESIDUALS),
+    residuals=FLUX_RESIDUALS,
     encode=encode_flux,
     call=call_flux,
     grid=grid_of_places,

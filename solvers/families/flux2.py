@@ -1,5 +1,6 @@
 """FLUX.2: klein, base and distilled, and dev."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,13 @@ def places(*sizes: int) -> Tensor:
     return torch.cartesian_prod(*[torch.arange(size) for size in sizes])
 
 
+def grid_of_flux2(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """By the place of the last token that is not of a reference picture."""
+    places = arguments["img_ids"].flatten(0, -2)
+    _, row, column, _ = places[places[:, 0] == 0][-1]
+    return int(row) + 1, int(column) + 1
+
+
 def shifted_flux2(pipe: Any, latent: tuple[int, int], steps: int) -> dict[str, Any]:
     """Levels 1, ..., 1/N before the shift, which depends on the number of tokens and on N."""
     sigmas = {} if pipe.scheduler.config.get("use_flow_sigmas") else {"sigmas": np.linspace(1.0, 1 / steps, steps)}
@@ -68,7 +76,7 @@ FLUX2 = sequential_family(
     encode=encode_flux2,
     call=call_flux2,
     latents=Latents(channels=lambda vae: 4 * vae.config.latent_channels, patch=2, statistics=of_batch_norm),
-    grid=lambda arguments: tuple(int(side) + 1 for side in arguments["img_ids"].flatten(0, -2)[-1, 1:3]),
+    grid=grid_of_flux2,
     options=shifted_flux2,
     size=lambda network: 64,  # Flux2KleinPipeline.default_sample_size, in patches: the network has none
     prepare="guidance_scale > 1, of a klein that is not distilled",

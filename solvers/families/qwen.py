@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Cond
+from solvers.errors import UserError
 from solvers.families.after import NORM
 from solvers.families.family import TEXT_INPUTS, sequential_family, thousandth
 from solvers.families.flux import shifted_flux, told_scale
@@ -14,11 +15,14 @@ from solvers.families.patches import SKIPPED_JOINT
 from solvers.families.streams import JOINT, NEGATIVE
 from solvers.families.tokens import packed, unpacked
 
+QWEN_TASKS = ("", "Img2Img", "Inpaint", "Edit", "EditPlus", "EditInpaint")
 QWEN_INPUTS = (*TEXT_INPUTS, "encoder_hidden_states_mask", "guidance", *NEGATIVE)
 
 
 def encode_qwen(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
     """Qwen2.5-VL's hidden states (B, L, D), and their mask (B, L) unless every token counts."""
+    if "Edit" in type(pipe).__name__:
+        raise UserError(f"{type(pipe).__name__} reads its prompt with a picture, which LatentModel has not: use attach")
     more = told_scale(pipe, len(prompts), embedded_guidance)
     conds: dict[str, Cond] = {}
     for branch, texts in {"cond": prompts, "uncond": negatives or [" "] * len(prompts)}.items():
@@ -40,7 +44,7 @@ def call_qwen(network: Any, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
 QWEN = sequential_family(
     name="qwen",
     patches={**SKIPPED_JOINT, **JOINT},
-    pipelines=("QwenImagePipeline",),
+    pipelines=tuple(f"QwenImage{task}Pipeline" for task in QWEN_TASKS),
     batch_first=QWEN_INPUTS,
     encode=encode_qwen,
     call=call_qwen,

@@ -10,6 +10,8 @@ from solvers.families.patches import SKIPPED_SD3
 from solvers.families.streams import JOINT, NEGATIVE
 
 SD3_INPUTS = (*TEXT_INPUTS, "pooled_projections", "joint_attention_kwargs.ip_adapter_image_embeds", *NEGATIVE)
+SD3_RESIDUALS = ("block_controlnet_hidden_states",)
+SD3_TASKS = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpainting")
 
 
 def encode_sd3(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
@@ -25,8 +27,9 @@ def encode_sd3(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[s
 SD3 = transformer_family(
     name="sd3",
     patches={**SKIPPED_SD3, **JOINT},
-    pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
-    batch_first=SD3_INPUTS,
+    pipelines=tuple(f"StableDiffusion3{task}Pipeline" for task in SD3_TASKS),
+    batch_first=(*SD3_INPUTS, *SD3_RESIDUALS),
+    residuals=SD3_RESIDUALS,
     encode=encode_sd3,
     call=partial(call_transformer, SD3_INPUTS),
     options=shifted,

@@ -1,12 +1,14 @@
-"""Films of Wan: drawn from noise, written as .mp4, judged by their frames."""
+"""Pictures that pipelines begin from, and films of Wan: drawn from noise, written as .mp4, judged by their frames."""
 
+import diffusers
 import pytest
 import torch
 
 from difftune.errors import UserError
 from difftune.files.films import mp4
-from difftune.pipelines.generate import Sampling, frames_for, generate_batches
-from guidance.methods.cfg import CFG
+from difftune.files.output import png
+from difftune.pipelines.generate import Sampling, frames_for, generate_batches, image_for
+from guidance.methods.cfg import CFG, Plain
 from rewards.simple import Brightness
 from rewards.wrappers.frames import OverFrames
 from tests.support import dits, pipelines
@@ -29,6 +31,20 @@ def test_films_are_asked_for_of_models_of_films():
         frames_for(dits.wan(), 6)
     with pytest.raises(UserError, match="StableDiffusionPipeline makes pictures: leave num_frames=5 out"):
         frames_for(pipelines.sd(), 5)
+
+
+def test_a_picture_is_edited_by_pipelines_that_begin_from_one(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(torch.rand(16, 24, 3, generator=torch.Generator().manual_seed(0)).numpy()))
+    parts = {name: part for name, part in dits.flux().components.items() if part is not None}
+    pipe = diffusers.FluxImg2ImgPipeline(**parts)
+    sampling = Sampling(num_inference_steps=2, image=str(tmp_path / "a.png"))
+    pipe.default_sample_size = 8
+    (batch,) = generate_batches(pipe, ["red"], [0], Plain(), sampling)
+    assert image_for(pipe, sampling.image)["image"].size == (24, 16) and batch.images.shape == (1, 3, 16, 16)
+    with pytest.raises(UserError, match="FluxImg2ImgPipeline begins from a picture: give its file as --image"):
+        image_for(pipe, None)
+    with pytest.raises(UserError, match="StableDiffusionPipeline takes no picture: leave --image out"):
+        image_for(pipelines.sd(), str(tmp_path / "a.png"))
 
 
 def test_an_mp4_holds_the_frames(tmp_path):

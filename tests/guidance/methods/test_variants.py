@@ -6,13 +6,23 @@ from typing import NamedTuple
 import diffusers
 import pytest
 import torch
-from diffusers import ControlNetModel, ControlNetUnionModel, MultiControlNetModel
+from diffusers import (
+    ControlNetModel,
+    ControlNetUnionModel,
+    FluxControlNetModel,
+    MultiControlNetModel,
+    SD3ControlNetModel,
+)
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from PIL import Image
 
 from guidance.attach.handle import attach
 from guidance.contract import Branch, Guided
+from guidance.methods.ahead import RectifiedCFGpp
 from guidance.methods.catalogue import CFG, Plain
+from solvers.latent import LatentModel
 from tests.guidance.methods.test_conformance import KINDS, SCALE, SCHEDULERS, Settling, Spy, close, rows_of, run
-from tests.support.dits import flux, sd3, shaken
+from tests.support.dits import chroma, flux, flux2, qwen, sd3, shaken, zimage
 from tests.support.pipelines import sd, sdxl
 
 SIZE = KINDS["sd"].size
@@ -26,6 +36,8 @@ def pixels(channels=3, seed=5):
 IMAGE = {"image": pixels(), "strength": 0.7}
 MASKED = {**IMAGE, "mask_image": pixels(1).round()}
 HINT, BESIDE = {"image": pixels(seed=6)}, {"control_image": pixels(seed=6)}
+PICTURE = Image.new("RGB", (24, 16), (200, 40, 90))
+REFERENCE = {"image": PICTURE, "max_area": SIZE[0] * SIZE[1], "_auto_resize": False}
 MODE = {"control_image": [pixels(seed=6)], "control_mode": [1]}
 
 
@@ -41,6 +53,17 @@ def union(pipe):
     small = {"num_trans_channel": width, "num_proj_channel": width, "num_trans_head": 2}
     own = {name: value for name, value in config.items() if not name.startswith("_")}
     return shaken(ControlNetUnionModel(**{**own, **small}), 0.05)
+
+
+def flux_controlnet(pipe):
+    torch.manual_seed(0)
+    size = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    return shaken(FluxControlNetModel.from_transformer(pipe.transformer, **size), 0.05)
+
+
+def sd3_controlnet(pipe):
+    torch.manual_seed(0)
+    return shaken(SD3ControlNetModel.from_transformer(pipe.transformer, 1, 0), 0.05)
 
 
 class Variant(NamedTuple):
@@ -77,6 +100,15 @@ VARIANTS = {
     "sd3-inpaint": Variant("sd3", partial(sd3, channels=16), "StableDiffusion3Inpaint", MASKED, None, FLOW[:1]),
     "flux-img2img": Variant("flux", flux, "FluxImg2Img", IMAGE, None, FLOW[:1]),
     "flux-inpaint": Variant("flux", flux, "FluxInpaint", MASKED, None, FLOW[:1]),
+    "flux-kontext": Variant("flux", flux, "FluxKontext", REFERENCE, None, FLOW[:1]),
+    "flux-controlnet": Variant("flux", flux, "FluxControlNet", BESIDE, flux_controlnet, FLOW[:1]),
+    "sd3-controlnet": Variant("sd3", sd3, "StableDiffusion3ControlNet", BESIDE, sd3_controlnet, FLOW[:1]),
+    "flux2-reference": Variant("flux2", flux2, "Flux2Klein", {"image": PICTURE.resize((96, 64))}, None, FLOW[:1]),
+    "qwen-img2img": Variant("qwen", qwen, "QwenImageImg2Img", IMAGE, None, FLOW[:1]),
+    "qwen-inpaint": Variant("qwen", qwen, "QwenImageInpaint", MASKED, None, FLOW[:1]),
+    "chroma-img2img": Variant("chroma", chroma, "ChromaImg2Img", IMAGE, None, FLOW[:1]),
+    "zimage-img2img": Variant("zimage", zimage, "ZImageImg2Img", IMAGE, None, FLOW[:1]),
+    "zimage-inpaint": Variant("zimage", zimage, "ZImageInpaint", MASKED, None, FLOW[:1]),
 }
 
 
@@ -88,6 +120,8 @@ def made(name):
     more = {"requires_safety_checker": False} if variant.kind == "sd" else {}
     if variant.kind == "sd":
         parts |= {"safety_checker": None, "feature_extractor": None}
+    if variant.kind == "qwen":  # whose small pipeline has no text encoder
+        parts |= {"text_encoder": None, "tokenizer": None}
     if variant.net:
         more["controlnet"] = variant.net(plain)
     pipe = getattr(diffusers, f"{variant.name}Pipeline")(**parts, **more)
@@ -102,6 +136,7 @@ def pipe_of(name, case=None):
 
 
 def sampled(name, pipe, **more):
+    torch.manual_seed(0)  # SD3's ControlNet draws the latents of its picture from the global generator
     return run(VARIANTS[name].kind, pipe, **{**VARIANTS[name].call, "steps": 4, **more})
 
 
@@ -113,6 +148,34 @@ def test_cfg_is_the_stock_pipeline(name, case):
         ours = sampled(name, pipe)
     assert torch.equal(ours, stock) and bool(ours.isfinite().all()) and handle.nfe >= 4 * 2
     assert torch.equal(sampled(name, pipe), stock)
+
+
+def test_a_pictures_tokens_beside_those_of_the_sample(monkeypatch):
+    """Qwen-Image-Edit, at a size of its reference that a test can bear; it is for `attach` alone."""
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (24, 16, None))
+    parts = {**qwen().components, "processor": None}
+    pipe = diffusers.QwenImageEditPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    stock = run("qwen", pipe, image=PICTURE)
+    with attach(pipe, CFG(SCALE)) as handle:
+        assert torch.equal(run("qwen", pipe, image=PICTURE), stock) and handle.nfe == 12
+    with pytest.raises(ValueError, match="QwenImageEditPipeline reads its prompt with a picture, .*: use attach"):
+        LatentModel(pipe).family.encode(pipe, ["red"], None, (16, 16), None)
+
+
+def test_residuals_of_a_transformers_controlnet_stay_where_it_was_asked():
+    pipe = pipe_of("sd3-controlnet")
+    plain = sampled("sd3-controlnet", pipe, controlnet_conditioning_scale=0.0)
+    with attach(pipe, Settling((9, 1))):
+        ours = sampled("sd3-controlnet", pipe)
+    stock = sampled("sd3-controlnet", pipe)
+    close(ours[:1], stock[:1])
+    assert not torch.allclose(stock, plain, atol=1e-3)
+    with (
+        attach(pipe, RectifiedCFGpp(2.0)),
+        pytest.raises(ValueError, match="ControlNet was asked at another point"),
+    ):
+        sampled("sd3-controlnet", pipe)
 
 
 # ------------------------------------------------------------------------------------------------ the ControlNet's rows
