@@ -27,6 +27,7 @@ from guidance.methods.feedback import transition
 from solvers.denoiser import Path
 from solvers.exact import Mixture
 from solvers.noise import Noise, cosine, flow, grid, noise
+from solvers.rollout import rollout
 from solvers.samplers.catalogue import euler, sample
 from tests.support.toy import LEVELS, at_step, labels, predict, said, same, start
 
@@ -255,3 +256,14 @@ def test_feedback_with_a_scale_beside_it():
     hybrid = FBG(Between(3.0, 0.1, 9.0), prior=1.0)
     same(said(hybrid, at), both)
     assert at_step(start(), at).then is not None
+
+
+@pytest.mark.parametrize("method", (RectifiedCFGpp(2.0), CFGMP(2.0), FBG(delta=-0.3, tau=0.1)))
+def test_recomputed_steps_look_ahead_too(method):
+    """The level where a step ends goes with the path through every recomputation: the gradient is that of the graph."""
+    levels, found = grid(flow, 3), []
+    for mode in ("full", "checkpoint", "revolve:2"):
+        x = torch.tensor([[0.4]], dtype=F64, requires_grad=True)
+        end = rollout(euler, guided(LINE, method, PAIR), x, levels, mode)
+        found.append(float(torch.autograd.grad(end.x.sum(), x)[0]))
+    assert found[0] != 0 and found == pytest.approx([found[0]] * 3, rel=1e-12)
