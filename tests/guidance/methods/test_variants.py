@@ -140,7 +140,14 @@ def sampled(name, pipe, **more):
     return run(VARIANTS[name].kind, pipe, **{**VARIANTS[name].call, "steps": 4, **more})
 
 
-@pytest.mark.parametrize("name, case", [(name, case) for name, v in VARIANTS.items() for case in v.schedulers])
+SLOWER = {"flux-controlnet", "flux2-reference", "qwen-img2img", "qwen-inpaint", "chroma-img2img", "zimage-img2img"}
+SLOWER |= {"zimage-inpaint"}
+CASES = [(name, case) for name, variant in VARIANTS.items() for case in variant.schedulers]
+
+
+@pytest.mark.parametrize(
+    "name, case", [pytest.param(*each, marks=[pytest.mark.slow] * (each[0] in SLOWER)) for each in CASES]
+)
 def test_cfg_is_the_stock_pipeline(name, case):
     pipe = pipe_of(name, case)
     stock = sampled(name, pipe)
