@@ -13,6 +13,7 @@ PACKAGES = ("difftune", "guidance", "rewards", "solvers")
 MEANT_FOR_PEOPLE = {"ValueError", "OSError", "FileNotFoundError", "ImportError", "ModuleNotFoundError"}
 INTERNAL = {  # caught where they are raised, or raised before there is a command line
     ("difftune/__init__.py", "ImportError"),
+    ("difftune/evaluation/prompt_lists.py", "ValueError"),
     ("difftune/files/output.py", "OSError"),
     ("difftune/labelling/label_file.py", "OSError"),
 }

@@ -10,7 +10,8 @@ from solvers.noise import log_snr, noise, vp
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers under numpy 2
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-FLOWS = [name for name in READERS if name.startswith("FlowMatch")]
+FLOWS = [name for name in READERS if name.startswith("FlowMatch") or name == "SCMScheduler"]
+ASKED = {"SCMScheduler": {"intermediate_timesteps": None}}  # it has one for two steps alone
 DIFFUSIONS = [name for name in READERS if name not in FLOWS]
 
 
@@ -22,7 +23,7 @@ def scheduler(name, **config):
 def test_levels_walk_down_to_data_in_the_networks_coordinates(name):
     s = scheduler(name)
     steps = 4 if name in ("LCMScheduler", "TCDScheduler") else 10
-    levels = levels_of(s, steps)
+    levels = levels_of(s, steps, **ASKED.get(name, {}))
     alphas, sigmas = (torch.stack(values) for values in zip(*levels, strict=True))
     assert len(levels) == steps + 1 and all(at.alpha.dtype == torch.float64 for at in levels)
     assert (sigmas[:-1].diff() < 0).all() and (alphas[:-1].diff() > 0).all()
@@ -35,9 +36,9 @@ def test_levels_walk_down_to_data_in_the_networks_coordinates(name):
 def test_reading_changes_nothing_and_wants_a_run(name):
     s = scheduler(name)
     before = s.timesteps
-    levels = levels_of(s, 4)
+    levels = levels_of(s, 4, **ASKED.get(name, {}))
     assert s.timesteps is before
-    s.set_timesteps(4)
+    s.set_timesteps(4, **ASKED.get(name, {}))
     assert levels_of(s) == levels
 
 

@@ -34,7 +34,7 @@ WRONG = [
     ("alignprop", ["--lora_dropout", "nan"], "at least 0 and below 1, and finite"),
     ("alignprop", ["--lora_alpha", "0"], "at least 1"),
     ("alignprop", ["--max_grad_norm", "0"], "above 0"),
-    ("alignprop", ["--learning_rate", "inf"], "at least 0, and finite"),
+    ("alignprop", ["--learning_rate", "inf"], "above 0, and finite"),
     ("alignprop", ["--loss_coeff", "nan"], "at least 0, and finite"),
     ("alignprop", ["--truncation_min", "5", "--truncation_max", "2"], "truncation_max is 2"),
     ("alignprop", ["--validation_prompts", "absent.txt"], "absent.txt"),

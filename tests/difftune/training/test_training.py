@@ -109,7 +109,7 @@ def test_what_is_trained_is_the_network_itself_in_every_family_and_under_methods
         ("nasa", {}, "give --guidance.negative"),
         ("nag", {}, "give --guidance.negative"),
         ("autoguidance", {"network": "tiny-weka"}, "did you mean 'tiny-weak'"),
-        ("cfg-zero", {}, "this model predicts eps: give --guidance.zero_steps 0"),
+        ("cfg-zero", {}, "this model predicts v: give --guidance.zero_steps 0"),
     ],
 )
 @pytest.mark.parametrize("recipe", ["alignprop", "dpo"])

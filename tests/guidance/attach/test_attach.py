@@ -171,7 +171,7 @@ def test_cfg_is_the_stock_pipeline(pipe, case):
 
 
 def test_cases_cover_the_table():
-    kinds = {kind for kind, _ in CASES.values()} | {"FlowMatchEulerDiscreteScheduler"}
+    kinds = {kind for kind, _ in CASES.values()} | {"FlowMatchEulerDiscreteScheduler", "SCMScheduler"}
     assert kinds == set(SCHEDULERS)
 
 
