@@ -108,6 +108,7 @@ ROUGH = {"pickscore": 10.0}  # cosines times exp(logit_scale)
 
 
 @pytest.mark.parametrize("name", READS)
+@pytest.mark.sampled(2)
 def test_each_image_is_scored_by_itself(name, loaded):
     """Scores (B,) in float32 that do not depend on the rest of the batch or its order, nor change the second time."""
     reward, images, words = loaded(name), noise_images(), prompts(name)
@@ -122,6 +123,7 @@ def test_each_image_is_scored_by_itself(name, loaded):
 
 
 @pytest.mark.parametrize("name", READS)
+@pytest.mark.sampled(2)
 def test_scores_are_float32_from_images_of_any_float_dtype(name, loaded):
     reward, words = loaded(name), prompts(name)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
@@ -155,6 +157,7 @@ def test_pixels_beyond_black_and_white_score_as_a_screen_shows_them(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [(16, 16), (48, 48)])
+@pytest.mark.sampled(3)
 def test_black_white_and_noise_have_finite_scores(name, size, loaded):
     images = torch.stack([torch.zeros(3, *size), torch.ones(3, *size), noise_images(1, size[0])[0]]).requires_grad_()
     scores = loaded(name)(images, prompts(name))

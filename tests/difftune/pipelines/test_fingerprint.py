@@ -79,6 +79,7 @@ OTHER = r"was made with a model of digest \w{16}, and this one's is \w{16}: resu
 
 
 @pytest.mark.parametrize("full", [False, True])
+@pytest.mark.sampled(2)
 def test_training_is_not_resumed_on_other_weights_and_its_adapter_says_whose_it_is(model, tmp_path, capsys, full):
     config = replace(toy("alignprop", tmp_path), model=str(model), output_dir=str(tmp_path / "out"), max_train_steps=1)
     config = replace(config, full_finetuning=full)

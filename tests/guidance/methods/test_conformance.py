@@ -356,6 +356,7 @@ SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("kind, in_place", (("flux", False), SLOW("flux", True), SLOW("sd", False), SLOW("sd", True)))
+@pytest.mark.sampled(2)
 def test_compiled(kind, in_place):
     pipe = KINDS[kind].make(SCHEDULERS[OF_KIND[kind][0]]())
     name = table.family_of(pipe).denoisers[0]

@@ -299,6 +299,7 @@ SLOW = [pytest.param(n, marks=pytest.mark.slow if CASES[n].reward else ()) for n
 
 
 @pytest.mark.parametrize("name", SLOW)
+@pytest.mark.sampled(2)
 def test_weighted_particles_have_the_target(name):
     """Mean of five seeds with 4,096 particles, to the sheet's tolerances.
 

@@ -70,6 +70,7 @@ def test_round_trip(option, dtype, most):
 
 
 @pytest.mark.parametrize("option", ORDERS)
+@pytest.mark.sampled(2)
 def test_order(option):
     """T11, against RK4 on a fine grid."""
     levels_of, predict, x = GRIDS["vp" if option == "edict" else "cosine"], mixture(), randn(6, 2)

@@ -61,6 +61,7 @@ ENDS = {schedule: tuple(grid(schedule, 1, 0.95, 0.05)) for schedule in (flow, co
 
 @pytest.mark.parametrize("schedule", [flow, cosine])
 @pytest.mark.parametrize("name", ODE)
+@pytest.mark.sampled(2)
 def test_order(name, schedule):
     x, exact, _ = reference(*ENDS[schedule])
     errors = []
