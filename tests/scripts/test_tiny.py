@@ -19,7 +19,7 @@ from rewards.world import draw
 from solvers.levels import levels_of
 
 ROOT = Path(__file__).parents[2]
-SCALE = 3.0
+SCALE = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +64,22 @@ def test_text_encoder_is_told_to_load_in_float32():
 def test_oracle_survives_the_vae(check):
     images, captions, scenes = check.scenes(200)
     found = check.accepts(check.through_vae(images), captions, scenes)
-    assert found["true"] >= 0.98
-    assert found["one_word_wrong"] <= 0.02
+    assert found["true"] >= 0.99
+    assert found["one_word_wrong"] <= 0.01
 
 
 @pytest.mark.slow
 def test_guidance_makes_tiny_follow_its_captions():
-    guided, free = (score("tiny", method, 15, 10) for method in (CFG(SCALE), GUIDANCE["none"]()))
-    assert guided["overall"] >= free["overall"] + 0.1
-    assert guided["overall"] >= 0.6
-    assert guided["colors"] >= 0.75
-    assert guided["position"] >= 0.5
+    guided, free = (score("tiny", method, 15, 30) for method in (CFG(SCALE), GUIDANCE["none"]()))
+    assert guided["overall"] >= free["overall"] + 0.05
+    assert guided["overall"] >= 0.7
+    assert guided["colors"] >= 0.9
+    assert guided["position"] >= 0.75
 
 
 @pytest.mark.slow
 def test_turbo_follows_captions_in_four_steps():
-    assert score("tiny-turbo", GUIDANCE["none"](), 4, 10)["overall"] >= 0.4
+    assert score("tiny-turbo", GUIDANCE["none"](), 4, 30)["overall"] >= 0.6
 
 
 def test_flow_follows_captions_and_its_levels_go_from_noise_to_data():
@@ -101,7 +101,7 @@ def test_attached_cfg_is_the_stock_pipeline_of_a_flow_model():
 
 
 def test_clip_ranks_the_true_caption_first(check):
-    assert check.ranked_first(100) >= 0.85
+    assert check.ranked_first(100) >= 0.8
 
 
 def test_auc_is_the_chance_of_the_right_order(check):
