@@ -16,9 +16,10 @@ class Budget:
     turbo: str = "tiny-turbo"
     judge: str = "tiny-clip"  # the reward that all stages report
     smoothed: str = "smooth[reward=tiny-clip,shifts=4,pixels=3]"  # what training and ReNO follow
-    steps: int = 25  # of the sampler, in the first stage
-    guidance_scale: float = 3.0
-    prompts_per_category: int = 10  # of ShapeEval, in the first stage
+    steps: int = 15  # of the sampler, in the first stage
+    guidance_scale: float = 2.0
+    prompts_per_category: int = 10  # of ShapeEval, in the first two stages
+    guidance_images: int = 2  # of each prompt, in the first stage
     recipe: str = "drtune"
     recipe_options: dict[str, Any] = field(default_factory=drtune_options)
     train_guidance: str = "none"  # what guidance does is there to be learnt, and the gradient has less noise

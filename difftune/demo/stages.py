@@ -89,13 +89,14 @@ def guidance(b: Budget, seed: int, folder: Path) -> Stage:
     pipe, entries = open_pipeline(b.model), entries_of(b.prompts_per_category)
     ways: dict[str, dict[str, Any]] = {"none": {}, "cfg": {"scale": b.guidance_scale}}
     made = {
-        name: evaluate(pipe, guidance_named(name, None, options), entries, 1, b.steps, seed)
+        name: evaluate(pipe, guidance_named(name, None, options), entries, b.guidance_images, b.steps, seed)
         for name, options in ways.items()
     }
     before, after = (judged_of(b, e) for e in made.values())
     oracle, _ = changes(before, after)
     costs = {name: {"nfe": e.made.nfe, "seconds": e.made.seconds} for name, e in made.items()}
-    sizes = ["--steps", b.steps, "--images_per_prompt", 1, "--prompts_per_category", b.prompts_per_category]
+    sizes = ["--steps", b.steps, "--images_per_prompt", b.guidance_images]
+    sizes += ["--prompts_per_category", b.prompts_per_category]
     return Stage(
         "Guidance: a plugin swapped in a diffusers pipeline",
         f"The same prompts and noises, without guidance and with classifier-free guidance at scale {b.guidance_scale}, "

@@ -127,14 +127,10 @@ def test_classifier_knows_colour_and_shape(check):
 @pytest.mark.slow
 def test_everything_in_full(check):
     oracle = check.oracle(2000)
-    assert min(part["true"] for part in oracle.values()) >= 0.99
-    assert max(part["one_word_wrong"] for part in oracle.values()) <= 0.01
+    assert min(part["true"] for part in oracle.values()) >= 0.995
+    assert max(part["one_word_wrong"] for part in oracle.values()) <= 0.005
     assert check.ranked_first(1000) >= 0.83
-    guided, free = (check.shapeeval("tiny", *m, 25, 4) for m in (("cfg", {"scale": SCALE}), ("none", {})))
-    assert guided["overall"] >= 0.55
-    assert guided["overall"] > free["overall"] + 0.1
-    assert guided["position"] >= 0.5
-    assert guided["colors"] >= 0.85
-    turbo = {k: check.shapeeval("tiny-turbo", "none", {}, k, 4)["overall"] for k in (1, 4)}
-    assert turbo[1] >= 0.15
-    assert turbo[4] >= 0.45
+    assert score("tiny-turbo", GUIDANCE["none"](), 1, 30, 4)["overall"] >= 0.3
+    found = check.shapeeval([check.Row("tiny", w, 4) for w in (1.0, SCALE)], 1)  # what the docs' rows are made of
+    assert list(found) == ["tiny, shapeeval, none, 4 steps", "tiny, shapeeval, cfg 2, 4 steps"]
+    assert "gain" in found["tiny, shapeeval, cfg 2, 4 steps"]
