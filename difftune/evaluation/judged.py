@@ -77,7 +77,7 @@ class Pictures:
 def score_pictures(pictures: Pictures, reward: str, batch_size: int, kept: Kept) -> list[float]:
     """The score of each picture. The reward is loaded if a score is missing, and let go again.
 
-    RunError, which names the picture, for a score that is not finite: what was scored is kept.
+    RunError, which names the picture, for a score that is not finite, once all others are scored and kept.
     """
     keys = pictures.keys(reward)
     todo = [i for i, key in enumerate(keys) if key not in kept.known]
@@ -92,16 +92,19 @@ def score_missing(pictures: Pictures, reward: str, batch_size: int, kept: Kept, 
     """Score the pictures of these numbers."""
     judge, keys = load(reward), pictures.keys(reward)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    bad: dict[int, float] = {}
     with tqdm(total=len(todo), desc=reward[:40], disable=None) as bar:
         for numbers, batch in pictures.batches(todo, batch_size):
             scores = judge(batch.to(device), [pictures.images[i].prompt for i in numbers]).double().cpu().tolist()
             found = dict(zip(numbers, scores, strict=True))
             whole = {i: score for i, score in found.items() if abs(score) < float("inf")}
             kept.add(reward, {keys[i]: score for i, score in whole.items()})
-            if bad := sorted(found.keys() - whole.keys()):
-                image = pictures.images[bad[0]]
-                raise RunError(
-                    f"reward {reward!r} gives {found[bad[0]]} to {image.file} ({image.prompt!r}), which no mean can "
-                    "count; the other scores are kept"
-                )
+            bad |= {i: score for i, score in found.items() if i not in whole}
             bar.update(len(numbers))
+    if bad:
+        first = min(bad)
+        image = pictures.images[first]
+        raise RunError(
+            f"reward {reward!r} gives {bad[first]} to {image.file} ({image.prompt!r}), which no mean can "
+            "count; the other scores are kept"
+        )

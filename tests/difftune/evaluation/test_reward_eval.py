@@ -294,7 +294,7 @@ def test_a_score_that_is_no_number_names_its_picture_and_loses_none(folder, tmp_
     with pytest.raises(RunError, match=r"gives nan to 2.png \('bright'\)"):
         run_eval(config)
     kept = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
-    assert [line["score"] for line in kept] == pytest.approx([50 / 255, 100 / 255])
+    assert [line["score"] for line in kept] == pytest.approx([50 / 255, 100 / 255, 90 / 255])
     (folder / "2.png").unlink()
     found = run_eval(replace(config, resume_from_checkpoint="latest"))
     assert [(row["prompt"], row["seed"]) for row in found["images"]] == [("dark", 0), ("gray", 0), ("gray", 1)]
