@@ -1,4 +1,7 @@
-"""HPSv3 against transformers' own processor and model, on a small random checkpoint in the published layout."""
+"""HPSv3 against itself written out from its description, and against transformers' own processor and model, on a small
+random checkpoint in the published layout."""
+
+import hashlib
 
 import numpy as np
 import pytest
@@ -9,15 +12,26 @@ from transformers import Qwen2VLImageProcessor
 from rewards.learned import hpsv3
 from rewards.learned.hpsv3 import HPSv3, patches, resized, size_of
 from tests.support import checkpoints
+from tests.support.qwen2_vl import HPSv3Forward, chat
 
 PROMPTS = ["a red circle", "a blue square left of a red circle on a white background"]
 IMAGES = torch.rand(2, 3, 448, 448, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def reward(tmp_path_factory):
-    weights, base = checkpoints.hpsv3(tmp_path_factory.mktemp("hpsv3"))
-    return HPSv3(weights, base)
+def files(tmp_path_factory):
+    return checkpoints.hpsv3(tmp_path_factory.mktemp("hpsv3"))
+
+
+@pytest.fixture(scope="module")
+def reward(files):
+    return HPSv3(*files)
+
+
+@pytest.fixture(scope="module")
+def written_out(files):
+    """In float64, and from no part of the code under test but the question, whose hash is pinned below."""
+    return HPSv3Forward(*files, hpsv3.QUESTION)
 
 
 @pytest.mark.parametrize(
@@ -79,13 +93,34 @@ def by_transformers(reward, image, prompt, plain: bool) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_hidden_states_are_those_of_the_model_with_plain_positions(reward):
-    """A batch of prompts of two lengths against one at a time; what comes after the token changes nothing."""
+@pytest.mark.parametrize("size", [(100, 150), pytest.param((448, 448), marks=pytest.mark.slow)], ids=str)
+def test_scores_are_those_of_the_forward_written_out(size, reward, written_out, files):
+    """Pictures as they are and enlarged, prompts of two lengths in one batch; the authors' positions and no others."""
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    states, scores = reward.hidden(images, PROMPTS), reward(images, PROMPTS)
+    expected = torch.stack([written_out.hidden(x, p) for x, p in zip(images, PROMPTS, strict=True)])
+    torch.testing.assert_close(states.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores.double(), written_out.score(expected)[:, 0], rtol=0, atol=1e-5)
+    other = HPSv3Forward(*files, hpsv3.QUESTION, plain=False).hidden(images[1], PROMPTS[1])
+    assert (expected[1] - other).abs().max() > 1  # 1.2 and 2.2; the states are 0.8 on average
+    alone = by_transformers(reward, images[1], PROMPTS[1], plain=False)
+    torch.testing.assert_close(alone.double(), other, rtol=0, atol=1e-5)  # which are the model's own
+
+
+@torch.no_grad()
+def test_a_batch_scores_as_one_picture_at_a_time(reward):
     together = reward.hidden(IMAGES, PROMPTS)
-    for image, prompt, found in zip(IMAGES, PROMPTS, together, strict=True):
-        torch.testing.assert_close(found, by_transformers(reward, image, prompt, plain=True), rtol=0, atol=1e-5)
-        other = by_transformers(reward, image, prompt, plain=False)  # as transformers numbers the picture's tokens
-        assert (found - other).abs().max() > 1e-2
+    for i, prompt in enumerate(PROMPTS):
+        torch.testing.assert_close(together[i], reward.hidden(IMAGES[i : i + 1], [prompt])[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            together[i], by_transformers(reward, IMAGES[i], prompt, plain=True), rtol=0, atol=1e-5
+        )
+
+
+def test_the_chat_is_qwens_template_on_the_authors_turn(reward):
+    whole = chat(hpsv3.QUESTION.replace("{prompt}", PROMPTS[0])).replace("<|image_pad|>", "<|image_pad|>" * 3)
+    read = reward._text(PROMPTS[0], 3)
+    assert whole.startswith(read) and read.endswith("<|Reward|>")
 
 
 @torch.no_grad()
@@ -99,13 +134,16 @@ def test_the_score_is_the_first_output_of_the_head(reward):
     assert x.shape == (2, 2)
 
 
-def test_gradients_reach_the_pixels(reward):
-    images = IMAGES[:, :, :96, :80].clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
-    step = 1e-2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+def test_gradients_are_the_differences_of_the_forward_written_out(reward, written_out):
+    """Of pixels before the resize, along one direction: ours in float32 against central differences in float64."""
+    image = IMAGES[0, :, :96, :80].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(image[None], PROMPTS[:1]).sum(), image)
+    along = torch.randn(image.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.no_grad():
-        change = reward((images + step), PROMPTS).sum() - reward((images - step), PROMPTS).sum()
-    assert change.item() == pytest.approx(2 * (gradient * step).sum().item(), rel=0.05)
+        here, there = (written_out(image.double() + step * along, PROMPTS[0]) for step in (-1e-5, 1e-5))
+    slope = ((there - here) / 2e-5).item()
+    assert (gradient.double() * along).sum().item() == pytest.approx(slope, rel=1e-4)
+    assert abs(slope) > 0.1 and (gradient != 0).all()
 
 
 @pytest.mark.parametrize("token", ["<|Reward|>", "<|image_pad|>", "<|im_end|>"])
@@ -115,6 +153,10 @@ def test_a_prompt_with_a_mark_of_the_models_own_is_refused(token, reward):
 
 
 def test_the_question_is_the_one_that_it_was_trained_on():
+    digest = hashlib.sha256(hpsv3.QUESTION.encode()).hexdigest()
+    assert (
+        digest == "23cf48278597ac038c24c6fb9c0b57090efa0af5f03c7dbdf83ad08a266cb12a"
+    )  # of the text in the authors' data_collator_qwen.py
     assert hpsv3.QUESTION.startswith("\nYou are tasked with evaluating a generated image")
     assert hpsv3.QUESTION.count("  \n") == 2 and "best. \n\n" in hpsv3.QUESTION
     assert hpsv3.QUESTION.endswith("- {prompt}\n\n\n\nPlease provide the overall ratings of this image: <|Reward|>")
