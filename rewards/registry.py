@@ -202,6 +202,7 @@ REWARDS: dict[str, Entry] = {
         text_max_len=77,
         licence="the model's",
         fetch="rewards.learned.clip:fetch_open_clip",
+        memory_mb=605,
     ),
     "clip": Entry(
         "rewards.learned.clip:clip_logit",

@@ -1,149 +1,65 @@
-"""Compares our rewards on their published weights with the scores that their authors print, and with their own code.
+"""Compares our rewards with the models that they come from: on their published weights, and on small random ones.
 
-    python scripts/check_parity.py [REWARD ...] [--data FOLDER] [--output docs/parity.md]
+    python scripts/check_parity.py [REWARD ...] [--data FOLDER] [--output FILE]
+    python scripts/check_parity.py --random [REWARD ...] --output docs/parity.md
 
-For each published checkpoint the weights are fetched and verified (`difftune rewards prefetch`), and the pictures that
-its authors show are scored, and random ones. Compared are the scores that they print, and what their package gives if
-it is installed (image-reward, hpsv2, hpsv3), or the code of the model's card. The pictures are fetched into --data, and
-known by their hashes. A row for each is printed, and written as the table of the docs; the exit status is 1 if one
-disagrees.
+Without --random, the weights of each published checkpoint are fetched and verified (`difftune rewards prefetch`), and
+the pictures that its authors show are scored, and random ones. Compared are the scores that they print, and what their
+package gives if it is installed, or the code of the model's card. The pictures are fetched into --data, and known by
+their hashes. With --random nothing is fetched: a small random checkpoint of the published layout is made, and compared
+with a forward by another library, or one that is written out. The rows are printed, and written as the table of the
+docs; the exit status is 1 if one disagrees.
 """
 
 import argparse
 import hashlib
 import sys
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from rewards import hub
-from rewards.checks import png
-from rewards.errors import RewardError
-from rewards.learned.reference import opened
-from rewards.registry import Reward, load
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from parity.cases import CASES, OCEAN, PICTURES, Case  # noqa: E402
+
+from rewards import hub  # noqa: E402
+from rewards.checks import png  # noqa: E402
+from rewards.errors import RewardError  # noqa: E402
+from rewards.learned.reference import opened  # noqa: E402
+from rewards.registry import Reward, load  # noqa: E402
+from tests.support.references import CHECKPOINTS  # noqa: E402
 
 DATA = Path("~/.cache/difftune/parity").expanduser()
 RANDOM = 4  # random pictures
 SIDE = 512  # of them, in pixels
-IMAGEREWARD = "https://raw.githubusercontent.com/THUDM/ImageReward/main/assets/images/"
-PICTURES = {  # name: where it is, and its hash
-    "1.webp": (IMAGEREWARD + "1.webp", "a5fcd126763da8b3fe2a9e620fc1ba03d215d20de36c77bf6770a540a9bc972d"),
-    "2.webp": (IMAGEREWARD + "2.webp", "dc13919a49a37987d19c8be3ba0c1ef2941570f820f90fb66ac91a9a9db24082"),
-    "3.webp": (IMAGEREWARD + "3.webp", "ee859bac167e6a04cbcde63454757b6fc7d9b8704429c15725ca8c4accf176e3"),
-    "4.webp": (IMAGEREWARD + "4.webp", "84faf59d59d9ca7ab298c9acb957d727365ae104768ac1a1ec55ab96be68aaf9"),
-    "CLIP.png": (
-        "https://raw.githubusercontent.com/tgxs002/HPSv2/master/hpsv2/tests/docs/CLIP.png",
-        "308a3ca4503f1c7a07803916c369d78c4ef501e5ab7fc727da9b5e1d2f9ec85b",
-    ),
-}
-OCEAN = "a painting of an ocean with clouds and birds, day time, low depth field effect"
-
-Theirs = Callable[[Sequence[Path], Sequence[str]], list[float]]  # files and prompts -> scores
-
-
-class Case(NamedTuple):
-    """A published checkpoint: pictures, prompts, and what is known of their scores."""
-
-    reward: str  # with its options
-    pictures: Sequence[str]
-    prompts: Sequence[str]
-    printed: Sequence[float] = ()  # by its authors, of these pictures and prompts
-    of_scores: Callable[[Tensor], Tensor] = lambda scores: scores  # what they print of the scores
-    tolerance: float = 0.02
-    package: str = ""  # theirs
-    theirs: Theirs | None = None
+SAME = 2e-5  # of scores by small random networks in float32, as a share of the largest
+PROMPTS = ("a red circle", "a blue square", "a red square", "a blue circle")  # words that their vocabularies have
 
 
 class Row(NamedTuple):
-    """What was found for a case."""
+    """One comparison."""
 
     reward: str
-    weights: str  # their revisions
-    printed: str  # largest difference from the printed scores
-    theirs: str  # largest difference from their code, and its version
-    agrees: bool | None  # None: nothing could be compared
+    weights: str  # "random", or the revisions of published ones
+    against: str  # what is compared with
+    gap: float | None = None  # the largest difference; None: nothing was compared
+    most: float = 0.0  # what it may be
+    why: str = ""  # nothing was compared
+
+    @property
+    def agrees(self) -> bool | None:
+        return None if self.gap is None else self.gap <= self.most
 
 
-# ------------------------------------------------------------------------------------------------ their own code
-
-
-def image_reward(files: Sequence[Path], prompts: Sequence[str]) -> list[float]:
-    import ImageReward
-
-    model = ImageReward.load("ImageReward-v1.0", device="cpu")
-    return [float(model.score(prompt, str(file))) for file, prompt in zip(files, prompts, strict=True)]
-
-
-def hps_v2(version: str) -> Theirs:
-    def scores(files: Sequence[Path], prompts: Sequence[str]) -> list[float]:
-        import hpsv2
-
-        pairs = zip(files, prompts, strict=True)
-        return [float(hpsv2.score(str(file), prompt, hps_version=version)[0]) for file, prompt in pairs]
-
-    return scores
-
-
-def hps_v3(files: Sequence[Path], prompts: Sequence[str]) -> list[float]:
-    from hpsv3 import HPSv3RewardInferencer
-
-    judge = HPSv3RewardInferencer(device="cuda" if torch.cuda.is_available() else "cpu")
-    return [float(found[0]) for found in judge.reward(image_paths=list(map(str, files)), prompts=list(prompts))]
-
-
-@torch.no_grad()
-def pick_score(files: Sequence[Path], prompts: Sequence[str]) -> list[float]:
-    """As the model's card computes it."""
-    from transformers import AutoModel, AutoProcessor
-
-    processor = AutoProcessor.from_pretrained("laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
-    model = AutoModel.from_pretrained("yuvalkirstain/PickScore_v1").eval()
-    return [clip_logit(model, processor, file, prompt) for file, prompt in zip(files, prompts, strict=True)]
-
-
-def clip_logit(model: Any, processor: Any, file: Path, prompt: str) -> float:
-    """The logit of a CLIPModel by its own processor, on the picture of a file."""
-    with Image.open(file) as image:
-        given = processor(text=[prompt], images=[image.convert("RGB")], return_tensors="pt", padding="max_length",
-                          truncation=True, max_length=model.config.text_config.max_position_embeddings)  # fmt: skip
-    return float(model(**given).logits_per_image)
-
-
-# ------------------------------------------------------------------------------------------------ the cases
-
-
-def softmax(scores: Tensor) -> Tensor:
-    """The probabilities of several prompts for one picture, from cosines, as CLIP's README prints them."""
-    return (100 * scores).softmax(0)
-
-
-FOUR = ("1.webp", "2.webp", "3.webp", "4.webp")
-OCEANS = (OCEAN,) * 4
-CASES = [
-    Case(
-        "imagereward", FOUR, OCEANS,
-        (0.5811622738838196, 0.2745276093482971, -1.4131819009780884, -2.029569625854492),
-        package="image-reward", theirs=image_reward,
-    ),
-    Case(
-        "open-clip[model=ViT-B-32-quickgelu, pretrained=openai]", ("CLIP.png",) * 3, ("a diagram", "a dog", "a cat"),
-        (0.9927937, 0.00421068, 0.00299572), softmax, 0.002,
-    ),
-    Case("pickscore", FOUR, OCEANS, package="transformers", theirs=pick_score),
-    Case("hps-v2", FOUR, OCEANS, tolerance=0.002, package="hpsv2", theirs=hps_v2("v2.0")),
-    Case("hps-v2.1", FOUR, OCEANS, tolerance=0.002, package="hpsv2", theirs=hps_v2("v2.1")),
-    Case("hps-v3", FOUR, OCEANS, tolerance=0.05, package="hpsv3", theirs=hps_v3),
-]  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------ comparing
+# ------------------------------------------------------------------------------------------------ pictures
 
 
 def fetch_picture(folder: Path, name: str) -> Path:
@@ -181,27 +97,36 @@ def scores_of(reward: Reward, files: Sequence[Path], prompts: Sequence[str]) -> 
     return torch.cat([reward(opened(file)[None], [prompt]) for file, prompt in pairs]).double().cpu()
 
 
-def compare(case: Case, data: Path, random: Sequence[Path], **options: Any) -> Row:
-    """Score the pictures of a case, and random ones, and compare. options: of the reward, beside those in its name."""
-    if not options:
-        hub.prefetch(case.reward)
-    reward = load(case.reward, **options)
-    files = [fetch_picture(data, name) for name in case.pictures]
-    revisions = "" if options else ", ".join(f"{k}@{v[:8]}" for k, v in hub.revisions(case.reward).items())
-    ours = scores_of(reward, files, case.prompts)
-    printed = gap(case.of_scores(ours), case.printed) if case.printed else None
-    theirs = None
+# ------------------------------------------------------------------------------------------------ published weights
+
+
+def compare(case: Case, data: Path, random: Sequence[Path], **options: Any) -> list[Row]:
+    """Score the pictures of a case, and random ones, and compare; a row for each of what there is to compare with.
+
+    options: of the reward, beside those in its name; where weights are among them, none are fetched.
+    """
+    name, own = with_pictures(case, data), "weights" in options
+    if not own:
+        hub.prefetch(name)
+    reward = load(name, **options)
+    files = [fetch_picture(data, file) for file in case.pictures]
+    named = "" if own else ", ".join(f"{k}@{v[:8]}" for k, v in hub.revisions(name).items())
+    weights, rows = f"published {named}".strip(), []
+    if case.printed:
+        found = gap(case.of_scores(scores_of(reward, files, case.prompts)), case.printed)
+        rows.append(Row(case.reward, weights, "the scores that its authors print", found, case.tolerance))
     if case.theirs is not None and installed(case.package):
         shown, words = [*files, *random], [*case.prompts, *[OCEAN] * len(random)]
-        theirs = gap(scores_of(reward, shown, words), case.theirs(shown, words))
-    found = [value for value in (printed, theirs) if value is not None]
-    return Row(
-        case.reward,
-        revisions,
-        "" if printed is None else f"{printed:.2g}",
-        "" if theirs is None else f"{theirs:.2g} ({case.package} {metadata.version(case.package)})",
-        max(found) <= case.tolerance if found else None,
-    )
+        found = gap(scores_of(reward, shown, words), case.theirs(shown, words))
+        version = metadata.version(case.package)
+        rows.append(Row(case.reward, weights, f"{case.package} {version}", found, case.tolerance))
+    return rows or [Row(case.reward, weights, case.package, why=f"{case.package} is not installed")]
+
+
+def with_pictures(case: Case, data: Path) -> str:
+    """The reward's name with the pictures that are its options."""
+    options = ", ".join(f"{option}={fetch_picture(data, file)}" for option, file in case.options.items())
+    return f"{case.reward}[{options}]" if options else case.reward
 
 
 def installed(package: str) -> bool:
@@ -218,42 +143,95 @@ def gap(ours: Tensor, theirs: Sequence[float]) -> float:
     return float((ours - torch.tensor(theirs, dtype=torch.float64)).abs().max())
 
 
-WORDS = {True: "agrees", False: "DISAGREES", None: "nothing to compare with"}
+def published(cases: Sequence[Case], data: Path) -> list[Row]:
+    """The rows of the published weights; a case that cannot be had is a row that says why."""
+    rows = []
+    with TemporaryDirectory() as folder:
+        random = random_pictures(Path(folder))
+        for case in cases:
+            try:
+                rows += compare(case, data, random)
+            except (RewardError, OSError) as error:
+                print(f"check_parity: {case.reward} is left out: {error}", file=sys.stderr)
+                rows.append(Row(case.reward, "published", wanted(case), why="not scored: its weights are not here"))
+    return rows
+
+
+def wanted(case: Case) -> str:
+    """What published weights of a case can be compared with."""
+    return " and ".join(
+        ["the scores that its authors print"] * bool(case.printed) + [case.package] * bool(case.package)
+    )
+
+
+# ------------------------------------------------------------------------------------------------ random weights
+
+
+@torch.no_grad()
+def compare_random(name: str) -> Row:
+    """A small random checkpoint under our reward of that name and under a forward that is not ours."""
+    with TemporaryDirectory() as folder:
+        made = CHECKPOINTS[name](Path(folder))
+        (pictures := Path(folder) / "pictures").mkdir()
+        files = random_pictures(pictures, len(PROMPTS), made.side)
+        with patch.object(hub, "snapshot", lambda *_, **__: made.hub) if made.hub else nullcontext():
+            ours = scores_of(load(name, **made.options), files, PROMPTS)
+        theirs = [float(made.forward(file, prompt)) for file, prompt in zip(files, PROMPTS, strict=True)]
+    if ours.unique().numel() < len(ours):
+        raise RewardError(f"the random checkpoint of {name} gives equal scores, which compare nothing")
+    return Row(name, "random", made.against, gap(ours, theirs), SAME * float(ours.abs().max()))
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+HEAD = """# Parity
+
+Written by `python scripts/check_parity.py{flag}`. Each reward with weights of its own is compared with the model that
+it comes from.
+
+- **random**: a small random checkpoint in the published layout, scored by our reward, and by another library's model or
+  a forward that is written out, on four pictures of the size that the network sees and four prompts.
+- **published**: the published weights, on the pictures whose scores the authors print and on random ones, against these
+  scores and the authors' own package (or the code of the model's card), if it is installed.
+
+"""
+WORDS = {True: "agrees", False: "**DISAGREES**"}
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows in markdown."""
-    head = "| reward | weights | from the printed scores | from their code | |\n| --- | --- | --- | --- | --- |\n"
-    return head + "".join(
-        f"| `{r.reward}` | {r.weights} | {r.printed} | {r.theirs} | {WORDS[r.agrees]} |\n" for r in rows
-    )
+    lines = ["| reward | weights | compared with | largest difference | |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        number = "" if row.gap is None else f"{row.gap:.1g}"
+        said = row.why if row.agrees is None else f"{WORDS[row.agrees]} (within {row.most:.1g})"
+        lines.append(f"| `{row.reward}` | {row.weights} | {row.against} | {number} | {said} |")
+    return "\n".join(lines) + "\n"
 
 
 def chosen(names: Sequence[str]) -> list[Case]:
     """The cases of these rewards, or all."""
-    unknown = set(names) - {case.reward for case in CASES}
+    unknown = set(names) - {case.name for case in CASES} - {case.reward for case in CASES}
     if unknown:
-        sys.exit(f"check_parity: no case {min(unknown)!r}; there are {', '.join(case.reward for case in CASES)}")
-    return [case for case in CASES if not names or case.reward in names]
+        sys.exit(f"check_parity: no case {min(unknown)!r}; there are {', '.join(case.name for case in CASES)}")
+    return [case for case in CASES if not names or {case.name, case.reward} & set(names)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reward", nargs="*", help="those that are compared; all if none is named")
+    parser.add_argument("--random", action="store_true", help="small random checkpoints, in place of published ones")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the published pictures")
-    parser.add_argument("--output", type=Path, help="where the table is written")
+    parser.add_argument("--output", type=Path, help="where the page is written")
     given = parser.parse_args()
-    rows = []
-    with TemporaryDirectory() as folder:
-        random = random_pictures(Path(folder))
-        for case in chosen(given.reward):
-            try:
-                rows.append(compare(case, given.data, random))
-            except (RewardError, OSError) as error:
-                print(f"check_parity: {case.reward} is left out: {error}", file=sys.stderr)
+    cases = chosen(given.reward)
+    if given.random:
+        rows = [compare_random(case.name) for case in cases]
+        rows += [Row(case.reward, "published", wanted(case), why="not scored here") for case in cases]
+    else:
+        rows = published(cases, given.data)
     print(table(rows))
     if given.output is not None:
-        given.output.write_text(table(rows))
+        given.output.write_text(HEAD.replace("{flag}", " --random" if given.random else "") + table(rows))
     return int(any(row.agrees is False for row in rows))
 
 

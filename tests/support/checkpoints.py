@@ -1,5 +1,6 @@
 """Small random checkpoints in the layouts that reward models are published in."""
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,8 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 from torch import nn
+
+from tests.support import pipelines
 
 CLIP_SIZES: dict[str, Any] = {
     "projection_dim": 8,
@@ -48,6 +51,28 @@ def open_clip_model() -> open_clip.CLIP:
     text = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
     torch.manual_seed(0)
     return lively(open_clip.CLIP(8, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text)))
+
+
+CLIP_LOOKS = {"mean": (0.5, 0.4, 0.6), "std": (0.2, 0.3, 0.25)}
+
+
+def open_clip_folder(folder: Path) -> Path:
+    """A tiny random open_clip model in a folder of open_clip's own format, with a vocabulary of its own."""
+    tokenizer = pipelines.tokenizer()
+    tokenizer.save_pretrained(folder)
+    tower = {"width": 16, "layers": 1}
+    text = {"context_length": 8, "vocab_size": len(tokenizer), "heads": 2, "pool_type": "eos"}
+    text |= {"hf_tokenizer_name": ".", "eos_id": tokenizer.eos_token_id}
+    vision = {"image_size": 16, "patch_size": 8, "head_width": 8}
+    config = {
+        "model_cfg": {"embed_dim": 8, "vision_cfg": tower | vision, "text_cfg": tower | text},
+        "preprocess_cfg": CLIP_LOOKS,
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    save_file({k: v.half() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return folder
 
 
 def hps_file(folder: Path) -> Path:
@@ -125,8 +150,6 @@ CLASSES = ["cat, house cat", "dog", "mouse"]
 
 def timm_classifier(folder: Path) -> Path:
     """A small ViT in the format that timm pushes to the Hub."""
-    import json
-
     import timm
 
     arguments = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2}

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, T5Config, T5ForConditionalGeneration
+from transformers import CLIPImageProcessor
 
-from rewards.learned.clip_t5 import BEFORE, squared
+from rewards.learned.clip_t5 import squared
 from rewards.registry import load
 from tests.support import checkpoints
+from tests.support.references import clip_t5_forward
 
 PROMPTS = ["a red circle", "a blue square"]
 
@@ -19,31 +19,15 @@ def folders(tmp_path_factory):
 
 
 @torch.no_grad()
-def expected(folders, images, prompts):
-    """exp(-loss) of the answer "Yes", one picture at a time, the pictures' tokens between two parts of the text."""
-    state = load_file(folders["model"] / "model.safetensors")
-    t5 = T5ForConditionalGeneration(T5Config.from_pretrained(folders["model"])).eval()
-    t5.load_state_dict({k: v for k, v in state.items() if not k.startswith("mm_projector")}, strict=False)
-    eyes, words = CLIPVisionModel.from_pretrained(folders["vision"]), AutoTokenizer.from_pretrained(folders["words"])
-    w = {k.removeprefix("mm_projector."): v for k, v in state.items() if k.startswith("mm_projector")}
-    mean, std = (
-        torch.tensor(v).view(1, 3, 1, 1) for v in (CLIPImageProcessor().image_mean, CLIPImageProcessor().image_std)
-    )
-    found = []
-    for x, prompt in zip(images, prompts, strict=True):
-        tokens = eyes((x[None] - mean) / std, output_hidden_states=True).hidden_states[-2][0, 1:]
-        tokens = torch.nn.functional.gelu(tokens @ w["0.weight"].T + w["0.bias"]) @ w["2.weight"].T + w["2.bias"]
-        question = f'\nDoes this figure show "{prompt}"? Please answer yes or no. ASSISTANT: '
-        parts = [t5.shared(torch.tensor(words(text).input_ids)) for text in (BEFORE, question)]
-        read = torch.cat([parts[0], tokens, parts[1]])[None]
-        found.append((-t5(inputs_embeds=read, labels=torch.tensor([words("Yes").input_ids])).loss).exp())
-    return torch.stack(found)
-
-
-def test_the_score_is_the_probability_of_the_answer(folders):
-    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+def test_the_score_is_the_probability_of_the_answer(folders, tmp_path):
+    """Of pictures that are padded to the network's size."""
+    images = (255 * torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(0))).round() / 255
+    forward, expected = clip_t5_forward(folders), []
+    for x, prompt in zip(images, PROMPTS, strict=True):
+        Image.fromarray((255 * x).round().byte().permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+        expected.append(forward(tmp_path / "a.png", prompt))
     reward = load("vqascore-clip-flant5", **folders)
-    torch.testing.assert_close(reward(images, PROMPTS), expected(folders, images, PROMPTS), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(reward(images, PROMPTS), torch.stack(expected), rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="does not say where the prompt stands"):
         load("vqascore-clip-flant5", **folders, question="Is it good?")
 

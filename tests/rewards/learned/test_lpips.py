@@ -7,20 +7,9 @@ from rewards.learned.lpips import HEADS, LPIPS
 from rewards.learned.reference import Reference
 from rewards.registry import load
 from tests.support import checkpoints
+from tests.support.references import lpips_distance
 
 IMAGES = torch.rand(2, 3, 72, 96, generator=torch.Generator().manual_seed(0))
-
-
-def distance(x, y, heads):
-    """As lpips 0.1.4: scaled, the outputs of five slices of `features`, unit length, squared, weighed, averaged."""
-    shift, scale = (torch.tensor(v).view(1, 3, 1, 1) for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
-    features, total = checkpoints.alexnet_model().features, 0
-    a, b = ((2 * z - 1 - shift) / scale for z in (x, y))
-    for head, (begin, end) in zip(heads, [(0, 2), (2, 5), (5, 8), (8, 10), (10, 12)], strict=True):
-        a, b = features[begin:end](a), features[begin:end](b)
-        units = [z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10) for z in (a, b)]
-        total = total + ((units[0] - units[1]) ** 2 * head.view(1, -1, 1, 1)).sum(1).mean((1, 2))
-    return total
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +26,7 @@ def test_lpips_is_its_authors_formula(file):
     assert all((heads[f"lin{i}"] >= 0).all() for i in range(5))
     reference = torch.rand(3, 72, 96, generator=torch.Generator().manual_seed(1))
     found = load("lpips", weights=file, reference=reference)(IMAGES, ["", ""])
-    expected = distance(IMAGES, reference.expand(2, -1, -1, -1), [heads[f"lin{i}"] for i in range(5)])
+    expected = lpips_distance(IMAGES, reference.expand(2, -1, -1, -1), [heads[f"lin{i}"] for i in range(5)])
     torch.testing.assert_close(found, -expected, rtol=1e-5, atol=1e-6)
     same = LPIPS(IMAGES[0], file)(IMAGES, ["", ""])
     assert same[0] == 0 > same[1]

@@ -1,0 +1,1 @@
+"""What `scripts/check_parity.py` compares: the published checkpoints, and their authors' own code."""
