@@ -1,11 +1,15 @@
-"""Every family is trained, by gradients and by a policy, and searched; `test_reno_families` optimises its noise."""
+"""Every family is trained, by gradients, by a policy and by preferences, and searched; `test_reno_families` optimises
+its noise."""
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
-from difftune.configs.recipes import AlignPropConfig, GRPOConfig
+from difftune.configs.recipes import AlignPropConfig, DPOConfig, GRPOConfig
 from difftune.recipes import train
 from difftune.search_runs.search import search
 from rewards.simple import Brightness
@@ -31,6 +35,16 @@ def small(monkeypatch):
     monkeypatch.setattr(LatentModel, "size", lambda self, height=None, width=None: (height or SIDE, width or SIDE))
 
 
+@pytest.fixture
+def given(tmp_path):
+    """Two pairs of pictures, which `labels` reads."""
+    for name, colour in {"better": "red", "worse": "blue"}.items():
+        Image.new("RGB", (40, 32), colour).save(tmp_path / f"{name}.png")
+    rows = [{"prompt": prompt, "chosen": "better.png", "rejected": "worse.png"} for prompt in PROMPTS]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "pairs.jsonl"
+
+
 def test_every_family_has_a_small_pipeline():
     assert set(EVERY) == {name for name, family in FAMILIES.items() if family.encode is not None}
 
@@ -46,6 +60,21 @@ def test_a_step_of_training(small, tmp_path, name, recipe):
     moved = [value for key, value in state.tensors.items() if "lora_B" in key]
     assert metrics["grad_norm"] > 0 and moved and all(value.isfinite().all() for value in moved)
     assert max(value.abs().max() for value in moved) > 0
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.sampled(6)
+def test_a_step_on_given_pictures(small, given, name):
+    """DPO begins where the model is its own reference, at a loss of ln 2, and goes towards the better picture."""
+    pipe, told = EVERY[name]
+    config = DPOConfig(labels=str(given), train_batch_size=2, beta=10.0, embedded_guidance=told,
+                       **{**SHORT, "max_train_steps": 2, "learning_rate": 1e-3})  # fmt: skip
+    torch.manual_seed(0)
+    (first, _), (second, state) = train(config, None, pipe())
+    moved = [value for key, value in state.tensors.items() if "lora_B" in key]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["grad_norm"] > 0
+    assert second["loss"] != first["loss"] and second["grad_norm"] > 0
+    assert moved and all(value.isfinite().all() for value in moved)
 
 
 @pytest.mark.parametrize("name", slow_but(EVERY, "wan"))
