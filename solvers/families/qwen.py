@@ -1,5 +1,6 @@
 """Qwen-Image."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from solvers.families.patches import SKIPPED_JOINT
 from solvers.families.streams import JOINT, NEGATIVE
 from solvers.families.tokens import packed, unpacked
 
-QWEN_TASKS = ("", "Img2Img", "Inpaint", "Edit", "EditPlus", "EditInpaint")
+QWEN_TASKS = ("", "Img2Img", "Inpaint", "Edit", "EditPlus", "EditInpaint", "ControlNet", "ControlNetInpaint")
 QWEN_INPUTS = (*TEXT_INPUTS, "encoder_hidden_states_mask", "guidance", *NEGATIVE)
+QWEN_RESIDUALS = ("controlnet_block_samples",)
 
 
 def encode_qwen(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
@@ -41,15 +43,23 @@ def call_qwen(network: Any, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
     return unpacked(out, (rows, columns))
 
 
+def grid_of_shapes(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """The grid of a call of the network: a sample's shape, or that before those of its reference pictures."""
+    first = arguments["img_shapes"][0]
+    _, rows, columns = first[0] if isinstance(first[0], Sequence) else first
+    return rows, columns
+
+
 QWEN = sequential_family(
     name="qwen",
     patches={**SKIPPED_JOINT, **JOINT},
     pipelines=tuple(f"QwenImage{task}Pipeline" for task in QWEN_TASKS),
-    batch_first=QWEN_INPUTS,
+    batch_first=(*QWEN_INPUTS, *QWEN_RESIDUALS),
+    residuals=QWEN_RESIDUALS,
     encode=encode_qwen,
     call=call_qwen,
     latents=Latents(channels=lambda vae: vae.config.z_dim, film=True),
-    grid=lambda arguments: tuple(arguments["img_shapes"][0][0][1:]),
+    grid=grid_of_shapes,
     options=shifted_flux,
     size=lambda network: 128,  # QwenImagePipeline.default_sample_size: the network has none
     patch=2,

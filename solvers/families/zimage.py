@@ -15,6 +15,8 @@ from solvers.families.patches import SKIPPED
 from solvers.families.streams import NEGATIVE, OF_ZIMAGE
 
 ZIMAGE_INPUTS = (*TEXT_INPUTS, "encoder_hidden_states_mask", *NEGATIVE)
+ZIMAGE_RESIDUALS = ("controlnet_block_samples",)
+ZIMAGE_TASKS = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint")
 
 
 def encode_zimage(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
@@ -46,7 +48,15 @@ def scattered(arguments: Mapping[str, Any]) -> dict[str, Any]:
     names = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_mask")
     x, t, texts, masks = (arguments[name] for name in names)
     rest = {name: value for name, value in arguments.items() if name not in names}
+    for name in ZIMAGE_RESIDUALS:
+        if rest.get(name):
+            rest[name] = {layer: value[:, : longest(x, masks)] for layer, value in rest[name].items()}
     return {"x": listed(x), "t": t, "cap_feats": [a[mask] for a, mask in zip(texts, masks, strict=True)], **rest}
+
+
+def longest(x: Tensor, masks: Tensor) -> int:
+    """The tokens of the longest sample of a batch, a picture's and a text's both being padded to multiples of 32."""
+    return sum(-(-count // 32) * 32 for count in (x[0, 0].numel() // 4, int(masks.sum(1).max())))
 
 
 def listed(x: Tensor) -> list[Tensor]:
@@ -74,8 +84,9 @@ ZIMAGE = transformer_family(
     name="zimage",
     order=("cond", "uncond"),
     patches={**SKIPPED, **OF_ZIMAGE},
-    pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
-    batch_first=ZIMAGE_INPUTS,
+    pipelines=tuple(f"ZImage{task}Pipeline" for task in ZIMAGE_TASKS),
+    batch_first=(*ZIMAGE_INPUTS, *ZIMAGE_RESIDUALS),
+    residuals=ZIMAGE_RESIDUALS,
     encode=encode_zimage,
     call=call_zimage,
     gathered=gathered,

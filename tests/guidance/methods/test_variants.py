@@ -1,5 +1,6 @@
 """attach() on the pipelines that start from an image, fill a mask, or follow a ControlNet."""
 
+import inspect
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -11,9 +12,10 @@ from diffusers import (
     ControlNetUnionModel,
     FluxControlNetModel,
     MultiControlNetModel,
+    QwenImageControlNetModel,
     SD3ControlNetModel,
+    ZImageControlNetModel,
 )
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from PIL import Image
 
 from guidance.attach.handle import attach
@@ -22,7 +24,7 @@ from guidance.methods.ahead import RectifiedCFGpp
 from guidance.methods.catalogue import CFG, Plain
 from solvers.latent import LatentModel
 from tests.guidance.methods.test_conformance import KINDS, SCALE, SCHEDULERS, Settling, Spy, close, rows_of, run
-from tests.support.dits import chroma, flux, flux2, qwen, sd3, shaken, zimage
+from tests.support.dits import chroma, flow, flux, flux2, qwen, sd3, shaken, zimage
 from tests.support.pipelines import sd, sdxl
 
 SIZE = KINDS["sd"].size
@@ -37,6 +39,7 @@ IMAGE = {"image": pixels(), "strength": 0.7}
 MASKED = {**IMAGE, "mask_image": pixels(1).round()}
 HINT, BESIDE = {"image": pixels(seed=6)}, {"control_image": pixels(seed=6)}
 PICTURE = Image.new("RGB", (24, 16), (200, 40, 90))
+MASK = {"mask_image": Image.new("L", (24, 16), 255), "strength": 0.7}
 REFERENCE = {"image": PICTURE, "max_area": SIZE[0] * SIZE[1], "_auto_resize": False}
 MODE = {"control_image": [pixels(seed=6)], "control_mode": [1]}
 
@@ -61,9 +64,21 @@ def flux_controlnet(pipe):
     return shaken(FluxControlNetModel.from_transformer(pipe.transformer, **size), 0.05)
 
 
-def sd3_controlnet(pipe):
+def sd3_controlnet(pipe, extra=0):
     torch.manual_seed(0)
-    return shaken(SD3ControlNetModel.from_transformer(pipe.transformer, 1, 0), 0.05)
+    return shaken(SD3ControlNetModel.from_transformer(pipe.transformer, 1, extra), 0.05)
+
+
+def qwen_controlnet(pipe, extra=0):
+    torch.manual_seed(0)
+    size = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "extra_condition_channels": extra}
+    return shaken(QwenImageControlNetModel.from_transformer(pipe.transformer, **size), 0.05)
+
+
+def zimage_controlnet(pipe, channels=4):
+    torch.manual_seed(0)
+    size = {"dim": 32, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "control_in_dim": channels}
+    return shaken(ZImageControlNetModel(control_layers_places=[0], control_refiner_layers_places=[0], **size), 0.05)
 
 
 class Variant(NamedTuple):
@@ -101,14 +116,30 @@ VARIANTS = {
     "flux-img2img": Variant("flux", flux, "FluxImg2Img", IMAGE, None, FLOW[:1]),
     "flux-inpaint": Variant("flux", flux, "FluxInpaint", MASKED, None, FLOW[:1]),
     "flux-kontext": Variant("flux", flux, "FluxKontext", REFERENCE, None, FLOW[:1]),
+    "flux-kontext-inpaint": Variant("flux", flux, "FluxKontextInpaint", {**REFERENCE, **MASK}, None, FLOW[:1]),
     "flux-controlnet": Variant("flux", flux, "FluxControlNet", BESIDE, flux_controlnet, FLOW[:1]),
     "sd3-controlnet": Variant("sd3", sd3, "StableDiffusion3ControlNet", BESIDE, sd3_controlnet, FLOW[:1]),
+    "sd3-controlnet-inpaint": Variant(
+        *("sd3", partial(sd3, channels=16), "StableDiffusion3ControlNetInpainting"),
+        *({**BESIDE, "control_mask": pixels(1).round()}, partial(sd3_controlnet, extra=1), FLOW[:1]),
+    ),
     "flux2-reference": Variant("flux2", flux2, "Flux2Klein", {"image": PICTURE.resize((96, 64))}, None, FLOW[:1]),
+    "flux2-inpaint": Variant("flux2", flux2, "Flux2KleinInpaint", {"image": PICTURE, **MASK}, None, FLOW[:1]),
     "qwen-img2img": Variant("qwen", qwen, "QwenImageImg2Img", IMAGE, None, FLOW[:1]),
     "qwen-inpaint": Variant("qwen", qwen, "QwenImageInpaint", MASKED, None, FLOW[:1]),
+    "qwen-controlnet": Variant("qwen", qwen, "QwenImageControlNet", BESIDE, qwen_controlnet, FLOW[:1]),
+    "qwen-controlnet-inpaint": Variant(
+        *("qwen", qwen, "QwenImageControlNetInpaint", {**BESIDE, "control_mask": pixels(1).round()}),
+        *(partial(qwen_controlnet, extra=4), FLOW[:1]),
+    ),
     "chroma-img2img": Variant("chroma", chroma, "ChromaImg2Img", IMAGE, None, FLOW[:1]),
     "zimage-img2img": Variant("zimage", zimage, "ZImageImg2Img", IMAGE, None, FLOW[:1]),
     "zimage-inpaint": Variant("zimage", zimage, "ZImageInpaint", MASKED, None, FLOW[:1]),
+    "zimage-controlnet": Variant("zimage", zimage, "ZImageControlNet", BESIDE, zimage_controlnet, FLOW[:1]),
+    "zimage-controlnet-inpaint": Variant(
+        *("zimage", zimage, "ZImageControlNetInpaint", {"image": pixels(), "mask_image": pixels(1), **BESIDE}),
+        *(partial(zimage_controlnet, channels=9), FLOW[:1]),
+    ),
 }
 
 
@@ -141,7 +172,8 @@ def sampled(name, pipe, **more):
 
 
 SLOWER = {"flux-controlnet", "flux2-reference", "qwen-img2img", "qwen-inpaint", "chroma-img2img", "zimage-img2img"}
-SLOWER |= {"zimage-inpaint"}
+SLOWER |= {"zimage-inpaint", "flux-kontext-inpaint", "sd3-controlnet-inpaint", "flux2-inpaint"}
+SLOWER |= {"qwen-controlnet-inpaint", "zimage-controlnet", "zimage-controlnet-inpaint"}
 CASES = [(name, case) for name, variant in VARIANTS.items() for case in variant.schedulers]
 
 
@@ -157,17 +189,59 @@ def test_cfg_is_the_stock_pipeline(name, case):
     assert torch.equal(sampled(name, pipe), stock)
 
 
-def test_a_pictures_tokens_beside_those_of_the_sample(monkeypatch):
-    """Qwen-Image-Edit, at a size of its reference that a test can bear; it is for `attach` alone."""
-    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (24, 16, None))
-    parts = {**qwen().components, "processor": None}
-    pipe = diffusers.QwenImageEditPipeline(**parts)
+FIRST = {name: value[:1] for name, value in KINDS["qwen"].texts.items()}
+EDITS = {  # their calls: the second is of one picture at a time, of as many references as are given
+    "QwenImageEdit": {"image": PICTURE},
+    "QwenImageEditPlus": {"image": [PICTURE, PICTURE.resize((16, 24))], **FIRST},
+    "QwenImageEditInpaint": {"image": PICTURE, **MASK},
+}
+
+
+@pytest.mark.parametrize("name", ("QwenImageEdit", *(pytest.param(n, marks=pytest.mark.slow) for n in list(EDITS)[1:])))
+def test_a_pictures_tokens_beside_those_of_the_sample(monkeypatch, name):
+    """At a size of the references that a test can bear; these pipelines are for `attach` alone."""
+    kind, call = getattr(diffusers, f"{name}Pipeline"), EDITS[name]
+    size = (24, 16) if name == "QwenImageEditPlus" else (24, 16, None)
+    monkeypatch.setattr(inspect.getmodule(kind), "calculate_dimensions", lambda area, ratio: size)
+    pipe = kind(**{**qwen().components, "processor": None})
     pipe.set_progress_bar_config(disable=True)
-    stock = run("qwen", pipe, image=PICTURE)
+    stock = run("qwen", pipe, **call)
     with attach(pipe, CFG(SCALE)) as handle:
-        assert torch.equal(run("qwen", pipe, image=PICTURE), stock) and handle.nfe == 12
-    with pytest.raises(ValueError, match="QwenImageEditPipeline reads its prompt with a picture, .*: use attach"):
+        assert torch.equal(run("qwen", pipe, **call), stock) and handle.nfe == handle.branches["cond"] * 2 >= 6
+    with pytest.raises(ValueError, match=f"{name}Pipeline reads its prompt with a picture, .*: use attach"):
         LatentModel(pipe).family.encode(pipe, ["red"], None, (16, 16), None)
+
+
+@pytest.mark.parametrize("name, more", (("FluxControlNetImg2Img", IMAGE), ("FluxControlNetInpaint", MASKED)))
+@pytest.mark.slow
+def test_a_controlnet_of_a_pipeline_without_a_second_branch(name, more):
+    plain = flux(flow())
+    pipe = getattr(diffusers, f"{name}Pipeline")(
+        **{k: part for k, part in plain.components.items() if part is not None}, controlnet=flux_controlnet(plain)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    texts = {key: value for key, value in KINDS["flux"].texts.items() if "negative" not in key}
+    call = {**texts, **more, **BESIDE, "num_inference_steps": 4, "output_type": "latent"}
+    call |= dict(zip(("height", "width"), SIZE, strict=True))
+    stock = pipe(**call, generator=torch.Generator().manual_seed(1)).images
+    with attach(pipe, Plain()):
+        assert torch.equal(pipe(**call, generator=torch.Generator().manual_seed(1)).images, stock)
+    with attach(pipe, CFG(SCALE)), pytest.raises(ValueError, match="needs the branch 'uncond'"):
+        pipe(**call)
+
+
+@pytest.mark.parametrize("name", ("qwen-controlnet", "zimage-controlnet"))
+def test_rows_that_are_skipped_leave_their_residuals(name):
+    """Also where the rows that are left are shorter, so that Z-Image pads them less."""
+    pipe, more = pipe_of(name), {}
+    if name == "zimage-controlnet":
+        texts = KINDS["zimage"].texts
+        more["negative_prompt_embeds"] = [texts["prompt_embeds"][0].repeat(7, 1), texts["negative_prompt_embeds"][1]]
+    stock = sampled(name, pipe, **more)
+    with attach(pipe, Settling((1, 9))) as handle:
+        ours = sampled(name, pipe, **more)
+    assert handle.nfe == 4 + 3 * 3 and not torch.allclose(ours[:1], stock[:1], atol=1e-3)
+    close(ours[1:], stock[1:])
 
 
 def test_residuals_of_a_transformers_controlnet_stay_where_it_was_asked():
