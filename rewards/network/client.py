@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -19,53 +20,58 @@ from rewards.network import http
 
 Found = TypeVar("Found")
 ANSWER = 2**20  # bytes that a client reads of an answer
+BUSY = frozenset({429, 502, 503, 504})  # statuses of a server that may soon answer
+FAILED = BUSY | frozenset(range(500, 600))  # and of one that broke down, whatever it was asked
+DENIED = {400, 401, 403, 404}  # of one that will say so again
+MOST_SECONDS = 30.0  # between two attempts
+MOST_SAID = 120.0  # between two attempts if the server says when
+
+
+@dataclass(frozen=True)
+class Patience:
+    """An answer must come within `timeout` seconds in all. A server that is out of reach, or answers with one of the
+    statuses `again`, is asked again, `retries` times: after `pause` seconds, twice as many, and so on, or when it says.
+    """
+
+    timeout: float
+    retries: int
+    pause: float = 0.5
+    again: frozenset[int] = BUSY
 
 
 def post(
-    url: str,
-    asked: Mapping[str, Any],
-    token: str,
-    read: Callable[[Any], Found],
-    server: str,
-    timeout: float,
-    retries: int,
+    url: str, asked: Mapping[str, Any], token: str, read: Callable[[Any], Found], server: str, patience: Patience
 ) -> Found:
     """What `read` makes of the JSON that answers a request of JSON.
 
-    An answer must come within `timeout` seconds in all. A server that is busy, starting or out of reach is asked again,
-    `retries` times. Raises Unreachable, in one sentence that names `server`, if there is no answer, or one that `read`
-    refuses with a ValueError.
+    Raises Unreachable, in one sentence that names `server`, if there is no answer, or one that `read` refuses with a
+    ValueError.
     """
     body = json.dumps(asked).encode()
-    for attempt in range(retries):
+    for attempt in range(patience.retries):
         try:
-            return _once(url, body, token, read, server, timeout)
+            return _once(url, body, token, read, server, patience)
         except Busy as busy:
-            time.sleep(pause(attempt, busy.seconds))
-    return _once(url, body, token, read, server, timeout)
+            time.sleep(pause(attempt, busy.seconds, patience.pause))
+    return _once(url, body, token, read, server, patience)
 
 
-def _once(url: str, body: bytes, token: str, read: Callable[[Any], Found], server: str, timeout: float) -> Found:
+def _once(url: str, body: bytes, token: str, read: Callable[[Any], Found], server: str, patience: Patience) -> Found:
     """Raises Busy if another attempt may help, Unreachable else."""
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
     try:
         ask = urllib.request.Request(url, body, headers)
-        with OPENER.open(ask, timeout=timeout) as answer:
+        with OPENER.open(ask, timeout=patience.timeout) as answer:
             return read(json.loads(_whole(answer)))
     except urllib.error.HTTPError as error:
         with error:
             why = f"{server} refused with {error.code}: {_sentence(error)}"
-        if error.code in AGAIN:
+        if error.code in patience.again:
             raise Busy(why, seconds_of(error.headers.get("Retry-After"))) from error
         raise (Denied if error.code in DENIED else Unreachable)(why) from error
     except (OSError, HTTPException, ValueError, RecursionError) as error:
         why = f"no scores from {server}: {quoted(str(error) or type(error).__name__)}"
         raise (Busy(why) if passing(error) else Unreachable(why)) from error
-
-
-AGAIN = {429, 502, 503, 504}  # statuses of a server that may soon answer
-DENIED = {400, 401, 403, 404}  # of one that will say so again
-MOST_SECONDS = 30.0  # between two attempts
 
 
 class Denied(Unreachable):
@@ -92,13 +98,11 @@ def seconds_of(said: str | None) -> float | None:
         return None
 
 
-def pause(attempt: int, said: float | None = None) -> float:
-    """Seconds before the next attempt: what the server said, else 0.5, 1, 2, 4, ...; up to a quarter more, so that
-    clients do not come back together. `MOST_SECONDS` at most."""
-    seconds = 0.5 * 2**attempt if said is None else said
-    return min(
-        seconds * (1 + 0.25 * random.SystemRandom().random()), MOST_SECONDS
-    )  # training's generator stays as it is
+def pause(attempt: int, said: float | None = None, first: float = 0.5) -> float:
+    """Seconds before the next attempt: what the server said, `MOST_SAID` at most, else `first`, twice as many, and so
+    on, `MOST_SECONDS` at most; up to a quarter more, so that clients do not come back together."""
+    seconds, most = (first * 2**attempt, MOST_SECONDS) if said is None else (said, MOST_SAID)
+    return min(seconds * (1 + 0.25 * random.SystemRandom().random()), most)  # training's generator stays as it is
 
 
 def passing(error: Exception) -> bool:

@@ -57,7 +57,8 @@ class Remote:
         asked, read = {"images": list(pictures), "prompts": list(prompts)}, partial(_scores, count=len(prompts))
         server = f"the reward server {self.url}"
         token = self.token or _token()
-        return client.post(f"{self.url.rstrip('/')}/score", asked, token, read, server, self.timeout, self.retries)
+        patience = client.Patience(self.timeout, self.retries)
+        return client.post(f"{self.url.rstrip('/')}/score", asked, token, read, server, patience)
 
 
 def _scores(answer: Any, count: int) -> list[float]:

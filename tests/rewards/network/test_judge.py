@@ -2,13 +2,16 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
 
-from rewards.network.judge import TEMPLATES, Judge, numbers_of, probability_of_yes, read_answer
+from rewards.network import http
+from rewards.network.judge import Judge
+from rewards.network.templates import TEMPLATES, Template, numbers_of, probability_of_yes, read_answer, template_named
 from rewards.registry import load
-from tests.support.judge_server import judging
+from tests.support.judge_server import RATIONAL, judging
 
 IMAGES = torch.arange(1, 9).view(8, 1, 1, 1).expand(8, 3, 4, 4) / 10
 PROMPTS = list("abcdefgh")
@@ -44,6 +47,53 @@ def test_a_judge_gives_the_probability_of_yes(url):
 def test_a_judge_reads_the_number_of_its_template(url):
     scores = load("judge", url=url, model="m", template="unified-reward")(IMAGES, PROMPTS)
     torch.testing.assert_close(scores, 1 + 4 * brightness(IMAGES), rtol=0, atol=1e-4)
+
+
+def test_a_judge_reads_the_axes_of_rational_rewards(url):
+    """Their mean on the scale from 1 to 4; no text is asked for, so that its axis does not count."""
+    scores = load("judge", url=url, model="m", template="rational-rewards")(IMAGES, PROMPTS)
+    torch.testing.assert_close(scores, 1 + 3 * brightness(IMAGES), rtol=0, atol=1e-4)
+    asked = Judge("http://host", "m", "rational-rewards").body(b"png", "a red {picture}")
+    system, message = asked["messages"]
+    assert [part["type"] for part in message["content"]] == ["text", "image_url", "text"]
+    assert message["content"][0]["text"].startswith("User Instruction: a red {picture}\n")
+    assert system["role"] == "system" and asked["max_tokens"] == 4096 and "logprobs" not in asked
+
+
+def test_axes_of_rational_rewards_are_read_each_under_its_heading():
+    template = TEMPLATES["rational-rewards"]
+    read = RATIONAL.format(score=2.5).replace("Score: N/A", "Score: **1.25**")
+    assert numbers_of(read, template) == pytest.approx((2.5 + 2.5 + 1.25) / 3)
+    first = read.replace("## Justification: No seams.\n", "").replace("2. Physical", "**2. Physical")
+    assert numbers_of(first, template) == pytest.approx((2.5 + 2.5 + 1.25) / 3)
+    for wrong in (read.replace("## Score: **1.25**\n", ""),  # the summary's is no axis's
+                  read.replace("2. Physical and Visual Quality", "2. Beauty"),
+                  read.replace("**1.25**", "9"), RATIONAL.format(score=2.5).replace("2.5000", "N/A")):  # fmt: skip
+        with pytest.raises(ValueError, match="its answer has no score from 1 to 4"):
+            numbers_of(wrong, template)
+
+
+def test_a_template_of_a_file(tmp_path, url):
+    file = tmp_path / "mine.json"
+    about = {
+        "question": "Rate {picture} of {prompt}",
+        "patterns": [r"Final Score: (\S+)"],
+        "range": [1, 5],
+        "max_tokens": 9,
+    }
+    file.write_text(json.dumps(about))
+    judge = Judge(url, "m", str(file))
+    assert judge.asks == Template("Rate {picture} of {prompt}", (r"Final Score: (\S+)",), (1, 5), False, 9)
+    torch.testing.assert_close(judge(IMAGES, PROMPTS), 1 + 4 * brightness(IMAGES), rtol=0, atol=1e-4)
+    for wrong in ({**about, "patterns": ["Score"]}, {**about, "question": "Rate it"}, {**about, "more": 1}, [], {},
+                  {**about, "range": [5]}, {**about, "patterns": ["("]}):  # fmt: skip
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(
+            ValueError, match=r"mine.json is not a template \(.*\): write an object with some of question, "
+        ):
+            template_named(str(file))
+    with pytest.raises(ValueError, match="none.json is not a template"):
+        template_named("none.json")
 
 
 def test_probabilities_of_yes_and_no_are_summed_over_their_forms():
@@ -100,6 +150,7 @@ def test_the_request_is_what_the_protocol_wants(monkeypatch):
         ("list", "it answered without choices"),
         ("undecided", "neither yes nor no is among the tokens"),
         ("broken", "refused with 500"),
+        ("teapot", "refused with 418"),
     ],
 )
 def test_a_picture_without_an_answer_has_no_score_and_says_why(prompt, why, url, slept):
@@ -126,6 +177,7 @@ def test_a_request_that_is_denied_is_an_error_at_once(url):
         ({"url": "localhost:8000"}, "starts with http:// or https://, not 'localhost:8000'"),
         ({"template": "vqscore"}, r"no template 'vqscore' \(did you mean 'vqascore'\?\).* with {prompt} in it"),
         ({"concurrency": 0}, "concurrency is 0: give 1 or more"),
+        ({"pause": -1.0}, "pause is -1.0 and retries 5: give 0 or more"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(options, sentence):
@@ -141,14 +193,45 @@ def test_equal_pictures_are_asked_about_once_and_in_parallel(url):
     assert asked == len(judge.answered) == 8
 
 
-def test_two_hundred_pictures_of_which_a_tenth_fails_first_are_all_scored_in_order(slept):
-    """Concurrency 16: 429 is asked again, and the order of the answers does not matter."""
-    values = torch.linspace(0.05, 0.95, 200)
-    images = values.view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
-    with judging(0.1) as (url, _):
-        scores = Judge(url, "m", concurrency=16)(images, [f"prompt {i}" for i in range(200)])
-    torch.testing.assert_close(scores, brightness(images), rtol=0, atol=1e-5)
-    assert 5 <= len(slept) <= 60
+@pytest.fixture
+def hasty(monkeypatch):
+    """The time of an answer ends after 300 parts of it: a clock that no slow machine moves."""
+    reads, left = Counter(), http.left
+
+    def counted(end):
+        reads[end] += 1
+        if reads[end] > 300:
+            raise TimeoutError("timed out")
+        return left(end)
+
+    monkeypatch.setattr(http, "left", counted)
+
+
+PASSING = ("429 once", "500 once", "half once", "dropped once")
+LASTING = ("html", "truncated", "missing", "undecided", "broken", "drips")
+
+
+def test_of_two_hundred_pictures_all_are_scored_or_reported_in_order(url, slept, hasty):
+    """16 at a time, of which a tenth fails: turned away, broken down, cut off, malformed or too slow."""
+    images = torch.linspace(0.05, 0.95, 200).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    kinds = [*PASSING, *LASTING] * 2
+    prompts = [f"prompt {i}: {kinds[i // 10] if i % 10 == 5 else 'a circle'}" for i in range(200)]
+    lost = torch.tensor([any(kind in prompt for kind in LASTING) for prompt in prompts])
+    with pytest.warns(UserWarning, match="12 of 200 pictures have no score: "):
+        scores = Judge(url, "m", concurrency=16)(images, prompts)
+    assert torch.equal(scores.isnan(), lost)
+    torch.testing.assert_close(scores[~lost], brightness(images)[~lost], rtol=0, atol=1e-5)
+    assert len(slept) == 2 * len(PASSING) + 2 * 5  # once each, and five times for what stays broken
+
+
+def test_pauses_double_from_the_first_or_are_as_the_server_says(url, slept):
+    with pytest.warns(UserWarning, match="refused with 500"):
+        Judge(url, "m")(IMAGES[:1], ["broken"])
+    with pytest.warns(UserWarning, match="refused with 500"):
+        Judge(url, "m", retries=2, pause=0.25)(IMAGES[:1], ["broken"])
+    wanted = [1, 2, 4, 8, 16, 0.25, 0.5, 7]
+    assert Judge(url, "m")(IMAGES[:1], ["pauses: 429 once"]).isfinite().all()
+    assert len(slept) == len(wanted) and all(a <= b <= 1.25 * a for a, b in zip(wanted, slept, strict=True))
 
 
 def test_a_server_that_is_gone_leaves_no_score(slept):
@@ -159,4 +242,4 @@ def test_a_server_that_is_gone_leaves_no_score(slept):
         process.wait()
         with pytest.warns(UserWarning, match="2 of 2 pictures have no score: no scores from the judge .*refused"):
             assert judge(IMAGES[2:4], PROMPTS[2:4]).isnan().all()
-    assert len(slept) == 4 and math.isclose(sum(slept), 3.0, rel_tol=0.3)
+    assert len(slept) == 4 and math.isclose(sum(slept), 6.0, rel_tol=0.3)
