@@ -5,7 +5,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from guidance.contract import Guidance
 from guidance.methods.catalogue import GUIDANCE
 from rewards.compose import WeightedSum, parse_rewards, weighted
 from rewards.registry import REWARDS, Reward, entry, unknown
+from rewards.wrappers.frames import OverFrames
 from solvers.samplers.catalogue import SAMPLERS, Step
 
 Thing = TypeVar("Thing")
@@ -121,6 +122,15 @@ def reward_named(reward: Rewards, gradient: bool = True) -> WeightedSum:
         return weighted(weights)
     name = type(reward).__name__
     return reward if isinstance(reward, WeightedSum) else WeightedSum({name: reward}, {name: 1.0})
+
+
+def over_frames(reward: Any, config: Any) -> Any:
+    """The reward of the films of a training: each member of the sum is the mean over `config.reward_frames` of their
+    frames. The reward itself where `config.num_frames` is 1."""
+    if config.num_frames == 1:
+        return reward
+    named = reward_named(reward, gradient=False)
+    return replace(named, rewards={n: OverFrames(r, config.reward_frames) for n, r in named.rewards.items()})
 
 
 def reward_weights(reward: Rewards, gradient: bool = False) -> dict[str, float]:

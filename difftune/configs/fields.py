@@ -17,8 +17,8 @@ GROUPS = {  # title: the fields and the flags of all commands that stand there
     "What it works on": """config model lora prompt prompts reward images labels caption exemplars encoder image
         baseline noise noise_lora expert held_out validation_reward start""",
     "Sampling": """num_inference_steps sampler eta guidance guidance_scale guidance_options scales num_images
-        images_per_prompt prompts_per_category batch_size height width embedded_guidance transition seed
-        seeds_per_prompt num_images_per_prompt inversion_steps""",
+        images_per_prompt prompts_per_category batch_size height width num_frames reward_frames
+        embedded_guidance transition seed seeds_per_prompt num_images_per_prompt inversion_steps""",
     "What is trained": "reference lora_anneal full_finetuning lora_layers rank lora_alpha lora_dropout variables",
     "Training steps": """max_train_steps train_batch_size gradient_accumulation_steps updates_per_round
         max_skipped_steps pairs_per_round sweeps iterations patience target""",

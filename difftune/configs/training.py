@@ -50,6 +50,11 @@ class TrainingConfig(Config):
     decode_batch: Count = 1
     """Images that are decoded, and rewarded under a gradient, at a time: the decoder's memory does not grow with the
     batch."""
+    num_frames: Count = 1
+    """Frames of each film, of a model of films (Wan): 1 more than a multiple of 4; 1 is a picture. The reward of a film
+    is the mean over some of its frames, and validations write films as .mp4."""
+    reward_frames: Count = 4
+    """Frames of a film that are judged, evenly spaced from the first to the last."""
     enable_vae_tiling: bool = False
     """Decode a picture larger than the VAE's tile in overlapping tiles, whose seams are blended: less memory, and not
     quite the same picture."""

@@ -17,6 +17,11 @@ def check_films() -> None:
         raise UserError("a film is written by OpenCV: pip install opencv-python-headless, or leave --num_frames out")
 
 
+def stills(images: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) as they are, and of films (B, 3, F, H, W) the frames in their middle."""
+    return images if images.ndim == 4 else images[:, :, images.shape[2] // 2]
+
+
 def mp4(film: Tensor, fps: int = FPS) -> bytes:
     """A film (3, F, H, W) in [0, 1] as MPEG-4. UserError if OpenCV is missing or cannot write it."""
     check_films()

@@ -16,7 +16,7 @@ from difftune.configs.images import SampleConfig
 from difftune.errors import UserError
 from difftune.files import output
 from difftune.files.claim import fresh
-from difftune.files.films import check_films, mp4
+from difftune.files.films import check_films, mp4, stills
 from difftune.files.noises import noises_of
 from difftune.files.pictures import pil, read_picture
 from difftune.files.versions import versions
@@ -283,7 +283,7 @@ def jobs_of(prompts: Sequence[str], count: int, seed: int) -> tuple[list[str], l
 def _results(images: Tensor, found: Mapping[str, Any], columns: int | None) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the pictures or films, the grid (of the films' middle frames) and sample.json, in the order
     in which they are written."""
-    pictures = pixels(images if images.ndim == 4 else images[:, :, images.shape[2] // 2])
+    pictures = pixels(stills(images))
     for i, (about, picture) in enumerate(zip(found["images"], pictures, strict=True)):
         yield about["file"], output.png(picture) if images.ndim == 4 else mp4(images[i])
     yield "grid.png", output.grid(pictures, columns)

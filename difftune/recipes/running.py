@@ -9,7 +9,7 @@ from difftune import processes
 from difftune.configs.training import TrainingConfig
 from difftune.files.checkpoint import Say, State
 from difftune.files.prompts import Prompts, prompts_named
-from difftune.lookup import reward_named
+from difftune.lookup import over_frames, reward_named
 from difftune.models import load as load_model
 from difftune.recipes.card import model_card, trained_on
 from difftune.recipes.catalogue import Recipe
@@ -34,6 +34,7 @@ def load_parts(recipe: Recipe, config: TrainingConfig, prompts: Prompts, pipe: A
     """The model and the reward of the settings, except those that are given."""
     if reward is None and validation.rewarded(config):
         reward = reward_named(config.reward, gradient=recipe.reward == "gradient")
+    reward = None if reward is None else over_frames(reward, config)
     return Parts(load_model(config.model) if pipe is None else pipe, prompts, reward)
 
 

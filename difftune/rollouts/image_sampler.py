@@ -58,7 +58,8 @@ class ImageSampler:
     @classmethod
     def of(cls, config: TrainingConfig, pipe: Any, network: TrainedNetwork) -> "ImageSampler":
         """The sampler that config names, of the pipeline with `network` as its denoiser."""
-        model = LatentModel(pipe, config.embedded_guidance, config.decode_batch, config.enable_vae_tiling)
+        told = (config.embedded_guidance, config.decode_batch, config.enable_vae_tiling, config.num_frames)
+        model = LatentModel(pipe, *told)
         named = method_of(config)
         guidance, networks = trainable(pipe, named)
         denoiser = replace(model.denoiser, network=network)

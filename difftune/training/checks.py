@@ -23,6 +23,7 @@ def check_training(config: TrainingConfig, pipe: Any = None) -> None:
     The ranges of numbers and the closed sets are checked when a Config is made; the prompts are read later.
     """
     check_precision(config)
+    check_frames(config)
     check_start(config)
     check_optimizer(config.optimizer)
     validation.check_validation(config)
@@ -32,6 +33,15 @@ def check_training(config: TrainingConfig, pipe: Any = None) -> None:
     if pipe is None:
         check_model(config.model)
     check_trainable(method, lambda: scheduler_of(config.model) if pipe is None else pipe.scheduler)
+
+
+def check_frames(config: TrainingConfig) -> None:
+    """UserError for films in a run whose examples are pictures."""
+    if config.num_frames > 1 and not validation.rewarded(config):
+        raise UserError(
+            f"num_frames is {config.num_frames}, and this run learns from pictures or from sets of them: leave it out,"
+            " or train on a --reward"
+        )
 
 
 def check_start(config: TrainingConfig) -> None:

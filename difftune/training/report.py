@@ -10,6 +10,7 @@ from torch import Tensor
 
 from difftune.configs.training import TrainingConfig
 from difftune.files import output, records
+from difftune.files.films import stills
 from difftune.files.versions import versions
 from difftune.lookup import method_of
 from difftune.pipelines import lora
@@ -121,11 +122,11 @@ def before_and_after(config: TrainingConfig, pipe: Any, prompts: Sequence[str]) 
 
 
 def draw(config: TrainingConfig, pipe: Any, prompts: Sequence[str]) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1], as a validation draws them."""
+    """Images (N, 3, H, W) in [0, 1], as a validation draws them; of films the frames in their middle."""
     method = method_of(config)
     seeds = [config.seed + i for i in range(len(prompts))]
     batches = generate_batches(pipe, prompts, seeds, method, validation.sampling_of(config))
-    return torch.cat([batch.images for batch in batches])
+    return torch.cat([stills(batch.images) for batch in batches])
 
 
 def settings(config: TrainingConfig) -> list[tuple[str, str, bool]]:

@@ -19,6 +19,7 @@ from difftune.errors import DiskError, RunError, UserError
 from difftune.files import checkpoint, records
 from difftune.files.checkpoint import Say, State
 from difftune.files.claim import LOCK
+from difftune.files.films import stills
 from difftune.files.output import sweep, write
 from difftune.lookup import guidance_kinds
 from difftune.pipelines import full_weights, lora
@@ -223,7 +224,7 @@ def validate_if_due(
         say_once(f"the validation at step {state.step} is skipped: {error}")
     if found is not None and process().is_main_process:
         validation.write_validation(config, found, partial(save_weights, pipe, state))
-        log.show(trackers, "validation", found.record, found.images)
+        log.show(trackers, "validation", found.record, stills(found.images))
     process().wait_for_everyone()
     return None if found is None else found.parting
 

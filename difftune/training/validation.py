@@ -16,8 +16,9 @@ from difftune.configs.training import TrainingConfig
 from difftune.errors import UserError
 from difftune.files import checkpoint, output, records
 from difftune.files.checkpoint import State
+from difftune.files.films import check_films, mp4, stills
 from difftune.files.prompts import read_prompts
-from difftune.lookup import method_of, reward_named, reward_weights
+from difftune.lookup import method_of, over_frames, reward_named, reward_weights
 from difftune.pipelines import lora
 from difftune.pipelines.generate import Sampling, generate_batches, pixels
 from guidance.contract import Guidance
@@ -32,7 +33,7 @@ class Validation(NamedTuple):
     """One validation."""
 
     record: dict[str, float]  # step, reward_mean and held_out_mean, see `load_scorers`
-    images: Tensor  # (B, 3, H, W) in [0, 1]
+    images: Tensor  # (B, 3, H, W) in [0, 1], or films (B, 3, F, H, W)
     best: bool  # whether no earlier one was as good
     parting: Parting | None  # where the held-out reward falls while the trained one rises
 
@@ -40,6 +41,8 @@ class Validation(NamedTuple):
 def check_validation(config: TrainingConfig) -> None:
     """UserError for the first invalid setting of the validation; nothing is loaded."""
     validation_prompts(config)
+    if config.validation_steps is not None and config.num_frames > 1:
+        check_films()
     if config.validation_steps is None:
         if config.early_stop or config.validation_reward is not None:
             wanted = "early_stop" if config.early_stop else "validation_reward"
@@ -78,7 +81,7 @@ def validation_prompts(config: TrainingConfig) -> list[str]:
 
 
 def load_scorers(config: TrainingConfig, reward: Scorer | None) -> dict[str, Scorer]:
-    """The trained reward, as given or as named, and the held-out one if there is one.
+    """The trained reward, as given or as named, and the held-out one if there is one; of films, over their frames.
 
     Where no reward is trained on, the held-out one is alone, or `config.reward` in its place.
     """
@@ -87,7 +90,7 @@ def load_scorers(config: TrainingConfig, reward: Scorer | None) -> dict[str, Sco
         found["reward"] = reward_named(config.reward, gradient=False) if reward is None else reward
     if config.validation_reward is not None:
         found["held_out"] = reward_named([config.validation_reward], gradient=False)
-    return found
+    return {name: over_frames(scorer, config) for name, scorer in found.items()}
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,9 @@ def open_validator(config: TrainingConfig, reward: Scorer | None) -> Validator |
 
 def sampling_of(config: TrainingConfig) -> Sampling:
     """How a run's pictures are drawn, other than those that it trains on."""
-    told = config.embedded_guidance
-    return Sampling(config.num_inference_steps, config.train_batch_size, embedded_guidance=told)
+    told, frames = config.embedded_guidance, config.num_frames if config.num_frames > 1 else None
+    steps, batch = config.num_inference_steps, config.train_batch_size
+    return Sampling(steps, batch, embedded_guidance=told, num_frames=frames)
 
 
 @torch.no_grad()
@@ -145,10 +149,13 @@ def validate(validator: Validator, pipe: Any, state: State) -> Validation:
 
 
 def write_validation(config: TrainingConfig, found: Validation, save: Callable[[Path], Any]) -> None:
-    """Write the grid, the weights if they are the best, and the line, which comes last."""
+    """Write the grid (of the films' middle frames) and the films, the weights if they are the best, and the line, which
+    comes last."""
     folder, step = Path(config.output_dir), int(found.record["step"])
-    grid = output.grid(pixels(found.images))
+    grid = output.grid(pixels(stills(found.images)))
     output.write(folder / GRIDS / f"step-{step:06d}.png", grid)
+    for i, film in enumerate(found.images if found.images.ndim == 5 else []):
+        output.write(folder / GRIDS / f"step-{step:06d}-{i:02d}.mp4", mp4(film))
     if found.best:
         save(folder / BEST)
         output.write_json(folder / BEST / "validation.json", found.record)

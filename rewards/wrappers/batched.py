@@ -14,7 +14,7 @@ from rewards.registry import Reward
 
 @dataclass(frozen=True)
 class Batched:
-    """`reward`, on `batch_size` images at a time (None: all), recomputed in the backward pass if asked for.
+    """`reward`, on `batch_size` images or films at a time (None: all), recomputed in the backward pass if asked for.
 
     Checkpointing keeps no activation of the forward pass: the peak is the graph of one part. Raises ValueError for a
     batch size under 1.
@@ -33,7 +33,7 @@ class Batched:
         return self.reward.differentiable
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        paired(images, prompts)
+        paired(images[:, :, 0] if images.ndim == 5 else images, prompts)  # the films of `OverFrames`
         size = self.batch_size or len(images)
         parts = enumerate(images.split(size))  # not images[i : i + size], whose backward pass fills a batch for each
         return torch.cat([self._part(part, prompts[i * size : (i + 1) * size]) for i, part in parts])
