@@ -13,12 +13,14 @@ from difftune.errors import UserError
 from guidance.contract import Guidance
 from guidance.methods.catalogue import GUIDANCE
 from rewards.compose import WeightedSum, parse_rewards, weighted
+from rewards.outside import Plain, plain
 from rewards.registry import REWARDS, Reward, entry, unknown
 from rewards.wrappers.frames import OverFrames
 from solvers.samplers.catalogue import SAMPLERS, Step
 
 Thing = TypeVar("Thing")
-Rewards = Sequence[str] | Mapping[str, float] | Reward  # NAME=WEIGHT terms, weights by name, or a reward itself
+# one NAME=WEIGHT term or several, weights by name, or a reward itself
+Rewards = str | Sequence[str] | Mapping[str, float] | Reward
 
 
 def guidance_named(name: str, scale: float | None = None, options: Mapping[str, Any] | None = None) -> Guidance:
@@ -115,13 +117,27 @@ def sampler_named(name: str) -> Step:
 
 
 def reward_named(reward: Rewards, gradient: bool = True) -> WeightedSum:
-    """The rewards as one weighted sum, loaded: of ["NAME=WEIGHT", ...] or {name: weight}; a reward itself is a sum of
-    one, under its class's name. Raises RewardError or UserError as `reward_weights` does."""
-    weights = reward_weights(reward, gradient)
+    """The rewards as one weighted sum, loaded: of "NAME=WEIGHT", several of them, or {name: weight}; a reward itself is
+    a sum of one, under the name of its function or class. Raises RewardError or UserError as `reward_weights` does."""
     if isinstance(reward, Sequence | Mapping):
-        return weighted(weights)
-    name = type(reward).__name__
-    return reward if isinstance(reward, WeightedSum) else WeightedSum({name: reward}, {name: 1.0})
+        return weighted(reward_weights(reward, gradient))
+    own = _own_reward(reward)
+    reward_weights(own, gradient)
+    name = _name_of(reward)
+    return own if isinstance(own, WeightedSum) else WeightedSum({name: own}, {name: 1.0})
+
+
+def _own_reward(reward: Any) -> Reward:
+    """A reward as it is given; a function, and what does not say whether it is differentiable, is checked and tried."""
+    if inspect.isroutine(reward) or "differentiable" not in dir(reward):
+        return plain(reward)
+    own: Reward = reward
+    return own
+
+
+def _name_of(reward: Any) -> str:
+    reward = reward.function if isinstance(reward, Plain) else reward
+    return str(reward.__name__) if inspect.isroutine(reward) else type(reward).__name__
 
 
 def over_frames(reward: Any, config: Any) -> Any:
@@ -138,9 +154,10 @@ def reward_weights(reward: Rewards, gradient: bool = False) -> dict[str, float]:
     itself has no name: {}."""
     if not isinstance(reward, Sequence | Mapping):
         if gradient:
-            _refuse(type(reward).__name__, reward.differentiable)
+            _refuse(_name_of(reward), _own_reward(reward).differentiable)
         return {}
-    weights = dict(reward) if isinstance(reward, Mapping) else parse_rewards(reward)
+    terms = [reward] if isinstance(reward, str) else reward
+    weights = dict(terms) if isinstance(terms, Mapping) else parse_rewards(terms)
     for name in weights:
         able = entry(name).differentiable
         if gradient:

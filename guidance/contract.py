@@ -50,6 +50,9 @@ class Preds(dict[str, Tensor]):
         self.space = space
         self._points: dict[str, Point] = {}
 
+    def __missing__(self, name: str) -> Tensor:
+        raise UserError(f"the method reads {name!r} of its answers, and asked for {', '.join(self) or 'nothing'}")
+
     def add(self, name: str, out: Tensor, space: str, point: Point) -> None:
         """The answer `out`, which is in `space`."""
         self._points[name] = point
@@ -140,26 +143,25 @@ def drive(guidance: Guidance, evaluate: Evaluate, path: Path, at: Noise, space: 
     back by the difference from a reference branch r, out = r + (g - r_own) / b with r_own = a * x + b * r: no
     cancellation, and r itself if b is 0 (at sigma = 0 every x0 is x).
 
-    Raises TypeError for a method that does not return a `Guided`, ValueError for an unknown space, for a method with a
-    space of its own that asks no branch for all rows, and for a branch at another point that has no level of its own or
-    is asked for by a method of the space "any".
+    Raises ValueError for a method that asks for or returns what the contract does not have, for an unknown space, for a
+    method with a space of its own that asks no branch for all rows, and for a branch at another point that has no level
+    of its own or is asked for by a method of the space "any".
     """
     own = own_space(guidance, space, output)
     raw: Answers = {}
     complete: list[str] = []
     preds = Preds(own)
-    guide = guidance.guide(path, at)
+    guide = _started(guidance, path, at)
     reply = _advance(guide, None)
     while isinstance(reply, Mapping):
-        request = {name: _settled(branch) for name, branch in reply.items()}
+        request = {name: _settled(_branch(guidance, name, branch)) for name, branch in reply.items()}
         elsewhere = {name: _elsewhere(guidance, branch) for name, branch in request.items()}
         complete += [name for name, branch in request.items() if branch.rows is None and elsewhere[name] is None]
         raw.update(evaluate(request))
         for name in request:
             preds.add(name, raw[name], space, elsewhere[name] or (path.x, at))
         reply = _advance(guide, preds)
-    if not isinstance(reply, Guided):
-        raise TypeError(f"{type(guidance).__name__}.guide returned {type(reply).__name__}; return a Guided")
+    _check_reply(guidance, reply, path.x)
     shift = None if reply.data is None else line(own, "x0", at)[1] * (widen(reply.data) - widen(reply.out))
     if own == space:
         out = reply.out.to(next(iter(raw.values())).dtype) if raw else reply.out
@@ -174,7 +176,7 @@ def within(guidance: Guidance, path: Path, at: Noise) -> Generator[Request, Pred
     A method with a space of its own is converted to it and back by the difference from its branch "cond", as in
     `drive`. Raises ValueError if it asks for no "cond".
     """
-    guide = guidance.guide(path, at)
+    guide = _started(guidance, path, at)
     reply, preds, own = _advance(guide, None), None, None
     while isinstance(reply, Mapping):
         preds = yield reply
@@ -196,7 +198,7 @@ def check_method(guidance: object) -> None:
     if missing := {"guide", "space"} - set(dir(guidance)):
         raise UserError(
             f"{type(guidance).__name__} is not a guidance method, it has no {' and no '.join(sorted(missing))}: a "
-            'method has space = "any" and a generator guide(self, path, at), see guidance.contract'
+            'method has space = "any" and a generator guide(self, path, at), as docs/guides/your-guidance.md shows'
         )
 
 
@@ -206,6 +208,38 @@ def own_space(guidance: Guidance, space: str, output: str) -> str:
         known = ", ".join((*SPACES, "any", "output"))
         raise UserError(f"{type(guidance).__name__} has space {guidance.space!r}; known: {known}")
     return {"any": space, "output": output}.get(guidance.space, guidance.space)
+
+
+def _started(guidance: Guidance, path: Path, at: Noise) -> Guide:
+    """The method's generator. UserError for a `guide` that yields nothing, which is no generator."""
+    guide = guidance.guide(path, at)
+    if not isinstance(guide, Generator):
+        raise UserError(
+            f"{type(guidance).__name__}.guide has no yield: ask for what it needs, as in"
+            ' preds = yield {"cond": Branch("cond")}'
+        )
+    return guide
+
+
+def _branch(guidance: Guidance, name: str, branch: object) -> Branch:
+    """UserError for what a method yields in a branch's place."""
+    if not isinstance(branch, Branch):
+        raise UserError(
+            f"{type(guidance).__name__}.guide asks for {name!r} by a {type(branch).__name__}: yield Branch objects, as"
+            f" in {{{name!r}: Branch({name!r})}}"
+        )
+    return branch
+
+
+def _check_reply(guidance: Guidance, reply: object, x: Tensor) -> None:
+    """UserError for what is neither a request nor a result for x (B, ...)."""
+    name = f"{type(guidance).__name__}.guide"
+    if isinstance(reply, Branch):
+        raise UserError(f'{name} yields a Branch: yield a dictionary, as in {{"cond": Branch("cond")}}')
+    if not isinstance(reply, Guided):
+        raise UserError(f"{name} returned {type(reply).__name__}: return Guided(prediction)")
+    if reply.out.shape != x.shape:
+        raise UserError(f"{name} returned a prediction of shape {tuple(reply.out.shape)}, and x has {tuple(x.shape)}")
 
 
 def _advance(guide: Guide, preds: Preds | None) -> Request | Guided:

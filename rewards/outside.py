@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,22 @@ class Plain:
         try:
             scores = self.function(images, prompts)
         except (TypeError, AttributeError) as error:  # of a function of pictures of PIL, or of other arguments
-            raise RewardError(f"the reward failed, {type(error).__name__}: {error}; {FORM}") from error
+            raise RewardError(f"the reward {self._name} failed, {type(error).__name__}: {error}; {FORM}") from error
         if not isinstance(scores, Tensor) or scores.shape != (len(images),):
             shape = f"a tensor {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
-            raise RewardError(f"the reward gives {shape} for {len(images)} images; {FORM}")
+            raise RewardError(
+                f"the reward {self._name} gives {shape} for {len(images)} image{'s' * (len(images) > 1)}; {FORM}"
+            )
         return scores.float()
+
+    @property
+    def _name(self) -> str:
+        return named(self.function)
+
+
+def named(function: Any) -> str:
+    """The name of a function or of an object's class, in quotes."""
+    return repr(function.__name__ if inspect.isroutine(function) else type(function).__name__)
 
 
 FORM = (
@@ -57,7 +69,8 @@ def check_arguments(function: Callable[..., Any]) -> None:
     try:
         inspect.signature(function).bind("images", "prompts")
     except TypeError as error:
-        raise RewardError(f"the reward cannot be called with images and prompts ({error}); {FORM}") from error
+        of = named(function)
+        raise RewardError(f"the reward {of} cannot be called with images and prompts ({error}); {FORM}") from error
     except ValueError:  # a function of C, which does not say what it takes
         return
 
@@ -119,7 +132,8 @@ def _found(name: str) -> Any:
     try:
         found = vars(import_module(module))
     except ImportError as error:
-        raise RewardError(f"cannot import the reward {name!r}: {error}") from error
+        where = f"; {module}.py belongs in this folder, {os.getcwd()}" if not find_spec(module.split(".")[0]) else ""
+        raise RewardError(f"cannot import the reward {name!r}: {error}{where}") from error
     if attribute not in found:
         raise RewardError(f"the module {module!r} has no {attribute!r}, which the reward {name!r} names")
     return found[attribute]

@@ -624,13 +624,18 @@ def _failure(point: EntryPoint) -> str:
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """One sentence for a name that is not known: the name, the nearest one and all that there are."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
+    near = [each for each in names if _spelt(each) == _spelt(name)] or difflib.get_close_matches(name, names, n=1)
     guess = f" (did you mean {near[0]!r}?)" if near else ""
     more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
     return f"no {kind} {name!r}{guess}; known: {', '.join(names[:MOST]) or 'none'}{more}"
 
 
 MOST = 60  # names in one sentence
+
+
+def _spelt(name: str) -> str:
+    """A name as it is compared: CFG++ is cfgpp, and best_of_n is best-of-n."""
+    return name.lower().replace("+", "p").replace("-", "").replace("_", "")
 
 
 def imported(make: str | Callable[..., Any]) -> Callable[..., Any]:

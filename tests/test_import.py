@@ -77,6 +77,12 @@ def test_public_name_is_there(name):
     assert name in dir(difftune)
 
 
+@pytest.mark.parametrize("name", difftune.GUIDANCE)
+def test_every_method_is_a_public_name(name):
+    """The class that `difftune methods` and the method's page name is imported from difftune."""
+    assert getattr(difftune, difftune.GUIDANCE[name].__name__) is difftune.GUIDANCE[name]
+
+
 def test_unknown_public_name_lists_the_known():
     with pytest.raises(AttributeError, match=r"no 'atach'; it has .*attach"):
         difftune.atach  # noqa: B018

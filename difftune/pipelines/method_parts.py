@@ -175,7 +175,8 @@ def _networks(pipe: Any, name: str) -> dict[str, Any]:
     own = pipe.components[family_of(pipe).denoisers[0]]
     if network.config.in_channels != own.config.in_channels:
         raise UserError(
-            f"the weaker network {name!r} does not fit {type(pipe).__name__}: name another with --guidance.network"
+            f"the weaker network {name!r} does not fit {type(pipe).__name__}: name another with --guidance.network, "
+            "in Python AutoGuidance(network=...)"
         )
     return {name: (network if network.dtype == own.dtype else _cast(network, own.dtype)).to(own.device)}
 
@@ -267,7 +268,10 @@ def _perp_neg(pipe: Any, method: PerpNeg) -> Equipped:
 
 def _check_negatives(method: PerpNeg) -> None:
     if method.negatives == PerpNeg.negatives:
-        raise UserError("perpneg has no negative prompt: give --guidance.negatives, separated by semicolons")
+        raise UserError(
+            "perpneg has no negative prompt: give --guidance.negatives, separated by semicolons; in Python"
+            ' PerpNeg(negatives=("a dog",))'
+        )
 
 
 def _multi(pipe: Any, method: MultiCondition) -> Equipped:
@@ -289,7 +293,10 @@ def _tokens(cond: Cond) -> Tensor:
 
 def _check_negative(method: NASA | NAG) -> None:
     if method.negative is None:
-        raise UserError(f"{type(method).__name__} has no negative prompt: give --guidance.negative")
+        raise UserError(
+            f"{(name := type(method).__name__)} has no negative prompt: give --guidance.negative; in Python "
+            f"{name}(negative='a dog')"
+        )
 
 
 def _encoded(pipe: Any, text: str | Cond) -> Cond:

@@ -58,6 +58,13 @@ class Result(NamedTuple):
     stopped: list[str]  # why a sample left the batch: "target", "patience", "not finite"; "" if it ran to the end
     embeddings: Tensor | None  # (B, L, E), of the prompts, if they were optimised
 
+    def __repr__(self) -> str:
+        before, after = self.rewards_before.tolist(), self.rewards.tolist()
+        return (
+            f"Result(rewards_before={before}, rewards={after}, images={tuple(self.images.shape)},"
+            f" iterations={len(self.history)}; pil(), save(folder) and curve(name) have the rest)"
+        )
+
     def pil(self) -> list[Image.Image]:
         """The images as pictures of PIL, one for each sample."""
         return pil(self.images)

@@ -63,6 +63,12 @@ class Found:
     history: tuple[Point, ...]
     decode: Callable[[Tensor], Tensor]
 
+    def __repr__(self) -> str:
+        rewards, nfe, calls = (values.tolist() for values in (self.rewards, self.nfe, self.reward_calls))
+        return (
+            f"Found(rewards={rewards}, nfe={nfe}, reward_calls={calls}; pil(), save(folder) and curve() have the rest)"
+        )
+
     @cached_property
     def images(self) -> Tensor:
         """(P, 3, H, W) in [0, 1], on the CPU: the best finished sample of each prompt; NaN before there is one."""
@@ -250,5 +256,7 @@ def method_config(method: str, settings: Mapping[str, Any]) -> Any:
     """The settings of a method. Raises UserError for an unknown name or an invalid setting."""
     make = SEARCHES[known("search method", method, SEARCHES)].config
     for name in settings:
+        if name == "steps":
+            raise UserError("search has no setting 'steps': the steps of the sampler are num_inference_steps")
         known(f"setting of {method}", name, make.__dataclass_fields__)
     return make(**settings)

@@ -28,7 +28,7 @@ class CFGpp(Scaled):
 
     scale: Scale = 0.6
     space = "any"
-    usual = Usual(0, 1, "CFGpp.from_cfg_scale(7.5) is 0.6; with the run's levels it converts exactly")
+    usual = Usual(0, 1, "it is not CFG's scale; for CFG's 7.5 take CFGpp.from_cfg_scale(7.5), which is 0.6")
     neutral = Neutral({"scale": 0.0}, "uncond")
 
     @classmethod

@@ -60,8 +60,8 @@ def _warn_once(kind: type[Scaled], scale: float) -> None:
     if kind not in _told:
         _told.add(kind)
         low, high, says = kind.usual
-        about = f"{kind.__name__} has scale {scale:g}, and is used from {low:g} to {high:g}: {says}"
-        warnings.warn(about, UnusualScale, stacklevel=5)
+        about = f"{kind.__name__} was given scale {scale:g}, and is used from {low:g} to {high:g}: {says}"
+        warnings.warn(about, UnusualScale, stacklevel=4)  # of whoever makes the method
 
 
 @contextmanager

@@ -124,9 +124,13 @@ def next_run(problem: Problem, kind: Kind, record: Record) -> Population | None:
             return Population(populate(Path(torch.cat(starts)), len(groups)), groups, offsets)
     if first:
         least = min(kind.sizes)
+        needed = {"nfe_budget": least * kind.nfe, "reward_budget": least * kind.reward_calls}
+        had = {"nfe_budget": problem.nfe_budget, "reward_budget": problem.reward_budget}
+        less = [name for name, number in had.items() if number is not None and number < needed[name]]
         raise UserError(
-            f"{kind.name} with {least} particles costs up to {least * kind.nfe} NFEs and {least * kind.reward_calls} "
-            f"reward calls: more than the budget ({problem.nfe_budget} NFEs, {problem.reward_budget} reward calls)"
+            f"{kind.name} with {least} particle{'s' * (least > 1)} costs up to {needed['nfe_budget']} network"
+            f" evaluations and {needed['reward_budget']} reward calls, more than was given: raise "
+            + " and ".join(f"{name} from {had[name]} to {needed[name]} or more" for name in less)
         )
     return None
 

@@ -5,6 +5,8 @@ denoiser with and what it does to the guided prediction; `LatentModel` needs `en
 a family that has none.
 """
 
+from pathlib import Path
+
 from diffusers import DiffusionPipeline
 
 from solvers.errors import UserError
@@ -38,6 +40,8 @@ REFUSED = {  # pipelines that people run and that no family knows, each with the
 
 def family_of(pipe: DiffusionPipeline) -> Family:
     """The family that lists the pipeline's class; ValueError, with the known ones or the reason, where none does."""
+    if isinstance(pipe, str | Path):
+        raise UserError(f"{str(pipe)!r} is the name of a model: load it first, as in pipe = load_model({str(pipe)!r})")
     name = type(pipe).__name__
     for family in FAMILIES.values():
         if name in family.pipelines:

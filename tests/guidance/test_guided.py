@@ -192,6 +192,15 @@ def test_float64_stays():
     assert guided(Linear(), CFG(), given)(Path(start().x.double()), flow(0.5)).x0.dtype == torch.float64
 
 
+class Unasked:
+    """A method whose `guide` is no generator."""
+
+    space = "any"
+
+    def guide(self, path, at):
+        return Guided(path.x)
+
+
 def test_errors():
     ask = {
         "no condition 'cat'; given: cond, uncond": Ask(({"it": Branch("cat")},), None),
@@ -200,12 +209,19 @@ def test_errors():
         "leave rows=None in one": Ask(
             ({"it": Branch("cond", rows=torch.tensor([True, False, True]))},), lambda p: Guided(p["it"]), "x0"
         ),
+        r"Ask.guide returned Tensor: return Guided\(prediction\)": Ask(({"it": Branch("cond")},), lambda p: p["it"]),
+        r"a prediction of shape \(\), and x has \(3": Ask(({"it": Branch("cond")},), lambda p: Guided(p["it"].mean())),
+        "reads 'uncond' of its answers, and asked for it": Ask(
+            ({"it": Branch("cond")},), lambda p: Guided(p["uncond"])
+        ),
+        "asks for 'it' by a str: yield Branch objects": Ask(({"it": "cond"},), None),
+        "yields a Branch: yield a dictionary": Ask((Branch("cond"),), None),
         "has space 'nowhere'; known: eps": Ask(({"it": Branch("cond")},), None, "nowhere"),
     }
     for message, method in ask.items():
         with pytest.raises(ValueError, match=message):
             guided(Linear(), method, conds())(start(), flow(0.5))
-    with pytest.raises(TypeError, match=r"Ask.guide returned Tensor; return a Guided"):
-        guided(Linear(), Ask(({"it": Branch("cond")},), lambda p: p["it"]), conds())(start(), flow(0.5))
+    with pytest.raises(ValueError, match="Unasked.guide has no yield: ask for what it needs"):
+        guided(Linear(), Unasked(), conds())(start(), flow(0.5))
     with pytest.raises(ValueError, match="conds has no 'cond'; given: uncond"):
         guided(Linear(), Plain(), {"uncond": {}})

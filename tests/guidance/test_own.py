@@ -84,16 +84,20 @@ def test_names_are_had_from_the_package():
 @pytest.mark.parametrize(
     ("make", "conversion"),
     [
-        (lambda: CFGpp(7.5), r"CFGpp has scale 7.5, and is used from 0 to 1: CFGpp.from_cfg_scale\(7.5\) is 0.6"),
-        (lambda: NASA(7.5), "NASA has scale 7.5, and is used from 0 to 1"),
-        (lambda: PAG(20.0), "PAG has scale 20, and is used from 0 to 15: it multiplies c - weak"),
-        (lambda: CFG(-2.0), r"CFG has scale -2, .* a paper's c \+ s \(c - u\) is scale 1 \+ s"),
+        (
+            lambda: CFGpp(7.5),
+            r"CFGpp was given scale 7.5, and is used from 0 to 1: it is not CFG's scale; .*CFGpp.from_cfg_scale\(7.5\), which is 0.6",
+        ),
+        (lambda: NASA(7.5), "NASA was given scale 7.5, and is used from 0 to 1"),
+        (lambda: PAG(20.0), "PAG was given scale 20, and is used from 0 to 15: it multiplies c - weak"),
+        (lambda: CFG(-2.0), r"CFG was given scale -2, .* a paper's c \+ s \(c - u\) is scale 1 \+ s"),
     ],
 )
 def test_a_scale_of_another_convention_is_told_once(make, conversion, monkeypatch, recwarn):
     monkeypatch.setattr(scales, "_told", set())
-    with pytest.warns(UnusualScale, match=conversion):
+    with pytest.warns(UnusualScale, match=conversion) as warned:
         make()
+    assert warned[0].filename == __file__  # the line that made the method
     recwarn.clear()
     make()
     assert not [w for w in recwarn if w.category is UnusualScale]

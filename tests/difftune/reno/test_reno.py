@@ -79,6 +79,7 @@ def optional(name):
 
 def test_reward_rises_and_equals_a_loop_by_hand(pipe):
     result = quiet(pipe, learning_rate=2.0).optimize(PROMPTS[:1], 5, seed=7)
+    assert repr(result).startswith("Result(rewards_before=[") and len(repr(result)) < 200
     model = LatentModel(pipe)
     conds, (now, then) = model.encode(PROMPTS[:1]), model.levels(1)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))

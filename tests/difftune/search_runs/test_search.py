@@ -99,6 +99,7 @@ def test_the_network_is_called_as_often_as_is_said(pipe):
     hook.remove()
     assert found.nfe.tolist() == [48, 48]
     assert sum(rows) == 96
+    assert repr(found).startswith("Found(rewards=[") and len(repr(found)) < 200
     assert found.reward_calls.tolist() == [8 * 2, 8 * 2]  # after a step of three and at the end, of eight particles
 
 
@@ -474,9 +475,10 @@ def test_kept_samples_are_no_more_than_what_the_memory_budget_counts(method):
         ({"method": "fkk"}, "no search method 'fkk' .did you mean 'fk'"),
         ({"temperature": 2.0}, "no setting of fk 'temperature'"),
         ({"particles": 0}, "particles is 0"),
+        ({"steps": 3}, "the steps of the sampler are num_inference_steps"),
         ({"eta": 0.0}, "fk needs a stochastic sampler: with eta = 0"),
         ({"eta": 2.0}, "eta is 2.0"),
-        ({"nfe_budget": 5}, "fk with 1 particles costs up to 6 NFEs"),
+        ({"nfe_budget": 5}, "fk with 1 particle costs .* raise nfe_budget from 5 to 6 or more"),
         ({"prompts": []}, "the list of prompts is empty"),
         ({"reward": {"nothing": 1.0}}, "no reward 'nothing'"),
         ({"method": "tds", "reward": {"jpeg-size": 1.0}}, "not differentiable|no reward"),
