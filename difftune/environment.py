@@ -66,7 +66,7 @@ def attention() -> dict[str, str]:
 def xformers() -> str:
     """What `--enable_xformers_memory_efficient_attention` would do here."""
     if reason := obstacle():
-        return reason
+        return reason.removeprefix("xformers is ")
     found = choose("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
     return f"{'used' if found.backend == 'xformers' else 'not used'}: {found.why}"
 

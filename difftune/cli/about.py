@@ -32,7 +32,8 @@ def _worded(entry: Mapping[str, Any]) -> str:
     if "forwards" not in entry:
         return said
     judge = "Needs a gradient" if entry["needs_gradient"] else "Needs no gradient"
-    return f"{said} {judge}; {entry['policy']}; {entry['forwards']} forwards an image; tested: {entry['families']}."
+    cost = f"{entry['forwards']} forwards an image without guidance"
+    return f"{said} {judge}; {entry['policy']}; {cost}; tested: {entry['families']}."
 
 
 def _methods() -> dict[str, list[dict[str, Any]]]:

@@ -43,10 +43,9 @@ def planned(lines: Mapping[str, str]) -> str:
 
 
 def summary(thing: Any) -> str:
-    """The first sentence of the docstring."""
+    """The first sentence of the docstring; a colon or a comma before a formula ends it."""
     paragraph = " ".join((thing.__doc__ or "").strip().partition("\n\n")[0].split())
-    sentence, dot, _ = paragraph.partition(". ")
-    return sentence + dot.strip()
+    return paragraph.partition(". ")[0].rstrip(".:,") + "."
 
 
 def said(value: Any) -> str:

@@ -11,6 +11,7 @@ from difftune.configs.training import TrainingConfig
 from difftune.errors import UserError
 from difftune.models import load as load_model
 from difftune.pipelines import dry_run
+from difftune.processes import say_once
 from difftune.recipes import check_recipe, recipe_of, train
 from difftune.training import validation
 
@@ -29,6 +30,7 @@ def training(config: TrainingConfig) -> dry_run.Lines:
         return {**lines, "time": dry_run.not_measured(config.model, rewards)}
     small = smaller(config)
     parts = config.gradient_accumulation_steps // small.gradient_accumulation_steps
+    say_once(f"measuring: {AFTER + 1} optimiser steps of {small.train_batch_size} images at a time")
     seconds, peak = step_cost(small)
     basis = f"{seconds * parts:.2g} s an optimiser step, without validations" + (
         ", not compiled" if config.compile else ""

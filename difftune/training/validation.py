@@ -21,6 +21,7 @@ from difftune.files.prompts import read_prompts
 from difftune.lookup import method_of, over_frames, reward_named, reward_weights
 from difftune.pipelines import lora
 from difftune.pipelines.generate import Sampling, generate_batches, pixels
+from difftune.processes import say_once
 from guidance.contract import Guidance
 from rewards.checks import finite
 from rewards.monitor import Monitor, Parting
@@ -110,6 +111,8 @@ def open_validator(config: TrainingConfig, reward: Scorer | None) -> Validator |
     some = validation_prompts(config)
     prompts = [some[i % len(some)] for i in range(config.num_validation_images)]
     method = method_of(config)
+    if config.validation_prompts == "shapeeval" and not config.prompts.startswith("shapes"):
+        say_once("validation: captions of shapes, from ShapeEval; --validation_prompts FILE draws others")
     return Validator(config, prompts, method, load_scorers(config, reward))
 
 

@@ -71,7 +71,8 @@ class _InAttention(Scaled):
 
 @dataclass(frozen=True)
 class NASA(_InAttention):
-    """Negative-away steer attention, for models of few steps (https://arxiv.org/abs/2412.02687): in cross-attention,
+    """Negative-away steer attention, for models of few steps (https://arxiv.org/abs/2412.02687): a negative prompt in
+    cross-attention,
 
     Z = softmax(Q K_c^T / sqrt d) V_c - scale softmax(Q K_n^T / sqrt d) V_n,    before the output projection.
 

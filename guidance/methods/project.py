@@ -16,7 +16,7 @@ from solvers.ranges import Whole
 
 @dataclass(frozen=True)
 class CFGZeroStar(Scaled):
-    """CFG-Zero*, for flow models (https://arxiv.org/abs/2503.18886): of the velocities,
+    """CFG-Zero*, for flow models (https://arxiv.org/abs/2503.18886): CFG whose u is scaled to fit c, and no first step:
 
     out = s u + scale (c - s u),    s = <c, u> / ||u||^2 per sample; the first `zero_steps` steps stay where they are.
 

@@ -120,7 +120,7 @@ def dpm_2(predict: Predict, path: Path, now: Noise, then: Noise, noise: Tensor |
 
 
 def dpm_3(predict: Predict, path: Path, now: Noise, then: Noise, noise: Tensor | None = None) -> Path:
-    """DPM-Solver-3 (https://arxiv.org/abs/2206.00927), at 1/3 and 2/3 of the step in lambda; in its letters
+    """DPM-Solver-3 (https://arxiv.org/abs/2206.00927), with slopes at 1/3 and 2/3 of the step in lambda:
 
     u2 = (alpha_2/alpha) x - sigma_2 (e^{2h/3} - 1) eps - 2 sigma_2 ((e^{2h/3} - 1) / (2h/3) - 1) D1,
     x' = (alpha'/alpha) x - sigma' (e^h - 1) eps - 3/2 sigma' ((e^h - 1) / h - 1) D2,      D = eps at the stage - eps.

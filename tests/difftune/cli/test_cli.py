@@ -156,6 +156,10 @@ def test_lists_and_doctor_print_json_alone():
     assert [entry["python"] for entry in found["noise"]] == ["ReNO"]
     assert all(entry["name"] and entry["summary"] for entries in found.values() for entry in entries)
     assert "cfg" in succeed("methods").stdout
+    said = [entry["summary"] for kind, entries in found.items() if kind != "rewards" for entry in entries]
+    assert all(
+        words[-1] == "." and words[-2] not in ":,." for words in said
+    )  # whole sentences, without what a formula follows
     found = json.loads(succeed("doctor", "--json").stdout)
     assert found["libraries"]["torch"] == torch.__version__.partition("+")[0]
     assert "cpu" in [device["name"] for device in found["devices"]]

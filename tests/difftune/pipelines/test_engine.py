@@ -363,7 +363,7 @@ def test_a_recomputed_reward_is_the_reward():
 
 def test_the_doctor_says_what_is_in_the_way_of_xformers_or_what_the_probe_found(monkeypatch):
     monkeypatch.setattr(environment, "obstacle", lambda: "xformers is not installed")
-    assert environment.attention()["xformers"] == "xformers is not installed"
+    assert environment.attention()["xformers"] == "not installed"
     monkeypatch.setattr(environment, "obstacle", lambda: None)
     monkeypatch.setattr(
         environment, "choose", lambda device, dtype: engine.Verdict("sdpa", "forward and backward: 1 ms")

@@ -43,6 +43,16 @@ def test_shapeeval_prompts_come_category_after_category():
     assert sorted(kinds[:6]) == sorted(kinds[6:]) == sorted(CATEGORIES)
 
 
+@pytest.mark.parametrize(("prompts", "told"), [("shapes", False), ("shapes:counting", False), ("animals", True)])
+def test_captions_of_shapes_for_other_prompts_are_told(prompts, told, capsys):
+    """A model of photographs is not to be validated on shapes in silence."""
+    config = AlignPropConfig(prompts=prompts, validation_steps=2, reward=["saturation"])
+    validation.open_validator(config, Saturation())
+    assert ("--validation_prompts FILE" in capsys.readouterr().err) == told
+    validation.open_validator(replace(config, validation_prompts=str(Path(__file__))), Saturation())
+    assert not capsys.readouterr().err
+
+
 def test_validations_are_written_change_nothing_and_are_made_again_by_a_resumed_run(config, tmp_path):
     torch.manual_seed(5)
     train_in_folder(config, [].append, pipelines.sd(), Bright())
