@@ -34,7 +34,7 @@ FLOORS = {
         {"compose", "jpeg", "network", "sets", "simple", "world", "wrappers"},
         {"checks", "hub", "outside"},
         {"monitor", "registry"},
-        {"errors"},
+        {"catalogue", "errors"},
     ],
     "difftune": [
         {"__main__"},

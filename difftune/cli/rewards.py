@@ -43,7 +43,8 @@ def reward_info(name: str, as_json: bool) -> None:
     entry, known = stated(name)
     found = _facts(name, entry) | ({} if known else {"differentiable": "tried when it is loaded"})
     found["files"] = _locked(found.pop("weights"))
-    show(found, as_json, "\n".join(f"{key}: {_fact(value)}" for key, value in found.items()))
+    told = found | {"memory_mb": _memory(found["memory_mb"])}
+    show(found, as_json, "\n".join(f"{key}: {_fact(value)}" for key, value in told.items()))
 
 
 @rewards.command(
@@ -103,16 +104,32 @@ def serve(name: str, batch_size: int | None, max_images: int, as_json: bool, **p
 
 
 def _facts(name: str, entry: Any) -> dict[str, Any]:
-    facts = {f.name: getattr(entry, f.name) for f in fields(entry) if f.name not in ("make", "fetch", "wraps")}
+    facts = {
+        f.name: getattr(entry, f.name) for f in fields(entry) if f.name not in ("make", "fetch", "wraps", "of_options")
+    }
     low, high = entry.range
     return {"name": name, **facts, "range": [low, high] if isfinite(low) and isfinite(high) else None}
 
 
 def _asks(facts: dict[str, Any]) -> str:
     """What a reward asks for and gives, in words."""
-    prompt = "reads the prompt" if facts["needs_prompt"] else "reads no prompt"
-    extra = f"; needs the extra difftune[{facts['extra']}]" if facts["extra"] else ""
-    return f"{prompt}; {'a' if facts['differentiable'] else 'no'} gradient; licence: {facts['licence']}{extra}"
+    said = [
+        "no range of its own" if facts["range"] is None else "{:g} to {:g}".format(*facts["range"]),
+        f"{'higher' if facts['higher_is_better'] else 'lower'} is better",
+        "reads the prompt" if facts["needs_prompt"] else "reads no prompt",
+        "a gradient" if facts["differentiable"] else "no gradient",
+        f"licence: {facts['licence']}",
+        f"weights: {_memory(facts['memory_mb'])}",
+    ]
+    extra = [f"needs the extra difftune[{facts['extra']}]"] if facts["extra"] else []
+    return "; ".join([*said, *extra])
+
+
+def _memory(size: int | None) -> str:
+    """The memory of a reward's weights, in words."""
+    if size is None:
+        return "those of what you name"
+    return f"{size} MB in float32" if size else "none"
 
 
 def _locked(names: Sequence[str]) -> list[dict[str, Any]]:

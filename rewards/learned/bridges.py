@@ -4,6 +4,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import import_module, util
 from pickle import UnpicklingError
@@ -15,9 +16,14 @@ from torch import Tensor
 from rewards.checks import paired, seen
 from rewards.errors import ExtraMissing, RewardError
 from rewards.learned.reference import Picture, Reference
-from rewards.registry import unknown
+from rewards.registry import Entry, unknown
 
 OF_SETS = ("fid", "sfid", "fid_dinov2", "inception_score", "kid")  # metrics that no single picture has
+RANGES: dict[str, tuple[float, float]] = {  # of metrics of pyiqa, by its own table; negated where lower is better
+    "musiq": (0, 100), "musiq-ava": (1, 10), "topiq_nr": (0, 1), "topiq_iaa": (1, 10), "clipiqa": (0, 1),
+    "clipiqa+": (0, 1), "maniqa": (0, 1), "nima": (0, 10), "qalign": (1, 5), "qrealign": (0, 1), "hyperiqa": (0, 1),
+    "liqe": (1, 5), "arniqa": (0, 1), "laion_aes": (1, 10), "niqe": (-100, 0), "brisque": (-150, 0),
+}  # fmt: skip
 NO_GRADIENT = ("nrqm", "pi", "brisque", "ilniqe", "niqe", "piqe")  # pyiqa cannot differentiate these
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # of torch: no pickle runs code, whatever its caller asks for
 
@@ -73,6 +79,14 @@ class PyIQA:
             return x.mean()  # NaN, with the picture's graph
         pair = (x,) if self.reference is None else (x, self.reference(x, prompts))
         return self.sign * network(*pair).float().reshape(())
+
+
+def of_metric(about: Entry, options: Mapping[str, Any]) -> Entry:
+    """What is known of the reward that is the metric which the options name."""
+    metric = str(options.get("metric"))
+    return replace(
+        about, range=RANGES.get(metric, about.range), differentiable=about.differentiable and metric not in NO_GRADIENT
+    )
 
 
 def safely_made(library: Any, metric: str, gradient: bool) -> Any:

@@ -22,6 +22,11 @@ def test_list_has_every_reward_with_what_it_asks_for():
     extras = [reward.extra for reward in REWARDS.values() if reward.extra]
     assert "tiny-clip" in told and {"ocr", "pyiqa", "torchmetrics"} <= set(extras)
     assert all(f"needs the extra difftune[{extra}]" in told for extra in extras)
+    assert "-5 to 15; higher is better; reads the prompt; a gradient; licence: Apache-2.0; weights: 33200 MB" in told
+    assert {r["name"] for r in found if r["memory_mb"] is None} == {
+        "classifier", "vlm", "vqascore", "soft-tifa", "pyiqa", "torchmetrics", "text-exemplar", "smooth"
+    }  # fmt: skip
+    assert told.count("weights: those of what you name") == 8
 
 
 def test_info_tells_the_files_and_how_far_they_are_known():
@@ -30,7 +35,7 @@ def test_info_tells_the_files_and_how_far_they_are_known():
     assert {file["evidence"] for file in found["files"]} == {"none", "reported"}
     text = succeed("rewards", "info", "imagereward").stdout
     assert "hub_id: zai-org/ImageReward" in text and re.search(r"revision: \w{40}", text)
-    assert "sha256: none" in text and "not installed" not in text
+    assert "memory_mb: 1790 MB in float32\n" in text and "sha256: none" in text and "not installed" not in text
     refuse(2, "rewards", "info", "hps", saying=["no reward 'hps'", "did you mean 'hps-v3'?"])
 
 

@@ -1,5 +1,6 @@
 """Bridges to other libraries, on small modules that look as theirs do; torchmetrics itself where it is installed."""
 
+import math
 import os
 import pickle
 import types
@@ -10,7 +11,7 @@ import torch
 
 from rewards.learned import bridges
 from rewards.learned.bridges import FORCE
-from rewards.registry import REWARDS, load
+from rewards.registry import REWARDS, entry, load
 
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -81,6 +82,46 @@ def test_a_library_that_is_not_installed_is_an_extra(name, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=rf"pip install 'difftune\[{name}\]'"):
         load(name, metric="x")
     assert REWARDS[name].extra == name and REWARDS["pyiqa"].noncommercial
+
+
+def test_a_metric_has_facts_of_its_own():
+    assert entry("pyiqa[metric=musiq]").range == (0, 100) and entry("pyiqa[metric=musiq]").differentiable
+    assert entry("pyiqa[metric=niqe]").range == (-100, 0) and not entry("pyiqa[metric=niqe]").differentiable
+    assert entry("pyiqa[metric=psnr]").range == entry("pyiqa").range == (-math.inf, math.inf)
+    assert set(bridges.NO_GRADIENT).isdisjoint(bridges.OF_SETS)
+
+
+# ------------------------------------------------------------------------------------------------ pyiqa itself
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(util.find_spec("pyiqa") is None, reason="needs the package 'pyiqa', an extra of its own")
+def test_pyiqa_itself(tmp_path, monkeypatch):
+    """A metric without weights against torch, one with random weights in the published layout, and a pickle of code."""
+    from pyiqa.archs.cnniqa_arch import CNNIQA
+    from pyiqa.utils import download_util
+
+    near = load("pyiqa", metric="psnr", reference=IMAGES[0])(IMAGES[1:], ["", ""])
+    expected = -10 * (IMAGES[1:] - IMAGES[0]).square().mean((1, 2, 3)).log10()
+    torch.testing.assert_close(near, expected, rtol=1e-4, atol=1e-4)
+
+    monkeypatch.setattr(download_util, "DEFAULT_CACHE_DIR", str(tmp_path))
+    network = CNNIQA(pretrained=None).eval()
+    torch.save({"params": network.state_dict()}, tmp_path / "CNNIQA_koniq10k-e6f14c91.pth")
+    x = IMAGES.clone().requires_grad_()
+    scores = load("pyiqa", metric="cnniqa")(x, [""] * 3)
+    torch.testing.assert_close(scores, network(IMAGES).squeeze(1), rtol=1e-5, atol=1e-6)
+    assert torch.autograd.grad(scores.sum(), x)[0].abs().sum() > 0
+    torch.save({"params": Code()}, tmp_path / "CNNIQA_koniq10k-e6f14c91.pth")
+    with pytest.raises(ValueError, match="pyiqa's weights of cnniqa hold more than tensors"):
+        load("pyiqa", metric="cnniqa")
+
+
+class Code:
+    """What a pickle runs when it is read."""
+
+    def __reduce__(self):
+        return pytest.fail, ("a pickle's code was run",)
 
 
 @pytest.fixture
