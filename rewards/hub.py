@@ -201,12 +201,22 @@ def _install(lock: Lock, record: Path) -> None:
 
 
 def _from_hub(lock: Lock) -> Path:
+    assert lock.hub_id
+    return _downloaded(lock.hub_id, lock.file, lock.revision, "model")
+
+
+def data_file(data_set: str, file: str, revision: str) -> Path:
+    """A file of a data set on the Hub, fetched once. Raises an OSError, in one sentence, if it cannot be had."""
+    return _downloaded(data_set, file, revision, "dataset")
+
+
+def _downloaded(repository: str, file: str, revision: str, kind: str) -> Path:
     try:
-        return Path(huggingface_hub.hf_hub_download(lock.hub_id, lock.file, revision=lock.revision))
+        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, repo_type=kind))
     except LocalEntryNotFoundError as error:
-        raise NotFetched(_unreached(f"{lock.hub_id}/{lock.file}")) from error
+        raise NotFetched(_unreached(f"{repository}/{file}")) from error
     except HfHubHTTPError as error:
-        raise Unreachable(f"the Hub does not give {lock.hub_id}/{lock.file}: {_first_line(error)}") from error
+        raise Unreachable(f"the Hub does not give {repository}/{file}: {_first_line(error)}") from error
 
 
 def _from_url(lock: Lock, file: Path) -> Path:

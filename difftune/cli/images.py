@@ -83,8 +83,8 @@ def sample(ctx: click.Context, as_json: bool, dry_run: bool, guidance_scale: flo
             ["--prompts"],
             metavar="FILE|NAME",
             default="shapeeval",
-            help="Prompts: shapeeval, shapeeval-hard, geneval, parti, imagereward, ocr, a file (lines of text; .json, "
-            ".jsonl, .csv or .tsv with categories), or dataset:NAME[:COLUMN].",
+            help="Prompts: shapeeval, shapeeval-hard, geneval, parti, t2i-compbench, hpd-v2, imagereward, ocr, a file "
+            "(lines of text; .json, .jsonl, .csv or .tsv with categories), or dataset:NAME[:COLUMN].",
         ),
         Values(
             ["--reward"],

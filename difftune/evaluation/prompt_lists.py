@@ -1,17 +1,18 @@
 """The prompts that an evaluation draws, each once, with its category: a list by name, of a file or of a data set.
 
-The lists with a licence that allows it lie in `prompts/`, as their authors published them.
+The lists with a licence that allows it lie in `prompts/`, as their authors published them, or are fetched from the Hub.
 """
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from difftune.errors import UserError
 from difftune.files.prompts import COLUMNS, column, read_prompts
 from difftune.files.text import parse_json, read_text
+from rewards import hub
 from rewards.world import draw, grammar
 
 Entry = dict[str, str]  # "prompt", and "category", which may be empty
@@ -23,14 +24,29 @@ SHIPPED = {
     "parti": "parti.tsv",
     "imagereward": "imagereward-benchmark.json",
     "ocr": "flow-grpo-ocr-test.txt",
+    "t2i-compbench": "t2i-compbench",
+}
+
+
+class OnHub(NamedTuple):
+    """A list in files of a data set on the Hub, one of each category."""
+
+    data_set: str
+    revision: str
+    files: dict[str, str]
+
+
+STYLES = ("anime", "concept-art", "paintings", "photo")
+FETCHED = {  # Apache-2.0, by its card
+    "hpd-v2": OnHub(
+        "ymhao/HPDv2", "fd163b223b6faf112eccafeabe2e31a0e950f177", {s: f"benchmark/{s}.json" for s in STYLES}
+    ),
 }
 ELSEWHERE = {  # known lists that may not be shipped: why, and how to name them
     "drawbench": ("its licence is not stated", "dataset:shunk031/DrawBench:COLUMN"),
     "geneval2": ("it is CC BY-NC 4.0", "its geneval2_data.jsonl"),
-    "hpd-v2": ("it is four lists", "one of its files, such as photo.json of ymhao/HPDv2"),
     "oneig": ("it is CC BY-NC 4.0", "dataset:OneIG-Bench/OneIG-Bench:COLUMN"),
     "pick-a-pic": ("users wrote it, and not all of it is safe to show", "dataset:yuvalkirstain/pickapic_v1:caption"),
-    "t2i-compbench": ("its repository states no licence", "one of its files, such as color_val.txt"),
 }
 CATEGORIES = ("category", "tag")  # columns, the first of them that a list has
 
@@ -45,7 +61,9 @@ def read_entries(name: str, per_category: int | None = None) -> list[Entry]:
     if name in WORLD:
         listed = WORLD[name]()
     elif name in SHIPPED:
-        listed = entries_in_file(FOLDER / SHIPPED[name])
+        listed = shipped_entries(FOLDER / SHIPPED[name])
+    elif name in FETCHED:
+        listed = fetched_entries(FETCHED[name])
     elif name in ELSEWHERE:
         why, instead = ELSEWHERE[name]
         raise UserError(f"the list {name} is not shipped, since {why}: give {instead} as --prompts")
@@ -54,6 +72,19 @@ def read_entries(name: str, per_category: int | None = None) -> list[Entry]:
     else:
         listed = entries_in_file(Path(name))
     return _by_category(_of_the_world(_once(listed)), per_category)
+
+
+def shipped_entries(path: Path) -> list[Entry]:
+    """The prompts of a file, or of a folder of files, each of which is a category."""
+    if path.is_file():
+        return entries_in_file(path)
+    return [{**e, "category": file.stem} for file in sorted(path.glob("*.txt")) for e in entries_in_file(file)]
+
+
+def fetched_entries(about: OnHub) -> list[Entry]:
+    """The prompts of a list on the Hub, fetched at the first time."""
+    files = {name: hub.data_file(about.data_set, file, about.revision) for name, file in about.files.items()}
+    return [{**entry, "category": name} for name, file in files.items() for entry in entries_in_file(file)]
 
 
 def entries_in_file(path: Path) -> list[Entry]:

@@ -20,10 +20,11 @@ from difftune.configs.images import EvalConfig
 from difftune.errors import RunError, UserError
 from difftune.evaluation import drawn, judged, run_folder
 from difftune.evaluation.paired import compare_prompts, holm, sign_flip_p
-from difftune.evaluation.prompt_lists import ELSEWHERE, FOLDER, SHIPPED, read_entries
+from difftune.evaluation.prompt_lists import ELSEWHERE, FETCHED, FOLDER, SHIPPED, read_entries
 from difftune.evaluation.results import Evaluated, change_of, pair_up, read_evaluated
 from difftune.evaluation.run_folder import run_eval
 from difftune.evaluation.trained import is_trained, rewards_of_loras, rewards_of_pictures
+from rewards import hub
 from rewards.hub import revisions
 from rewards.registry import REWARDS, Entry
 from rewards.simple import Contrast
@@ -47,6 +48,43 @@ def test_a_list_is_as_it_was_published(name):
     assert len(listed) == len({entry["prompt"] for entry in listed}) == count
     assert len({entry["category"] for entry in listed}) == kinds
     assert all(entry["prompt"].strip() == entry["prompt"] != "" for entry in listed)
+
+
+COMPBENCH = {  # the file of each category, and the hash of it as its authors have it, in 16 digits
+    "3d_spatial": "c9953597315f36a5", "color": "1634259756dbc77d", "complex": "1b808018b8d9916d",
+    "non_spatial": "04c56cc9ac441dc9", "numeracy": "dad8df141604b70b", "shape": "37e1a276906c7ea9",
+    "spatial": "8707a1d7e42ce300", "texture": "fbb5363515b4a280",
+}  # fmt: skip
+
+
+def test_t2i_compbench_has_eight_categories_as_they_were_published():
+    files = sorted((FOLDER / SHIPPED["t2i-compbench"]).iterdir())
+    assert {f.stem: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files} == COMPBENCH
+    listed = read_entries("t2i-compbench")
+    prompts = {line.strip() for file in files for line in file.read_text().splitlines() if line.strip()}
+    assert {entry["prompt"] for entry in listed} == prompts and len(listed) == len(prompts)
+    assert {entry["category"] for entry in listed} == COMPBENCH.keys()
+
+
+def test_hpd_v2_is_fetched_from_the_hub_at_one_commit(tmp_path, monkeypatch):
+    """In its layout: four lists of texts."""
+    (tmp_path / "benchmark").mkdir()
+    for style in ("anime", "concept-art", "paintings", "photo"):
+        (tmp_path / "benchmark" / f"{style}.json").write_text(json.dumps([f"{style} of a cat", f"{style} of a dog"]))
+    asked = []
+
+    def download(repository, file, revision, repo_type):
+        asked.append((repository, revision, repo_type))
+        return str(tmp_path / file)
+
+    with pytest.raises(OSError, match="ymhao/HPDv2/benchmark/anime.json is not in the cache and HF_HUB_OFFLINE is set"):
+        read_entries("hpd-v2")
+    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", download)
+    listed = read_entries("hpd-v2")
+    assert set(asked) == {("ymhao/HPDv2", FETCHED["hpd-v2"].revision, "dataset")}
+    assert [entry["category"] for entry in listed] == [c for c in FETCHED["hpd-v2"].files for _ in range(2)]
+    assert listed[3] == {"prompt": "concept-art of a dog", "category": "concept-art"}
+    assert len(read_entries("hpd-v2", 1)) == 4
 
 
 def test_geneval_has_its_six_categories():
