@@ -202,17 +202,17 @@ def _install(lock: Lock, record: Path) -> None:
 
 def _from_hub(lock: Lock) -> Path:
     assert lock.hub_id
-    return _downloaded(lock.hub_id, lock.file, lock.revision, "model")
+    return _downloaded(lock.hub_id, lock.file, lock.revision)
 
 
 def data_file(data_set: str, file: str, revision: str) -> Path:
     """A file of a data set on the Hub, fetched once. Raises an OSError, in one sentence, if it cannot be had."""
-    return _downloaded(data_set, file, revision, "dataset")
+    return _downloaded(data_set, file, revision, repo_type="dataset")
 
 
-def _downloaded(repository: str, file: str, revision: str, kind: str) -> Path:
+def _downloaded(repository: str, file: str, revision: str, **kind: str) -> Path:
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, repo_type=kind))
+        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, **kind))
     except LocalEntryNotFoundError as error:
         raise NotFetched(_unreached(f"{repository}/{file}")) from error
     except HfHubHTTPError as error:
