@@ -45,9 +45,9 @@ class Preds(dict[str, Tensor]):
     Each is converted at its own point, (x, at) of the path or those of its `Branch`.
     """
 
-    def __init__(self, space: str):
+    def __init__(self, space: str, output: str):
         super().__init__()
-        self.space = space
+        self.space, self.output = space, output  # `output` is what the network emits
         self._points: dict[str, Point] = {}
 
     def __missing__(self, name: str) -> Tensor:
@@ -59,12 +59,13 @@ class Preds(dict[str, Tensor]):
         self[name] = convert(out, space, self.space, *point)
 
     def to(self, name: str, space: str) -> Tensor:
-        """The answer as "x0", "eps", "v" or "flow", (B, ...), in float32 or better: for measuring."""
-        return widen(convert(self[name], self.space, space, *self._points[name]))
+        """The answer as "x0", "eps", "v", "flow" or "output", (B, ...), in float32 or better: for measuring."""
+        to = self.output if space == "output" else space
+        return widen(convert(self[name], self.space, to, *self._points[name]))
 
     def in_space(self, space: str) -> "Preds":
         """All of them in another space."""
-        other = Preds(space)
+        other = Preds(space, self.output)
         for name, out in self.items():
             other.add(name, out, self.space, self._points[name])
         return other
@@ -150,7 +151,7 @@ def drive(guidance: Guidance, evaluate: Evaluate, path: Path, at: Noise, space: 
     own = own_space(guidance, space, output)
     raw: Answers = {}
     complete: list[str] = []
-    preds = Preds(own)
+    preds = Preds(own, output)
     guide = _started(guidance, path, at)
     reply = _advance(guide, None)
     while isinstance(reply, Mapping):

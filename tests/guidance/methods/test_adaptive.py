@@ -1,5 +1,6 @@
 """Adaptive guidance: what it costs, when it latches; LinearAG: its fit, its plan."""
 
+import warnings
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,8 +13,9 @@ from guidance.methods.adaptive import cosine
 from guidance.methods.catalogue import CFG, AdaptiveGuidance, LinearAG, Plain
 from guidance.methods.linear_ag import LinearFit, Recorded, fit_linear_ag
 from solvers.denoiser import Path
+from solvers.errors import Caution
 from solvers.noise import cosine as cosine_schedule
-from solvers.noise import grid, vp
+from solvers.noise import flow, grid, vp
 from solvers.samplers.catalogue import euler, heun, sample
 from tests.support.pipelines import sd
 from tests.support.toy import BLOBS, CONDS, MEANS, SHAPE, B, labels, predict, start
@@ -43,7 +45,7 @@ def test_cost_is_t_plus_the_steps_that_evaluated_both(crossing):
     """Per sample and exactly, the crossing step included."""
     early = cosines()[:6].amax(0).sort().values
     threshold = float(early[1] + early[2]) / 2
-    method = AdaptiveGuidance(threshold=threshold, crossing=crossing)
+    method = AdaptiveGuidance(threshold=threshold, crossing=crossing, of="eps")
     paths, nfe = run(method, TWO)
     settled = torch.stack([p.memory["ag.settled"] for p in paths])  # (T, B), after each step
     both = 1 + (~settled).sum(0).clamp(max=T - 1)
@@ -75,6 +77,29 @@ def test_crossing_step():
     torch.testing.assert_close(first[0][0][-1].x, run(Plain(), levels=LEVELS[:2])[0][-1].x)
     torch.testing.assert_close(first[1][0][-1].x, run(CFG(), levels=LEVELS[:2])[0][-1].x)
     assert first[0][1] == first[1][1] == 2 * B
+
+
+def test_on_a_flow_the_velocities_tell_more_than_the_two_eps():
+    """Close to pure noise the eps agree whatever the conditions say; a flow's network emits the velocities."""
+    at, path = flow(0.95), start()
+    told = [BLOBS(path.x, at, TWO[name]) for name in ("cond", "uncond")]
+    eps, velocity = cosine(*(p.eps for p in told)), cosine(*(p.eps - p.x0 for p in told))
+    assert float(velocity.max()) < float(eps.min())
+    between = float(velocity.max() + eps.min()) / 2
+    settled = {
+        of: predict(AdaptiveGuidance(threshold=between, of=of), TWO)(path, at).memory["ag.settled"].tolist()
+        for of in ("output", "eps")
+    }
+    assert settled == {"output": [False] * B, "eps": [True] * B} and AdaptiveGuidance.of == "output"
+
+
+def test_a_run_without_a_guided_step_is_said():
+    with pytest.warns(Caution, match=r"guides no step: the two predictions agree to its threshold=-1 at the first"):
+        run(AdaptiveGuidance(threshold=-1.0))
+    for method in (AdaptiveGuidance(threshold=-1.0, min_cfg_steps=2), AdaptiveGuidance(threshold=1.0)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run(method)
 
 
 def test_gradient_reaches_a_scale_of_settled_samples():
