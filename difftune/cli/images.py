@@ -233,7 +233,15 @@ def _wins(r: dict[str, Any]) -> list[str]:
     return [f"{wins['rate']:.0%}", f"{wins['low']:.0%} to {wins['high']:.0%}", f"{r['difference']['p_holm']:.2g}"]
 
 
-OF_A_ROW = ("guidance", "cfg_scale", "options", "nfe", "nfe_by_branch", "seconds")  # what is not a score in it
+OF_A_ROW = (
+    "guidance",
+    "cfg_scale",
+    "options",
+    "scheduler",
+    "nfe",
+    "nfe_by_branch",
+    "seconds",
+)  # what is not a score in it
 
 
 def _compare_table(rows: Sequence[dict[str, Any]]) -> str:

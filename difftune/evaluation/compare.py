@@ -10,6 +10,7 @@ from difftune.files import output
 from difftune.files.claim import fresh
 from difftune.files.versions import versions
 from difftune.lookup import guidance_kinds, guidance_named, reward_named, reward_weights, takes_scale
+from difftune.pipelines.first_order import scheduler_name
 from difftune.pipelines.generate import (
     Pictures,
     Sampling,
@@ -42,6 +43,7 @@ class Cell:
     guidance: str
     scale: float | None  # the column's: that of CFG
     method: Guidance
+    scheduler: str
     made: Pictures
 
 
@@ -75,7 +77,8 @@ def cells(
             )
             batches = generate_batches(pipe, prompts, seeds, method, sampling)
             label = name if scale is None else f"{name} {scale:g}"
-            yield Cell(name, scale, method, draw_pictures(batches, len(prompts), label))
+            made = draw_pictures(batches, len(prompts), label)
+            yield Cell(name, scale, method, scheduler_name(pipe, method), made)
 
 
 def row(cell: Cell, rewards: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
@@ -84,6 +87,7 @@ def row(cell: Cell, rewards: Sequence[str], prompts: Sequence[str]) -> dict[str,
         name: float(load(name)(cell.made.images, prompts).mean()) for name in dict.fromkeys((*rewards, *MEASURES))
     }
     about = {"guidance": cell.guidance, "cfg_scale": cell.scale, "options": method_settings(cell.method)}
+    about["scheduler"] = cell.scheduler
     return about | scores | cell.made.cost()
 
 

@@ -25,12 +25,13 @@ from difftune.pipelines import lora
 from difftune.pipelines.annealed import SHARES, Extra, annealed
 from difftune.pipelines.compiled import check_compile, compiled
 from difftune.pipelines.fingerprint import digest_of
-from difftune.pipelines.method_parts import Equipped, equip, prepared
+from difftune.pipelines.first_order import first_order, say_first_order, scheduler_name
+from difftune.pipelines.method_parts import Equipped, equip, prepared, scale_setting
 from difftune.pipelines.noise_lora import moved_by
 from difftune.pipelines.opened import open_pipeline
 from difftune.pipelines.shared import claimed_by_main, own_share, told_by_each
 from difftune.processes import process
-from guidance.attach.handle import attach
+from guidance.attach.handle import attach, needs_uncond
 from guidance.contract import Guidance
 from rewards.checks import finite
 from solvers.families.prompts import caution_unread
@@ -83,7 +84,8 @@ def generate_batches(
     `noises` (B, C, h, w) its own.
 
     Of batches that are shared, this process's alone. What a method needs and only names (a classifier, a weaker
-    network, a negative prompt) is found by `difftune.pipelines.method_parts`.
+    network, a negative prompt) is found by `difftune.pipelines.method_parts`; one that looks ahead is drawn with the
+    first-order form of the pipeline's scheduler, which is said once.
     Raises UserError for an eta that the scheduler does not take.
     """
     steps = sampling.num_inference_steps
@@ -96,12 +98,13 @@ def generate_batches(
         given["guidance_scale"] = sampling.embedded_guidance
     pipe.set_progress_bar_config(disable=True)
     caution_unread(pipe, prompts)
+    say_first_order(pipe, guidance)
     equipped = equip(pipe, prepared(pipe, guidance, prompts, steps))
     starts = range(0, len(prompts), sampling.batch_size)
     for start in own_share(starts) if sampling.shared else starts:
         chosen = slice(start, start + sampling.batch_size)
         latents = {} if noises is None else for_pipeline(pipe, noises[chosen])
-        with annealing(pipe, sampling) as extra:
+        with annealing(pipe, sampling) as extra, first_order(pipe, guidance):
             batch = _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), equipped, given | latents)
         yield batch._replace(nfe=batch.nfe + extra.rows / len(batch.prompts), first=start)
 
@@ -118,12 +121,21 @@ def annealing(pipe: Any, sampling: Sampling) -> AbstractContextManager[Extra]:
 def _batch(pipe: Any, prompts: list[str], seeds: list[int], equipped: Equipped, given: Mapping[str, Any]) -> Batch:
     """A batch by the pipeline, which is told what is `given` besides."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with attach(pipe, equipped.method(prompts), equipped.networks) as handle:
-        made = pipe(prompt=list(prompts), generator=generators, output_type="pt", **given)
+    method = equipped.method(prompts)
+    prepared = uncond_for(pipe, method, len(prompts))
+    with attach(pipe, method, equipped.networks) as handle:
+        handle.said = bool(prepared)  # the pipeline's scale is then nobody's choice
+        made = pipe(prompt=list(prompts), generator=generators, output_type="pt", **given, **prepared)
     images = pictures_of(made)
     images = finite(images.float().cpu(), "a generated picture")
     branches = {name: rows / len(prompts) for name, rows in handle.branches.items()}
     return Batch(images, prompts, seeds, handle.nfe / len(prompts), branches)
+
+
+def uncond_for(pipe: Any, method: Guidance, batch: int) -> dict[str, Any]:
+    """What a pipeline that guides on demand is told so that it prepares the unconditional branch, if the method needs
+    it. Nothing for a network that was distilled over guidance scales, which a method of that branch is no use to."""
+    return family_of(pipe).prepared(batch) if needs_uncond(method) and not scale_setting(pipe) else {}
 
 
 def frames_for(pipe: Any, num_frames: int | None) -> dict[str, int]:
@@ -258,7 +270,7 @@ def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str
             "guidance": config.guidance if guidance is None else type(guidance).__name__,
             "guidance_options": method_settings(method),
             "model_digest": digest_of(pipe),
-            "scheduler": type(pipe.scheduler).__name__,
+            "scheduler": scheduler_name(pipe, method),
         }
         images = [
             {

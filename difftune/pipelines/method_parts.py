@@ -98,6 +98,11 @@ def prepared(pipe: Any, guidance: Guidance, prompts: Sequence[str], steps: int) 
         return FBG.of_levels(LatentModel(pipe).levels(steps), **_given(method))
     if not isinstance(method, LinearAG) or method.fit is not None:
         return guidance
+    if scale := scale_setting(pipe):
+        raise UserError(
+            f"LinearAG needs the unconditional branch, and this network was distilled over guidance scales ({scale}):"
+            " take a method that needs 'cond' alone (--guidance none)"
+        )
     texts = (list(prompts) * RUNS)[: max(RUNS, min(len(prompts), 4 * RUNS))]
     latent, levels = LatentModel(pipe), LatentModel(pipe).levels(steps)
     predict = guided(latent.denoiser, Recorded(method.scale), latent.encode(texts))
@@ -166,19 +171,28 @@ def _check_flow(scheduler: Any) -> None:
 
 
 def _weak(pipe: Any, method: AutoGuidance) -> Equipped:
-    return fixed(method, _networks(pipe, method.network))
+    return fixed(method, _networks(pipe, method.network, "autoguidance"))
 
 
-def _networks(pipe: Any, name: str) -> dict[str, Any]:
-    """{name: the network of the model of that name}; "weak" is tiny's own."""
+def _networks(pipe: Any, name: str, owner: str) -> dict[str, Any]:
+    """{name: the network of the model of that name}; "weak" is tiny's own. UserError for one that does not fit."""
     network = _network(_model_of(name))
     own = pipe.components[family_of(pipe).denoisers[0]]
-    if network.config.in_channels != own.config.in_channels:
+    unlike = [size for size in SIZES if network.config.get(size) != own.config.get(size)]
+    if type(network) is not type(own) or unlike:
         raise UserError(
-            f"the weaker network {name!r} does not fit {type(pipe).__name__}: name another with --guidance.network, "
-            "in Python AutoGuidance(network=...)"
+            f"the weaker network {name!r} of {owner} does not fit {type(pipe).__name__}, which has another"
+            f" {unlike[0] if unlike else 'class of network'}: name another with --guidance.network, in Python"
+            " AutoGuidance(network=...)"
         )
     return {name: (network if network.dtype == own.dtype else _cast(network, own.dtype)).to(own.device)}
+
+
+# What a network is given: the sizes of its latents and of its conditions, by the names that its config may have.
+SIZES = (
+    *("in_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim", "caption_channels"),
+    *("text_dim", "cap_feat_dim", "addition_embed_type"),
+)
 
 
 @cache
@@ -201,10 +215,10 @@ def _network(model: str) -> Any:
 
 
 def _gfcg(pipe: Any, method: GFCG) -> Equipped:
-    networks = {} if method.network == "main" else _networks(pipe, method.network)
+    networks = {} if method.network == "main" else _networks(pipe, method.network, "gfcg")
     if not isinstance(method.classify, str):
         return fixed(method, networks)
-    classify, classes = _classifier(pipe, method.classify), LatentModel(pipe).encode(TEXTS)["cond"]
+    classify, classes = _classifier(pipe, method.classify), encoded(pipe, TEXTS)
     found = replace(method, classify=classify, classes=classes)
     return Equipped(lambda prompts: replace(found, target=targets(prompts)), networks)
 
@@ -230,13 +244,24 @@ def targets(prompts: Sequence[str]) -> Tensor:
 def _classifier(pipe: Any, name: str) -> Callable[[Tensor], Tensor]:
     if name != "tiny-classifier":
         raise UserError(f"no classifier {name!r}; known: tiny-classifier, and from Python any function of x0")
-    latent, classifier = LatentModel(pipe), smoothed(_loaded_classifier()).to(pipe.device)
+    latent, classifier = latent_model(pipe), smoothed(_loaded_classifier()).to(pipe.device)
 
     def classify(x0: Tensor) -> Tensor:
-        images = latent.decode(x0)
+        images = pictures_of(latent, x0)
         return classifier(F.interpolate(images, (RESOLUTION, RESOLUTION), mode="bilinear", antialias=True))
 
     return classify
+
+
+def pictures_of(latent: LatentModel, x0: Tensor) -> Tensor:
+    """The pictures (B, 3, H, W) of clean latents, as `attach` or our own loop has them: FLUX.2's patches are channels
+    in ours alone. UserError for films."""
+    patch = latent.family.latents.patch
+    apart = patch > 1 and x0.shape[1] * patch**2 == latent.shape()[0]
+    images = latent.decode(F.pixel_unshuffle(x0, patch) if apart else x0)
+    if images.ndim != 4:
+        raise UserError(f"classifiers and scorers judge pictures, and these are films of {images.shape[2]} frames")
+    return images
 
 
 @cache
@@ -257,8 +282,8 @@ def _scorer(pipe: Any, scorer: Any) -> Callable[[Prompts], Callable[[Tensor], Te
         reward = load(scorer)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
-    latent = LatentModel(pipe)
-    return lambda prompts: lambda x0: reward(latent.decode(x0), prompts)
+    latent = latent_model(pipe)
+    return lambda prompts: lambda x0: reward(pictures_of(latent, x0), prompts)
 
 
 def _perp_neg(pipe: Any, method: PerpNeg) -> Equipped:
@@ -301,7 +326,25 @@ def _check_negative(method: NASA | NAG) -> None:
 
 def _encoded(pipe: Any, text: str | Cond) -> Cond:
     """The condition of a prompt, one row."""
-    return LatentModel(pipe).encode(text)["cond"] if isinstance(text, str) else text
+    return encoded(pipe, text) if isinstance(text, str) else text
+
+
+def encoded(pipe: Any, texts: str | Sequence[str]) -> Cond:
+    """What prompts are to the network, without a guidance scale, which the run tells it."""
+    cond = latent_model(pipe).encode(texts)["cond"]
+    return {name: value for name, value in cond.items() if name not in ("guidance", "timestep_cond")}
+
+
+def scale_setting(pipe: Any) -> str:
+    """The setting that says that the network is told a guidance scale, "guidance_embeds=True"; "" if it is not."""
+    family = family_of(pipe)
+    value = pipe.components[family.denoisers[0]].config.get(family.embeds)
+    return f"{family.embeds}={value}" if value else ""
+
+
+def latent_model(pipe: Any) -> LatentModel:
+    """The pipeline's texts, pictures and latents; its network is not evaluated, so that any scale serves."""
+    return LatentModel(pipe, embedded_guidance=1.0 if scale_setting(pipe) else None)
 
 
 PARTS: dict[type, Callable[[Any, Any], Equipped]] = {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from guidance.branches import Counter, Inputs, each, evaluate
 from guidance.contract import Answers, Branch, Request
@@ -69,6 +70,7 @@ class Asked:
     clock: Callable[[Noise], Tensor]  # the scheduler's timestep at a level
     networks: Mapping[str, nn.Module]  # others that a method may name
     counter: Counter
+    method: str  # its name, for a sentence
     cond: Tensor | None = None  # the conditional answer, once it was asked for in all rows
     guided: bool = False  # whether anything else was asked for
 
@@ -125,7 +127,7 @@ class Asked:
         inputs = self._given(branch)
         if branch.x is not None and branch.at is not None:
             inputs = self._moved(inputs, branch.x, branch.at)
-        return inputs if isinstance(branch.cond, str) else _merged(inputs, self._override(branch.cond))
+        return inputs if isinstance(branch.cond, str) else _merged(inputs, self._override(branch.cond, inputs))
 
     def _moved(self, inputs: Inputs, x: Tensor, at: Noise) -> Inputs:
         """The arguments with another sample and the time of its level, those of the ControlNet too."""
@@ -181,11 +183,17 @@ class Asked:
         """The call that holds a branch, its position along the batch, and how many lie there."""
         cond = branch.cond if isinstance(branch.cond, str) else "cond"
         if branch.patch is not None:  # before its inputs, which another family does not know either
-            self.family.known_patch(branch.patch.partition(":")[0])
+            self._check_patch(branch.patch.partition(":")[0])
         if cond not in self.branches:
             raise UserError(self._missing(cond))
         position = self.branches.index(cond)
         return (self.calls[0], position, len(self.branches)) if self.family.batched else (self.calls[position], 0, 1)
+
+    def _check_patch(self, kind: str) -> None:
+        try:
+            self.family.known_patch(kind)
+        except UserError as error:
+            raise UserError(f"{self.method} does not go here: {error}") from error
 
     def _missing(self, cond: str) -> str:
         family, network = self.family, self.calls[0].network
@@ -194,16 +202,25 @@ class Asked:
         told = unwrap_module(network).config.get(family.embeds)
         if told and family.batched:
             name = f"{type(unwrap_module(network)).__name__} is guidance-distilled ({family.embeds}={told})"
-            return f"{name}, so its pipeline never evaluates {cond!r}: attach a method that needs 'cond' alone"
+            alone = f"which {self.method} needs: attach a method that needs 'cond' alone"
+            return f"{name}, so its pipeline never evaluates {cond!r}, {alone}"
         distilled = f", of this guidance-distilled model ({family.embeds}={told}) too" if told else ""
-        return f"the method needs the branch {cond!r}{distilled}: call the pipeline with {family.prepare}"
+        return (
+            f"{self.method} needs the branch {cond!r}{distilled}: call the pipeline with {family.prepare}, or take a"
+            " method that needs 'cond' alone (--guidance none)"
+        )
 
-    def _override(self, cond: Mapping[str, Tensor]) -> Inputs:
-        """A `Cond`, whose keys are the last parts of the dotted names, under those names."""
+    def _override(self, cond: Mapping[str, Tensor], inputs: Inputs) -> Inputs:
+        """A `Cond`, whose keys are the last parts of the dotted names, under those names. A mask over the text is
+        longer where the network reads one over text and picture (Chroma), whose tokens all count."""
         places = {name.rpartition(".")[2]: name for name in self.family.batch_first}
         if unknown := sorted(cond.keys() - places.keys()):
             raise UserError(f"the network takes no {', '.join(unknown)}; known: {', '.join(places)}")
-        return {places[key]: value for key, value in cond.items()}
+        given = {places[key]: value for key, value in cond.items()}
+        if (mask := given.get("attention_mask")) is not None:
+            picture = inputs["attention_mask"].shape[1] - mask.shape[1]
+            given["attention_mask"] = F.pad(mask.to(inputs["attention_mask"]), (0, picture), value=1)
+        return given
 
     def _run(self, call: Call, branch: Branch, inputs: Inputs) -> Tensor:
         network, patch = branch.network, branch.patch

@@ -16,23 +16,22 @@ there the method is run, and what it does not ask for is never evaluated.
 
 import functools
 import inspect
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
+from guidance.attach.callers import callback_of, is_called_by
 from guidance.attach.calls import Asked, Call, recorded
 from guidance.attach.hooks import hooked, wrapped_step
 from guidance.attach.schedulers import Where, is_first_order, locator
+from guidance.attach.stand_in import scale_in, stand_in
 from guidance.branches import Counter
 from guidance.contract import Combined, Guidance, check_method, convert, drive
 from guidance.methods.cfg import CFG, FromCond, Plain
@@ -201,7 +200,7 @@ class Run:
         handle, x = self.handle, stage.path.x
         asked = Asked(
             *(self.family, branches, self.calls, self.control, x, stage.at, lambda at: self._clock(at)),
-            *(handle.networks, handle.counter),
+            *(handle.networks, handle.counter, type(handle.guidance).__name__),
         )
         made = drive(self._method(branches), asked.answer, stage.path, stage.at, self.space, self.space)
         if made.shift is not None:
@@ -317,6 +316,9 @@ def _changed(pipe: Any, what: str) -> str:
     )
 
 
+NOWHERE = noise(1.0, 0.987654)  # a level that no run has
+
+
 def needs_uncond(guidance: Any) -> bool:
     """Whether a method, or one inside it, asks for the unconditional branch, as far as its first request tells."""
     return any(map(_asks_uncond, (guidance, *inside(guidance))))
@@ -324,51 +326,10 @@ def needs_uncond(guidance: Any) -> bool:
 
 def _asks_uncond(guidance: Any) -> bool:
     try:
-        request = next(guidance.guide(Path(torch.zeros(1, 1, 4, 4)), noise(1.0, 1.0)))
-    except ValueError:  # it wants what only a run has
+        request = next(guidance.guide(Path(torch.zeros(1, 1, 4, 4)), NOWHERE))
+    except ValueError:  # it wants what only a run has, or knows the levels of one run alone
         return True
     return any(isinstance(branch.cond, str) and branch.cond == "uncond" for branch in request.values())
-
-
-def is_called_by(pipe: Any, thread: int) -> bool:
-    """Whether the present call comes from this pipeline's loop, not from another one that shares its parts, nor from
-    its callback: by the innermost pipeline among the callers, or else, in a loop that is nobody's, by the thread."""
-    frame: FrameType | None = sys._getframe(1)
-    below = frame
-    while frame is not None:
-        owner = frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
-        if isinstance(owner, DiffusionPipeline):
-            return owner is pipe and not _is_callback(frame, below)
-        frame, below = frame.f_back, frame
-    return threading.get_ident() == thread
-
-
-def _is_callback(pipeline: FrameType, below: FrameType | None) -> bool:
-    """Whether a pipeline's frame called its callback, in the frame `below`."""
-    callback = _callback_in(pipeline)
-    while isinstance(callback, functools.partial):
-        callback = callback.func
-    if callback is None or below is None:
-        return False
-    called = callback if inspect.isroutine(callback) else type(callback).__call__
-    function = called.__func__ if inspect.ismethod(called) else called
-    return isinstance(function, FunctionType) and below.f_code is function.__code__
-
-
-def _callback_in(pipeline: FrameType) -> Any:
-    """The callback that a pipeline was called with."""
-    return pipeline.f_locals.get("callback_on_step_end") or pipeline.f_locals.get("callback")
-
-
-def callback_of(pipe: Any) -> str:
-    """The name of the callback that this pipeline was called with, which may change it between its steps."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        callback = _callback_in(frame)
-        if callback is not None and frame.f_locals.get("self") is pipe:
-            return f"its callback {callback.__qualname__ if inspect.isroutine(callback) else type(callback).__name__}"
-        frame = frame.f_back
-    return "other code"
 
 
 def _defaults(pipe: Any, family: Family) -> Iterator[float]:
@@ -377,27 +338,6 @@ def _defaults(pipe: Any, family: Family) -> Iterator[float]:
     for name in ("guidance_scale", "true_cfg_scale"):
         if name in parameters and parameters[name].default:
             yield parameters[name].default + 1 - family.unguided
-
-
-def stand_in(sample: Tensor, unconditional: range) -> Tensor:
-    """A denoiser's answer, like `sample`, from which `scale_in` can tell what the pipeline does with it: along the last
-    dimension (0, 1, 0, ...) in the `unconditional` rows, and (1, 0, 0, ...) in the others."""
-    rows = _marks(sample.shape[-1], unconditional, len(sample), sample.dtype, sample.device)
-    return rows.view(-1, *[1] * (sample.ndim - 2), sample.shape[-1]).repeat(1, *sample.shape[1:-1], 1)
-
-
-@functools.lru_cache(maxsize=16)  # a pipeline wants the same in every step
-def _marks(size: int, unconditional: range, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        places = torch.tensor([row in unconditional for row in range(count)]).long()
-        return torch.eye(2, size)[places].to(device, dtype)
-
-
-def scale_in(model_output: Tensor) -> tuple[float, float]:
-    """(s, its round-off) for a multiple of (s, 1 - s, 0, ...): what CFG of scale s makes of `stand_in`."""
-    a, b = model_output[(0,) * (model_output.ndim - 1)][:2].tolist()
-    scale = a / (a + b) if a + b else float("inf")
-    return scale, 4 * torch.finfo(model_output.dtype).eps * (1 + abs(scale)) ** 2
 
 
 def _clean(stage: Stage, made: Combined, space: str) -> Tensor:

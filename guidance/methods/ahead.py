@@ -37,6 +37,7 @@ class RectifiedCFGpp(Scaled):
     """
 
     scale: Scale = 4.5
+    looks_ahead = True
     space = "flow"
     usual = Usual(0, 15, "it multiplies the gap, c + s (c - u): it is CFG's scale less 1")
     neutral = Neutral({"scale": 0.0}, "none")
@@ -78,6 +79,7 @@ class CFGMP(Scaled):
     repeats: Whole = 3
     above: Share = 0.6
     anderson: bool = False
+    looks_ahead = True
     space = "flow"
     neutral = Neutral({"scale": 1.0, "repeats": 0}, "none")
 

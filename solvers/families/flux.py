@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Cond
-from solvers.families.family import guidance_told, sequential_family, shift, thousandth
+from solvers.families.family import TRUE_CFG, guidance_told, sequential_family, shift, thousandth
 from solvers.families.patches import SKIPPED_JOINT
 from solvers.families.sd3 import SD3_INPUTS
 from solvers.families.streams import JOINT
@@ -74,6 +74,7 @@ def shifted_flux(pipe: Any, latent: tuple[int, int], steps: int) -> dict[str, An
 FLUX = sequential_family(
     name="flux",
     patches={**SKIPPED_JOINT, **JOINT},
+    **TRUE_CFG,
     pipelines=tuple(f"Flux{task}Pipeline" for task in FLUX_TASKS),
     batch_first=(*FLUX_INPUTS, *FLUX_RESIDUALS),
     residuals=FLUX_RESIDUALS,

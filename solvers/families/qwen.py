@@ -9,7 +9,7 @@ from torch import Tensor
 from solvers.denoiser import Cond
 from solvers.errors import UserError
 from solvers.families.after import NORM
-from solvers.families.family import TEXT_INPUTS, sequential_family, thousandth
+from solvers.families.family import TEXT_INPUTS, TRUE_CFG, sequential_family, thousandth
 from solvers.families.flux import shifted_flux, told_scale
 from solvers.families.latents import Latents
 from solvers.families.patches import SKIPPED_JOINT
@@ -53,6 +53,7 @@ def grid_of_shapes(arguments: Mapping[str, Any]) -> tuple[int, int]:
 QWEN = sequential_family(
     name="qwen",
     patches={**SKIPPED_JOINT, **JOINT},
+    **TRUE_CFG,
     pipelines=tuple(f"QwenImage{task}Pipeline" for task in QWEN_TASKS),
     batch_first=(*QWEN_INPUTS, *QWEN_RESIDUALS),
     residuals=QWEN_RESIDUALS,

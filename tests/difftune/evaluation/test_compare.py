@@ -191,7 +191,9 @@ def test_compare_writes_a_grid_and_a_table(model, tmp_path):
 
 def test_the_images_of_a_cell_lie_under_its_labels():
     def cell(name: str, scale: float | None, gray: float) -> Cell:
-        return Cell(name, scale, CFG(), Pictures(torch.full((1, 3, 8, 8), gray), [1.0], {"cond": 1.0}, 1.0))
+        return Cell(
+            name, scale, CFG(), "DDIMScheduler", Pictures(torch.full((1, 3, 8, 8), gray), [1.0], {"cond": 1.0}, 1.0)
+        )
 
     picture = draw_sheet([cell("none", None, 0.2), cell("cfg", 1.0, 0.4), cell("cfg", 2.0, 0.6)], [1.0, 2.0], 1)
     pixels = np.asarray(Image.open(BytesIO(picture)))
