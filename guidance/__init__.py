@@ -4,6 +4,15 @@
     from guidance.attach import attach  # on a diffusers pipeline
     from guidance.guided import guided  # in our own loop
 
+Where things are, in the order in which to read them:
+
+    contract.py   what a method yields, is sent and returns, and the driver that runs it
+    methods/      all methods; cfg.py is the shortest
+    branches.py   the evaluations that a method asked for, in as few forwards as can be
+    guided.py     methods in our own loop        attach/      methods inside a pipeline's own call
+    guider.py     methods as diffusers' guiders  invert.py    from an image back to its noise
+    search/       search for a better sample     codec.py, files.py   what a search keeps on the disk
+
 The names are imported when they are first used.
 """
 

@@ -1,7 +1,4 @@
-"""Classifier-free guidance, and what all methods share: scales, neutral settings, measures of a sample.
-
-A scale is a float, a (B,) tensor, or a function of `Noise` that gives either; never of a step index.
-"""
+"""Classifier-free guidance, and the conditional prediction alone. What all methods share is in `scales.py`."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,7 @@
-"""Scales as floats, tensors or functions of the noise level, and the arithmetic that methods share."""
+"""What all methods share: scales, neutral settings, measures of a sample.
+
+A scale is a float, a (B,) tensor, or a function of `Noise` that gives either; never of a step index.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
