@@ -1,9 +1,11 @@
-"""Runs the commands of docs/gallery.md and puts its pictures, and the README's strip, in their places.
+"""Runs the commands of docs/gallery.md and of the guidance methods' pages, and puts their pictures, and the README's
+strip, in their places.
 
-    python scripts/make_gallery.py --folder build/gallery
+    python scripts/make_gallery.py --folder build/gallery [gallery guidance/pag ...]
 
-A comment below each picture says what it is made of: `<!-- picture: images/gallery/x.png = out/x/grid.png -->`. A
-command that has ended well in that folder is not run again.
+A comment below each picture says where it lies, from its page, and what it is made of:
+`<!-- picture: images/gallery/x.png = out/x/grid.png -->`. A command that has ended well in that folder is not run
+again.
 """
 
 import argparse
@@ -19,7 +21,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "gallery.md"
+DOCS = ROOT / "docs"
+PAGE = DOCS / "gallery.md"
 DONE = Path("done.txt")  # the commands that have ended well, a line each
 STRIP = ROOT / "docs" / "images" / "strip.png"
 PICTURE = re.compile(r"<!-- picture: (\S+) = (.+?) -->")
@@ -46,7 +49,14 @@ def commands(page: str) -> Iterator[list[str]]:
     """The words of every `difftune` command of the page, in order."""
     for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL):
         for line in block.splitlines():
-            yield shlex.split(line)[1:]
+            if line.startswith("difftune "):
+                yield shlex.split(line)[1:]
+
+
+def pages() -> dict[str, Path]:
+    """The pages whose pictures are made here, by their names under docs."""
+    own = [PAGE, *sorted((DOCS / "guidance").glob("*.md"))]
+    return {page.relative_to(DOCS).with_suffix("").as_posix(): page for page in own if PICTURE.search(page.read_text())}
 
 
 def run(words: list[str]) -> None:
@@ -117,18 +127,29 @@ def save(image: Image.Image, file: Path) -> None:
     print(file.relative_to(ROOT), f"{file.stat().st_size / 1000:.0f} kB", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "gallery", help="where the commands run")
-    folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
-    os.chdir(folder)
-    page = PAGE.read_text()
-    for words in commands(page):
+def make_pictures(page: Path) -> None:
+    """Run a page's commands, and put its pictures in their places."""
+    text = page.read_text()
+    for words in commands(text):
         run(words)
-    for target, source in PICTURE.findall(page):
-        save(picture(source), ROOT / "docs" / target)
-    save(strip(), STRIP)
+    for target, source in PICTURE.findall(text):
+        save(picture(source), (page.parent / target).resolve())
+
+
+def main() -> None:
+    known = pages()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", help=f"all without them: {', '.join(known)}")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "gallery", help="where the commands run")
+    given = parser.parse_args()
+    if unknown := set(given.pages) - set(known):
+        parser.error(f"no page with pictures of that name: {', '.join(sorted(unknown))}")
+    given.folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(given.folder)
+    for name in given.pages or known:
+        make_pictures(known[name])
+    if "gallery" in (given.pages or known):
+        save(strip(), STRIP)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every picture of the gallery says what made it, and lies where the page and the README look for it."""
+"""Every picture of the gallery and of the methods' pages says what made it, and lies where its page looks for it."""
 
 import re
 from pathlib import Path
@@ -20,6 +20,26 @@ def test_every_picture_is_there_and_is_made_by_a_command_of_the_page():
     files = {part for source in made.values() for part in re.findall(r"out/[\w-]+", source)}
     files |= {file.rpartition("/")[0] for _, group in make_gallery.GROUPS for _, file in group}
     assert files == folders
+
+
+METHODS = ("rectified-cfgpp", "cfg-mp", "apg-mix", "mambo-g", "fbg", "nag", "pag", "seg", "stg")  # that have a picture
+
+
+def test_a_method_page_shows_what_its_own_command_drew():
+    made = make_gallery.pages()
+    assert set(made) == {"gallery", *(f"guidance/{name}" for name in METHODS)}
+    folders = [words[words.index("--output_dir") + 1] for page in made.values() for words in commands(page)]
+    assert len(folders) == len(set(folders)), "pages share a folder of the build"
+    for name in METHODS:
+        page = made[f"guidance/{name}"]
+        ((target, source),) = make_gallery.PICTURE.findall(page.read_text())
+        assert f"]({target})" in page.read_text() and (page.parent / target).stat().st_size < 60_000
+        assert all(words[words.index("--output_dir") + 1] in source for words in commands(page))
+        assert all(any(word.startswith(name) for word in words) for words in list(commands(page))[-1:])
+
+
+def commands(page):
+    return list(make_gallery.commands(page.read_text()))
 
 
 @pytest.mark.parametrize("name", plot_measured.PLOTS)
