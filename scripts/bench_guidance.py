@@ -6,7 +6,7 @@ overhead   attach(pipe, CFG) beside the stock pipeline, and our own loop beside 
 sweep      ShapeEval, Fréchet distance, coverage, saturation and diversity over scales, all methods at one number of
            evaluations; on tiny-flow the methods for flows too
 hard       the same on ShapeEval-hard
-table      what sweep and hard found, a line a method and scale, and where each method stands against CFG
+table      what sweep and hard found at these settings, and the paired difference of each score to CFG's
 classes    the same on the prompts of the classifier's classes, for GFCG
 adaptive   adaptive guidance against CFG, paired: score, evaluations, seconds of the denoising loop
 inversion  PSNR of rendered pictures after inversion and sampling, CFG against CFG++ at paired scales
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from benching import Store, hardware, heading, paired, ratios, row
+from benching import Store, hardware, heading, paired, ratios, row, weights
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
@@ -139,11 +139,23 @@ def features(images: Tensor) -> Tensor:
     return torch.cat([classifier.features(part.float()) for part in images.split(64)])
 
 
+PILOTS = 4  # pictures that tell what a step costs
+
+
 def steps_for(pipe: Any, method: Guidance, prompts: Sequence[str], size: Size) -> int:
-    """As many steps as the evaluations allow, by what a pilot batch cost per step."""
-    pilot = list(prompts[:8])
-    cost = next(iter(generate_batches(pipe, pilot, range(len(pilot)), method, Sampling(size.steps)))).nfe / size.steps
-    return max(1, round(size.evaluations / cost))
+    """As many steps as the evaluations allow, by what pilot pictures cost: at CFG's number of steps, and then at the
+    number that follows, since some steps cost less than others."""
+    pilot = list(prompts[:PILOTS])
+
+    def cost(steps: int) -> float:
+        return next(iter(generate_batches(pipe, pilot, range(len(pilot)), method, Sampling(steps)))).nfe
+
+    first = max(1, size.evaluations // 2)
+    steps = max(1, round(size.evaluations * first / cost(first)))
+    if steps == first:
+        return steps
+    spent = cost(steps)
+    return max(1, steps + round((size.evaluations - spent) * steps / spent))
 
 
 def measured(name: str, scale: float | None, given: Set, size: Size) -> dict[str, Any]:
@@ -199,47 +211,68 @@ def sweep(folder: File, size: Size, kind: str, methods: Sequence[str]) -> None:
     given = prompts_of(kind, size)
     for name in methods:
         for scale in size.scales if takes_scale(name) else (None,):
-            label = f"{kind}-{name}" if scale is None else f"{kind}-{name}-{scale:g}"
 
             def measure(name: str = name, scale: float | None = scale) -> dict[str, Any]:
                 return measured(name, scale, given, size)
 
-            cell(folder, label, measure)
+            cell(folder, label_of(kind, name, scale, size), measure)
 
 
-MEASURES = ("score", "coverage", "saturation", "diversity")
+def label_of(kind: str, name: str, scale: float | None, size: Size) -> str:
+    """What a sweep's result depends on: the method, evaluations, prompts of a category, images of a prompt, and the
+    model's weights."""
+    depends = [f"{size.evaluations}", f"{size.prompts or 'all'}", f"{size.images}", weights(size.model)]
+    return "-".join([kind, name, *([] if scale is None else [f"{scale:g}"]), *depends])
 
 
-def print_table(folder: File) -> None:
-    """What the sweeps found, as Markdown; and for each method but CFG, at which scales its score's interval lies above
-    or below CFG's."""
-    for kind in ("shapeeval", "shapeeval-hard"):
-        rows = {key: found for key, found in Store(folder / "results.jsonl").read().items() if _is_of(key, kind, found)}
-        found = {(r["guidance"], r["scale"]): r for r in rows.values()}
-        if not found:
-            continue
-        print(f"\n{kind}\n\n{heading(['method', 'scale', 'steps', *MEASURES])}")
-        for (name, scale), r in found.items():
-            print(row([name, "-" if scale is None else f"{scale:g}", r["steps"], *(_told(r[m]) for m in MEASURES)]))
-        for name in dict.fromkeys(name for name, scale in found if scale is not None and name != "cfg"):
-            print(_standing(name, found))
+KINDS = {"shapeeval": "ShapeEval", "shapeeval-hard": "ShapeEval-hard"}
+MEASURES = ("coverage", "saturation", "diversity")  # told of ShapeEval's pictures
+Key = tuple[str, float | None]  # method, scale
+Cells = dict[Key, dict[str, Any]]
 
 
-def _is_of(key: str, kind: str, found: dict[str, Any]) -> bool:
-    return "guidance" in found and key.startswith(f"{kind}-{found['guidance']}")
+def print_table(folder: File, size: Size) -> None:
+    """What the sweeps of that size found, as Markdown, and how each score differs from CFG's at the same scale."""
+    found = {kind: cells_of(folder, kind, size) for kind in KINDS}
+    easy, hard = found.values()
+    print(heading(["method", "scale", "steps", "NFE", *KINDS.values(), *MEASURES]))
+    for key, r in easy.items():
+        scores = (told(r["score"]), told(hard[key]["score"]) if key in hard else "-")
+        print(row([*named(key), r["steps"], f"{r['nfe']:.1f}", *scores, *(told(r[m]) for m in MEASURES)]))
+    print("\nLess CFG's of the same scale, paired:\n")
+    print(heading(["method", "scale", *(f"{name} less CFG" for name in KINDS.values())]))
+    for name, scale in easy:
+        for base in [scale] if scale is not None else [s for n, s in easy if n == "cfg"]:
+            if name != "cfg":
+                differences = (less(cells, (name, scale), ("cfg", base)) for cells in found.values())
+                print(row([*named((name, base)), *differences]))
 
 
-def _standing(name: str, found: dict[tuple[str, float], dict[str, Any]]) -> str:
-    """Where a method's score differs from CFG's of the same scale, beyond both intervals."""
-    scales = [s for n, s in found if n == name and ("cfg", s) in found]
-    pairs = {s: (found[name, s]["score"], found["cfg", s]["score"]) for s in scales}
-    above = [f"{s:g}" for s, (own, cfg) in pairs.items() if own["low"] > cfg["high"]]
-    below = [f"{s:g}" for s, (own, cfg) in pairs.items() if own["high"] < cfg["low"]]
-    return f"{name}: above CFG at scales {', '.join(above) or 'none'}; below at {', '.join(below) or 'none'}"
+def cells_of(folder: File, kind: str, size: Size) -> Cells:
+    """The cells of a sweep of that size, in the order of `FLOW_METHODS` and of the scales."""
+    rows = [r for r in Store(folder / "results.jsonl").read().items() if "guidance" in r[1]]
+    own = [r for key, r in rows if key == label_of(kind, r["guidance"], r["scale"], size)]
+    order = [*FLOW_METHODS, *METHODS]
+    own.sort(key=lambda r: (order.index(r["guidance"]), r["scale"] or 0))
+    return {(r["guidance"], r["scale"]): r for r in own}
 
 
-def _told(value: dict[str, float]) -> str:
-    return f"{value['score']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+def less(cells: Cells, key: Key, base: Key) -> str:
+    """The difference of two scores, paired over the prompts, with its interval."""
+    if key not in cells or base not in cells:
+        return "-"
+    prompts = len(cells[key]["saturations"])
+    own, theirs = (np.reshape(cells[k]["holds"], (prompts, -1)).mean(1) for k in (key, base))
+    return str(intervals.estimate(own - theirs, (-1.0, 1.0)))
+
+
+def named(key: Key) -> tuple[str, str]:
+    name, scale = key
+    return name, "-" if scale is None else f"{scale:g}"
+
+
+def told(value: dict[str, float]) -> str:
+    return str(intervals.Estimate(**value))
 
 
 # ------------------------------------------------------------------------------------------------ adaptive guidance
@@ -319,7 +352,8 @@ def main(
 ) -> None:
     folder = File(output_dir) / ("" if size.model == "tiny" else size.model)
     print(f"{hardware()}, results in {folder}")
-    label = f"adaptive-{ag.scale:g}-{ag.threshold:g}-{ag.min_cfg_steps}-{size.steps}-{spacing or 'uniform'}"
+    label = f"adaptive-{ag.of}-{ag.scale:g}-{ag.threshold:g}-{ag.min_cfg_steps}-{size.steps}-{spacing or 'uniform'}"
+    label += f"-{size.prompts or 'all'}-{size.adaptive_images}-{weights(size.model)}"
     methods = FLOW_METHODS if size.model == "tiny-flow" else METHODS
     todo: dict[str, Callable[[], object]] = {
         "overhead": lambda: [
@@ -331,7 +365,7 @@ def main(
         "classes": lambda: sweep(folder, size, "classes", ("none", "cfg", "gfcg")),
         "adaptive": lambda: cell(folder, label, lambda: adaptive(size, ag, spacing)),
         "inversion": lambda: invert_all(folder, size),
-        "table": lambda: print_table(folder),
+        "table": lambda: print_table(folder, size),
     }
     for part in parts or (todo if quick else ["overhead"]):
         todo[part]()
@@ -351,15 +385,14 @@ if __name__ == "__main__":
     parser.add_argument("--scale", type=float, default=3.0, help="of `adaptive`")
     parser.add_argument("--threshold", type=float, default=AdaptiveGuidance.threshold, help="of `adaptive`")
     parser.add_argument("--min_cfg_steps", type=int, default=1, help="of `adaptive`")
+    parser.add_argument("--of", choices=("output", "eps"), default=AdaptiveGuidance.of, help="of `adaptive`")
     parser.add_argument("--adaptive_images", type=int, help="of a prompt in `adaptive`")
     parser.add_argument("--spacing", choices=("karras", "exponential"), help="of sigmas in `adaptive`, not DDIM's")
     parser.add_argument("--steps", type=int, help="of the sampler, 25 without it")
     parser.add_argument("--batch_size", type=int, help="in `adaptive`, 16 without it")
     parser.add_argument("--model", choices=("tiny", "tiny-flow"), help="tiny without it")
     options = vars(parser.parse_args())
-    ag = AdaptiveGuidance(
-        *(options.pop(name) for name in ("scale", "threshold")), min_cfg_steps=options.pop("min_cfg_steps")
-    )
+    ag = AdaptiveGuidance(**{name: options.pop(name) for name in ("scale", "threshold", "min_cfg_steps", "of")})
     sizes = {name: options.pop(name) for name in Size._fields if name in options}
     size = QUICK if options["quick"] else Size()
     main(**options, ag=ag, size=size._replace(**{name: value for name, value in sizes.items() if value is not None}))
