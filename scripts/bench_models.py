@@ -28,9 +28,9 @@ TWO_LEVELS = {
 NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
-def sd15(device: str, small: bool = False) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5's size; small: two thin levels in place of four."""
-    unet = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+def sd15(device: str, small: bool = False, side: int = 512) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5's size, for pictures of `side` pixels; small: two thin levels in place of four."""
+    unet = {"sample_size": side // 8, "cross_attention_dim": 768, "attention_head_dim": 8}
     if small:
         unet |= {"sample_size": 8, "cross_attention_dim": 32, "block_out_channels": (32, 32), **TWO_LEVELS}
     torch.manual_seed(0)

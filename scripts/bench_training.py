@@ -2,7 +2,7 @@
 
     python scripts/bench_training.py                     a CUDA GPU: 512 x 512, batch 4, bf16, 50 steps, CFG 7.5
     python scripts/bench_training.py --small             an embedded model on any device: whether it works
-    python scripts/bench_training.py --where [--small]   where the time of a step goes, for each recipe
+    python scripts/bench_training.py --where [--small]   any device: where the time of a step goes, for each recipe
 
 The weights are random: they cost what trained ones cost. `alignprop` carries the gradient through the last 10 of 50
 steps by recomputing each; `d3po` trains on all 50. Both score images by `saturation`, which costs next to nothing, and
@@ -12,8 +12,9 @@ included, and the seconds are the median of the steps after the first.
 `--where` tells the shares of the network, the decoder and the reward, forwards and backwards, and of the rest: the
 sampler, the guidance, the text, the optimiser. With `--small` each recipe is the example tiny-RECIPE on its own model,
 with the reward of the example; without, on the model of Stable Diffusion 1.5's size, 512 x 512, batch 4, 10 steps, and
-tiny-clip. The mean of whole rounds after the first one, by this process's own time on a CPU; a GPU is waited for
-wherever one part begins, so that its steps take longer than they do.
+tiny-clip, or where there is no GPU, 64 x 64, batch 2, 4 steps in float32 (about 4 GB of weights). The mean of whole
+rounds after the first one, by this process's own time on a CPU; a GPU is waited for wherever one part begins, so that
+its steps take longer than they do.
 """
 
 import argparse
@@ -192,9 +193,25 @@ def example(name: str) -> Any:
         return configured(context, RECIPES[name].config)
 
 
-def large(name: str) -> Any:
-    settings = {"prompts": "animals", "train_batch_size": 4, "num_inference_steps": 10, "mixed_precision": "bf16"}
-    return RECIPES[name].config(**settings)
+SHORT = {  # of a recipe that has them: a step that a CPU takes in a minute
+    "gradient_accumulation_steps": 1,
+    "num_images_per_prompt": 2,
+    "pairs_per_round": 2,
+    "updates_per_round": 1,
+}
+
+
+def large(name: str, gpu: bool) -> Any:
+    """The settings of a recipe on the model of Stable Diffusion 1.5's size."""
+    config = RECIPES[name].config(prompts="animals")
+    if gpu:
+        return replace(config, train_batch_size=4, num_inference_steps=10, mixed_precision="bf16")
+    few = {field: value for field, value in SHORT.items() if field in vars(config)}
+    return replace(config, train_batch_size=2, num_inference_steps=4, **few)
+
+
+def large_model(gpu: bool) -> Any:
+    return sd15("cuda") if gpu else sd15("cpu", side=64)
 
 
 def shares_of_a_step(pipe: Any, config: Any, rounds: int) -> dict[str, float]:
@@ -221,9 +238,10 @@ def shares_of_a_step(pipe: Any, config: Any, rounds: int) -> dict[str, float]:
 def tell_where(recipes: Sequence[str], rounds: int, small: bool) -> None:
     print(hardware())
     print("\n" + heading(["recipe", "seconds a step", *PARTS]), flush=True)
+    gpu = torch.cuda.is_available()
     for name in recipes:
-        config = example(name) if small else large(name)
-        pipe = models.load(config.model) if small else sd15("cuda")
+        config = example(name) if small else large(name, gpu)
+        pipe = models.load(config.model) if small else large_model(gpu)
         spent = shares_of_a_step(pipe, config, rounds)
         total = sum(spent.values())
         print(row([name, f"{total:.3f}", *(f"{seconds / total:.1%}" for seconds in spent.values())]), flush=True)
@@ -236,8 +254,8 @@ if __name__ == "__main__":
     parser.add_argument("--small", action="store_true", help="an embedded model")
     parser.add_argument("--where", action="store_true", help="where the time goes; --steps are then rounds")
     args = parser.parse_args()
-    if not (args.small or torch.cuda.is_available()):
-        raise SystemExit("Stable Diffusion 1.5's size needs a CUDA GPU, and there is none: pass --small")
+    if not (args.small or args.where or torch.cuda.is_available()):
+        raise SystemExit("Stable Diffusion 1.5's size needs a CUDA GPU, and there is none: pass --small, or --where")
     if args.where:
         tell_where(args.recipes or list(RECIPES), args.steps, args.small)
     else:

@@ -1,11 +1,15 @@
 """scripts/bench_training.py on the embedded model: every row is there, and nothing stays replaced."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from difftune.configs.recipes import AlignPropConfig, DDPOConfig
 from difftune.pipelines import engine
+from difftune.recipes import RECIPES, check_recipe
 from difftune.training import steps
+from rewards.simple import Brightness
 from tests.support import pipelines
 from tests.support.benches import script
 
@@ -88,3 +92,23 @@ def test_the_time_of_a_step_is_told_by_part(bench, config, spent, monkeypatch):
 def test_the_examples_are_what_is_timed_small(bench):
     config = bench.example("ddpo")
     assert isinstance(config, DDPOConfig) and config.train_batch_size == 32 and config.model == "tiny"
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_settings_at_the_large_size_that_hold_together(bench, name, gpu):
+    config = bench.large(name, gpu)
+    check_recipe(replace(config, mixed_precision="no"))
+    assert config.train_batch_size * config.num_inference_steps == (40 if gpu else 8)
+
+
+@pytest.mark.slow
+def test_a_row_of_shares_for_every_recipe_at_the_large_size(bench, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "large_model", lambda gpu: pipelines.sd())
+    monkeypatch.setattr(bench, "TimedReward", lambda reward, parts: Brightness())
+    monkeypatch.setattr(bench, "reward_named", lambda names, gradient: None)
+    bench.tell_where(RECIPES, 1, small=False)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["recipe", *RECIPES]
+    for _, seconds, network, *_ in rows[1:]:
+        assert float(seconds) > 0 and float(network.rstrip("%")) > 0
