@@ -21,6 +21,7 @@ from torch import nn
 from difftune.errors import UserError
 from difftune.processes import on_cpu
 from solvers.families.table import family_of
+from solvers.rollout.recompute import unwatched
 
 BACKEND = "inductor"
 BLOCKS = {"ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock", "SanaTransformerBlock"}
@@ -95,11 +96,11 @@ def _by_torch(blocks: list[nn.Module], dynamic: bool | None) -> Iterator[None]:
 
 
 def _apart(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call outside of the modes that watch a sampler's step: a graph is another one within them, and a call that
-    is recomputed on the way back is not."""
+    """The call outside of the mode that watches a sampler's step: torch would compile each block once within it, and
+    again for decoding and for what is recomputed on the way back."""
 
     def called(*args: Any, **kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction():
+        with unwatched():
             return call(*args, **kwargs)
 
     return called

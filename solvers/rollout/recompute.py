@@ -7,6 +7,7 @@ wrong in silence. Each such trap is an error here, which names the remedy.
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, count
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 from torch.utils.checkpoint import checkpoint
 
 from solvers.denoiser import Path, Predict, Prediction, pack, unpack
@@ -185,6 +186,19 @@ class NoGenerator(TorchFunctionMode):
         if any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
             raise UserError(f"a torch.Generator is used inside the step: {DRAW_OUTSIDE}")
         return func(*args, **kwargs)
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Within, the innermost `NoGenerator`s are as if they had not been entered."""
+    watching = []
+    while isinstance(_get_current_function_mode(), NoGenerator):
+        watching.append(_pop_mode())
+    try:
+        yield
+    finally:
+        for mode in reversed(watching):
+            _push_mode(mode)
 
 
 def reachable(thing: Any, kind: type, seen: set[int] | None = None) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """`--compile`: the same values and gradients, blocks that are as they were afterwards, and refusals of one sentence."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from difftune.errors import UserError
 from difftune.pipelines import compiled as compiling
 from difftune.pipelines import lora
 from difftune.pipelines.compiled import blocks_of, check_compile, compiled
-from difftune.recipes import check_recipe, train
+from difftune.recipes import RECIPES, check_recipe, train
 from difftune.reno.optimizer import ReNO
 from difftune.search_runs.search import search
 from guidance.attach import attach
@@ -28,8 +29,10 @@ from rewards.simple import Brightness
 from solvers.latent import LatentModel
 from solvers.memory.checkpointing import block_checkpointing
 from solvers.rollout.modes import rollout
+from solvers.rollout.recompute import NoGenerator
 from solvers.samplers.catalogue import euler
 from tests.support import dits, pipelines
+from tests.support.toys import toy
 
 PROMPTS = ["red circle", "blue square"]
 ONE_WIDTH = {  # few shapes, so that there is little to compile
@@ -44,14 +47,32 @@ def small():
     return pipelines.sd(unet_config=ONE_WIDTH)
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """torch traces the blocks and their gradients, and runs them by its own operators."""
-    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+@contextmanager
+def by(backend, monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", backend)
     torch._dynamo.reset()
     counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch traces the blocks and their gradients, and runs them by its own operators."""
+    with by("aot_eager", monkeypatch):
+        yield
+
+
+@pytest.fixture
+def forwards_traced(monkeypatch):
+    """torch traces the blocks alone: the same operators in the same order, and the gradient is autograd's."""
+    with by("eager", monkeypatch):
+        yield
+
+
+def graphs():
+    """How many torch has compiled."""
+    return counters["stats"]["unique_graphs"]
 
 
 def close(found, expected, tolerance=1e-4):
@@ -152,6 +173,40 @@ def test_it_is_written_down():
 
 
 # ------------------------------------------------------------------------------------------------ traced by torch
+def test_a_block_has_one_graph_within_a_samplers_step_and_outside(monkeypatch):
+    pipe, made, runs = small(), [], []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return lambda *args: runs.append(graph) or graph(*args)
+
+    block, x, time = pipe.unet.down_blocks[0].resnets[0], torch.ones(1, 8, 4, 4), torch.ones(1, 32)
+    with by(backend, monkeypatch), torch.no_grad(), compiled(pipe):
+        plain = block(x, time)
+        with NoGenerator():
+            assert torch.equal(block(x, time), plain)
+            with pytest.raises(ValueError, match="a torch.Generator is used inside the step"):
+                torch.rand(1, generator=torch.Generator())
+    assert len(made) == 1 and runs == 2 * made
+
+
+@pytest.mark.sampled(16)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_to_the_same_weights_and_compiles_nothing_after_its_first_step(
+    forwards_traced, name, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compiling, "BLOCKS", set())  # the transformer blocks alone, which hold the LoRA
+
+    def trained(on):
+        config = toy(name, tmp_path, max_train_steps=2, compile=on)
+        for _, state in train(config, None, small(), Brightness()):
+            yield [t for name, t in state.tensors.items() if name.startswith("weights.")], graphs()
+
+    (_, first), (found, second) = trained(True)
+    *_, (plain, _) = trained(False)
+    assert first == second > 0 and all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
 def gradients(pipe, weights, mode, blocks=False):
     """Images, and the gradient of a function of them in the LoRA's weights, through a run of three steps."""
     model = LatentModel(pipe)
@@ -183,12 +238,12 @@ def test_images_and_gradients_are_the_same_in_every_mode_under_a_lora_and_block_
     with compiled(pipe):
         for mode in MODES:
             close(gradients(pipe, weights, mode), plain[mode])
-        graphs = counters["stats"]["unique_graphs"]
+        few = graphs()
         with block_checkpointing(pipe.unet, pipe.vae):
             close(gradients(pipe, weights, "checkpoint"), plain["checkpoint"])
         with lora.off(pipe.unet), torch.no_grad():
             bare = pipe.unet(torch.ones(1, 4, 8, 8), torch.tensor(1), torch.ones(1, 4, pipelines.WIDTH))[0]
-    assert 4 <= graphs <= 40
+    assert 4 <= few <= 40
     with lora.off(pipe.unet), torch.no_grad():
         close([bare], [pipe.unet(torch.ones(1, 4, 8, 8), torch.tensor(1), torch.ones(1, 4, pipelines.WIDTH))[0]])
     again = gradients(pipe, weights, "full")
@@ -216,7 +271,7 @@ def test_an_attached_pipeline_draws_the_same_pictures(traced, make):
     plain = drawn()
     with compiled(pipe, dynamic=None):
         close(drawn(), plain)
-    assert counters["stats"]["unique_graphs"]
+    assert graphs()
 
 
 TOY = {"prompts": "animals", "max_train_steps": 2, "train_batch_size": 2, "num_inference_steps": 2}
