@@ -28,21 +28,13 @@ from solvers.samplers.catalogue import euler, sample
 from tests.support.dits import (
     DPM,
     TEXT,
-    chroma,
     flow,
     flux,
-    flux2,
     flux2_dev,
-    lumina2,
-    pixart,
-    qwen,
-    sana,
-    sd3,
     sprint,
-    wan,
-    zimage,
 )
-from tests.support.pipelines import WIDTH, ddim, sd, sdxl
+from tests.support.families import MADE
+from tests.support.pipelines import WIDTH, ddim, sd
 
 pytestmark = pytest.mark.filterwarnings("error:.*guides with its own scale")
 STEPS, SCALE = 3, 3.0
@@ -81,28 +73,24 @@ class Kind(NamedTuple):
 
 UNBINNED = {"use_resolution_binning": False, "negative_prompt": None}
 KINDS = {
-    "sd": Kind(lambda s: sd(scheduler=s), embeds(WIDTH)),
-    "sd-v": Kind(lambda s: sd(scheduler=s), embeds(WIDTH)),
-    "sdxl": Kind(lambda s: sdxl(scheduler=s), embeds(2 * WIDTH, WIDTH)),
-    "sd3": Kind(sd3, embeds(pooled=2 * WIDTH)),
-    "flux": Kind(flux, embeds(pooled=WIDTH), scale="true_cfg_scale"),
-    "flux-dev": Kind(partial(flux, guidance_embeds=True), embeds(pooled=WIDTH), scale="true_cfg_scale"),
-    "flux2": Kind(flux2, embeds(24)),
-    "chroma": Kind(chroma, {name: value.float() for name, value in embeds(mask="_attention_mask").items()}),
-    "pixart-alpha": Kind(
-        lambda s: pixart(diffusers.PixArtAlphaPipeline, s), embeds(mask="_attention_mask"), more=UNBINNED
-    ),
-    "pixart-sigma": Kind(lambda s: pixart(scheduler=s), embeds(mask="_attention_mask"), more=UNBINNED),
-    "sana": Kind(sana, embeds(mask="_attention_mask"), (32, 64), more=UNBINNED),
-    "sana-sigma": Kind(partial(sana, out_channels=8), embeds(mask="_attention_mask"), (32, 64), more=UNBINNED),
-    "wan": Kind(wan, embeds(), (16, 32), more={"num_frames": 5}, output="frames"),
-    "wan-experts": Kind(
-        partial(wan, experts=2, boundary_ratio=0.7), embeds(), (16, 32), more={"num_frames": 5}, output="frames"
-    ),
-    "qwen": Kind(qwen, embeds(mask="_embeds_mask", flag=False), scale="true_cfg_scale"),
-    "zimage": Kind(zimage, unpadded(embeds(8)), unguided=0.0),
-    "lumina2": Kind(lumina2, embeds(mask="_attention_mask"), (32, 48)),
-    "lumina2-raw": Kind(lumina2, embeds(mask="_attention_mask"), (32, 48), more={"cfg_normalization": False}),
+    "sd": Kind(MADE["sd"], embeds(WIDTH)),
+    "sd-v": Kind(MADE["sd-v"], embeds(WIDTH)),
+    "sdxl": Kind(MADE["sdxl"], embeds(2 * WIDTH, WIDTH)),
+    "sd3": Kind(MADE["sd3"], embeds(pooled=2 * WIDTH)),
+    "flux": Kind(MADE["flux"], embeds(pooled=WIDTH), scale="true_cfg_scale"),
+    "flux-dev": Kind(MADE["flux-dev"], embeds(pooled=WIDTH), scale="true_cfg_scale"),
+    "flux2": Kind(MADE["flux2"], embeds(24)),
+    "chroma": Kind(MADE["chroma"], {name: value.float() for name, value in embeds(mask="_attention_mask").items()}),
+    "pixart-alpha": Kind(MADE["pixart-alpha"], embeds(mask="_attention_mask"), more=UNBINNED),
+    "pixart-sigma": Kind(MADE["pixart-sigma"], embeds(mask="_attention_mask"), more=UNBINNED),
+    "sana": Kind(MADE["sana"], embeds(mask="_attention_mask"), (32, 64), more=UNBINNED),
+    "sana-sigma": Kind(MADE["sana-sigma"], embeds(mask="_attention_mask"), (32, 64), more=UNBINNED),
+    "wan": Kind(MADE["wan"], embeds(), (16, 32), more={"num_frames": 5}, output="frames"),
+    "wan-experts": Kind(MADE["wan-experts"], embeds(), (16, 32), more={"num_frames": 5}, output="frames"),
+    "qwen": Kind(MADE["qwen"], embeds(mask="_embeds_mask", flag=False), scale="true_cfg_scale"),
+    "zimage": Kind(MADE["zimage"], unpadded(embeds(8)), unguided=0.0),
+    "lumina2": Kind(MADE["lumina2"], embeds(mask="_attention_mask"), (32, 48)),
+    "lumina2-raw": Kind(MADE["lumina2"], embeds(mask="_attention_mask"), (32, 48), more={"cfg_normalization": False}),
 }
 VP = {key: ddim().config[key] for key in ("beta_start", "beta_end", "beta_schedule")}
 SCHEDULERS = {
