@@ -24,7 +24,7 @@ from difftune.configs.recipes import NFTConfig
 from difftune.errors import UserError
 from difftune.files.checkpoint import State
 from difftune.recipes.ddpo import ddpo_loss
-from difftune.rollouts.denoising import Draws, Said, draw_levels, said_at
+from difftune.rollouts.denoising import Draws, Said, draw_levels, said_at, served
 from difftune.rollouts.groups import judge_groups, part_rewards
 from difftune.rollouts.image_sampler import ImageSampler
 from difftune.rollouts.policy import per_element
@@ -211,10 +211,11 @@ def old_decay(schedule: str, step: int) -> float:
 def batch_draws(session: Session[NFTConfig], step: int, numbers: range, i: int) -> Draws:
     """The i-th level and noise of each image of an optimiser step: the sampler's own levels, in an order that is drawn
     for each image, or for DGPO for each group, which shares the noise too."""
-    config, levels = session.config, session.images.levels[:-1]
+    config, levels = session.config, served(session.images.model, session.images.levels[:-1])
     group = config.num_images_per_prompt if config.loss == "dgpo" else 1
     seeds = [f"{config.seed} nft {step} {number // group}" for number in numbers]
-    rows = [random.Random(seed).sample(range(len(levels)), config.levels_per_image)[i] for seed in seeds]
+    count = min(config.levels_per_image, len(levels))
+    rows = [random.Random(seed).sample(range(len(levels)), count)[i % count] for seed in seeds]
     return draw_levels(session.images.model, [f"{seed} {i}" for seed in seeds], levels, rows)
 
 

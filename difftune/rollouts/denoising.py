@@ -40,19 +40,28 @@ def draw(model: LatentModel, seeds: Sequence[str], among: Sequence[Noise] | None
     generators = [torch.Generator().manual_seed(random.Random(seed).getrandbits(63)) for seed in seeds]
     u = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])
     eps = torch.stack([torch.randn(model.shape(), generator=generator) for generator in generators])
-    alpha, sigma, t = levels(model, u) if among is None else some_levels(model, u, among)
+    alpha, sigma, t = levels(model, u) if among is None else some_levels(model, u, served(model, among))
     return Draws(*(value.float().to(model.device) for value in (alpha, sigma, t, eps)))
 
 
 def levels(model: LatentModel, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """alpha, sigma and timestep (B,) at the quantiles u (B,) in [0, 1) of the levels of the network's training."""
-    scheduler = model.pipe.scheduler
+    scheduler, low = model.pipe.scheduler, model.denoiser.low
     count = scheduler.config["num_train_timesteps"]
     if model.denoiser.prediction_type == "flow":
+        least = 0.0 if low is None else low.below / count
+        u = least + (1 - least) * u
         return 1 - u, u, count * u
     t = (u * count).long()
     power = scheduler.alphas_cumprod.double().cpu()[t]
     return power.sqrt(), (1 - power).sqrt(), t
+
+
+def served(model: LatentModel, among: Sequence[Noise]) -> list[Noise]:
+    """The levels at which the trained network serves: of Wan 2.2, whose first expert is trained, those above its
+    boundary."""
+    denoiser = model.denoiser
+    return [at for at in among if denoiser.serving(denoiser.clock(at)) is denoiser.network]
 
 
 def some_levels(model: LatentModel, u: Tensor, among: Sequence[Noise]) -> tuple[Tensor, Tensor, Tensor]:

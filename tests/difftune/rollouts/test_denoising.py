@@ -4,9 +4,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from difftune.rollouts.denoising import denoising_errors, draw, levels, some_levels
+from difftune.rollouts.denoising import denoising_errors, draw, levels, served, some_levels
 from solvers.latent import LatentModel
 from tests.support import dits, pipelines
+from tests.support.families import MADE
 
 SEEDS = ["a", "b", "c"]
 
@@ -86,3 +87,13 @@ def test_levels_of_a_sampler_are_drawn_as_they_are(make):
         assert (t[rows] == model.denoiser.clock(at).double()).all()
     whole = (t == t.round()).all()
     assert whole if make is pipelines.sd else not whole and torch.allclose(t, 1000 * sigma)
+
+
+def test_levels_of_the_second_expert_are_not_drawn():
+    """Those below the boundary of Wan 2.2, where the network that is trained never serves."""
+    model = LatentModel(MADE["wan-experts"](dits.flow()))
+    among = model.levels(6)[:-1]
+    seeds = [str(i) for i in range(40)]
+    anywhere, some = draw(model, seeds).timestep, draw(model, seeds, among).timestep
+    assert 700 <= anywhere.min() < 730 and anywhere.max() > 970
+    assert len(served(model, among)) == 3 == len(set(some.tolist())) and some.min() >= 700
