@@ -18,7 +18,7 @@ FOLDER = ROOT / "docs" / "images" / "measured"
 INK = "#808890"  # on white and on black alike
 STYLE = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK}
 STYLE |= {"svg.fonttype": "none", "svg.hashsalt": "difftune", "font.size": 10, "axes.grid": True, "grid.alpha": 0.25}
-COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#14b8a6", "#ec4899")
+COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#a16207", "#ec4899")
 NUMBER = r"[+-]?\d*\.\d+|[+-]?\d+"
 Rows = list[dict[str, str]]
 

@@ -16,6 +16,9 @@ def test_page(name):
     assert page.startswith(f"# {name}: ") and f"(guidance/{name}.md)" in overview
     kind = GUIDANCE[name].__name__
     assert f"`{kind}`" in page and f"`{kind}`" in overview
+    if name != "null-text":  # Python alone
+        commands = [part.partition("```")[0] for part in page.split("```bash\n")[1:]]
+        assert any("--guidance" in command and name in command for command in commands), "no command"
     if name in ("none", "null-text"):
         return
     for field in fields(GUIDANCE[name]):
