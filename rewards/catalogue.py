@@ -163,7 +163,8 @@ CATALOGUE: dict[str, Entry] = {
     "judge": shapes(
         "rewards.network.judge:Judge",
         "what a vision-language model behind a server of OpenAI's protocol (vLLM, SGLang) thinks of the picture",
-        range=(0, 5), resolution=None, preprocessing=SENT, licence="the model's"),
+        range=(0, 5), resolution=None, preprocessing=SENT, licence="the model's",
+        of_options="rewards.network.templates:of_template"),
     "remote": shapes(
         "rewards.network.remote:Remote",
         "the scores of `difftune rewards serve`, by its URL; on the command line the URL is the reward's name",

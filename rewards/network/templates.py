@@ -4,13 +4,13 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rewards.errors import RewardError
 from rewards.network import client
-from rewards.registry import unknown
+from rewards.registry import Entry, unknown
 
 NUMBER = r"([-+]?\d+(?:\.\d+)?)"
 
@@ -125,6 +125,11 @@ def template_named(name: str) -> Template:
     return Template(name)
 
 
+def of_template(about: Entry, options: Mapping[str, Any]) -> Entry:
+    """What is known of the judge whose template the options name."""
+    return replace(about, range=template_named(str(options.get("template", "yes"))).range)
+
+
 def _of_file(path: Path) -> Template:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -133,10 +138,10 @@ def _of_file(path: Path) -> Template:
         )
         for pattern in made.patterns:
             if re.compile(pattern).groups != 1:
-                raise ValueError(f"the pattern {pattern!r} does not have one group, the number")
+                raise RewardError(f"the pattern {pattern!r} does not have one group, the number")
         low, high = map(float, made.range)
         if "{prompt}" not in made.question or low >= high:
-            raise ValueError("a question needs {prompt} in it, and a range is two numbers")
+            raise RewardError("a question needs {prompt} in it, and a range is two numbers")
     except (OSError, ValueError, TypeError, AttributeError, re.error) as error:
         names = ", ".join(f.name for f in fields(Template))
         raise RewardError(f"{path} is not a template ({error}): write an object with some of {names}") from error

@@ -10,7 +10,7 @@ import torch
 from rewards.network import http
 from rewards.network.judge import Judge
 from rewards.network.templates import TEMPLATES, Template, numbers_of, probability_of_yes, read_answer, template_named
-from rewards.registry import load
+from rewards.registry import entry, load
 from tests.support.judge_server import RATIONAL, judging
 
 IMAGES = torch.arange(1, 9).view(8, 1, 1, 1).expand(8, 3, 4, 4) / 10
@@ -94,6 +94,15 @@ def test_a_template_of_a_file(tmp_path, url):
             template_named(str(file))
     with pytest.raises(ValueError, match="none.json is not a template"):
         template_named("none.json")
+
+
+def test_a_judge_has_the_range_of_its_template():
+    asked = "judge[url=http://host, model=m{}]"
+    for template, wanted in (("", (0, 1)), (", template=score", (1, 5)), (", template=rational-rewards", (1, 4)),
+                             (", template=Is it {prompt}?", (0, 1))):  # fmt: skip
+        assert entry(asked.format(template)).range == wanted
+    with pytest.raises(ValueError, match="did you mean 'score'"):
+        entry(asked.format(", template=scor"))
 
 
 def test_probabilities_of_yes_and_no_are_summed_over_their_forms():
