@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -18,7 +19,8 @@ FOLDER = ROOT / "docs" / "images" / "measured"
 INK = "#808890"  # on white and on black alike
 STYLE = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK}
 STYLE |= {"svg.fonttype": "none", "svg.hashsalt": "difftune", "font.size": 10, "axes.grid": True, "grid.alpha": 0.25}
-COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#a16207", "#ec4899")
+COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#a16207", "#ec4899", "#84cc16", "#64748b")
+MARKERS = "osD^vPX<*"
 NUMBER = r"[+-]?\d*\.\d+|[+-]?\d+"
 Rows = list[dict[str, str]]
 
@@ -51,24 +53,41 @@ def interval(text: str) -> tuple[float, float, float]:
 def guidance() -> Figure:
     """Prompts followed by CFG's scale, a line for each method, with intervals."""
     made = Figure(figsize=(7, 3.4), layout="constrained")
-    axes, rows = made.subplots(), table(*SOURCES["guidance"])
-    names = list(dict.fromkeys(row["method"] for row in rows if row["scale"] != "-"))
-    for shift, (name, color) in enumerate(zip(names, COLORS, strict=False)):
-        own = [row for row in rows if row["method"] == name]
-        y = [interval(row["ShapeEval"]) for row in own]
-        x = [float(row["scale"]) * 1.02**shift for row in own]  # side by side, so that intervals can be told apart
-        spread = [[m - low for m, low, _ in y], [high - m for m, _, high in y]]
-        axes.errorbar(x, [m for m, *_ in y], spread, marker="o", markersize=4, capsize=2, color=color, label=name)
-    for row in rows:
-        if row["scale"] == "-":
-            axes.axhline(interval(row["ShapeEval"])[0], color=INK, linestyle="--", linewidth=1, label=row["method"])
-    axes.set_xscale("log", base=2)
-    scales = sorted({float(row["scale"]) for row in rows if row["scale"] != "-"})
-    axes.set(xlabel="CFG's scale", ylabel="ShapeEval, 50 evaluations an image", xticks=scales)
-    axes.set_xticklabels([f"{scale:g}" for scale in scales])
-    axes.minorticks_off()
+    axes = made.subplots()
+    draw_scales(axes, table(*SOURCES["guidance"]), "ShapeEval", "ShapeEval, 50 evaluations an image")
     axes.legend(ncols=1, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return made
+
+
+def flow() -> Figure:
+    """The same on a flow, on prompts of up to three objects too."""
+    made, rows = Figure(figsize=(9, 3.6), layout="constrained"), table(*SOURCES["flow"])
+    panels = made.subplots(1, 2)
+    for axes, column in zip(panels, ("ShapeEval", "ShapeEval-hard"), strict=True):
+        draw_scales(axes, rows, column, f"{column}, {round(float(rows[0]['NFE']))} evaluations an image")
+    known = panels[0].get_legend_handles_labels()
+    panels[1].legend(*known, ncols=1, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return made
+
+
+def draw_scales(axes: Any, rows: Rows, column: str, label: str) -> None:
+    """A column by CFG's scale: a line with intervals for each method, dashed for one without a scale."""
+    rows = [row for row in rows if row[column] != "-"]
+    names = list(dict.fromkeys(row["method"] for row in rows if row["scale"] != "-"))
+    for shift, (name, color, marker) in enumerate(zip(names, COLORS, MARKERS, strict=False)):
+        own = [row for row in rows if row["method"] == name]
+        y = [interval(row[column]) for row in own]
+        x = [float(row["scale"]) * 1.02**shift for row in own]  # side by side, so that intervals can be told apart
+        spread = [[m - low for m, low, _ in y], [high - m for m, _, high in y]]
+        axes.errorbar(x, [m for m, *_ in y], spread, marker=marker, markersize=4, capsize=2, color=color, label=name)
+    for row in rows:
+        if row["scale"] == "-":
+            axes.axhline(interval(row[column])[0], color=INK, linestyle="--", linewidth=1, label=row["method"])
+    axes.set_xscale("log", base=2)
+    scales = sorted({float(row["scale"]) for row in rows if row["scale"] != "-"})
+    axes.set(xlabel="CFG's scale", ylabel=label, xticks=scales)
+    axes.set_xticklabels([f"{scale:g}" for scale in scales])
+    axes.minorticks_off()
 
 
 def recipes() -> Figure:
@@ -103,11 +122,12 @@ def searches() -> Figure:
     return made
 
 
-PLOTS = {"guidance": guidance, "recipes": recipes, "searches": searches}
+PLOTS = {"guidance": guidance, "flow": flow, "recipes": recipes, "searches": searches}
 
 
 SOURCES = {  # of each plot, its table
     "guidance": ("guidance/measured.md", "method", "scale", "ShapeEval", "Fréchet"),
+    "flow": ("guidance/measured.md", "method", "scale", "NFE", "ShapeEval", "ShapeEval-hard", "coverage"),
     "recipes": ("training.md", "recipe", "reward", "difference", "difference of the oracle"),
     "searches": ("search/trees.md", "NFE", "best-of-n", "dts-star"),
 }

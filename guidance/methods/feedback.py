@@ -77,7 +77,7 @@ class FBG(Scaled):
         if "fbg.log" not in path.memory or self.prior == 1:
             return torch.zeros(len(path.x), dtype=torch.float64, device=path.x.device)
         noted = {name: path.memory[f"fbg.{name}"] for name in ("x", "cond", "uncond", "time", "log")}
-        now, then = float(noted["time"][0]), time(at)
+        now, then = float(noted["time"][0].detach()), time(at)
         if then >= now:  # a step that is repeated from a higher level tells nothing
             return noted["log"]
         share, spread = transition(now, then)
