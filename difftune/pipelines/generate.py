@@ -147,9 +147,12 @@ def frames_for(pipe: Any, num_frames: int | None) -> dict[str, int]:
 
 
 def image_for(pipe: Any, file: str | None) -> dict[str, Any]:
-    """The picture that a pipeline begins from. UserError for one that takes none, or cannot do without."""
+    """The picture that a pipeline begins from. UserError for one that takes none, or cannot do without, or without a
+    mask."""
     taken = inspect.signature(type(pipe).__call__).parameters.get("image")
-    edits = any(word in type(pipe).__name__ for word in ("Img2Img", "Inpaint", "Kontext", "Edit"))
+    if "Inpaint" in type(pipe).__name__:
+        raise UserError(f"{type(pipe).__name__} fills a mask, which cannot be given here: attach to it in Python")
+    edits = any(word in type(pipe).__name__ for word in ("Img2Img", "Kontext", "Edit"))
     if file is None and edits:
         raise UserError(f"{type(pipe).__name__} begins from a picture: give its file as --image")
     if file is not None and taken is None:

@@ -43,6 +43,8 @@ def test_a_picture_is_edited_by_pipelines_that_begin_from_one(tmp_path):
     assert image_for(pipe, sampling.image)["image"].size == (24, 16) and batch.images.shape == (1, 3, 16, 16)
     with pytest.raises(UserError, match="FluxImg2ImgPipeline begins from a picture: give its file as --image"):
         image_for(pipe, None)
+    with pytest.raises(UserError, match="FluxInpaintPipeline fills a mask, which cannot be given here: attach to it"):
+        image_for(diffusers.FluxInpaintPipeline(**parts), str(tmp_path / "a.png"))
     with pytest.raises(UserError, match="StableDiffusionPipeline takes no picture: leave --image out"):
         image_for(pipelines.sd(), str(tmp_path / "a.png"))
 
