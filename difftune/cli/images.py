@@ -64,7 +64,11 @@ def sample(ctx: click.Context, as_json: bool, dry_run: bool, guidance_scale: flo
     if dry_run:
         show(found, as_json, planned(found))
         return
-    show(found, as_json, f"{len(found['images'])} images in {flags['output_dir']}, {found['nfe']:g} NFE each")
+    show(
+        found,
+        as_json,
+        f"{(n := len(found['images']))} image{'s' * (n > 1)} in {flags['output_dir']}, {found['nfe']:g} NFE each",
+    )
 
 
 @click.command(

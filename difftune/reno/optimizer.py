@@ -33,6 +33,7 @@ from difftune.reno.zero_order import ranked, started
 from guidance.invert import invert
 from guidance.methods.catalogue import Plain
 from rewards.compose import scaled_sum
+from solvers.families.table import family_of
 from solvers.latent import Generators, LatentModel
 from solvers.memory.budget import Plan
 from solvers.noise import Noise
@@ -57,6 +58,8 @@ class ReNO(NoiseSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        if isinstance(self.pipe, str):
+            family_of(self.pipe)  # which says how a model is loaded
         if needs_gradient(self.update):
             reward_weights(self.reward, gradient=True)
 

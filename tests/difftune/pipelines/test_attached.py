@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from difftune import models
+from difftune import ReNO, models, search
 from difftune.errors import UserError
 from difftune.pipelines.attached import attach
 from difftune.pipelines.method_parts import equip
@@ -56,3 +56,7 @@ def test_what_is_missing_is_named(pipe):
         attach(pipe, PerpNeg())
     with pytest.raises(UserError, match=r"'tiny' is the name of a model: load it first, as in pipe = load_model"):
         attach("tiny", CFG())
+    with pytest.raises(UserError, match="load it first"):
+        ReNO("tiny", reward="saturation")
+    with pytest.raises(UserError, match="load it first"):
+        search("tiny", "a red circle", reward="saturation")
