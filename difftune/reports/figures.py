@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 MAIN, HELD, BEST, PALE = "#2563eb", "#d97706", "#dc2626", "#94a3b8"
 DPI = 120
@@ -22,6 +23,7 @@ def panels(names: Sequence[str], x_label: str, width: float = 6.0, height: float
         each.grid(alpha=0.25)
         each.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel(x_label)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))  # steps, iterations and evaluations are counted
     return made, axes
 
 

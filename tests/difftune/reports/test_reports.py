@@ -30,6 +30,14 @@ def test_a_caption_is_as_large_as_its_cell_allows():
     )
 
 
+def test_what_is_counted_has_whole_numbers_on_its_axis():
+    """A curve of two iterations has no iteration 0.2."""
+    figure, [axes] = figures.panels(["reward"], "iteration")
+    figures.draw(axes, [0, 1], [0.1, 0.2])
+    figure.canvas.draw()
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
 def test_an_empty_place_stays_white_and_each_row_has_its_name():
     made = np.asarray(
         Image.open(BytesIO(sheets.sheet({"cfg": [Cell([picture(0.5)], "one"), None], "apg": [None, None]})))
