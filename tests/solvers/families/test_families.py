@@ -251,11 +251,11 @@ class Floor(NamedTuple):
 
 FLOORS = {
     "sana": Floor(3e-3, (1e-2, 1e-3)),
-    "wan": Floor(4e-4, (1e-1, 1e-2)),
-    "zimage": Floor(3e-4, (1e-3, 1e-4)),
+    "wan": Floor(3.9e-4, (1e-1, 1e-2)),
+    "zimage": Floor(4.8e-5, (5e-3, 1e-4)),
     "chroma": Floor(1.2e-4),
-    "lumina2": Floor(1.2e-4),
-    "": Floor(2e-5),
+    "lumina2": Floor(1.2e-4, (1e-2, 1e-3)),
+    "": Floor(1.5e-5),
 }
 
 
