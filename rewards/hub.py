@@ -132,13 +132,25 @@ def _arguments(reward: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def revisions(reward: str) -> dict[str, str]:
-    """The pinned revision of each file and of each model of the Hub that a reward is made of, so far as it is known."""
+    """What a reward is made of, so far as it is known: the pinned revision of each file and of each model of the Hub,
+    and the hash of each file that its options name, such as a reference picture, unless it is large."""
     found = {name: locks()[name].revision for name in entry(spelled(reward)[0]).weights}
     for value in _arguments(reward, {}).values():
-        record = _record(value) if isinstance(value, str) and _may_be_of_the_hub(value) else None
+        if not isinstance(value, str):
+            continue
+        record = _record(value) if _may_be_of_the_hub(value) else None
         if record is not None and record.is_file():
             found[value] = json.loads(record.read_text())["revision"]
+        elif _is_small_file(value):
+            found[value] = sha256(Path(value))
     return found
+
+
+def _is_small_file(text: str) -> bool:
+    """Whether a text names a file that is hashed in no time."""
+    with suppress(OSError, ValueError):  # a question is no name of a file
+        return Path(text).is_file() and Path(text).stat().st_size <= 2**26
+    return False
 
 
 def _may_be_of_the_hub(text: str) -> bool:

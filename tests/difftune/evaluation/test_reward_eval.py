@@ -28,6 +28,7 @@ from rewards import hub
 from rewards.hub import revisions
 from rewards.registry import REWARDS, Entry
 from rewards.simple import Contrast
+from tests.support import checkpoints
 from tests.support.pipelines import sd
 
 # ------------------------------------------------------------------------------------------------ lists of prompts
@@ -338,6 +339,21 @@ def test_a_score_that_is_no_number_names_its_picture_and_loses_none(folder, tmp_
     assert [(row["prompt"], row["seed"]) for row in found["images"]] == [("dark", 0), ("gray", 0), ("gray", 1)]
     assert found["rewards"]["chosen"]["overall"]["score"] == pytest.approx((50 + 95) / 2 / 255)
     assert found["trained_on"] is None and "nfe" not in found
+
+
+def test_a_reference_that_was_exchanged_gives_new_scores(folder, tmp_path):
+    """Of a reward that compares with a file: the scores that are kept are those of its bytes."""
+    reference, weights = tmp_path / "a.png", checkpoints.alexnet_file(tmp_path)
+    reward = (f"lpips[reference={reference}, weights={weights}]",)
+    config = EvalConfig(images=str(folder), reward=reward, output_dir=str(tmp_path / "out"))
+    means = []
+    for colour in ("red", "green", "green"):
+        Image.new("RGB", (8, 8), colour).save(reference)
+        found = run_eval(replace(config, resume_from_checkpoint="latest" if means else None))["rewards"][reward[0]]
+        means.append(found["overall"]["score"])
+    assert means[0] != means[1] == means[2]
+    kept = (tmp_path / "out" / "scores.jsonl").read_text().splitlines()
+    assert len(kept) == 2 * 4
 
 
 def test_pictures_without_captions_are_for_rewards_that_read_none(folder):
