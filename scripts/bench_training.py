@@ -206,7 +206,7 @@ def large(name: str, gpu: bool) -> Any:
     config = RECIPES[name].config(prompts="animals")
     if gpu:
         return replace(config, train_batch_size=4, num_inference_steps=10, mixed_precision="bf16")
-    few = {field: value for field, value in SHORT.items() if field in vars(config)}
+    few: dict[str, Any] = {field: value for field, value in SHORT.items() if field in vars(config)}
     return replace(config, train_batch_size=2, num_inference_steps=4, **few)
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import chain, count
 from operator import attrgetter
 from types import FunctionType
@@ -183,9 +183,15 @@ class NoGenerator(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
+        if any(map(_is_generator, map(type, args))) or any(map(_is_generator, map(type, kwargs.values()))):
             raise UserError(f"a torch.Generator is used inside the step: {DRAW_OUTSIDE}")
         return func(*args, **kwargs)
+
+
+@cache
+def _is_generator(kind: type) -> bool:
+    """By type, and each type once: `isinstance` asks Python code of torch's, at each argument of each operator."""
+    return issubclass(kind, torch.Generator)
 
 
 @contextmanager

@@ -193,6 +193,9 @@ def test_a_generator_inside_is_refused(gradient):
         def __call__(self, path, at):
             return super().__call__(Path(path.x + torch.randn(path.x.shape, generator=GENERATORS[0])), at)
 
+    class Own(torch.Generator):
+        pass
+
     GENERATORS = [generator]
     for step in (drawing, partial(drawing, source=generator), partial(partial(drawing), source=generator)):
         with pytest.raises(ValueError, match="the step holds a torch.Generator.*draw before the run"):
@@ -200,8 +203,9 @@ def test_a_generator_inside_is_refused(gradient):
     for noise in (generator, [generator] * 3):
         with pytest.raises(ValueError, match="noise is a torch.Generator.*a tensor a step"):
             rollout(ancestral, Toy(), X, LEVELS, gradient, noise)
-    with pytest.raises(ValueError, match="used inside the step.*draw before the run"):
-        rollout(euler, Augmented(), X, LEVELS, gradient)
+    for GENERATORS[0] in (generator, Own()):
+        with pytest.raises(ValueError, match="used inside the step.*draw before the run"):
+            rollout(euler, Augmented(), X, LEVELS, gradient)
     assert torch.randn(1, generator=generator).isfinite()  # outside of a run it serves on
 
 
