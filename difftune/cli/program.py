@@ -68,7 +68,12 @@ def _stop(message: str, code: int) -> None:
     sys.exit(code)
 
 
-@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Program,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="`difftune demo` shows all of it in minutes, without a GPU or a download; `difftune COMMAND --help` has the "
+    "flags of a command and an example; `difftune methods` lists what --guidance, --reward and the others take.",
+)
 @click.version_option(__version__)
 def cli() -> None:
     """Guide, search, optimise and align diffusion models with any reward."""

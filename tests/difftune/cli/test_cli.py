@@ -145,6 +145,11 @@ def test_score_weighs_rewards(picture):
     assert "jpeg" in succeed("score", "--reward", "jpeg", picture).stdout
 
 
+def test_the_first_page_says_where_to_begin():
+    said = " ".join(succeed("--help").stdout.split())
+    assert "`difftune demo` shows all of it" in said and "`difftune COMMAND --help` has the flags" in said
+
+
 def test_lists_and_doctor_print_json_alone():
     found = json.loads(succeed("methods", "--json").stdout)
     assert {"guidance", "samplers", "searches", "noise", "rewards", "recipes"} == found.keys()
