@@ -135,7 +135,7 @@ def _batch(pipe: Any, prompts: list[str], seeds: list[int], equipped: Equipped, 
 def uncond_for(pipe: Any, method: Guidance, batch: int) -> dict[str, Any]:
     """What a pipeline that guides on demand is told so that it prepares the unconditional branch, if the method needs
     it. Nothing for a network that was distilled over guidance scales, which a method of that branch is no use to."""
-    return family_of(pipe).prepared(batch) if needs_uncond(method) and not scale_setting(pipe) else {}
+    return family_of(pipe).uncond_call(batch) if needs_uncond(method) and not scale_setting(pipe) else {}
 
 
 def frames_for(pipe: Any, num_frames: int | None) -> dict[str, int]:

@@ -82,7 +82,7 @@ class Family:
     embeds: str = "guidance_embeds"  # the network's setting that says that it is told a guidance scale
     unguided: float = 1.0  # the pipeline's guidance scale without guidance: s = 0 where out = c + s (c - u)
     prepare: str = "guidance_scale > 1"  # how a user has the pipeline prepare the unconditional branch
-    prepared: Callable[[int], dict[str, Any]] = lambda batch: {}  # what it is told for that beside its defaults
+    uncond_call: Callable[[int], dict[str, Any]] = lambda batch: {}  # arguments for that, of so many prompts
     patches: Mapping[str, Patch] = field(default_factory=dict)
 
     def patched(self, network: Any, name: str) -> AbstractContextManager[Any]:
@@ -162,5 +162,5 @@ transformer_family = partial(Family, denoisers=("transformer",), batched=True, o
 sequential_family = partial(transformer_family, batched=False, order=("cond", "uncond"))
 TRUE_CFG: dict[str, Any] = {  # of pipelines that guide where both are given
     "prepare": "true_cfg_scale > 1 and a negative prompt",
-    "prepared": lambda batch: {"true_cfg_scale": 2.0, "negative_prompt": [""] * batch},
+    "uncond_call": lambda batch: {"true_cfg_scale": 2.0, "negative_prompt": [""] * batch},
 }
