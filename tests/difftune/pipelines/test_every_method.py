@@ -26,7 +26,16 @@ GIVEN = {  # the negative that a user gives; and a random network needs more of 
     "nasa": {"negative": "a blue square"},
     "nag": {"negative": "a blue square"},
 }
-PAIRS = [(family, name) for family in EVERY for name in GUIDANCE if name != "none"]
+LONG = [pytest.param("flux2", "gfcg", marks=pytest.mark.slow)]  # it reads the prompts of 18 classes
+PAIRS = [
+    *(
+        (family, name)
+        for family in EVERY
+        for name in GUIDANCE
+        if name != "none" and (family, name) != ("flux2", "gfcg")
+    ),
+    *LONG,
+]
 
 
 @cache
