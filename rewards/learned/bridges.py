@@ -127,8 +127,12 @@ class TorchMetrics:
     """A function of `torchmetrics.functional.image`, such as structural_similarity_index_measure, negated if lower is
     better.
 
-    It is called on one picture at a time, in [0, 1], with `reference` if it takes a target, and with `options`. Raises
-    ValueError for an unknown function.
+    It is called on one picture at a time, in [0, 1], with `reference` if it takes a target, and with `options`; a
+    function whose pictures are in [-1, 1] unless it is told `normalize` is told. Raises ValueError for an unknown
+    function, and for one that takes more than a picture and a reference.
+
+    learned_perceptual_image_patch_similarity builds its network anew for every picture, and downloads it without a
+    hash: the reward `lpips` is the same distance by AlexNet without either.
     """
 
     differentiable = True
@@ -145,10 +149,12 @@ class TorchMetrics:
         if metric not in names:
             raise RewardError(unknown("function of torchmetrics.functional.image", metric, names))
         function: Callable[..., Any] = known[metric]
-        takes = list(inspect.signature(function).parameters)
-        own = {"data_range": 1.0} if "data_range" in takes else {}
-        self.reference = compared(reference, metric, len(takes) > 1 and takes[1] in ("target", "img2"))
-        self.function = partial(function, **own | dict(options or {}))
+        takes = inspect.signature(function).parameters
+        told = of_unit_range(takes) | dict(options or {})
+        compares = list(takes)[1:2] in (["target"], ["img2"])
+        fits(metric, takes, told, 2 if compares else 1)
+        self.reference = compared(reference, metric, compares)
+        self.function = partial(function, **told)
         self.sign = -1.0 if metric in LOWER else 1.0
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -165,3 +171,20 @@ class TorchMetrics:
         if not isinstance(found, Tensor) or found.numel() != 1:
             raise RewardError("this function of torchmetrics gives no single number for a picture: choose another")
         return self.sign * found.float().reshape(())
+
+
+def of_unit_range(takes: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """What tells a function of these parameters that pictures are within [0, 1]."""
+    range_of = {"data_range": 1.0} if "data_range" in takes else {}
+    signed = "normalize" in takes and takes["normalize"].default is False  # that of MS-SSIM is another thing
+    return range_of | ({"normalize": True} if signed else {})
+
+
+def fits(metric: str, takes: Mapping[str, inspect.Parameter], told: Mapping[str, Any], pictures: int) -> None:
+    """RewardError if a function needs more than so many pictures and what it is told."""
+    needs = [name for name, about in takes.items() if about.default is about.empty and name not in told]
+    if more := needs[pictures:]:
+        has = "a picture and a reference" if pictures == 2 else "a picture"
+        raise RewardError(
+            f"{metric} needs {' and '.join(more)} besides {has}, which a reward does not have: choose another function"
+        )

@@ -135,7 +135,18 @@ def functional(monkeypatch):
     def image_gradients(img):
         return img, img
 
-    library = types.SimpleNamespace(**{f.__name__: f for f in (peak_signal, total_variation, image_gradients)})
+    def perceptual(img1, img2, net_type="alex", normalize=False):
+        x, y = (2 * img - 1 if normalize else img for img in (img1, img2))
+        return (x - y).square().mean()
+
+    def multiscale(preds, target, normalize="relu"):
+        return preds.mean() if normalize == "relu" else None
+
+    def distortion(preds, ms, pan, window=7):
+        return preds.mean()
+
+    functions = (peak_signal, total_variation, image_gradients, perceptual, multiscale, distortion)
+    library = types.SimpleNamespace(**{f.__name__: f for f in functions})
     monkeypatch.setattr(bridges.util, "find_spec", lambda name: name)
     monkeypatch.setattr(bridges, "import_module", lambda name: library)
 
@@ -151,6 +162,18 @@ def test_functions_of_torchmetrics_are_called_on_each_picture(functional):
         load("torchmetrics", metric="image_gradients")(IMAGES, [""] * 3)
     with pytest.raises(ValueError, match="did you mean 'total_variation'"):
         load("torchmetrics", metric="total_varation")
+
+
+def test_functions_of_torchmetrics_are_told_the_range_or_refused(functional):
+    """normalize=True where it says that pictures are in [0, 1]; what needs a third picture is no reward."""
+    found = load("torchmetrics", metric="perceptual", reference=IMAGES[2])(IMAGES, [""] * 3)
+    torch.testing.assert_close(found, 4 * (IMAGES - IMAGES[2]).square().mean((1, 2, 3)))
+    signed = load("torchmetrics", metric="perceptual", reference=IMAGES[2], options={"normalize": False})
+    torch.testing.assert_close(4 * signed(IMAGES, [""] * 3), found)
+    found = load("torchmetrics", metric="multiscale", reference=IMAGES[2])(IMAGES, [""] * 3)
+    torch.testing.assert_close(found, IMAGES.mean((1, 2, 3)))
+    with pytest.raises(ValueError, match=r"^distortion needs ms and pan besides a picture, which a reward does not"):
+        load("torchmetrics", metric="distortion")
 
 
 @pytest.mark.skipif(util.find_spec("torchmetrics") is None, reason="needs the package 'torchmetrics'")
