@@ -17,6 +17,7 @@ from difftune.files.text import parse_json, read_text
 from rewards import hub
 from rewards.registry import entry
 
+LEVEL = 0.05  # of the p value that a difference counts at
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the pictures' scores
 
 
@@ -92,7 +93,7 @@ def pair_up(now: Evaluated, then: Evaluated) -> Pairs:
 
 
 def change_of(now: Evaluated, then: Evaluated, pairs: Pairs, reward: str, category: str | None = None) -> Change:
-    """The change of a reward over the shared prompts, or over those of a category."""
+    """The change of a reward over the shared prompts, or over those of a category, of which there must be some."""
     after, before = now.means(reward, pairs.keys), then.means(reward, pairs.keys)
     prompts = [p for p in pairs.prompts if category is None or now.categories[p] == category]
     bounds = None if bounds_of(reward) is None else (-1.0, 1.0)
@@ -110,7 +111,11 @@ def bounds_of(reward: str) -> tuple[float, float] | None:
 
 
 def summarise(now: Evaluated, then: Evaluated | None) -> dict[str, Any]:
-    """The contents of eval.json about the rewards: each one's means, and its change if there is a baseline."""
+    """The contents of eval.json about the rewards: each one's means, and its change if there is a baseline.
+
+    A difference counts if its interval leaves out 0 and its p value, adjusted by Holm, is at most `LEVEL`: of few
+    prompts the bootstrap's interval alone is too narrow. Those of categories are not adjusted, and none counts.
+    """
     pairs = None if then is None else pair_up(now, then)
     found = {name: reward_summary(now, name) for name in now.scores}
     if then is None or pairs is None:
@@ -119,14 +124,14 @@ def summarise(now: Evaluated, then: Evaluated | None) -> dict[str, Any]:
     adjusted = holm({name: change.p for name, change in changes.items()})
     for name, change in changes.items():
         found[name]["difference"] = {
-            **as_numbers(change.difference),
-            "counts": change.difference.excludes_zero,
-            "p": change.p,
+            **difference_of(change),
+            "counts": change.difference.excludes_zero and adjusted[name] <= LEVEL,
             "p_holm": adjusted[name],
-            "n_prompts": len(pairs.prompts),
         }
         found[name]["win_rate"] = asdict(change.wins)
         found[name]["baseline"] = as_numbers(mean_of(then, name, pairs))
+        for kind in found[name]["categories"].keys() & {now.categories[prompt] for prompt in pairs.prompts}:
+            found[name]["categories"][kind]["difference"] = difference_of(change_of(now, then, pairs, name, kind))
     return {"rewards": found, "paired_by": pairs.by, "comparisons": len(changes)}
 
 
@@ -134,13 +139,10 @@ def reward_summary(now: Evaluated, reward: str) -> dict[str, Any]:
     """A reward's mean, over all prompts and by category, and what a reader must know of it."""
     about, means = entry(reward), now.means(reward)
     names = [name for name in dict.fromkeys(now.categories.values()) if name]
-    by_category = {
-        name: as_numbers(estimate([means[p] for p in means if now.categories[p] == name], bounds_of(reward)))
-        for name in names
-    }
+    of_kind = {name: [means[p] for p in means if now.categories[p] == name] for name in names}
     return {
-        "overall": {**as_numbers(estimate(list(means.values()), bounds_of(reward))), "n_prompts": len(means)},
-        "categories": by_category,
+        "overall": counted(list(means.values()), reward),
+        "categories": {name: counted(values, reward) for name, values in of_kind.items()},
         "quantiles": dict(zip(map(str, QUANTILES), np.quantile(now.scores[reward], QUANTILES).tolist(), strict=True)),
         "trained_on": None if now.trained is None else is_trained(reward, now.trained),
         "higher_is_better": about.higher_is_better,
@@ -149,6 +151,15 @@ def reward_summary(now: Evaluated, reward: str) -> dict[str, Any]:
         "noncommercial": about.noncommercial,
         "revisions": hub.revisions(reward),
     }
+
+
+def counted(means: Sequence[float], reward: str) -> dict[str, Any]:
+    """The mean of these prompts' means, and their number."""
+    return {**as_numbers(estimate(means, bounds_of(reward))), "n_prompts": len(means)}
+
+
+def difference_of(change: Change) -> dict[str, Any]:
+    return {**as_numbers(change.difference), "p": change.p, "n_prompts": change.wins.n}
 
 
 def mean_of(found: Evaluated, reward: str, pairs: Pairs) -> Estimate:

@@ -21,7 +21,7 @@ from difftune.errors import RunError, UserError
 from difftune.evaluation import drawn, judged, run_folder
 from difftune.evaluation.paired import compare_prompts, holm, sign_flip_p
 from difftune.evaluation.prompt_lists import ELSEWHERE, FETCHED, FOLDER, SHIPPED, read_entries
-from difftune.evaluation.results import Evaluated, change_of, pair_up, read_evaluated
+from difftune.evaluation.results import Evaluated, change_of, pair_up, read_evaluated, summarise
 from difftune.evaluation.run_folder import run_eval
 from difftune.evaluation.trained import is_trained, rewards_of_loras, rewards_of_pictures
 from rewards import hub
@@ -191,6 +191,34 @@ def test_pairs_are_of_the_seeds_that_both_have_or_of_prompts():
     assert change_of(now, other, pairs, "brightness").difference.score == pytest.approx((1.0 - 1.5) / 2)
     with pytest.raises(UserError, match="shares no prompt"):
         pair_up(now, scored({"d": [1.0]}))
+
+
+def of_kinds(scores, rewards):
+    """An evaluation of one picture of each prompt, every other prompt of kind "x"."""
+    images = [drawn.EvalImage("", str(i), "xy"[i % 2], 0) for i in range(len(scores))]
+    return Evaluated(images, dict.fromkeys(rewards, scores))
+
+
+@pytest.mark.parametrize(
+    ("rise", "rewards", "counts"),
+    [
+        ([1.0, 2.0], ["jpeg"], False),  # an interval of [1, 2], but p = 0.5
+        ([1.0, 2.0, 1.5, 1.2, 1.1, 1.3], ["jpeg"], True),  # p = 2 / 64
+        ([1.0, 2.0, 1.5, 1.2, 1.1, 1.3], ["jpeg", "contrast"], False),  # and 4 / 64 by Holm
+    ],
+)
+def test_a_difference_counts_by_its_interval_and_its_adjusted_p(rise, rewards, counts):
+    found = summarise(of_kinds(rise, rewards), of_kinds([0.0] * len(rise), rewards))["rewards"]
+    for facts in found.values():
+        assert facts["difference"]["low"] > 0 and facts["difference"]["counts"] is counts
+
+
+def test_categories_have_their_prompts_and_their_difference():
+    now, then = of_kinds([1.0, 5.0, 3.0], ["jpeg"]), of_kinds([0.5], ["jpeg"])
+    kinds = summarise(now, then)["rewards"]["jpeg"]["categories"]
+    assert (kinds["x"]["score"], kinds["x"]["n_prompts"], kinds["y"]["n_prompts"]) == (2.0, 2, 1)
+    assert (kinds["x"]["difference"]["score"], kinds["x"]["difference"]["n_prompts"]) == (0.5, 1)
+    assert "difference" not in kinds["y"]  # the baseline has no prompt of this kind
 
 
 # ------------------------------------------------------------------------------------------------ a model's pictures
