@@ -68,14 +68,18 @@ def _once(url: str, body: bytes, token: str, read: Callable[[Any], Found], serve
             why = f"{server} refused with {error.code}: {_sentence(error)}"
         if error.code in patience.again:
             raise Busy(why, seconds_of(error.headers.get("Retry-After"))) from error
-        raise (Denied if error.code in DENIED else Unreachable)(why) from error
+        raise (Denied(why, error.code) if error.code in DENIED else Unreachable(why)) from error
     except (OSError, HTTPException, ValueError, RecursionError) as error:
         why = f"no scores from {server}: {quoted(str(error) or type(error).__name__)}"
         raise (Busy(why) if passing(error) else Unreachable(why)) from error
 
 
 class Denied(Unreachable):
-    """A server that refuses the request itself: the path, the token, or what is asked."""
+    """A server that refuses the request itself: the path, the token, or what is asked; with its status."""
+
+    def __init__(self, why: str, status: int):
+        super().__init__(why)
+        self.status = status
 
 
 class Busy(Unreachable):

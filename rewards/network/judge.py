@@ -33,11 +33,14 @@ class Judge:
     with patterns reads numbers from the answer, and the score is their mean. `concurrency` pictures are asked about at
     a time; no score depends on their order. Equal pictures under equal prompts are asked about once.
 
-    A picture whose answer cannot be had, after `retries` of what may pass (429, any 5xx, a broken connection), or
-    cannot be read, has the score NaN, and a warning says how many there were and why: a training step is then skipped,
-    and none is rewarded with a number that nobody gave. The first retry comes after `pause` seconds and each further
-    one after twice as many, 30 at most, or when the server says. Raises ConnectionError if the server refuses the
-    request itself (400, 401, 403, 404), ValueError for a template without {prompt} and a URL that is none.
+    A request is sent again, `retries` times, if the server may soon answer (429, any 5xx, a broken connection): first
+    after `pause` seconds, then after twice as many, and so on, 30 at most, or when the server says. A picture that has
+    no answer then, or one that cannot be read, has the score NaN, and a warning says how many there were and why: a
+    training step is then skipped, and none is rewarded with a number that nobody gave.
+
+    Raises ConnectionError if the server refuses all requests: one by 401, 403 or 404, or every one of a batch by 400
+    before it ever answered; a 400 beside answers is of that picture, which has NaN. Answers that came are kept. Raises
+    ValueError for a template without {prompt}, and for a URL that does not start with http:// or https://.
     """
 
     url: str  # up to /v1, as in http://localhost:8000
@@ -72,9 +75,16 @@ class Judge:
         with ThreadPoolExecutor(self.concurrency) as pool:
             found = dict(zip(todo, pool.map(lambda pair: self._asked(*pair), todo.values()), strict=True))
         self.answered.update({key: score for key, score in found.items() if isinstance(score, float)})
-        self._warn([why for why in found.values() if isinstance(why, str)], len(prompts))
+        failures = [why for why in found.values() if isinstance(why, Unreachable)]
+        if denied := next((why for why in failures if self._denies(why)), None):
+            raise denied
+        self._warn(failures, len(prompts))
         scores = [self.answered.get(key, math.nan) for key in keys]
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
+
+    def _denies(self, why: Unreachable) -> bool:
+        """Whether the server refuses every request, and not a picture alone."""
+        return isinstance(why, client.Denied) and (why.status != 400 or not self.answered)
 
     @cached_property
     def asks(self) -> Template:
@@ -83,7 +93,7 @@ class Judge:
     def _key(self, picture: bytes, prompt: str) -> str:
         return hashlib.sha256(prompt.encode("utf-8", "surrogatepass") + b"\0" + picture).hexdigest()
 
-    def _asked(self, picture: bytes, prompt: str) -> float | str:
+    def _asked(self, picture: bytes, prompt: str) -> float | Unreachable:
         """The score, or why there is none."""
         server = f"the judge {self.url}"
         url = f"{self.url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
@@ -92,10 +102,8 @@ class Judge:
         patience = client.Patience(timeout, self.retries, self.pause, client.FAILED)
         try:
             return client.post(url, self.body(picture, prompt), token(), read, server, patience)
-        except client.Denied:
-            raise
         except Unreachable as error:
-            return str(error)
+            return error
 
     def body(self, picture: bytes, prompt: str) -> dict[str, Any]:
         """The request about one picture."""
@@ -113,7 +121,7 @@ class Judge:
         return asked | dict(self.extra)
 
     @staticmethod
-    def _warn(reasons: Sequence[str], count: int) -> None:
+    def _warn(reasons: Sequence[Unreachable], count: int) -> None:
         if reasons:
             warnings.warn(f"{len(reasons)} of {count} pictures have no score: {reasons[0]}", stacklevel=4)
 

@@ -28,8 +28,13 @@ class Template:
     timeout: float = 60.0  # seconds of one answer, if the judge is given none
 
 
+# a number that is not an end of the scale, as the 5 of "4/5", "4 out of 5", "from 1 to 5" and "1-5"
+ALONE = rf"(?<![\d./-])(?<!/ )(?<!\bof )(?<!\bto )(?<!\bfrom ){NUMBER}"
+
+
 def _axis(name: str) -> str:
-    return rf"{name} Score(?: \(1-5\))?\s*:\s*{NUMBER}"
+    """The number behind a name, which Markdown may set in bold."""
+    return rf"{name} Score(?:[\s*_]*\(1-5\))?[\s:*_]*{NUMBER}"
 
 
 RATIONAL_AXES = ("Text Faithfulness", "Physical and Visual Quality", "Text Rendering")
@@ -46,7 +51,7 @@ TEMPLATES = {
     "vqascore": Template('Does this figure show "{prompt}"? Please answer Yes or No.', of_all=True),
     "score": Template(
         'How well does this picture show "{prompt}", from 1 (not at all) to 5 (exactly)? Answer with the number alone.',
-        (NUMBER,),
+        (ALONE,),
         (1, 5),
         max_tokens=8,
     ),
@@ -59,7 +64,7 @@ TEMPLATES = {
         "color accuracy, and overall aesthetic appeal.\n"
         "Based on the above criteria, assign a score from 1 to 5 after 'Final Score:'.\n"
         "Your task is provided as follows:\nText Caption: [{prompt}]",
-        (rf"Final Score:\s*{NUMBER}",),
+        (_axis("Final"),),
         (1, 5),
         max_tokens=512,
     ),
@@ -114,7 +119,7 @@ TEMPLATES = {
 
 def template_named(name: str) -> Template:
     """The template of that name, of a JSON file with the fields of `Template`, or a question that is answered by yes or
-    no. Raises ValueError for a file that is none, and for a question without {prompt}."""
+    no. Raises ValueError for a file that is not a template, and for a question without {prompt}."""
     if name in TEMPLATES:
         return TEMPLATES[name]
     if name.endswith(".json"):
@@ -166,6 +171,8 @@ def probability_of_yes(tokens: Sequence[Mapping[str, Any]], of_all: bool) -> flo
     for told in tokens:
         word, logarithm = told["token"].strip().lower(), told["logprob"]
         if word in chance and type(logarithm) in (int, float):
+            if math.isnan(logarithm):
+                raise RewardError(f"the log-probability that it tells of {word!r} is no number")
             chance[word] += math.exp(min(logarithm, 0.0))
     if not any(chance.values()):
         raise RewardError("neither yes nor no is among the tokens that it might have answered")
@@ -173,7 +180,10 @@ def probability_of_yes(tokens: Sequence[Mapping[str, Any]], of_all: bool) -> flo
 
 
 def numbers_of(text: str, template: Template) -> float:
-    """The mean of the numbers that the patterns find, the last of each, where they lie in the range; N/A counts not."""
+    """The mean of the numbers that the patterns find, the last of each; N/A is left out.
+
+    Raises ValueError if one is missing or outside the range.
+    """
     low, high = template.range
     last = [re.findall(pattern, text, re.IGNORECASE)[-1:] for pattern in template.patterns]
     found = [float(said[0]) for said in last if said and said[0].upper() != "N/A"]

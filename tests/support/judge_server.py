@@ -25,6 +25,8 @@ BAD = {  # what a prompt asks for: status, body
     "undecided": (200, '{"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": "I", "logprob": 0}]}]}}]}'),
     "broken": (500, "{}"),
     "teapot": (418, "{}"),
+    "unsure": (200, '{"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": "yes", "logprob": NaN}]}]}}]}'),
+    "too large": (400, '{"error": "the picture is too large"}'),
     "wrong model": (404, '{"error": "no such model\\u001b[31m"}'),
 }
 ONCE = {  # what a prompt asks for before its first answer: status, headers; none: no answer at all

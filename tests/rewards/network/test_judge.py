@@ -2,7 +2,9 @@
 
 import json
 import math
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -123,6 +125,27 @@ def test_numbers_of_an_answer_are_read_or_refused():
             numbers_of(wrong, template)
 
 
+@pytest.mark.parametrize(
+    ("said", "template", "score"),
+    [
+        ("4/5", "score", 4), ("4 / 5", "score", 4), ("4 out of 5", "score", 4), ("4 of 5.0", "score", 4),
+        ("**4**/5", "score", 4), ("Score: 3.5", "score", 3.5), ("4, on a scale from 1 to 5", "score", 4),
+        ("From 1 to 5: 2", "score", 2), ("On 1-5: 4", "score", 4), ("4.", "score", 4),
+        ("Final Score: **4**", "unified-reward", 4), ("**Final Score:** 4/5", "unified-reward", 4),
+        ("**Final Score**: 4.25", "unified-reward", 4.25), ("Final Score (1-5): 3", "unified-reward", 3),
+        (ANSWER.replace("Alignment Score (1-5): 2.6947", "**Alignment Score (1-5)**: **3**"), "unified-reward-2", 3.5),
+    ],
+)  # fmt: skip
+def test_a_number_is_read_beside_its_scale_and_in_bold(said, template, score):
+    assert numbers_of(said, TEMPLATES[template]) == score
+
+
+@pytest.mark.parametrize("said", ["-4", "6/5", "45", "", "none out of 5"])
+def test_a_number_of_another_scale_is_refused(said):
+    with pytest.raises(ValueError, match="its answer has no score from 1 to 5"):
+        numbers_of(said, TEMPLATES["score"])
+
+
 @pytest.mark.parametrize("answer", [None, [], {"choices": [None]}, {"choices": [{"logprobs": {"content": [{}]}}]}])
 def test_an_answer_of_another_form_is_named(answer):
     with pytest.raises(ValueError, match=r"it answered without choices\[0\]\.logprobs"):
@@ -158,6 +181,8 @@ def test_the_request_is_what_the_protocol_wants(monkeypatch):
         ("empty", "it answered without choices"),
         ("list", "it answered without choices"),
         ("undecided", "neither yes nor no is among the tokens"),
+        ("unsure", "the log-probability that it tells of 'yes' is no number"),
+        ("too large", "refused with 400: the picture is too large"),
         ("broken", "refused with 500"),
         ("teapot", "refused with 418"),
     ],
@@ -175,9 +200,13 @@ def test_a_slow_answer_is_given_up(url):
         assert Judge(url, "m", timeout=0.3)(IMAGES[:1], ["slow"]).isnan()
 
 
-def test_a_request_that_is_denied_is_an_error_at_once(url):
+def test_a_request_that_is_denied_is_an_error_that_loses_no_answer(url):
+    judge = Judge(url, "m")
+    with pytest.raises(ConnectionError, match=r"the judge .* refused with 400: the picture is too large"):
+        judge(IMAGES[:1], ["too large"])
     with pytest.raises(ConnectionError, match=r"the judge .* refused with 404: no such model\\x1b\[31m"):
-        Judge(url, "m")(IMAGES[:1], ["wrong model"])
+        judge(IMAGES, ["wrong model", *PROMPTS[1:]])
+    assert sorted(judge.answered.values()) == pytest.approx(brightness(IMAGES)[1:].tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -194,12 +223,47 @@ def test_settings_that_cannot_be_are_refused(options, sentence):
         Judge(**{"url": "http://host", "model": "m"} | options)
 
 
-def test_equal_pictures_are_asked_about_once_and_in_parallel(url):
-    judge = Judge(url, "m")
-    judge(IMAGES, PROMPTS)
-    asked = len(judge.answered)
-    judge(IMAGES.flip(0), PROMPTS[::-1])
-    assert asked == len(judge.answered) == 8
+class Counting(BaseHTTPRequestHandler):
+    """Counts requests and those that are open at once, and holds each until `most` are, or a minute has passed."""
+
+    most, lock = 4, threading.Lock()
+    posts = open = peak = 0
+    full: threading.Event
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        counts = type(self)
+        with self.lock:
+            counts.posts, counts.open = counts.posts + 1, counts.open + 1
+            counts.peak = max(counts.peak, counts.open)
+            if counts.open == self.most:
+                self.full.set()
+        self.full.wait(60)
+        self.full.set()
+        body = json.dumps({"choices": [{"message": {"content": "3"}}]}).encode()
+        with self.lock:  # before the client knows, which then sends its next
+            counts.open -= 1
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_equal_pictures_are_asked_about_once_and_in_parallel():
+    counts = type("Counts", (Counting,), {"full": threading.Event()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), counts)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        judge = Judge(f"http://127.0.0.1:{server.server_port}", "m", "score", concurrency=counts.most, timeout=120)
+        twice = judge(torch.cat([IMAGES, IMAGES]), PROMPTS * 2)
+        assert twice.tolist() == judge(IMAGES.flip(0), PROMPTS[::-1]).tolist() * 2 == [3.0] * 16
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (counts.posts, counts.peak) == (8, counts.most)
 
 
 @pytest.fixture
