@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Prediction(NamedTuple):
     memory: Memory = {}
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """A diffusion model; `prediction_type` is the space of its raw output: eps, v, x0 or flow."""
 

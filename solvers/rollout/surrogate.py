@@ -1,9 +1,10 @@
 """Surrogate gradients: the run's own end, with the gradient of a shorter or of a straighter one.
 
 A step from x_i adds to the latent what the network emits there, and carries the rest along a line. What is emitted is a
-velocity v on the levels of a flow, and eps elsewhere. Held, it is taken as the network's own and not as a function of
-x_i: then the gradient of the end passes around the network, and no product of its Jacobians arises. On a flow with
-steps D_i = t_{i+1} - t_i, g_i = dv_i / dtheta and J_j = dv_j / dx, the end's gradient is
+velocity v on the levels of a flow, v of a network that predicts v, and eps elsewhere. Held, it is taken as the
+network's own and not as a function of x_i: then the gradient of the end passes around the network, and no product of
+its Jacobians arises. On a flow with steps D_i = t_{i+1} - t_i, g_i = dv_i / dtheta and J_j = dv_j / dx, the end's
+gradient is
 
     "MASK,SCALE:held"          SCALE sum of D_i g_i over the steps with a 1           (FlowBP, arXiv 2606.11075; DRTune)
     "MASK,SCALE,J,ALPHA:bridge"   the same, and where the J-th step is met, ALPHA of its Jacobian goes along
@@ -17,10 +18,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from solvers.denoiser import Path, Predict, Prediction, lines, widen
+from solvers.denoiser import Denoiser, Path, Predict, Prediction, lines, widen
 from solvers.errors import UserError
 from solvers.noise import Noise
-from solvers.rollout.recompute import Recomputed
+from solvers.rollout.recompute import Recomputed, reachable
 from solvers.rollout.run import Run, descend, first, step_of
 from solvers.samplers.step import renoise
 
@@ -119,7 +120,7 @@ class Held:
     predict: Predict
     scale: float
     alpha: float
-    flow: bool  # whether a velocity is held, or eps
+    space: str  # of what is held: flow, v or eps
 
     @property
     def tensors(self) -> Sequence[Tensor]:
@@ -133,18 +134,37 @@ class Held:
         else:
             with torch.no_grad():
                 said = self.predict(start, at)
-        space = "flow" if self.flow else "x0" if at.alpha == 0 else "eps"
-        out = {"flow": said.eps - said.x0, "x0": said.x0, "eps": said.eps}[space]
+        space = "x0" if self.space == "eps" and at.alpha == 0 else self.space
+        out = said_in(space, said, at)
         p, q, m, n = lines(space, at)
         moved, learnt = path.x - start.x, self.scale * (out - out.detach())  # zeros, with the gradients
         x0 = said.x0.detach() + p * moved + q * learnt
         return said._replace(x0=x0, eps=said.eps.detach() + m * moved + n * learnt)
 
 
+def said_in(space: str, said: Prediction, at: Noise) -> Tensor:
+    """The prediction as an output in `space`: the inverse of `lines`."""
+    if space == "flow":
+        return said.eps - said.x0
+    return at.alpha * said.eps - at.sigma * said.x0 if space == "v" else said.x0 if space == "x0" else said.eps
+
+
 def held(run: Run, scale: float, alpha: float = 0.0) -> Held:
     """The run's `predict` with its output held."""
+    return Held(run.predict, scale, alpha, held_space(run))
+
+
+def held_space(run: Run) -> str:
+    """What is held: the velocity on the levels of a flow, v of networks that predict v, and eps otherwise.
+
+    On its way around a held eps the gradient is multiplied by alpha_{i+1} / alpha_i at every step, around a held v by
+    less than 1. The papers mean the former, of networks that predict eps. For one that predicts v it would give the
+    noisiest steps up to 1 / alpha times their weight.
+    """
     levels = [run.legs[0][0], *(then for _, then, _ in run.legs)]
-    return Held(run.predict, scale, alpha, all(abs(float(at.alpha + at.sigma) - 1) < 1e-6 for at in levels))
+    if all(abs(float(at.alpha + at.sigma) - 1) < 1e-6 for at in levels):
+        return "flow"
+    return "v" if {network.prediction_type for network in reachable(run.predict, Denoiser)} == {"v"} else "eps"
 
 
 def scaled(x: Tensor, scale: float | Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def alignprop(run: Run, kept: int) -> Path:
 
     The gradients of parameters and conditions are those of `draft`; x gets that of the linear path around the network,
     prod_i (alpha_{i+1} / alpha_i) for Euler's steps, times the last K steps' own; 1 on the levels of a flow, whose
-    velocity is what is cut off.
+    velocity is what is cut off. Of a network that predicts v it is v.
     """
     cut = len(run.legs) - kept
     path = descend(run, held(run, 0.0), Path(widen(run.x)), 0, cut)

@@ -1,5 +1,8 @@
 """Surrogate gradients: the sheet's toy in float64, their identities, and what cannot be."""
 
+import itertools
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -194,3 +197,52 @@ def test_x_gets_the_gradient_around_the_network():
     x = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
     end = rollout(euler, Toy(), x, LEVELS, "truncated:0101:held")
     assert torch.autograd.grad(end.x.sum(), x)[0].item() == 1 and isinstance(end, Path)
+
+
+@dataclass
+class Line:
+    """A denoiser whose raw output is w x."""
+
+    prediction_type: str
+    w: torch.Tensor
+
+    def __call__(self, x, at, cond):
+        return predicted(self.prediction_type, x, at, self.w * x)
+
+    def patched(self, name):
+        raise NotImplementedError
+
+
+@dataclass
+class Asked:
+    """`Predict` of a denoiser in a container, as a guided prediction holds its networks."""
+
+    networks: dict
+
+    @property
+    def tensors(self):
+        return [self.networks["main"].w]
+
+    def __call__(self, path, at):
+        return self.networks["main"](path.x, at, {})
+
+
+def by_hand(space: str, w: torch.Tensor, levels) -> torch.Tensor:
+    """DDIM's steps around the network's own output, whose input is cut off."""
+    x = torch.ones(1, 1, dtype=torch.float64)
+    for now, then in itertools.pairwise(levels):
+        out = w * x.detach()
+        x0 = now.alpha * x - now.sigma * out if space == "v" else (x - now.sigma * out) / now.alpha
+        eps = now.sigma * x + now.alpha * out if space == "v" else out
+        x = then.alpha * x0 + then.sigma * eps
+    return x.sum()
+
+
+@pytest.mark.parametrize("space", ["v", "eps"])
+def test_a_network_that_predicts_v_has_its_v_held(space):
+    levels, start = grid(cosine, 6, 0.98, 0.02), torch.ones(1, 1, dtype=torch.float64)
+    w = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (wanted,) = torch.autograd.grad(by_hand(space, w, levels), w)
+    end = rollout(euler, Asked({"main": Line(space, w)}), start, levels, "truncated:6:drtune").x
+    torch.testing.assert_close(torch.autograd.grad(end.sum(), w)[0], wanted)
+    assert end.item() == pytest.approx(by_hand(space, w, levels).item())
