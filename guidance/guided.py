@@ -7,9 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from guidance.branches import Counter, Inputs, evaluate, tensors_in
-from guidance.contract import Answers, Branch, Guidance, Request, check_method, drive
+from guidance.contract import Answers, Branch, Combined, Guidance, Request, check_method, drive
 from solvers.denoiser import Cond, Denoiser, Path, Prediction, predicted, widen
 from solvers.errors import UserError
+from solvers.families.after import After
 from solvers.noise import Noise
 
 
@@ -27,12 +28,22 @@ class OfRuns(Protocol):
     def one_run(self) -> Denoiser: ...
 
 
+@runtime_checkable
+class Finished(Protocol):
+    """A denoiser that knows what its pipeline does to every guided prediction."""
+
+    @property
+    def after(self) -> After | None: ...
+
+
 @dataclass(frozen=True)
 class GuidedPredict:
     """A guided `Predict`, made by `guided`.
 
-    An affine method is handed u = eps - x0, which no noise level makes ill-conditioned. `tensors` are what a gradient
-    may be asked for: the conditions, the tensors that are fields of the method, and the parameters that require grad.
+    An affine method is handed u = eps - x0, which no noise level makes ill-conditioned. What the denoiser's pipeline
+    does to every guided prediction (Qwen-Image's norm) is done where "uncond" was evaluated; ValueError there for a
+    method that shifts x0 or asks for no "cond". `tensors` are what a gradient may be asked for: the conditions, the
+    tensors that are fields of the method, and the parameters that require grad.
     """
 
     networks: Mapping[str, Denoiser]
@@ -54,9 +65,12 @@ class GuidedPredict:
     def __call__(self, path: Path, at: Noise) -> Prediction:
         """The guided prediction at (path.x, at), in float32 or better; `memory` holds what the method wrote."""
         x = widen(path.x)
+        asked: dict[str, Tensor] = {}  # the answers at (path.x, at), by condition
 
         def answer(request: Request) -> Answers:
-            return evaluate(request, inputs, call, x, self.counter)
+            answers = evaluate(request, inputs, call, x, self.counter)
+            asked.update({str(b.cond): answers[name] for name, b in request.items() if _here(b)})
+            return answers
 
         def inputs(branch: Branch) -> Inputs:
             return {"x": x if branch.x is None else widen(branch.x), "cond": self._cond(branch)}
@@ -65,8 +79,20 @@ class GuidedPredict:
             return self._direction(branch, at if branch.at is None else branch.at, inputs)
 
         output = self.networks["main"].prediction_type
-        u, shift, memory = drive(self.guidance, answer, path, at, "flow", output)
+        made = drive(self.guidance, answer, path, at, "flow", output)
+        u, shift, memory = self._finished(made, asked)
         return predicted("flow", x, at, u, memory)._replace(shift=shift)
+
+    def _finished(self, made: Combined, asked: Mapping[str, Tensor]) -> Combined:
+        """The guided u after what the denoiser's pipeline does to it."""
+        main = self.networks["main"]
+        after = main.after if isinstance(main, Finished) else None
+        if after is None or after.always is None or "uncond" not in asked:
+            return made
+        if made.shift is not None or "cond" not in asked:
+            name = type(self.guidance).__name__
+            raise UserError(f"{name} has no guided prediction for the pipeline's {after.name}: {after.remedy}")
+        return made._replace(out=after.always(made.out, asked["cond"]))
 
     def _cond(self, branch: Branch) -> Cond:
         if not isinstance(branch.cond, str):
@@ -108,6 +134,11 @@ def guided(
     networks = {name: _for_one_run(d) for name, d in {"main": denoise, "weak": weak}.items() if d is not None}
     tensors = (*tensors_in(conds), *tensors_in(vars(guidance)), *_trained(networks))
     return GuidedPredict(networks, guidance, conds, counter or Counter(), tuple(_unique(tensors)))
+
+
+def _here(branch: Branch) -> bool:
+    """Whether it is the network itself, at the sample and its level."""
+    return branch.network == "main" and branch.patch is None and branch.x is None and branch.at is None
 
 
 def _for_one_run(denoise: Denoiser) -> Denoiser:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from solvers.denoiser import Cond, Prediction, predicted, widen
 from solvers.errors import UserError
+from solvers.families.after import After
 from solvers.families.family import Family
 from solvers.families.prompts import caution_unread
 from solvers.families.table import family_of
@@ -66,6 +67,11 @@ class NetworkDenoiser:
         alpha + sigma for a flow. The same (x0, eps) explain both, since x = alpha x0 + sigma eps is homogeneous."""
         scale, own = normalised(self.prediction_type, at)
         return widen(x) / scale, own
+
+    @property
+    def after(self) -> After | None:
+        """What its pipeline does to every guided prediction, whatever it is called with."""
+        return self.family.after if self.family.after and self.family.after.always else None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -18,6 +18,7 @@ class After:
     active: Callable[[Any, int, Tensor], bool]  # (pipe, extra calls of the denoiser in this step, `stand_in` guided)
     apply: Callable[[Any, Tensor, Tensor, Sequence[Tensor]], Tensor]  # (pipe, guided, cond, answers to the extra calls)
     remedy: str  # how to call the pipeline without it, or what else to do
+    always: Callable[[Tensor, Tensor], Tensor] | None = None  # (guided, cond), where no setting of a call changes it
 
 
 def rescaled(out: Tensor, cond: Tensor, phi: float | Tensor) -> Tensor:
@@ -76,6 +77,7 @@ NORM = After(
     lambda pipe, extra, marks: True,
     lambda pipe, out, cond, extra: norm_matched(out, cond),
     "it cannot be switched off; use another method",
+    always=norm_matched,
 )
 
 

@@ -36,8 +36,9 @@ def unread(pipe: Any, prompt: str) -> str:
 
 def tokenizers_of(pipe: Any) -> Iterator[tuple[Any, int]]:
     """The tokenizers, each with the tokens that the pipeline gives it, an end among them."""
-    parameters = inspect.signature(pipe.encode_prompt).parameters
-    others = parameters["max_sequence_length"].default if "max_sequence_length" in parameters else None
+    functions = (type(pipe).__call__, pipe.encode_prompt)  # the call's own default wins where both have one
+    found = [inspect.signature(function).parameters.get("max_sequence_length") for function in functions]
+    others = next((parameter.default for parameter in found if parameter is not None), None)
     for name, tokenizer in pipe.components.items():
         if name.startswith("tokenizer") and tokenizer is not None:
             own = tokenizer.model_max_length

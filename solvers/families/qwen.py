@@ -19,6 +19,7 @@ from solvers.families.tokens import packed, unpacked
 QWEN_TASKS = ("", "Img2Img", "Inpaint", "Edit", "EditPlus", "EditInpaint", "ControlNet", "ControlNetInpaint")
 QWEN_INPUTS = (*TEXT_INPUTS, "encoder_hidden_states_mask", "guidance", *NEGATIVE)
 QWEN_RESIDUALS = ("controlnet_block_samples",)
+MAX_TOKENS = 512  # of QwenImagePipeline's call; its `encode_prompt` has another number
 
 
 def encode_qwen(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[str, Cond]:
@@ -28,7 +29,7 @@ def encode_qwen(pipe: Any, prompts, negatives, size, embedded_guidance) -> dict[
     more = told_scale(pipe, len(prompts), embedded_guidance)
     conds: dict[str, Cond] = {}
     for branch, texts in {"cond": prompts, "uncond": negatives or [" "] * len(prompts)}.items():
-        hidden, mask = pipe.encode_prompt(texts)
+        hidden, mask = pipe.encode_prompt(texts, max_sequence_length=MAX_TOKENS)
         masked = {} if mask is None else {"encoder_hidden_states_mask": mask}
         conds[branch] = {"encoder_hidden_states": hidden, **masked, **more}
     return conds

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import diffusers
@@ -9,9 +10,12 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from solvers.denoiser import Path, Prediction, predicted
-from solvers.families.after import norm_matched
+from guidance.guided import guided as by_method
+from guidance.methods.catalogue import CFG, CFGpp, Plain
+from solvers.denoiser import Path
+from solvers.errors import Caution
 from solvers.families.flux2 import empirical_mu
+from solvers.families.prompts import tokenizers_of
 from solvers.families.table import FAMILIES, REFUSED, family_of
 from solvers.families.tokens import packed, unpacked
 from solvers.latent import LatentModel
@@ -44,10 +48,6 @@ def consistency(predict, path, now, then, noise=None):
     """LCM's step: x' = alpha' x0 + sigma' noise."""
     p = predict(path, now)
     return end(path, renoise(p._replace(eps=noise), then), then, p)
-
-
-def slow_but(name, lean):
-    return name if name in lean else pytest.param(name, marks=pytest.mark.slow)
 
 
 class Case(NamedTuple):
@@ -133,20 +133,8 @@ def modelled(case, steps=STEPS):
 
 
 def guided(denoiser, conds, scale=SCALE):
-    """u + scale * (c - u) of (x0, eps), as the family matches its norm; the conditional prediction alone for None."""
-
-    def predict(path, at):
-        c = denoiser(path.x, at, conds["cond"])
-        if scale is None:
-            return c
-        u = denoiser(path.x, at, conds["uncond"])
-        x0, eps = u.x0 + scale * (c.x0 - u.x0), u.eps + scale * (c.eps - u.eps)
-        if denoiser.family.name != "qwen":
-            return Prediction(x0, eps)
-        velocity = norm_matched(eps - x0, c.eps - c.x0)
-        return predicted("flow", path.x, at, velocity)
-
-    return predict
+    """CFG as a user has it; the conditional prediction alone for None."""
+    return by_method(denoiser, Plain() if scale is None else CFG(scale), conds)
 
 
 def stock(model, case, steps=STEPS, **more):
@@ -195,8 +183,14 @@ def test_own_loop_is_the_pipeline(name):
     assert relative(model.decode(last.x), stock(model, case, output_type="pt")) < 1e-5
 
 
-@pytest.mark.parametrize("steps", (1, 4))
-@pytest.mark.parametrize("name", FEW_STEPS)
+def test_a_method_without_a_guided_prediction_is_refused_where_the_pipeline_matches_norms():
+    model, denoiser = modelled(FULL["qwen"])
+    predict = by_method(denoiser, CFGpp(0.6), model.encode(PROMPTS, NEGATIVES, **sized(FULL["qwen"])))
+    with pytest.raises(ValueError, match="CFGpp has no guided prediction for the pipeline's rule that"):
+        predict(Path(model.noise(2, seeded(), **sized(FULL["qwen"]))), model.levels(2)[1])
+
+
+@pytest.mark.parametrize("name, steps", [*product(FEW_STEPS, (1, 4)), ("sana-sprint", 2)])
 @torch.no_grad()
 def test_few_steps_without_guidance(name, steps):
     case = FEW_STEPS[name]
@@ -282,12 +276,11 @@ def test_gradient_is_the_same_with_recomputed_blocks_and_close_in_bfloat16(name)
     model, denoiser = modelled(case, steps=2)
     with torch.no_grad():
         conds, x = model.encode(PROMPTS[:1], NEGATIVES[:1], **sized(case)), model.noise(1, seeded(), **sized(case))
-    predict = guided(denoiser, conds, 1.5)
 
     def gradient():
         """Of the velocity, at a timestep that bfloat16 holds: networks round it themselves."""
         start = x.clone().requires_grad_()
-        p = predict(Path(start), half_way(model))
+        p = guided(denoiser, conds, 1.5)(Path(start), half_way(model))
         return torch.autograd.grad((p.eps - p.x0).square().mean(), start)[0]
 
     whole = gradient()
@@ -365,6 +358,18 @@ def test_tokens_are_two_by_two_patches():
     tokens = packed(x)
     assert torch.equal(tokens, FluxPipeline._pack_latents(x, 2, 4, 6, 8))
     assert torch.equal(unpacked(tokens, (3, 4)), x)
+
+
+@torch.no_grad()
+def test_long_prompts_are_cut_where_the_pipelines_call_cuts_them():
+    """Whose default is another than that of its encode_prompt."""
+    model, long = LatentModel(MADE["qwen"]()), "red circle " * 60
+    with pytest.warns(Caution, match="does not read all of"):
+        hidden = model.encode([long])["cond"]["encoder_hidden_states"]
+    theirs, _ = model.pipe.encode_prompt([long], max_sequence_length=512)
+    assert hidden.shape[1] == 512 and torch.equal(hidden, theirs)
+    rooms = [{room for _, room in tokenizers_of(MADE[name]())} for name in ("wan", "qwen")]
+    assert rooms == [{512}, {512}]
 
 
 @torch.no_grad()
