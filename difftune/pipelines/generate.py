@@ -100,9 +100,10 @@ def generate_batches(
     caution_unread(pipe, prompts)
     say_first_order(pipe, guidance)
     equipped = equip(pipe, prepared(pipe, guidance, prompts, steps))
-    starts = range(0, len(prompts), sampling.batch_size)
+    size = batch_for(pipe, sampling.batch_size)
+    starts = range(0, len(prompts), size)
     for start in own_share(starts) if sampling.shared else starts:
-        chosen = slice(start, start + sampling.batch_size)
+        chosen = slice(start, start + size)
         latents = {} if noises is None else for_pipeline(pipe, noises[chosen])
         with annealing(pipe, sampling) as extra, first_order(pipe, guidance):
             batch = _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), equipped, given | latents)
@@ -146,17 +147,23 @@ def frames_for(pipe: Any, num_frames: int | None) -> dict[str, int]:
     return {"num_frames": num_frames or 1} if family_of(pipe).latents.frames else {}
 
 
+def batch_for(pipe: Any, batch_size: int) -> int:
+    """The pictures at a time: one of a pipeline that reads its prompt with the picture, which takes one prompt."""
+    return 1 if "QwenImageEdit" in type(pipe).__name__ else batch_size
+
+
 def image_for(pipe: Any, file: str | None) -> dict[str, Any]:
-    """The picture that a pipeline begins from. UserError for one that takes none, or cannot do without, or without a
-    mask."""
-    taken = inspect.signature(type(pipe).__call__).parameters.get("image")
-    if "Inpaint" in type(pipe).__name__:
-        raise UserError(f"{type(pipe).__name__} fills a mask, which cannot be given here: attach to it in Python")
-    edits = any(word in type(pipe).__name__ for word in ("Img2Img", "Kontext", "Edit"))
-    if file is None and edits:
-        raise UserError(f"{type(pipe).__name__} begins from a picture: give its file as --image")
-    if file is not None and taken is None:
-        raise UserError(f"{type(pipe).__name__} takes no picture: leave --image out")
+    """The picture that a pipeline begins from, or that a ControlNet reads. UserError for one that takes none, or cannot
+    do without, or without a mask, or without a second picture for its ControlNet."""
+    name, taken = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
+    if "Inpaint" in name:
+        raise UserError(f"{name} fills a mask, which cannot be given here: attach to it in Python")
+    if "ControlNet" in name and "control_image" in taken:
+        raise UserError(f"{name} takes a control_image, which cannot be given here: attach to it in Python")
+    if file is None and any(word in name for word in ("Img2Img", "Kontext", "Edit", "ControlNet")):
+        raise UserError(f"{name} begins from a picture: give its file as --image")
+    if file is not None and "image" not in taken:
+        raise UserError(f"{name} takes no picture: leave --image out")
     return {} if file is None else {"image": pil(read_picture(Path(file))[None])[0]}
 
 

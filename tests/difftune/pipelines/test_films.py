@@ -1,13 +1,18 @@
 """Pictures that pipelines begin from, and films of Wan: drawn from noise, written as .mp4, judged by their frames."""
 
+import inspect
+
 import diffusers
 import pytest
 import torch
 
+from difftune.configs.images import SampleConfig
 from difftune.errors import UserError
 from difftune.files.films import mp4
 from difftune.files.output import png
-from difftune.pipelines.generate import Sampling, frames_for, generate_batches, image_for
+from difftune.files.pictures import read_picture
+from difftune.pipelines import generate as generate_module
+from difftune.pipelines.generate import Sampling, frames_for, generate, generate_batches, image_for
 from guidance.methods.cfg import CFG, Plain
 from rewards.simple import Brightness
 from rewards.wrappers.frames import OverFrames
@@ -47,6 +52,55 @@ def test_a_picture_is_edited_by_pipelines_that_begin_from_one(tmp_path):
         image_for(diffusers.FluxInpaintPipeline(**parts), str(tmp_path / "a.png"))
     with pytest.raises(UserError, match="StableDiffusionPipeline takes no picture: leave --image out"):
         image_for(pipelines.sd(), str(tmp_path / "a.png"))
+
+
+def kontext(monkeypatch):
+    """At a size that a test can bear, in place of the one megapixel that it always draws."""
+    kind = diffusers.FluxKontextPipeline
+    call = kind.__call__.__wrapped__
+    small = tuple(16 * 24 if default == 1024**2 else default for default in call.__defaults__)
+    monkeypatch.setattr(call, "__defaults__", small)
+    monkeypatch.setattr(inspect.getmodule(kind), "PREFERRED_KONTEXT_RESOLUTIONS", [(16, 24)])
+    return kind(**{name: part for name, part in dits.flux().components.items() if part is not None})
+
+
+def edit(monkeypatch):
+    """As small, with texts of random numbers: like the processor of its text model, one picture goes with one text."""
+
+    def texts(self, prompt, image, device):
+        if len(prompt) != 1:
+            raise ValueError(f"{len(prompt)} texts for a picture")
+        return torch.randn(1, 6, dits.TEXT, generator=torch.Generator().manual_seed(len(prompt[0]))), torch.ones(1, 6)
+
+    kind = diffusers.QwenImageEditPipeline
+    monkeypatch.setattr(inspect.getmodule(kind), "calculate_dimensions", lambda area, ratio: (24, 16, None))
+    monkeypatch.setattr(kind, "_get_qwen_prompt_embeds", texts)
+    return kind(**{**dits.qwen().components, "processor": None})
+
+
+@pytest.mark.parametrize("make", (kontext, edit))
+def test_several_pictures_from_one(tmp_path, monkeypatch, make):
+    """As `difftune sample --image` draws them: each is what it is alone."""
+    (tmp_path / "a.png").write_bytes(png(torch.rand(16, 24, 3, generator=torch.Generator().manual_seed(0)).numpy()))
+    pipe = make(monkeypatch)
+    monkeypatch.setattr(generate_module, "open_pipeline", lambda *_: pipe)
+    told = {"model": "none", "prompt": ["red"], "image": str(tmp_path / "a.png"), "num_inference_steps": 2}
+    found = {}
+    for seed, count in ((0, 2), (1, 1)):
+        out = tmp_path / str(seed)
+        generate(SampleConfig(**told, seed=seed, num_images=count, output_dir=str(out)), CFG(3.0))
+        found[seed] = [read_picture(file) for file in sorted(out.glob("0*.png"))]
+    assert [len(pictures) for pictures in found.values()] == [2, 1]
+    assert (found[0][1] - found[1][0]).abs().max() < 0.01 < (found[0][0] - found[0][1]).abs().max()
+
+
+def test_a_controlnet_without_its_picture_is_one_sentence():
+    for kind, said in (
+        (diffusers.StableDiffusionControlNetPipeline, "begins from a picture: give its file as --image"),
+        (diffusers.FluxControlNetPipeline, "takes a control_image, which cannot be given here: attach to it in Python"),
+    ):
+        with pytest.raises(UserError, match=f"{kind.__name__} {said}"):
+            image_for(object.__new__(kind), None)
 
 
 def test_an_mp4_holds_the_frames(tmp_path):
