@@ -124,7 +124,8 @@ def test_eval_prints_scores_with_intervals_and_pairs_with_a_baseline(model, tmp_
     assert first["nfe"] == 4 and first["nfe_by_branch"] == {"cond": 2, "uncond": 2} and len(first["images"]) == 12
     (tmp_path / "base.json").write_text(json.dumps(first))
     unguided = [*base, "--guidance", "none", "--baseline", tmp_path / "base.json"]
-    second = json.loads(succeed(*unguided, "--json").stdout)
+    second = json.loads(succeed(*unguided, "--json", "--output_dir", tmp_path / "second").stdout)
+    assert "not adjusted for the number of categories" in (tmp_path / "second" / "report.html").read_text()
     assert second["nfe"] == 2 and list(second["difference"]) == names
     (tmp_path / "hard.txt").write_text("four red circles\n")
     third = json.loads(succeed(*base, "--prompts", tmp_path / "hard.txt", "--json").stdout)
