@@ -34,7 +34,8 @@ class Aesthetic:
     (https://github.com/LAION-AI/aesthetic-predictor), whose scores LAION-Aesthetics is cut by. Their scores differ.
 
     `predictor` and `weights` are local files of a head and of the CLIP, in place of the bundled and the pinned ones: a
-    head of these layouts, of v2.5's, or of ava+logos-l14-reluMSE, which is a network. Raises ValueError for another.
+    head of these layouts, or of ava+logos-l14-reluMSE, which is a network. Raises ValueError for another, and for one
+    of another CLIP, whose embedding has another width (v2.5's is of SigLIP).
     """
 
     differentiable = True
@@ -56,6 +57,7 @@ class Aesthetic:
         config = vision_config(sizes)
         self.model = built(CLIPVisionModelWithProjection, config, vision, dtype)
         self.preprocess = Preprocess(config.image_size)
+        fits(self.head, self.model.config.projection_dim)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         paired(images, prompts)
@@ -77,6 +79,15 @@ def score(head: Head, features: Tensor) -> Tensor:
     return x.squeeze(1)
 
 
+def fits(head: Head, width: int) -> None:
+    """RewardError for a head that does not read an embedding of this width."""
+    if (wanted := head[0][0].shape[1]) != width:
+        raise RewardError(
+            f"the aesthetic predictor reads an embedding of {wanted} numbers, and this CLIP gives {width}: give the "
+            "predictor of this CLIP"
+        )
+
+
 def bundled(variant: Variant) -> dict[str, Tensor]:
     """The published head as one affine map, in float64."""
     found = load_file(BUNDLED)
@@ -86,18 +97,27 @@ def bundled(variant: Variant) -> dict[str, Tensor]:
 def head_of(tensors: Mapping[str, Tensor]) -> Head:
     """The head that a file holds, in float64; linear layers with nothing between them as one map."""
     if tensors.keys() == {"weight", "bias"}:
-        return [(tensors["weight"].double(), tensors["bias"].double())]
+        return joined([(tensors["weight"].double(), tensors["bias"].double())])
     for layouts, between in ((LINEAR, False), (RELU, True)):
         for prefix, numbers in layouts:
             names = [(f"{prefix}.{n}.weight", f"{prefix}.{n}.bias") for n in numbers]
             if tensors.keys() == {name for pair in names for name in pair}:
-                head = [(tensors[weight].double(), tensors[bias].double()) for weight, bias in names]
+                head = joined([(tensors[weight].double(), tensors[bias].double()) for weight, bias in names])
                 return head if between else [affine(head)]
     some = ", ".join(sorted(tensors)[:3])
     raise RewardError(
-        f"{some} and so on are no aesthetic predictor that is known: give a file of layers.{{0,2,4,6,7}} or "
+        f"a file of {some} and so on is not a known aesthetic predictor: give a file of layers.{{0,2,4,6,7}} or "
         "{0,3,6,9,11}, of scoring_head.{0,2,4,6,8}, or of one weight and bias"
     )
+
+
+def joined(head: Head) -> Head:
+    """The head. RewardError unless each layer reads what the one before it gives, and the last gives one number."""
+    reads = [*(weight.shape[-1] for weight, _ in head[1:]), 1]
+    gives = [len(weight) for weight, _ in head]
+    if reads != gives:
+        raise RewardError(f"the layers of this aesthetic predictor give {gives} numbers and the next read {reads}")
+    return head
 
 
 def affine(layers: Head) -> tuple[Tensor, Tensor]:

@@ -183,7 +183,7 @@ def test_bundled_heads_score_as_the_published_ones(variant):
         expected = torch.tensor(scores, dtype=torch.float64)
         torch.testing.assert_close(aesthetic.score(head, features), expected, rtol=0, atol=tolerance)
         single = aesthetic.score(head, features.float())
-        torch.testing.assert_close(single, expected.float(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(single, expected.float(), rtol=0, atol=2e-6)
 
 
 def test_published_files_of_the_first_predictor_are_read():
@@ -216,8 +216,18 @@ def test_a_head_of_another_layout_is_refused(wrong):
     layers = layers_of(checkpoints.aesthetic_model(), "layers")
     layers = layers | {"layers.9.weight": torch.ones(1)} if wrong == "added" else layers
     layers.pop(wrong, None)
-    with pytest.raises(ValueError, match="are no aesthetic predictor that is known: give a file of layers"):
+    with pytest.raises(ValueError, match="is not a known aesthetic predictor: give a file of layers"):
         aesthetic.head_of(layers)
+
+
+def test_a_head_of_another_width_is_refused(made, tmp_path):
+    """That of another CLIP, and one whose layers do not follow each other, in a sentence at load."""
+    layers = layers_of(checkpoints.aesthetic_model(12), "layers")
+    torch.save(layers, tmp_path / "wide.pth")
+    with pytest.raises(ValueError, match="reads an embedding of 12 numbers, and this CLIP gives 8: give"):
+        Aesthetic(**made["aesthetic"] | {"predictor": tmp_path / "wide.pth"})
+    with pytest.raises(ValueError, match="give .* numbers and the next read"):
+        aesthetic.head_of(layers | {"layers.2.weight": torch.ones(12, 7)})
 
 
 @torch.no_grad()
