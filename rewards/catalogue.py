@@ -26,6 +26,7 @@ class Entry:
     weights: tuple[str, ...] = ()  # what it downloads, by its names in lock.json; empty: computed, embedded or your own
     memory_mb: int | None = 0  # of its weights, in float32; None: those of the model that you name
     fetch: str | None = None  # "module:function": downloads what its options name, in place of `weights`
+    models: str | None = None  # "module:function": the models of the Hub that its options name, as ids
     wraps: bool = False  # it is made of another reward, its option `reward`, whose facts it has
     extra: str | None = None  # the extra of this distribution that it needs
     of_options: str | None = None  # "module:function" of the entry and the options: the entry that they make of it
@@ -116,10 +117,11 @@ CATALOGUE: dict[str, Entry] = {
         f"{TOWERS}:open_clip_score",
         "cosine between picture and prompt, by any model of open_clip with its pretrained tag",
         range=(0, 0.4), resolution=None, preprocessing=OWN, licence="the model's", fetch=f"{TOWERS}:fetch_open_clip",
-        memory_mb=605),
+        models=f"{TOWERS}:models_of_open_clip",        memory_mb=605),
     "clip": vit_h(
         f"{TOWERS}:clip_logit", "CLIP's logit, about 100 cosine, by ViT-H/14 of LAION-2B: ReNO's",
-        range=(0, 45), preprocessing=OWN, licence="MIT", fetch=f"{TOWERS}:fetch_open_clip"),
+        range=(0, 45), preprocessing=OWN, licence="MIT", fetch=f"{TOWERS}:fetch_open_clip",
+        models=f"{TOWERS}:models_of_open_clip"),
     "pickscore": vit_h(
         f"{TOWERS}:pickscore", "PickScore v1: what people prefer of two pictures of a prompt (ViT-H/14)",
         range=(15, 26), licence="MIT (of the code; the weights' is not stated here)", weights=("pickscore-v1",)),
@@ -130,7 +132,8 @@ CATALOGUE: dict[str, Entry] = {
     "hps-v3": learned(
         "rewards.learned.hpsv3:HPSv3",
         "Human Preference Score v3 (Qwen2-VL 7B): what people prefer, of any picture and prompt",
-        range=(-5, 15), preprocessing=QWEN, fetch="rewards.learned.hpsv3:fetch_hpsv3", memory_mb=33200),
+        range=(-5, 15), preprocessing=QWEN, fetch="rewards.learned.hpsv3:fetch_hpsv3",
+        models="rewards.learned.hpsv3:models_of_hpsv3", memory_mb=33200),
     "imagereward": learned(
         f"{BLIP}:ImageReward", "ImageReward v1: what people prefer, by BLIP reading the prompt over the picture",
         range=(-2.3, 2), resolution=224, preprocessing=CLIP, text_max_len=35,
@@ -139,7 +142,8 @@ CATALOGUE: dict[str, Entry] = {
         f"{BLIP}:CycleReward",
         "CycleReward: how well picture and prompt can be made of each other, by ImageReward's BLIP",
         range=(-5, 5), resolution=224, preprocessing=CLIP, text_max_len=128,
-        licence="MIT data, weights as their cards say", fetch=f"{BLIP}:fetch_cycle_reward", memory_mb=1790),
+        licence="MIT data, weights as their cards say", fetch=f"{BLIP}:fetch_cycle_reward",
+        models=f"{BLIP}:models_of_cycle_reward", weights=("bert-vocabulary",), memory_mb=1790),
     "vqascore-clip-flant5": learned(
         "rewards.learned.clip_t5:CLIPFlanT5",
         "VQAScore by its authors' own CLIP-FlanT5: probability of Yes, the figure shows the prompt",

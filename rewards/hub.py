@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rewards.errors import NotFetched, RewardError, Unreachable, WeightsMissing
-from rewards.registry import OF_ALL, entry, fitting, imported, spelled, unknown
+from rewards.registry import OF_ALL, REWARDS, entry, fitting, imported, spelled, unknown
 
 LOCKS = Path(__file__).parent / "lock.json"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -131,18 +131,23 @@ def _arguments(reward: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return given.arguments
 
 
-def revisions(reward: str) -> dict[str, str]:
-    """What a reward is made of, so far as it is known: the pinned revision of each file and of each model of the Hub,
-    and the hash of each file that its options name, such as a reference picture, unless it is large."""
-    found = {name: locks()[name].revision for name in entry(spelled(reward)[0]).weights}
-    for value in _arguments(reward, {}).values():
-        if not isinstance(value, str):
-            continue
-        record = _record(value) if _may_be_of_the_hub(value) else None
+def revisions(reward: str, **options: Any) -> dict[str, str]:
+    """What a reward is made of, so far as it is known: the pinned revision of each file, the commit of each model of
+    the Hub that was fetched, the hash of each file that its options name, such as a reference picture, unless it is
+    large; and that of a reward that it is made of."""
+    about, arguments = entry(spelled(reward)[0]), _arguments(reward, options)
+    found = {name: locks()[name].revision for name in about.weights}
+    texts = [value for value in arguments.values() if isinstance(value, str)]
+    named = imported(about.models)(**arguments) if about.models else []
+    for text in [*named, *texts]:
+        record = _record(text) if _may_be_of_the_hub(text) else None
         if record is not None and record.is_file():
-            found[value] = json.loads(record.read_text())["revision"]
-        elif _is_small_file(value):
-            found[value] = sha256(Path(value))
+            found[text] = json.loads(record.read_text())["revision"]
+        elif _is_small_file(text):
+            found[text] = sha256(Path(text))
+    inner = arguments.get("reward", arguments.get("encoder"))
+    if isinstance(inner, str) and spelled(inner)[0] in REWARDS:
+        found |= revisions(inner, **(arguments.get("options") or {}))
     return found
 
 
@@ -192,7 +197,10 @@ def snapshot(model: str | Path, weights: bool = True) -> Path:
 
 def _safe(folder: Path) -> Path:
     if not any(folder.glob("*.safetensors")):
-        raise WeightsMissing(f"{folder} has no safetensors, and pickles of models are not read: name another model")
+        raise WeightsMissing(
+            f"{folder} has no safetensors, and pickles of models are not read: name another model, or a folder of your "
+            "own conversion, as transformers' AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER) writes"
+        )
     return folder
 
 

@@ -50,8 +50,8 @@ class PyIQA:
     """A metric of pyiqa (https://github.com/chaofengc/IQA-PyTorch), negated if lower is better.
 
     pyiqa, and some of its weights, are for non-commercial use. It downloads weights without a hash, so that they are
-    read without running code; a metric that cannot be had so is refused. `reference` is for metrics that compare.
-    Pictures are within [0, 1]. Raises ValueError for an unknown metric, and for one of sets.
+    read without running code; a metric whose weights hold more than tensors is refused. `reference` is for metrics that
+    compare. Pictures are within [0, 1]. Raises ValueError for an unknown metric, and for one of sets.
     """
 
     def __init__(self, metric: str, reference: Picture | Mapping[str, Picture] | None = None):

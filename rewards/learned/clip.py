@@ -148,6 +148,11 @@ def fetch_open_clip(model: str, pretrained: str, **_: Any) -> list[Path]:
     return [hub.snapshot(repository(model, pretrained))]
 
 
+def models_of_open_clip(model: str, pretrained: str, **_: Any) -> list[str]:
+    """The model of the Hub that these are."""
+    return [repository(model, pretrained)]
+
+
 def clip_logit(model: str = "ViT-H-14", pretrained: str = "laion2b_s32b_b79k", dtype: str = "float32") -> Cosine:
     """exp(logit_scale) cos(f(image), g(prompt)) by a model of open_clip; by default CLIP ViT-H/14, about 100 cos, as in
     ReNO's mixture (https://arxiv.org/abs/2406.04312)."""

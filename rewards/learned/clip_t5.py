@@ -33,7 +33,8 @@ class CLIPFlanT5:
     The picture is padded to a square with CLIP's mean colour; the tokens of CLIP's last layer but one go through two
     linear layers with a GELU, and stand among those of the question. `model`, `vision` and `words` are folders or
     models of the Hub: the T5 with `mm_projector`, the CLIP, the tokenizer. Names of tensors were read in the authors'
-    code. Raises ValueError for weights that do not fit, and for a question without {prompt}.
+    code. Raises ValueError for weights that do not fit, and for a question without {prompt}; FileNotFoundError for a
+    model without safetensors, in place of which a folder of your own conversion is given.
     """
 
     differentiable = True

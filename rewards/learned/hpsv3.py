@@ -142,3 +142,8 @@ def fetch_hpsv3(weights: str | Path | None = None, base: str | Path | None = Non
     """What HPSv3 downloads: its weights, and the base's configuration and tokenizer."""
     folders = [] if weights is not None else [hub.snapshot(HUB)]
     return folders if base is not None else [*folders, hub.snapshot(BASE, weights=False)]
+
+
+def models_of_hpsv3(weights: str | Path | None, base: str | Path | None, **_: Any) -> list[str]:
+    """The models of the Hub that HPSv3 is made of, in place of which no file is given."""
+    return [name for name, own in ((HUB, weights), (BASE, base)) if own is None]

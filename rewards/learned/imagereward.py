@@ -137,6 +137,11 @@ def fetch_cycle_reward(
     return found if vocabulary is not None else [*found, hub.weights("bert-vocabulary")]
 
 
+def models_of_cycle_reward(pairs: Pairs, weights: str | Path | None, **_: Any) -> list[str]:
+    """The model of the Hub that CycleReward is, unless a file is given."""
+    return [] if weights is not None else [CYCLE.format(pairs)]
+
+
 def head(layers: Mapping[str, Tensor], between: type[nn.Module] | None = None) -> nn.Sequential:
     """The linear layers `N.weight`, `N.bias` by rising N, frozen, in float32; `between` is an activation, if any."""
     order = sorted({int(key.split(".")[0]) for key in layers})

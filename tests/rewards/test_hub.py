@@ -182,8 +182,37 @@ def test_model_of_the_hub_stays_at_the_commit_of_its_first_download(tmp_path, mo
     assert hub.snapshot("some/model") == hub.snapshot("some/model")
     assert asked == [None, "a1b2"]
     assert hub.snapshot(tmp_path / "snapshots" / "a1b2") == tmp_path / "snapshots" / "a1b2"
-    with pytest.raises(FileNotFoundError, match="has no safetensors, and pickles of models are not read"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no safetensors, and pickles of models are not read: .*save_pretrained\(FOLDER\)"
+    ):
         hub.snapshot(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("reward", "models"),
+    [
+        ("hps-v3", ["MizzenAI/HPSv3", "Qwen/Qwen2-VL-7B-Instruct"]),
+        ("hps-v3[weights=a.safetensors]", ["Qwen/Qwen2-VL-7B-Instruct"]),
+        ("cyclereward[pairs=T2I]", ["carolineec/CycleReward-T2I"]),
+        ("clip", ["laion/CLIP-ViT-H-14-laion2B-s32B-b79K"]),
+        ("open-clip[model=ViT-B-32, pretrained=laion2b_s34b_b79k]", ["laion/CLIP-ViT-B-32-laion2B-s34B-b79K"]),
+        ("smooth[reward=clip]", ["laion/CLIP-ViT-H-14-laion2B-s32B-b79K"]),
+        ("smooth[reward=vlm[model=some/one]]", ["some/one"]),
+        (
+            "text-exemplar[encoder=open-clip, options={'model': 'ViT-B-32', 'pretrained': 'laion2b_s34b_b79k'}]",
+            ["laion/CLIP-ViT-B-32-laion2B-s34B-b79K"],
+        ),
+    ],
+)
+def test_revisions_are_the_commits_that_were_fetched(reward, models, tmp_path, monkeypatch):
+    """Of the models that a reward names by itself, and of the reward that it is made of."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for model in (*models, "another/model"):
+        record = hub._record(model)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps({"revision": f"commit of {model}"}))
+    pinned = {"bert-vocabulary": hub.locks()["bert-vocabulary"].revision} if "cycle" in reward else {}
+    assert hub.revisions(reward) == {model: f"commit of {model}" for model in models} | pinned
 
 
 def test_hub_that_does_not_answer_is_not_called_offline(tmp_path, monkeypatch):
