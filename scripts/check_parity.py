@@ -190,7 +190,8 @@ Written by `python scripts/check_parity.py{flag}`. Each reward with weights of i
 it comes from.
 
 - **random**: a small random checkpoint in the published layout, scored by our reward, and by another library's model or
-  a forward that is written out, on four pictures of the size that the network sees and four prompts.
+  a forward that is written out, on four prompts and four pictures of the size that the network sees, so that no
+  resize is compared; only those of `hps-v3` are resized, on both sides.
 - **published**: the published weights, on the pictures whose scores the authors print and on random ones, against these
   scores and the authors' own package (or the code of the model's card), if it is installed.
 
