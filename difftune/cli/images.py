@@ -122,7 +122,8 @@ def evaluate(ctx: click.Context, as_json: bool, guidance_scale: float | None, **
     """Score a model's images, or those of a folder, on a list of prompts, with 95 % intervals.
 
     Without --reward it is how often the oracle finds in the picture what its caption says. The images of a prompt are
-    correlated, so the intervals resample prompts. A difference counts only when its interval excludes 0.
+    correlated, so the intervals resample prompts. A difference counts only when its interval excludes 0 and its
+    p value is at most 0.05, adjusted by Holm's method if there are several rewards.
     """
     name, settings = guidance_of(ctx)
     config = EvalConfig(**flags | {"guidance": name, "guidance_options": settings})

@@ -35,7 +35,7 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval leaves out 0, so that a difference counts."""
+        """Whether the interval leaves out 0, as that of a difference that counts does."""
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from difftune.evaluation.intervals import BOOTSTRAP_SEED, RESAMPLES, Estimate, estimate
 from difftune.evaluation.win_rate import WinRate, win_rate
 
+LEVEL = 0.05  # a difference counts if its interval excludes 0 and its p value is at most this
 EXACT = 20  # prompts up to which all flips of signs are counted
 
 

@@ -70,7 +70,7 @@ def notes(rewards: Mapping[str, Any]) -> list[str]:
     found = []
     for name, facts in rewards.items():
         if facts["trained_on"]:
-            found.append(f"{name}: the model was trained on it, so that it is no evidence of quality.")
+            found.append(f"{name}: the model was trained on it, so that its score is not evidence of quality.")
         if not facts["comparable_across_prompts"]:
             found.append(f"{name}: it ranks pictures of one prompt; only the difference and the wins mean something.")
         if facts["noncommercial"]:

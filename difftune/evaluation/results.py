@@ -11,13 +11,12 @@ import numpy as np
 from difftune.errors import UserError
 from difftune.evaluation.drawn import PICTURES, EvalImage
 from difftune.evaluation.intervals import Estimate, estimate
-from difftune.evaluation.paired import Change, compare_prompts, holm
+from difftune.evaluation.paired import LEVEL, Change, compare_prompts, holm
 from difftune.evaluation.trained import is_trained
 from difftune.files.text import parse_json, read_text
 from rewards import hub
 from rewards.registry import entry
 
-LEVEL = 0.05  # of the p value that a difference counts at
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the pictures' scores
 
 

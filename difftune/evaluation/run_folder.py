@@ -30,7 +30,7 @@ from difftune.evaluation.intervals import Result
 from difftune.evaluation.judged import SCORES, Kept, Pictures, score_pictures
 from difftune.evaluation.prompt_lists import read_entries
 from difftune.evaluation.results import Evaluated, image_rows, read_evaluated, summarise
-from difftune.evaluation.trained import rewards_of_loras, rewards_of_pictures
+from difftune.evaluation.trained import rewards_of_model, rewards_of_pictures
 from difftune.files import output
 from difftune.files.claim import Claim, claimed
 from difftune.files.versions import versions
@@ -201,7 +201,7 @@ def trained_on(config: EvalConfig) -> frozenset[str] | None:
     """The rewards that the model was trained on; None if it is not known."""
     if config.images is not None:
         return rewards_of_pictures(Path(config.images))
-    return rewards_of_loras(config.lora)
+    return rewards_of_model(config.model, config.lora)
 
 
 def say_if_other(config: EvalConfig, now: str | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from difftune.errors import UserError
 from difftune.evaluation.intervals import Estimate, Result, by_category, by_prompt, differences, estimate
+from difftune.evaluation.paired import LEVEL, sign_flip_p
 from difftune.evaluation.prompt_lists import read_entries
 from difftune.files.text import parse_json, read_text
 from difftune.pipelines.generate import Pictures, Sampling, draw_pictures, generate_batches
@@ -90,9 +91,18 @@ def summary(results: Sequence[Result], baseline: Sequence[Result] | None = None)
     """The scores, the paired differences if there is a baseline, and the result of every image."""
     found: dict[str, Any] = {name: asdict(e) for name, e in scores(results).items()}
     if baseline is not None:
-        changes = differences(results, baseline)
-        found["difference"] = {name: asdict(e) | {"counts": e.excludes_zero} for name, e in changes.items()}
+        changes, ps = differences(results, baseline), p_values(results, baseline)
+        found["difference"] = {
+            name: asdict(e) | {"counts": e.excludes_zero and ps[name] <= LEVEL} for name, e in changes.items()
+        }
     return found | {"images": [asdict(r) for r in results]}
+
+
+def p_values(results: Sequence[Result], baseline: Sequence[Result]) -> dict[str, float]:
+    """The p value of each of `differences`, which random signs give; not adjusted for the number of categories."""
+    before = {(r.prompt, r.seed): r.holds for r in baseline}
+    groups = by_category([r for r in results if (r.prompt, r.seed) in before])
+    return {name: sign_flip_p(by_prompt(group, before)) for name, group in groups}
 
 
 def load_results(path: str | Path) -> list[Result]:

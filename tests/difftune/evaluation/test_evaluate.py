@@ -75,6 +75,15 @@ def test_a_difference_counts_only_when_its_interval_excludes_zero():
     assert one_prompt.score == 1 and not one_prompt.excludes_zero
 
 
+@pytest.mark.parametrize(("n", "counts"), [(2, False), (5, False), (6, True)])
+def test_a_difference_of_few_prompts_does_not_count(n, counts):
+    """However narrow its interval is: under random signs, n of one sign have p = 2 / 2^n."""
+    then = results({f"p{i}": [0] * 4 for i in range(n)})
+    now = results({f"p{i}": [1, 1, i % 2, 1] for i in range(n)})
+    found = shapeeval.summary(now, then)["difference"]
+    assert found["overall"]["low"] > 0 and found["overall"]["counts"] is found["colors"]["counts"] is counts
+
+
 def test_nothing_in_common_is_an_error():
     with pytest.raises(UserError, match="shares no prompt and seed"):
         differences(results({"a": [1]}), results({"b": [1]}))

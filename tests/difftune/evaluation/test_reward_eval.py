@@ -23,7 +23,7 @@ from difftune.evaluation.paired import compare_prompts, holm, sign_flip_p
 from difftune.evaluation.prompt_lists import ELSEWHERE, FETCHED, FOLDER, SHIPPED, read_entries
 from difftune.evaluation.results import Evaluated, change_of, pair_up, read_evaluated, summarise
 from difftune.evaluation.run_folder import run_eval
-from difftune.evaluation.trained import is_trained, rewards_of_loras, rewards_of_pictures
+from difftune.evaluation.trained import is_trained, rewards_of_model, rewards_of_pictures
 from rewards import hub
 from rewards.hub import revisions
 from rewards.registry import REWARDS, Entry
@@ -287,7 +287,7 @@ def test_the_same_run_as_its_own_baseline_changes_nothing(config, tmp_path):
     pictures = str(tmp_path / "out" / "images")
     there = run_eval(replace(config, model=None, images=pictures, output_dir=None, batch_size=5))
     assert [row["seed"] for row in there["images"]] == [row["seed"] for row in first["images"]]
-    assert there["trained_on"] == []  # the folder tells that there was no LoRA
+    assert first["trained_on"] is None is there["trained_on"]  # the model is not one of ours
     for name, facts in first["rewards"].items():
         assert there["rewards"][name]["overall"] == pytest.approx(facts["overall"])
 
@@ -406,10 +406,13 @@ def test_rewards_of_the_runs_that_made_a_lora(tmp_path):
     first = trained_folder(tmp_path / "first", reward=["jpeg=-0.1"], lora=None)
     then = trained_folder(tmp_path / "then", reward=["tiny-clip"], lora=str(first))
     labels = trained_folder(tmp_path / "labels", reward=["tiny-clip"], labels="a.jsonl")
-    assert rewards_of_loras([f"{then}=0.5", str(labels)]) == {"tiny-clip", "jpeg"}
-    assert rewards_of_loras(str(labels)) == frozenset() == rewards_of_loras(None)
+    for model in ("tiny", "some/model"):
+        assert rewards_of_model(model, [f"{then}=0.5", str(labels)]) == {"tiny-clip", "jpeg"}
+        assert rewards_of_model(model, str(labels)) == frozenset()
+    assert rewards_of_model("tiny", None) == frozenset()
+    assert rewards_of_model("some/model", None) is None is rewards_of_model(str(tmp_path), [])
     (labels / "config.yaml").unlink()
-    assert rewards_of_loras([str(then), str(labels)]) is None
+    assert rewards_of_model("tiny", [str(then), str(labels)]) is None
 
 
 def test_a_reward_is_known_by_its_name_and_model():
@@ -417,12 +420,21 @@ def test_a_reward_is_known_by_its_name_and_model():
     assert is_trained("hps-v2.1[dtype=bfloat16]", {"hps-v2.1"})
     assert not is_trained("smooth[reward=jpeg]", {"smooth[reward=tiny-clip]"})
     assert not is_trained("vlm[model=a]", {"vlm[model=b]"})
+    assert is_trained("vqascore[model=a]", {"vlm[model=a, question=Is it {prompt}?]"})
+    assert is_trained("text-exemplar[encoder=tiny-clip, texts=['a']]", {"smooth[reward=tiny-clip]"})
+    towers = "text-exemplar[encoder=clip-score, options={'model': 'a'}]"
+    assert is_trained(towers, {"clip-score[model=a]"}) and not is_trained(towers, {"clip-score[model=b]"})
+    assert is_trained("pyiqa[metric=niqe]", {"pyiqa[metric=niqe]"})
+    assert not is_trained("pyiqa[metric=niqe]", {"pyiqa[metric=musiq]"})
 
 
 def test_pictures_tell_what_their_model_was_trained_on(folder, tmp_path):
     assert rewards_of_pictures(folder) is None
     lora = trained_folder(tmp_path / "lora", reward=["jpeg"])
-    for settings, found in [({"lora": [str(lora)]}, {"jpeg"}), ({"lora": ["gone"]}, None), (3, None), ({}, None)]:
+    for settings, found in [
+        ({"lora": [str(lora)]}, {"jpeg"}), ({"lora": ["gone"]}, None), (3, None), ({}, None),
+        ({"lora": None, "model": "tiny"}, frozenset()), ({"lora": None, "model": "a/b"}, None),
+    ]:  # fmt: skip
         (folder / "sample.json").write_text(json.dumps({"settings": settings, "images": []}))
         assert rewards_of_pictures(folder) == found
 
