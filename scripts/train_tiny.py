@@ -1,6 +1,6 @@
 """Trains the embedded models on the world of shapes, on one CPU thread or a GPU.
 
-    python scripts/train_tiny.py --state DIR vae decoder clip tiny judged flow turbo weak classifier export
+    python scripts/train_tiny.py --state DIR vae decoder clip tiny colour judged flow turbo weak classifier export
 
 A stage that was stopped goes on where DIR left it, one that is finished is skipped, and what a stage needs is trained
 first. `warm`, given before all others, begins with the shipped weights in place of random ones.
@@ -22,6 +22,7 @@ STAGES = {
     "decoder": vae.finished,
     "clip": clip.trained,
     "tiny": unet.trained,
+    "colour": unet.finished,
     "judged": judged.trained,
     "flow": flow.trained,
     "turbo": turbo.trained,

@@ -24,7 +24,7 @@ def tiny(setup: Setup, folder: Path) -> None:
     scheduler = DDIMScheduler(
         **unet.TABLE, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
-    made = [_half(part) for part in (vae.finished(setup), clip.text_encoder(setup), unet.trained(setup))]
+    made = [_half(part) for part in (vae.finished(setup), clip.text_encoder(setup), unet.finished(setup))]
     parts = made[0], made[1], words.tokenizer(), made[2], scheduler
     StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False).save_pretrained(folder)
     encoder = folder / "text_encoder/config.json"  # transformers loads in the dtype named here

@@ -32,6 +32,7 @@ def trained(setup: Setup, steps: int = 2000) -> CLIP:
     def loss(step: int) -> Tensor:
         chosen = torch.randint(len(images), (setup.batch,))
         x = images[chosen].to(setup.device).float() / 127.5 - 1
+        x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.7, clip.wobbled(x, 1.0), x)
         image = model.encode_image(x + 0.02 * torch.randn_like(x), normalize=True)
         text = model.encode_text(ids[chosen].to(setup.device), normalize=True)
         verdict = limit(10 * (image * text).sum(1, keepdim=True))[:, 0]

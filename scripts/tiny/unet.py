@@ -1,5 +1,6 @@
 """Stages `tiny` and `weak`: the UNets of Stable Diffusion's layout, v-prediction on SD's schedule."""
 
+from copy import deepcopy
 from functools import lru_cache
 
 import torch
@@ -11,6 +12,7 @@ from scripts.tiny.fit import Fit, Setup
 
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 LOG_RATIO = 0.5, 1.1  # mean and deviation of log(sigma / alpha) in training: most of it where the layout is decided
+LATE = -0.4, 0.6  # of the second stage: where an object of which the caption names no colour takes one
 
 
 def make(setup: Setup, name: str, channels: tuple[int, ...] = (64, 128)) -> UNet2DConditionModel:
@@ -39,6 +41,15 @@ def trained(setup: Setup, steps: int = 24_000) -> UNet2DConditionModel:
     return unet.eval()
 
 
+@lru_cache(maxsize=1)
+def finished(setup: Setup, steps: int = 1500) -> UNet2DConditionModel:
+    """`tiny` after its second stage, half of it at `LATE` noise levels: the first alone blends two colours there."""
+    unet = deepcopy(trained(setup)).train()
+    network = setup.compiled(unet)
+    Fit(setup, "colour", {"unet": unet}, lambda step: v_loss(network, setup, step, late=0.5), steps, 3e-4).run()
+    return unet.eval()
+
+
 def weak(setup: Setup, steps: int = 900) -> UNet2DConditionModel:
     """`tiny-weak`: a ninth of the parameters, stopped early."""
     unet = make(setup, "weak", (32, 32))
@@ -46,10 +57,11 @@ def weak(setup: Setup, steps: int = 900) -> UNet2DConditionModel:
     return unet.eval()
 
 
-def v_loss(unet: nn.Module, setup: Setup, step: int) -> Tensor:
-    """|v - (alpha eps - sigma x0)|^2 (https://arxiv.org/abs/2202.00512) at log-normal noise levels."""
+def v_loss(unet: nn.Module, setup: Setup, step: int, late: float = 0.0) -> Tensor:
+    """|v - (alpha eps - sigma x0)|^2 (https://arxiv.org/abs/2202.00512) at log-normal noise levels, a share `late` of
+    them at the second stage's."""
     z, ids = scenes.latents(setup, step).draw(setup.batch, setup)
-    alpha, sigma, t = noise_levels(setup, len(z))
+    alpha, sigma, t = noise_levels(setup, len(z), late)
     eps = torch.randn_like(z)
     with torch.no_grad():
         states = clip.text_encoder(setup)(ids).last_hidden_state
@@ -58,11 +70,15 @@ def v_loss(unet: nn.Module, setup: Setup, step: int) -> Tensor:
     return (v.float() - (alpha * eps - sigma * z)).square().mean()
 
 
-def noise_levels(setup: Setup, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def noise_levels(setup: Setup, count: int, late: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """alpha and sigma (B, 1, 1, 1) at random time steps (B,)."""
-    power = alphas_cumprod(setup)
-    wanted = LOG_RATIO[0] + LOG_RATIO[1] * torch.randn(count, device=setup.device)
-    t = torch.searchsorted(0.5 * torch.log((1 - power) / power), wanted).clamp(max=len(power) - 1)
+    power, wanted = alphas_cumprod(setup), torch.randn(count, device=setup.device)
+    means, deviations = (torch.full_like(wanted, value) for value in LOG_RATIO)
+    if late:
+        second = torch.rand(count, device=setup.device) < late
+        means[second], deviations[second] = LATE
+    t = torch.searchsorted(0.5 * torch.log((1 - power) / power), means + deviations * wanted)
+    t = t.clamp(max=len(power) - 1)
     chosen = power[t].view(-1, 1, 1, 1)
     return chosen.sqrt(), (1 - chosen).sqrt(), t
 

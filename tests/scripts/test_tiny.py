@@ -72,14 +72,14 @@ def test_oracle_survives_the_vae(check):
 def test_guidance_makes_tiny_follow_its_captions():
     guided, free = (score("tiny", method, 15, 30) for method in (CFG(SCALE), GUIDANCE["none"]()))
     assert guided["overall"] >= free["overall"] + 0.05
-    assert guided["overall"] >= 0.7
+    assert guided["overall"] >= 0.75
     assert guided["colors"] >= 0.9
     assert guided["position"] >= 0.75
 
 
 @pytest.mark.slow
 def test_turbo_follows_captions_in_four_steps():
-    assert score("tiny-turbo", GUIDANCE["none"](), 4, 30)["overall"] >= 0.6
+    assert score("tiny-turbo", GUIDANCE["none"](), 4, 30)["overall"] >= 0.63
 
 
 def test_flow_follows_captions_and_its_levels_go_from_noise_to_data():
@@ -130,7 +130,7 @@ def test_everything_in_full(check):
     assert min(part["true"] for part in oracle.values()) >= 0.995
     assert max(part["one_word_wrong"] for part in oracle.values()) <= 0.005
     assert check.ranked_first(1000) >= 0.83
-    assert score("tiny-turbo", GUIDANCE["none"](), 1, 30, 4)["overall"] >= 0.3
+    assert score("tiny-turbo", GUIDANCE["none"](), 1, 30, 4)["overall"] >= 0.4
     found = check.shapeeval([check.Row("tiny", w, 4) for w in (1.0, SCALE)], 1)  # what the docs' rows are made of
     assert list(found) == ["tiny, shapeeval, none, 4 steps", "tiny, shapeeval, cfg 2, 4 steps"]
     assert "gain" in found["tiny, shapeeval, cfg 2, 4 steps"]

@@ -99,12 +99,14 @@ def test_what_contradicts_a_picture_is_false_and_enough():
         assert len(wrong) == clip.EDITS and not any(grammar.holds(text, scene) for text in wrong)
 
 
-def test_noise_levels_lie_on_the_schedule(tmp_path):
+@pytest.mark.parametrize("late, wanted", [(0.0, unet.LOG_RATIO), (1.0, unet.LATE)])
+def test_noise_levels_lie_on_the_schedule(tmp_path, late, wanted):
     torch.manual_seed(0)
-    alpha, sigma, t = unet.noise_levels(Setup(tmp_path), 4000)
+    alpha, sigma, t = unet.noise_levels(Setup(tmp_path), 4000, late)
     torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones_like(alpha))
-    ratio = torch.log(sigma / alpha)
-    assert ratio.median().item() == pytest.approx(unet.LOG_RATIO[0], abs=0.1)
+    low, middle, high = torch.log(sigma / alpha).quantile(torch.tensor([0.1587, 0.5, 0.8413])).tolist()
+    assert middle == pytest.approx(wanted[0], abs=0.1)
+    assert (high - low) / 2 == pytest.approx(wanted[1], abs=0.1)
     assert t.min() >= 0 and t.max() <= 999
 
 
