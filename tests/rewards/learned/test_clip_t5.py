@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor
+from transformers import AutoModel, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModel
 
 from rewards.learned.clip_t5 import squared
 from rewards.registry import load
@@ -43,3 +43,23 @@ def test_pictures_are_padded_with_the_mean_colour(size):
     page.paste(picture, ((side - width) // 2, (side - height) // 2))
     wanted = torch.tensor(list(page.tobytes())).view(side, side, 3).permute(2, 0, 1) / 255
     torch.testing.assert_close(squared(x[None])[0], wanted, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_clip_that_is_a_pickle_alone_is_converted_as_the_refusal_says(folders, tmp_path):
+    """As the default picture tower may be published: a whole CLIP, of which the reward takes the picture's part."""
+    for name in ("published", "converted"):
+        (tmp_path / name).mkdir()
+    vision = CLIPVisionModel.from_pretrained(folders["vision"])
+    text = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPConfig(text_config=text, vision_config=vision.config.to_dict(), projection_dim=4)
+    whole = CLIPModel(config)
+    config.save_pretrained(tmp_path / "published")
+    torch.save(whole.state_dict(), tmp_path / "published" / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"AutoModel.from_pretrained\(MODEL\).save_pretrained\(FOLDER\)"):
+        load("vqascore-clip-flant5", **folders | {"vision": tmp_path / "published"})
+    AutoModel.from_pretrained(tmp_path / "published").save_pretrained(tmp_path / "converted")
+    eyes = load("vqascore-clip-flant5", **folders | {"vision": tmp_path / "converted"}).eyes
+    given = whole.vision_model.state_dict()
+    found = {name.removeprefix("vision_model."): tensor for name, tensor in eyes.state_dict().items()}
+    assert found.keys() == given.keys() and all(torch.equal(found[name], given[name]) for name in given)
