@@ -29,7 +29,8 @@ from solvers.families.table import family_of
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # attention to the text's tokens, of SD3 and FLUX
 GATED = tuple(f"feed_forward.{layer}{i}" for layer in ("w", "linear_") for i in (1, 2, 3))  # of Z-Image and Lumina2
-FEED_FORWARD = ("net.0.proj", "net.2", "proj_mlp", *GATED)
+MIXING = ("linear_in", "linear_out", "conv_inverted", "conv_point")  # of FLUX.2, and of Sana
+FEED_FORWARD = ("net.0.proj", "net.2", "proj_mlp", *GATED, *MIXING)
 CONVOLUTIONS = ("conv1", "conv2", "conv", "conv_shortcut", "proj_in", "proj_out", "time_emb_proj")
 LAYOUTS = {
     "attention": ATTENTION + JOINT,

@@ -17,6 +17,7 @@ from difftune.pipelines.lora_kohya import Layer, kohya_layers
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 FAMILY = "difftune_family"  # in the file's metadata
+MAPPED = ("sd3", "flux", "flux2", "pixart", "qwen", "zimage")  # transformers whose map in ComfyUI is published
 KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 Tensors = Mapping[str, Tensor]
 
@@ -90,10 +91,16 @@ def layers_of(adapter: Adapter) -> dict[str, Layer]:
 
 
 def comfyui(adapter: Adapter) -> dict[str, Tensor]:
-    """A UNet as kohya's; a transformer by diffusers' own names, which ComfyUI reads, with the alpha of each layer."""
+    """A UNet as kohya's; a transformer by diffusers' own names, with the alpha of each layer, if ComfyUI's map of them
+    is published. Raises UserError for another family."""
     kind, tensors = adapter.kind, adapter.tensors
     if kind == "unet":
         return kohya(adapter)
+    if adapter.family not in MAPPED:
+        raise UserError(
+            f"the names that ComfyUI reads are known of UNets and of {', '.join(MAPPED)}, and this is a LoRA of"
+            f" {adapter.family}: keep {WEIGHTS}"
+        )
     layers = {key.removesuffix(".weight").rpartition(".")[0] for key in tensors}
     alphas = {f"{kind}.{layer}.alpha": torch.tensor(alpha_of(layer, tensors, adapter.settings)) for layer in layers}
     return {f"{kind}.{key}": value for key, value in tensors.items()} | dict(sorted(alphas.items()))

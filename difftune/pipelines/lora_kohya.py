@@ -50,6 +50,10 @@ FLUX: Names = {
 }
 FLUX2: Names = {
     **FLUX_ATTENTION,
+    "double_blocks.{}.img_mlp.0": [f"{DOUBLE}.ff.linear_in"],
+    "double_blocks.{}.img_mlp.2": [f"{DOUBLE}.ff.linear_out"],
+    "double_blocks.{}.txt_mlp.0": [f"{DOUBLE}.ff_context.linear_in"],
+    "double_blocks.{}.txt_mlp.2": [f"{DOUBLE}.ff_context.linear_out"],
     "single_blocks.{}.linear1": [f"{SINGLE}.attn.to_qkv_mlp_proj"],
     "single_blocks.{}.linear2": [f"{SINGLE}.attn.to_out"],
 }
@@ -83,7 +87,8 @@ def kohya_layers(family: str, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
     """
     if family not in LAYOUTS:
         raise UserError(
-            f"kohya's layout is of UNets and of {', '.join(LAYOUTS)}, and this is a LoRA of {family}: take comfyui"
+            f"kohya's layout is of UNets and of {', '.join(LAYOUTS)}, and this is a LoRA of {family}:"
+            " keep pytorch_lora_weights.safetensors"
         )
     names = LAYOUTS[family]
     grouped = {name: {name: layer} for name, layer in layers.items()} if names is None else _grouped(names, layers)

@@ -42,6 +42,14 @@ def said(pipe) -> torch.Tensor:
     return model.denoiser(x, at, model.encode(["red circle", "blue square"], height=16, width=16)["cond"]).eps
 
 
+FEED_FORWARD = {
+    "flux2": ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
+    **dict.fromkeys(("sana", "sana-sprint"), ("conv_inverted", "conv_point")),
+    "zimage": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+    "lumina2": ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3"),
+}
+
+
 @pytest.mark.parametrize("name", slow_but(EVERY, "sd", "sd3", "flux", "flux2", "zimage", "wan"))
 @pytest.mark.parametrize("layout", lora.LAYOUTS)
 @pytest.mark.sampled(3)
@@ -58,9 +66,10 @@ def test_every_layout_loads_whole_into_a_fresh_pipeline_of_every_family(tmp_path
     lora.attach(fresh, tmp_path)
     loaded = [key for key, _ in lora.network_of(fresh).named_parameters() if "lora" in key]
     assert len(loaded) == len(load_file(path)) == len(lora.weights(lora.network_of(pipe)))
-    kinds = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in load_file(path)}
-    more = kinds & {"2", "proj", "conv1", "proj_out", "w1", "linear_1"}
-    assert ("to_q" in kinds) and (bool(more) is (layout != "attention"))
+    layers = {key.split(".lora_")[0] for key in load_file(path)}
+    for part in FEED_FORWARD.get(name, ("net.0.proj", "net.2")):
+        assert any(layer.endswith(f".{part}") for layer in layers) is (layout != "attention"), part
+    assert any(layer.endswith(".to_q") for layer in layers)
     assert (said(fresh) - said(pipe)).abs().max() <= 1e-5
     assert (said(fresh) - base).abs().max() > 1e-3
 
@@ -97,9 +106,7 @@ def test_kohyas_file_is_the_same_adapter(tmp_path, layout):
     fresh = pipelines.sd()
     fresh.load_lora_weights(tmp_path, weight_name="kohya.safetensors")
     assert (output(fresh) - output(pipe)).abs().max() <= 1e-5
-    with pytest.raises(
-        UserError, match="kohya's layout is of UNets and of sd3, .* this is a LoRA of pixart: take comf"
-    ):
+    with pytest.raises(UserError, match="kohya's layout is of UNets and of sd3, .* this is a LoRA of pixart: keep pyt"):
         lora.export_kohya(perturbed(dits.pixart(), rank=2), tmp_path / "no.safetensors")
 
 
@@ -114,19 +121,26 @@ def test_a_folder_is_exported_without_its_model(tmp_path, layout):
 
 
 def test_a_transformer_is_exported_for_comfyui_by_diffusers_names(tmp_path):
-    pipe = dits.sana()
+    pipe = dits.pixart()
     trained = lora.add(pipe, rank=2, alpha=8)
     lora.save(pipe, tmp_path)
     found = load_file(lora_formats.export(tmp_path, tmp_path / "out.safetensors", "comfyui"))
     layers = {key.partition(".lora_")[0] for key in found if "lora_A" in key}
     assert len(found) == 3 * len(layers) == 3 * len(trained) // 2
     assert all(key.startswith("transformer.") and float(found[f"{key}.alpha"]) == 8 for key in layers)
-    with pytest.raises(UserError, match="this is a LoRA of sana: take comfyui"):
+    with pytest.raises(UserError, match="this is a LoRA of pixart: keep pytorch_lora_weights"):
         lora_formats.export(tmp_path, tmp_path / "no.safetensors", "kohya")
     with pytest.raises(UserError, match="no is the file to write: give it a name that ends in .safetensors"):
         lora_formats.export(tmp_path, "no", "comfyui")
     with pytest.raises(UserError, match="is no LoRA of difftune train"):
         lora_formats.export(tmp_path / "nowhere", "no.safetensors", "comfyui")
+
+
+@pytest.mark.parametrize("family", ("wan", "sana", "sana-sprint", "lumina2", "chroma"))
+def test_a_family_whose_names_in_comfyui_are_not_known_is_refused(family):
+    adapter = adapter_of_flux(8)._replace(family=family)
+    with pytest.raises(UserError, match=f"are known of UNets and of sd3, flux, .* this is a LoRA of {family}: keep"):
+        lora_formats.LAYOUTS["comfyui"](adapter)
 
 
 def updates(tensors, scale=lambda layer: 1.0) -> dict[str, torch.Tensor]:
@@ -174,7 +188,10 @@ def test_kohyas_file_of_a_transformer_loads_into_its_pipeline(tmp_path, name):
     fresh = EVERY[name].make()
     perturbed(pipe, rank=2, alpha=8, layout="attention+ff+conv")
     file = lora.export_kohya(pipe, tmp_path / "kohya.safetensors")
-    assert all(key.startswith("lora_unet_") and key.count(".") <= 2 for key in load_file(file))
+    keys = load_file(file)
+    assert all(key.startswith("lora_unet_") and key.count(".") <= 2 for key in keys)
+    fused = [f"lora_unet_double_blocks_0_{side}_mlp_{i}.alpha" for side in ("img", "txt") for i in (0, 2)]
+    assert name != "flux2" or set(fused) <= keys.keys()
     base = said(fresh)
     fresh.load_lora_weights(tmp_path, weight_name="kohya.safetensors")
     assert (said(fresh) - said(pipe)).abs().max() <= 2e-5 and (said(fresh) - base).abs().max() > 1e-3
