@@ -48,8 +48,8 @@ class Family:
 
     `batch_first` names the network's arguments that have a row per sample, dotted where nested
     ("added_cond_kwargs.text_embeds"); the last part of such a name is its key in a `Cond`. A value may be a list.
-    The first name is that of the latents. `model_output` is what the pipeline makes of its prediction for the scheduler
-    of a sample, by the rows of the network's call.
+    The first name is that of the latents. `model_output(out, sample, rows, scheduler)` is what the pipeline gives its
+    scheduler for the guided prediction `out`; `rows` are the arguments of the network's call.
     """
 
     name: str

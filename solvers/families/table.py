@@ -1,8 +1,8 @@
 """The table of the families of pipelines, which `LatentModel` and `attach` read: nothing else knows their differences.
 
 A new family is one file beside this one, and its name in `FAMILIES`. `attach` needs what the pipeline calls its
-denoiser with and what it does to the guided prediction; `LatentModel` needs `encode` and `call` besides, and says so of
-a family that has none.
+denoiser with and what it does to the guided prediction; `LatentModel` needs `encode` and `call` besides, and refuses a
+family without them.
 """
 
 from pathlib import Path
@@ -29,7 +29,8 @@ KNOWN = (SD, SDXL, SD3, FLUX, FLUX2, CHROMA, PIXART, SANA, SPRINT, WAN, QWEN, ZI
 FAMILIES: dict[str, Family] = {family.name: family for family in KNOWN}
 
 REFUSED = {  # pipelines that people run and that no family knows, each with the reason
-    "HiDreamImagePipeline": "its experts run under no_grad outside of training, so that its gradients would be wrong",
+    "HiDreamImagePipeline": "its experts run under no_grad outside of training, so that gradients would be wrong;"
+    " attach was not tried",
     "HunyuanImagePipeline": "it guides by a guider of its own, and its gradient checkpointing ends in a TypeError",
     "Kandinsky5T2IPipeline": "its rotary embedding rounds to bfloat16 in every dtype, so gradients cannot be checked",
     "Kandinsky5T2VPipeline": "its rotary embedding rounds to bfloat16 in every dtype, so gradients cannot be checked",

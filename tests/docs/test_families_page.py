@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from scripts import make_families
 from solvers.families.table import FAMILIES
 
@@ -15,6 +17,19 @@ def test_the_tables_are_those_of_the_tests():
 def test_every_use_of_every_family_is_tested():
     for use, families in make_families.uses().items():
         assert families >= set(FAMILIES), use
+
+
+def test_a_test_that_is_gone_is_gone_from_the_page(monkeypatch):
+    before = make_families.block()
+    monkeypatch.delattr(make_families.test_every_family, "test_a_search")
+    assert make_families.uses()["search"] == set() and make_families.block() != before
+    monkeypatch.delattr(make_families.test_conformance, make_families.SPRINT)
+    assert "sana-sprint" not in make_families.uses()["`attach`"]
+    lean = pytest.mark.parametrize("name", ["sd", pytest.param("wan", marks=pytest.mark.slow)])
+    monkeypatch.setattr(
+        make_families.test_reno_families.test_noise_and_embedding_are_optimised, "pytestmark", [lean.mark]
+    )
+    assert make_families.uses()["ReNO"] == {"sd", "wan"}
 
 
 def test_a_case_of_the_tests_tells_its_family():
