@@ -136,7 +136,8 @@ def revisions(reward: str, **options: Any) -> dict[str, str]:
     the Hub that was fetched, the hash of each file that its options name, such as a reference picture, unless it is
     large; and that of a reward that it is made of."""
     about, arguments = entry(spelled(reward)[0]), _arguments(reward, options)
-    found = {name: locks()[name].revision for name in about.weights}
+    pinned = [] if about.wraps else [name for name in about.weights if not _replaced(name, arguments)]
+    found = {name: locks()[name].revision for name in pinned}
     texts = [value for value in arguments.values() if isinstance(value, str)]
     named = imported(about.models)(**arguments) if about.models else []
     for text in [*named, *texts]:
@@ -149,6 +150,12 @@ def revisions(reward: str, **options: Any) -> dict[str, str]:
     if isinstance(inner, str) and spelled(inner)[0] in REWARDS:
         found |= revisions(inner, **(arguments.get("options") or {}))
     return found
+
+
+def _replaced(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether a reward takes what its options name in place of a pinned file."""
+    options = ("vocabulary",) if name.endswith("-vocabulary") else ("weights", "model")
+    return any(arguments.get(option) is not None for option in options)
 
 
 def _is_small_file(text: str) -> bool:

@@ -196,6 +196,8 @@ def test_model_of_the_hub_stays_at_the_commit_of_its_first_download(tmp_path, mo
         ("cyclereward[pairs=T2I]", ["carolineec/CycleReward-T2I"]),
         ("clip", ["laion/CLIP-ViT-H-14-laion2B-s32B-b79K"]),
         ("open-clip[model=ViT-B-32, pretrained=laion2b_s34b_b79k]", ["laion/CLIP-ViT-B-32-laion2B-s34B-b79K"]),
+        ("clip-score[model=some/one]", ["some/one"]),
+        ("smooth[reward=clip-score[model=some/one]]", ["some/one"]),
         ("smooth[reward=clip]", ["laion/CLIP-ViT-H-14-laion2B-s32B-b79K"]),
         ("smooth[reward=vlm[model=some/one]]", ["some/one"]),
         (
@@ -212,6 +214,8 @@ def test_revisions_are_the_commits_that_were_fetched(reward, models, tmp_path, m
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps({"revision": f"commit of {model}"}))
     pinned = {"bert-vocabulary": hub.locks()["bert-vocabulary"].revision} if "cycle" in reward else {}
+    assert "imagereward-v1" in hub.revisions("imagereward")
+    assert hub.revisions("imagereward[weights=a.pt, vocabulary=b.txt]") == {}
     assert hub.revisions(reward) == {model: f"commit of {model}" for model in models} | pinned
 
 
