@@ -108,7 +108,7 @@ ROUGH = {"pickscore": 10.0}  # cosines times exp(logit_scale)
 
 
 @pytest.mark.parametrize("name", READS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_each_image_is_scored_by_itself(name, loaded):
     """Scores (B,) in float32 that do not depend on the rest of the batch or its order, nor change the second time."""
     reward, images, words = loaded(name), noise_images(), prompts(name)
@@ -123,7 +123,7 @@ def test_each_image_is_scored_by_itself(name, loaded):
 
 
 @pytest.mark.parametrize("name", READS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_scores_are_float32_from_images_of_any_float_dtype(name, loaded):
     reward, words = loaded(name), prompts(name)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):

@@ -55,6 +55,7 @@ def rounds(name: str, length: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.sampled(2)
 def test_resumed_equals_uninterrupted_bit_for_bit(name, tmp_path):
     """Weights, optimiser, average, generators and statistics; the reward and the dropout draw from the generators.
 

@@ -180,6 +180,7 @@ def test_particles_run_over_sdxl_and_over_flows(make):
 
 
 @pytest.mark.parametrize("make", [pipelines.sdxl, dits.sd3])
+@pytest.mark.sampled(2)
 def test_every_method_runs_over_sdxl_and_over_flows(make):
     pipe = make()
     for method in SEARCHES:
