@@ -108,6 +108,16 @@ def lines(space: str, at: Noise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     raise UserError(f"no prediction type {space!r}; known: {', '.join(SPACES)}")
 
 
+def target(space: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The output in `space` that stands for x0 and eps, as a perfect network gives it: the inverse of `lines`."""
+    return {
+        "eps": lambda: eps,
+        "x0": lambda: x0,
+        "v": lambda: alpha * eps - sigma * x0,
+        "flow": lambda: eps - x0,
+    }[space]()
+
+
 def factors(space: str, at: Noise) -> Sequence[Any]:
     """`lines` as Python floats, which multiply a tensor to the same bits and are computed once for each level; as
     tensors where a float would not do."""

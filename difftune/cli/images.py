@@ -64,11 +64,9 @@ def sample(ctx: click.Context, as_json: bool, dry_run: bool, guidance_scale: flo
     if dry_run:
         show(found, as_json, planned(found))
         return
-    show(
-        found,
-        as_json,
-        f"{(n := len(found['images']))} image{'s' * (n > 1)} in {flags['output_dir']}, {found['nfe']:g} NFE each",
-    )
+    count = len(found["images"])
+    drawn = f"{count} image{'s' * (count > 1)}"
+    show(found, as_json, f"{drawn} in {flags['output_dir']}, {found['nfe']:g} NFE each")
 
 
 @click.command(
@@ -238,15 +236,8 @@ def _wins(r: dict[str, Any]) -> list[str]:
     return [f"{wins['rate']:.0%}", f"{wins['low']:.0%} to {wins['high']:.0%}", f"{r['difference']['p_holm']:.2g}"]
 
 
-OF_A_ROW = (
-    "guidance",
-    "cfg_scale",
-    "options",
-    "scheduler",
-    "nfe",
-    "nfe_by_branch",
-    "seconds",
-)  # what is not a score in it
+# what is not a score in a row of a comparison
+OF_A_ROW = ("guidance", "cfg_scale", "options", "scheduler", "nfe", "nfe_by_branch", "seconds")
 
 
 def _compare_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -39,7 +39,6 @@ from difftune.configs.recipes import GRPOConfig
 from difftune.errors import UserError
 from difftune.files.checkpoint import State
 from difftune.recipes.ddpo import ddpo_loss, trust_region
-from difftune.rollouts.denoising import target
 from difftune.rollouts.groups import judge_groups, part_rewards
 from difftune.rollouts.policy import Policy, kl, log_prob, per_element
 from difftune.rollouts.rounds import Rounds, repeated
@@ -49,7 +48,7 @@ from difftune.training.checks import check_groups, check_no_dropout, check_whole
 from difftune.training.state import Metrics, take_snapshot
 from difftune.training.steps import attempt_step, take_step
 from guidance.guided import GuidedPredict
-from solvers.denoiser import Prediction
+from solvers.denoiser import Prediction, target
 from solvers.noise import Noise
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from solvers.denoiser import Cond, along, lines, widen
+from solvers.denoiser import Cond, along, lines, target, widen
 from solvers.latent import LatentModel, NetworkDenoiser
 from solvers.noise import Noise
 
@@ -119,13 +119,3 @@ def noised_output(denoiser: NetworkDenoiser, x0: Tensor, draws: Draws, cond: Con
     assert denoiser.family.call is not None  # LatentModel refuses a family without
     out = denoiser.family.call(denoiser.network, x.to(dtype), draws.timestep, cond)
     return x, widen(out)
-
-
-def target(space: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The output of a perfect network of that prediction type."""
-    return {
-        "eps": lambda: eps,
-        "x0": lambda: x0,
-        "v": lambda: alpha * eps - sigma * x0,
-        "flow": lambda: eps - x0,
-    }[space]()

@@ -1,7 +1,7 @@
 """Surrogate gradients: the run's own end, with the gradient of a shorter or of a straighter one.
 
 A step from x_i adds to the latent what the network emits there, and carries the rest along a line. What is emitted is a
-velocity v on the levels of a flow, v of a network that predicts v, and eps elsewhere. Held, it is taken as the
+velocity on the levels of a flow, v of a network that predicts v, and eps elsewhere. Held, it is taken as the
 network's own and not as a function of x_i: then the gradient of the end passes around the network, and no product of
 its Jacobians arises. On a flow with steps D_i = t_{i+1} - t_i, g_i = dv_i / dtheta and J_j = dv_j / dx, the end's
 gradient is
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from solvers.denoiser import Denoiser, Path, Predict, Prediction, lines, widen
+from solvers.denoiser import Denoiser, Path, Predict, Prediction, lines, target, widen
 from solvers.errors import UserError
 from solvers.noise import Noise
 from solvers.rollout.recompute import Recomputed, reachable
@@ -135,18 +135,11 @@ class Held:
             with torch.no_grad():
                 said = self.predict(start, at)
         space = "x0" if self.space == "eps" and at.alpha == 0 else self.space
-        out = said_in(space, said, at)
+        out = target(space, said.x0, said.eps, *at)
         p, q, m, n = lines(space, at)
         moved, learnt = path.x - start.x, self.scale * (out - out.detach())  # zeros, with the gradients
         x0 = said.x0.detach() + p * moved + q * learnt
         return said._replace(x0=x0, eps=said.eps.detach() + m * moved + n * learnt)
-
-
-def said_in(space: str, said: Prediction, at: Noise) -> Tensor:
-    """The prediction as an output in `space`: the inverse of `lines`."""
-    if space == "flow":
-        return said.eps - said.x0
-    return at.alpha * said.eps - at.sigma * said.x0 if space == "v" else said.x0 if space == "x0" else said.eps
 
 
 def held(run: Run, scale: float, alpha: float = 0.0) -> Held:
