@@ -30,8 +30,9 @@ bench: $(STAMP)
 evidence: $(STAMP)  ## docs/evidence.md and the README's table of claims; hours, and it goes on where it was stopped
 	@$(BIN)/python scripts/make_evidence.py $(ROWS)
 
+# not --quiet: mkdocs counts the warnings that it prints, and --quiet hides them from --strict
 docs: $(STAMP)  ## build/site/index.html; offline, and a link to nowhere is an error
-	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 gallery: $(STAMP)  ## the pictures of docs/gallery.md and of the README, by the commands that stand there
 	@$(BIN)/python scripts/plot_measured.py

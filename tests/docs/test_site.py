@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +17,41 @@ LOADED = re.compile(
 )
 
 
+BUILD = shlex.split(re.search(r"/mkdocs (build .+)", (ROOT / "Makefile").read_text())[1])  # as `make docs` does
+
+
+def build(folder, *flags):
+    quiet = {"NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
+    command = [sys.executable, "-m", "mkdocs", *BUILD, "--site-dir", str(folder), *flags]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The built site; `mkdocs build --strict` must end well."""
+    """The built site; what `make docs` calls must end well."""
     folder = tmp_path_factory.mktemp("site")
-    quiet = {"NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True, check=False)
+    done = build(folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+NOWHERE = ("[a](nowhere.md)", "[a](folder/)", "[a](#nowhere)", "[a](other.md#nowhere)", "[a](/other.md)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("link", ["[a](other.md#here)", *NOWHERE])
+def test_a_link_to_nowhere_fails(tmp_path, link):
+    """By our own settings of what counts, on two pages."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"# First\n\n{link}\n")
+    (tmp_path / "docs" / "other.md").write_text("# Other\n\n## Here\n")
+    config = tmp_path / "mkdocs.yml"
+    config.write_text(
+        f"INHERIT: {ROOT}/mkdocs.yml\ndocs_dir: docs\ntheme: mkdocs\nextra_css: []\nhooks: []\nplugins: []\n"
+        "markdown_extensions: []\nnav: [index.md, other.md]\n"
+    )
+    done = build(tmp_path / "site", "--config-file", str(config))
+    assert bool(done.returncode) == (link in NOWHERE), done.stdout + done.stderr
 
 
 @pytest.mark.slow
