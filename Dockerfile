@@ -1,8 +1,10 @@
 # difftune on a CUDA machine:
 #   docker build --tag difftune .
-#   docker run --rm --gpus all --volume "$PWD/runs:/runs" difftune demo --output_dir /runs/demo
+#   docker run --rm --gpus all --volume difftune-runs:/runs difftune demo --output_dir /runs/demo
+#   docker run --rm --volume difftune-runs:/runs --entrypoint cat difftune /runs/demo/report.html > report.html
+# A named volume belongs to the user of the image; a folder of the host is often root's, where that user cannot write.
 # PyTorch's wheels bring their own CUDA libraries, so the small base image is enough.
-FROM nvidia/cuda:12.8.1-base-ubuntu24.04
+FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
 # hadolint ignore=DL3008
 RUN apt-get update \
