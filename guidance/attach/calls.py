@@ -248,16 +248,22 @@ class Asked:
 
 def plain(branch: Branch) -> str:
     """The condition's name, for a branch that is nothing but a named condition; "" for any other."""
-    return str(branch.cond) if isinstance(branch.cond, str) and branch == Branch(branch.cond) else ""
+    return branch.cond if isinstance(branch.cond, str) and branch[1:] == PLAIN else ""
+
+
+PLAIN = Branch("")[1:]  # what a branch has beside its condition, unless it says otherwise
 
 
 def named(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a forward by name."""
-    _, *arguments = _signature(type(unwrap_module(network)).forward).bind(network, *args, **kwargs).arguments.items()
-    return dict(arguments)
+    names = _parameters(type(unwrap_module(network)).forward)
+    return {**dict(zip(names, args, strict=False)), **kwargs}  # fewer are given by place than there are names
 
 
-_signature = cache(inspect.signature)  # which is slow, and the same in every step
+@cache
+def _parameters(forward: Callable[..., Any]) -> list[str]:
+    """The names of a forward's arguments without `self`: inspection is slow, and says the same in every step."""
+    return list(inspect.signature(forward).parameters)[1:]
 
 
 def sorted_out(arguments: Mapping[str, Any], batch_first: Sequence[str]) -> tuple[Inputs, Inputs]:

@@ -153,6 +153,7 @@ class Run:
         self.handle, self.pipe, self.scheduler = handle, handle.pipe, handle.pipe.scheduler
         self.family = handle.family
         self.locate, self.space = locator(self.scheduler), prediction_type(self.scheduler)
+        self.is_first_order = is_first_order(self.scheduler)
         self.x0: Tensor | None = None
         self.memory: Memory = {}
         self.first: Combined | None = None
@@ -254,7 +255,7 @@ class Run:
     def _look(self, sample: Tensor, timestep: Tensor) -> Stage:
         here = self.locate(self.scheduler, torch.as_tensor(timestep))
         norm, at = normalised(self.space, here.at)
-        then = normalised(self.space, here.then)[1] if is_first_order(self.scheduler) else None
+        then = normalised(self.space, here.then)[1] if self.is_first_order else None
         return Stage(Path(widen(sample) / norm, self.x0, self.memory, then), at, here)
 
     @functools.cached_property
