@@ -172,8 +172,9 @@ def shapeeval_hard() -> tuple[dict[str, str], ...]:
 
 @cache
 def held_out() -> frozenset:
-    """The contents that training captions may not have: ShapeEval's of the four compositional categories, and all of
-    ShapeEval-hard's."""
-    tested = [entry["prompt"] for entry in shapeeval() if entry["category"] in COMPOSITIONAL]
-    tested += [entry["prompt"] for entry in shapeeval_hard()]
-    return frozenset(content(parse(prompt)) for prompt in tested)
+    """The contents that training captions may not have: ShapeEval's of the four compositional categories, all of
+    ShapeEval-hard's, and the pairs of sizes within those."""
+    tested = [parse(entry["prompt"]) for entry in shapeeval() if entry["category"] in COMPOSITIONAL]
+    tested += (hard := [parse(entry["prompt"]) for entry in shapeeval_hard()])
+    sized = [tuple(phrase for phrase in caption.phrases if phrase.size) for caption in hard]
+    return frozenset(map(content, tested + [Caption(pair) for pair in sized if pair]))
