@@ -57,7 +57,7 @@ from rewards.sets.vendi import vendi
 from rewards.world.classifier import load_classifier
 from solvers.latent import LatentModel
 
-THRICE = ("alignprop", "d3po", "pso", "dragon", "ddpo")  # seeds 0, 1, 2; the others seed 0
+THRICE = ("alignprop", "d3po", "pso", "dragon", "ddpo", "grpo", "nft", "adjoint-matching")  # seeds 0, 1, 2; others 0
 CAP, GRACE = 480, 1200  # seconds of a run, and of what is measured around it
 QUICK = ("--max_train_steps", "2", "--num_inference_steps", "3")
 JUDGES = ("reward", "oracle", "vendi", "coverage", "classifier")
@@ -78,6 +78,8 @@ class Job:
     per_category: int = 10
     images: int = 4
     points: int = 1  # checkpoints that are measured, the last one included
+    steps: int | None = None  # of the sampler, where it is measured; None: as in training
+    beside: float | None = None  # CFG's scale, under which the last checkpoint is measured too
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -100,7 +102,8 @@ def written_with_cost(forwards: Forwards) -> Iterator[None]:
 
 
 def trained(job: Job) -> bool:
-    """Run the command; whether it came to its end before it was stopped."""
+    """Run the command; whether it came to its end before it was stopped. Seconds are one thread's."""
+    torch.set_num_threads(1)
     command = ["train", job.recipe, "--config", example_of(job.recipe), "--seed", str(job.seed)]
     command += ["--output_dir", str(job.folder), *job.flags]
     alarm = threading.Timer(job.cap, os.kill, (os.getpid(), signal.SIGTERM))
@@ -184,20 +187,32 @@ def compared(job: Job, now: Mapping[str, Tensor], then: Mapping[str, Tensor]) ->
 
 
 def run(job: Job, results: Path) -> None:
-    """Train, measure, and write the line; in a process of its own."""
+    """Train, measure, and write the line; in a process of its own, on one thread."""
+    torch.set_num_threads(1)
     shutil.rmtree(job.folder, ignore_errors=True)
     ended = trained(job)
     settings = yaml.safe_load((job.folder / CONFIG).read_text())
+    sampled = settings if job.steps is None else {**settings, "num_inference_steps": job.steps}
     spent = {line["step"]: line for line in records.records(job.folder / METRICS)}
-    then, points = before(job, settings), []
-    for path in chosen(checkpoint.checkpoints(job.folder), job.points):
+    paths = chosen(checkpoint.checkpoints(job.folder), job.points)
+    then, points = before(job, sampled), []
+    for path in paths:
         step = int(path.name.rpartition("-")[2])
         cost = {"seconds": spent[step]["process_seconds"]}
         cost["forward_equivalents"] = spent[step]["forward_equivalents"]
-        points.append({"step": step, **cost, **compared(job, measured(job, settings, path), then)})
+        points.append({"step": step, **cost, **compared(job, measured(job, sampled, path), then)})
     curve = [[line["forward_equivalents"], line.get("reward_mean")] for line in spent.values()]
     found = {"recipe": job.recipe, "seed": job.seed, "ended": ended, "settings": settings}
+    if job.beside is not None:
+        other = under_cfg(sampled, job.beside)
+        found["beside"] = compared(job, measured(job, other, paths[-1]), before(job, other))
     Store(results).write(job.folder.name, {**found, "points": points, "curve": curve})
+
+
+def under_cfg(settings: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """The settings with CFG in the place of their guidance."""
+    kept = {k: v for k, v in settings.items() if not k.startswith("guidance")}
+    return {**kept, "guidance": "cfg", "guidance_scale": scale}
 
 
 def chosen(paths: Sequence[Path], count: int) -> list[Path]:

@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 
 import bench_recipes
 import numpy as np
-from bench_recipes import Job
+from bench_recipes import THRICE, Job
 from benching import Store, table
 
-from difftune.evaluation.intervals import estimate
+from difftune.evaluation.intervals import Estimate, estimate
 from difftune.recipes import RECIPES
 from evidence.noise import SMOOTH
 from evidence.rows import Claim, Results, Row, Section, above, paired, said
 
 GRADIENT = ("alignprop", "drtune", "adjoint-matching")
 CALLED = ("ddpo", "d3po", "pso", "dragon", "grpo", "nft")
-THRICE = ("alignprop", "ddpo", "d3po", "pso", "dragon")
+ENDLESS = ("grpo", "nft")  # trained until the cap; the others, for as many updates as their example has
 MODELS = ("tiny", "tiny-turbo", "tiny-flow", "tiny-clip", "tiny-classifier")
 PAPERS = {
     "alignprop": "higher reward than DDPO, which is told of prompts that were not trained on too",
@@ -35,6 +35,16 @@ PAPERS = {
     "grpo": "GenEval .63 to .95 (SD 3.5 Medium)",
     "nft": "GenEval .24 to .98 (SD 3.5 Medium, without CFG)",
 }
+CURVES: dict[str, tuple[str, ...]] = {  # on one flow without guidance: the flags of each, beside its example
+    "nft": (),
+    "grpo": (),
+    "alignprop": (),
+    "adjoint-matching": (),
+    "ddpo": (),
+    "d3po": (),
+}
+STEPS, BESIDE = 10, 2.0  # of the sampler where a curve is measured, and CFG's scale in the other evaluation of its end
+RISE = 0.1  # of ShapeEval, whose cost is told
 RULES = {  # of which sampler steps carry gradient, and of how an update counts; the first is the default
     "K from 1 to 10": (),
     "K from 5 to 10": ("--truncation_min", "5"),
@@ -54,13 +64,19 @@ class Size(NamedTuple):
     duel: tuple[float, float] = (180, 3600)  # seconds of alignprop, and at most of ddpo
     chosen_on: tuple[int, ...] = (10, 11)  # seeds of the choice of a rule, on which nothing else is reported
     forwards: float = 13_000  # forward-equivalents of each run in that choice
+    curve: tuple[float, int] = (1200, 6)  # seconds of each, and the checkpoints that are measured
 
 
-QUICK = Size(900, (0,), (*GRADIENT, *CALLED), 1, 2, bench_recipes.QUICK, (900, 900), (10,), 400)
+QUICK = Size(900, (0,), (*GRADIENT, *CALLED), 1, 2, bench_recipes.QUICK, (900, 900), (10,), 400, (900, 1))
 
 
 def flags_of(recipe: str, size: Size) -> tuple[str, ...]:
-    return ("--reward", SMOOTH if recipe in GRADIENT else "oracle", *size.flags)
+    own = endless(size) if recipe in ENDLESS else size.flags
+    return ("--reward", reward_of(recipe), *own)
+
+
+def reward_of(recipe: str) -> str:
+    return SMOOTH if recipe in GRADIENT else "oracle"
 
 
 def endless(size: Size) -> tuple[str, ...]:
@@ -132,11 +148,30 @@ def rule_rows(size: Size, results: Results) -> dict[str, list[Row]]:
     return {rule: [rule_row(rule, seed, size, results) for seed in size.chosen_on] for rule in RULES}
 
 
+def curve_row(recipe: str, seed: int, size: Size, results: Results) -> Row:
+    """A recipe on `tiny-flow` without guidance until the cap, measured on its way, and at its end under CFG too."""
+    name, (cap, points) = f"training/curve-{recipe}-{seed}", size.curve
+    flags = ("--model", "tiny-flow", "--guidance", "none", "--reward", reward_of(recipe), *CURVES[recipe])
+    flags += endless(size)
+    sizes: dict[str, Any] = {"per_category": size.per_category, "images": size.images, "points": points}
+    sizes |= {"steps": STEPS, "beside": BESIDE}
+    settings = {"recipe": recipe, "seed": seed, "flags": flags, "cap": cap, **sizes, "judged": judged_by(size)}
+    job = Job(recipe, seed, results.folder / f"{name}-run", flags, cap, **sizes)
+    return Row(name, settings, MODELS, partial(trained, job))
+
+
+def curve_rows(size: Size, results: Results) -> dict[str, list[Row]]:
+    """The recipe's rows, a seed each."""
+    return {r: [curve_row(r, seed, size, results) for seed in size.seeds] for r in CURVES if r in size.recipes}
+
+
 def rows(size: Size, results: Results) -> list[Row]:
     """Seed after seed, so that a part of them is already a result."""
     pairs = [(r, s) for s in size.seeds for r in size.recipes if s in seeds_of(r, size)]
     runs = [row_of(recipe, seed, size, results) for recipe, seed in pairs]
-    return [*runs, *duel_rows(size, results), *itertools.chain.from_iterable(rule_rows(size, results).values())]
+    curves, rules = curve_rows(size, results).values(), rule_rows(size, results).values()
+    whole = itertools.chain.from_iterable
+    return [*runs, *whole(zip(*curves, strict=True)), *duel_rows(size, results), *whole(rules)]
 
 
 # ------------------------------------------------------------------------------------------------ what is said
@@ -152,9 +187,17 @@ def section(size: Size, results: Results) -> Section:
         duellists = dict(zip(("alignprop", "ddpo"), lines, strict=True))
         claims.append(duel_claim(duellists, found.get("alignprop")))
         texts.append(duel_text(size, duellists))
+    curves = {recipe: own for recipe, of in curve_rows(size, results).items() if (own := measured_of(of, results))}
+    claims += [curve_claim(recipe, own) for recipe, own in curves.items()]
+    texts += [curves_text(size, curves)] if curves else []
     rules = {rule: own for rule, of in rule_rows(size, results).items() if (own := results.all_of(of))}
     texts += [rules_text(size, rules)] if rules else []
     return Section("Fine-tuning", rows(size, results), claims, "\n\n".join(texts))
+
+
+def measured_of(rows: Sequence[Row], results: Results) -> list[dict[str, Any]]:
+    """What those rows found that were measured."""
+    return [found for row in rows if (found := results.read(row)) is not None]
 
 
 def changes(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -188,6 +231,71 @@ def recipes_text(size: Size, found: Mapping[str, Sequence[Mapping[str, Any]]]) -
         "a prompt's pictures are; `coverage`, whether a picture is a scene; `tiny-classifier`, prompts of one object."
     )
     return f"{lead}\n\n{bench_recipes.table([line for lines in found.values() for line in lines])}"
+
+
+def rise(points: Sequence[Mapping[str, Any]]) -> Estimate:
+    """ShapeEval of held-out prompts, to the start: mean over seeds, its interval over prompts."""
+    found = [np.subtract(point["oracle_after"], point["oracle_before"]) for point in points]
+    return estimate(np.mean(found, axis=0).tolist(), (-1.0, 1.0))
+
+
+def stages(lines: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The first measured checkpoint of each seed, the second, and so on."""
+    return [list(points) for points in zip(*(line["points"] for line in lines), strict=False)]
+
+
+def cost_of(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Updates, forward-equivalents and seconds of a stage, mean over seeds."""
+    return [f"{np.mean([point[name] for point in points]):.0f}" for name in ("step", "forward_equivalents", "seconds")]
+
+
+def first_rise(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The cost of the first stage at which ShapeEval is RISE higher."""
+    costs = (cost_of(points) for points in stages(lines) if rise(points).score >= RISE)
+    return next(costs, ["not reached"] * 3)[1:]
+
+
+def curve_claim(recipe: str, lines: Sequence[Mapping[str, Any]]) -> Claim:
+    """Whether ShapeEval of held-out prompts rises on the flow."""
+    found, minutes = rise(stages(lines)[-1]), max(line["points"][-1]["seconds"] for line in lines) / 60
+    kind = "held out" if recipe in GRADIENT else "in-reward, held-out prompts"
+    ours = (
+        f"oracle, {kind}: {said(found)}; {minutes:.0f} minutes of one core, {len(lines)} seed{'s' * (len(lines) > 1)}"
+    )
+    title, page = f"{RECIPES[recipe].title} on a flow", f"recipes/{recipe}.md"
+    command = f"difftune train {recipe} --model tiny-flow"
+    return Claim(title, page, PAPERS[recipe], ours, above(found), command)
+
+
+def curves_text(size: Size, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The way of each recipe, and its end by all judges."""
+    lead = (
+        f"The same flow, `tiny-flow`, without guidance, at most {size.curve[0]:g} s of the clock and one thread each. "
+        f"{', '.join(r for r in curves if r in GRADIENT)} follow `{SMOOTH}`; the others are given the oracle itself, "
+        f"on training captions, so that it is in-reward. Measured on {6 * size.per_category} held-out prompts, "
+        f"{size.images} images each, {STEPS} steps:"
+    )
+    way = [
+        [recipe, *cost_of(points), f"{np.mean([p['oracle_after'] for p in points]):.3f}", said(rise(points))]
+        for recipe, lines in curves.items()
+        for points in stages(lines)
+    ]
+    head = ["recipe", "updates", "forward-equivalents", "seconds", "ShapeEval", "to the start"]
+    return f"{lead}\n\n{table(head, way)}\n\nWhere each ended:\n\n{ends_table(curves)}"
+
+
+def ends_table(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The last stage by all judges, without guidance and under CFG, and what a rise of RISE cost."""
+    rows = []
+    for recipe, lines in curves.items():
+        found = changes(lines)
+        judges = [said(estimate(found[judge], (-1.0, 1.0))) for judge in ("coverage", "vendi", "classifier")]
+        seeds = ", ".join(str(line["seed"]) for line in lines)
+        beside = said(rise([line["beside"] for line in lines]))
+        rows.append([recipe, seeds, said(rise(stages(lines)[-1])), beside, *judges, *first_rise(lines)])
+    head = ["recipe", "seeds", "ShapeEval", f"under CFG {BESIDE:g}", "coverage", "Vendi", "tiny-classifier"]
+    head += [f"forward-equivalents to +{RISE:.2f}", f"seconds to +{RISE:.2f}"]
+    return table(head, rows)
 
 
 def reached(lines: Mapping[str, Mapping[str, Any]]) -> tuple[float, float | None, float]:

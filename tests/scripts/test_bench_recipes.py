@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,17 +116,74 @@ def test_a_finished_run_is_not_run_again(bench, tmp_path, monkeypatch):
     assert list(bench.Store(results).read()) == ["alignprop-0"]
 
 
+@contextmanager
+def many_threads():
+    """Within, torch begins with two threads; then it has as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_training_lines_tell_the_cost_and_a_stop_is_no_failure(bench, tmp_path, monkeypatch):
+    threads = []
+
     def command(arguments, prog_name):
+        threads.append(torch.get_num_threads())
         bench.records.append(tmp_path / "metrics.jsonl", {"step": 1})
         raise SystemExit(143 if "--stopped" in arguments else 0 if "--whole" in arguments else 2)
 
     monkeypatch.setattr(bench.cli, "main", command)
     job = bench.Job("alignprop", 0, tmp_path, ("--stopped",))
     append = bench.records.append
-    assert not bench.trained(job)
+    with many_threads():
+        assert not bench.trained(job)
+    assert threads == [1]  # of the process that trains: its seconds are one thread's
     written = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert written.pop("process_seconds") >= 0 and written == {"step": 1, "forward_equivalents": 0.0}
     assert bench.records.append is append
     with pytest.raises(SystemExit):
         bench.trained(bench.Job("alignprop", 0, tmp_path, ()))
+
+
+def test_a_run_is_measured_on_its_way_and_at_its_end_under_cfg_too(bench, tmp_path, monkeypatch):
+    """At the steps that the job names; each beside what the model did before, sampled alike."""
+    asked = []
+
+    def trained(job):
+        assert torch.get_num_threads() == 1
+        job.folder.mkdir()
+        settings = {"num_inference_steps": 20, "guidance": "apg", "guidance_scale": 3.0, "guidance.eta": 0.5}
+        (job.folder / bench.CONFIG).write_text(bench.yaml.safe_dump({"reward": ["oracle"], **settings}))
+        for step in (5, 10, 15):
+            cost = {"process_seconds": step / 10, "forward_equivalents": 100.0 * step}
+            bench.records.append(job.folder / bench.METRICS, {"step": step, **cost})
+
+    def measured(job, settings, lora):
+        asked.append((None if lora is None else lora.name, settings))
+        found = {name: torch.full((4, 1), float(lora is not None)) for name in (*bench.JUDGES, "latents")}
+        return {**found, "vendi": found["vendi"][:2]}
+
+    monkeypatch.setattr(bench, "trained", trained)
+    monkeypatch.setattr(bench, "measured", measured)
+    monkeypatch.setattr(bench, "before", lambda job, settings: measured(job, settings, None))
+    monkeypatch.setattr(
+        bench.checkpoint, "checkpoints", lambda folder: [folder / f"checkpoint-{step}" for step in (5, 10, 15)]
+    )
+    job = bench.Job("grpo", 0, tmp_path / "grpo-0", images=2, points=2, steps=7, beside=2.0)
+    with many_threads():
+        bench.run(job, tmp_path / "results.jsonl")
+    found = bench.Store(tmp_path / "results.jsonl").read()["grpo-0"]
+    assert [(p["step"], p["forward_equivalents"], p["seconds"]) for p in found["points"]] == [
+        (5, 500.0, 0.5),
+        (15, 1500.0, 1.5),
+    ]
+    own = {"guidance": "apg", "guidance_scale": 3.0, "guidance.eta": 0.5}
+    other = {"guidance": "cfg", "guidance_scale": 2.0}
+    places = [None, "checkpoint-5", "checkpoint-15", "checkpoint-15", None]
+    assert [place for place, _ in asked] == places
+    for (_, settings), guidance in zip(asked, [own] * 3 + [other] * 2, strict=True):
+        assert settings == {"reward": ["oracle"], "num_inference_steps": 7, **guidance}
+    assert found["beside"]["oracle_after"] == [1.0, 1.0] and found["beside"]["oracle_before"] == [0.0, 0.0]

@@ -178,6 +178,38 @@ def test_a_duel_counts_the_evaluations_to_the_others_best(make):
     assert make.training.duel_claim(lines, None).holds is False
 
 
+def test_curves_are_of_one_flow_without_guidance_and_without_end(make, results):
+    rows = make.training.curve_rows(make.training.Size(), results)
+    assert set(rows) == {"ddpo", "grpo", "nft", "d3po", "alignprop", "adjoint-matching"}
+    for recipe, (first, *others) in rows.items():
+        flags = first.settings["flags"]
+        assert flags[:4] == ("--model", "tiny-flow", "--guidance", "none") and "1000000" in flags and len(others) == 2
+        gradient = recipe in ("alignprop", "adjoint-matching")
+        assert flags[5] == (make.training.SMOOTH if gradient else "oracle")
+        assert first.settings["points"] > 3 and first.settings["beside"] == 2.0
+    assert {row.name for of in rows.values() for row in of} <= {
+        row.name for row in make.training.rows(make.training.Size(), results)
+    }
+
+
+def test_a_curve_tells_each_stage_and_what_a_rise_cost(make):
+    """Two seeds: the rise is the mean of both, and is reached at the second of three stages."""
+    lines = [line_of("grpo", [0.5] * 4), line_of("grpo", [0.5] * 4)]
+    for line, ends in zip(lines, ([0.5, 0.7, 0.9], [0.5, 0.55, 0.8]), strict=True):
+        own = [line_of("grpo", [end, end + 0.01] * 2, 100.0 * (i + 1))["points"][0] for i, end in enumerate(ends)]
+        line |= {"points": own, "beside": own[0]}
+    found = make.training.curves_text(make.training.Size(), {"grpo": lines})
+    assert "| grpo | 1 | 100 | 60 | 0.505 | +0.005 [" in found
+    assert "| grpo | 1 | 200 | 60 | 0.630 | +0.130 [" in found
+    assert "| grpo | 1 | 300 | 60 | 0.855 | +0.355 [" in found
+    (end,) = [row for row in found.splitlines() if row.startswith("| grpo | 0, 0 |")]
+    assert end.startswith("| grpo | 0, 0 | +0.355 [") and "| +0.005 [" in end and end.endswith("| 200 | 60 |")
+    assert "in-reward" in found and make.training.curve_claim("grpo", lines).holds is True
+    flat = [line_of("alignprop", [0.5] * 4) | {"beside": line_of("alignprop", [0.5] * 4)["points"][0]}]
+    assert make.training.ends_table({"alignprop": flat}).endswith("| not reached | not reached |")
+    assert "oracle, held out" in make.training.curve_claim("alignprop", flat).ours
+
+
 # ------------------------------------------------------------------------------------------------ the page
 
 
