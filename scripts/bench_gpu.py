@@ -92,7 +92,7 @@ def compared(bench: Bench, size: str, runs: Callable[..., Any], batch: int, step
     made = runs(bench.pipe(size), batch, 2 if bench.small else steps)
     seconds = {}
     reset_peak()
-    found = paired(made, bench.rounds)
+    found = bench_loops.per_image(paired(made, bench.rounds), batch)
     first = next(iter(made))
     for name, values in found.items():
         middle = spread([a / b for a, b in zip(values, found[first], strict=True)])

@@ -6,7 +6,8 @@ sampling    the stock pipeline, the same under attach(pipe, CFG), and our own lo
 gradients   a run without a gradient, a hand-written loop with torch.utils.checkpoint around each network call, and
             `rollout` in mode "checkpoint", each with its backward pass
 reno        the update of ReNO's authors written out (SGD with Nesterov's momentum on the noise, its gradient clipped,
-            one image, all recomputed), and ours on one image and on eight
+            one image, all recomputed), and ours on one image and on eight, in seconds of each image; both have the
+            same reward, and neither differentiates the last image, after which the noise moves no more
 
 Ratios are to the first of each, paired by round: median, its 95 % interval, and quartiles. On a CPU the seconds are
 this process's own; leave the machine quiet all the same, since other work takes the caches. Every measurement is a line
@@ -20,7 +21,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from benching import Run, Store, hardware, paired, ratios, spread, table
+from benching import Run, Store, hardware, paired, ratios, spread, table, weights
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -37,10 +38,12 @@ from solvers.samplers.catalogue import euler, sample
 
 PROMPT = "a red circle left of a blue square"
 SCALE = 5.0
+PER_IMAGE = "ours, per image"
 
 
 def sampling(pipe: Any, batch: int, steps: int) -> dict[str, Run]:
-    prompts, latent = [PROMPT] * batch, LatentModel(pipe)
+    prompts = [PROMPT] * batch
+    latent = LatentModel(pipe, decode_batch=batch)  # the pipeline decodes all at once
 
     @torch.no_grad()
     def stock() -> None:
@@ -94,47 +97,66 @@ def gradients(pipe: Any, batch: int, steps: int) -> dict[str, Run]:
 
 
 def reno(pipe: Any, batch: int, iterations: int) -> dict[str, Run]:
-    """One step of a few-step model; `batch` images of ours, one of the authors'."""
+    """A few-step model's one step; `batch` images of ours, one of the authors'. Both have the same reward, make as many
+    images, and differentiate all but the last, since after it the noise moves no more."""
     model, reward = LatentModel(pipe), load("tiny-clip")
     network, vae = model.network.requires_grad_(False), pipe.vae.requires_grad_(False)
 
-    def authors() -> None:
+    def authors() -> Tensor:
         with torch.no_grad():
             text, x = model.encode([PROMPT])["cond"]["encoder_hidden_states"], model.noise(1)
         now, _ = model.levels(1)
         time, (p, q, *_) = model.denoiser.clock(now), lines(model.denoiser.prediction_type, now)
-        noise, best = torch.nn.Parameter(x), (-torch.inf, x)
-        optimizer = torch.optim.SGD([noise], lr=5.0, momentum=0.9, nesterov=True)
-        for _ in range(iterations):
-            optimizer.zero_grad()
-            out = checkpoint(lambda z: network(z, time, text, return_dict=False)[0], noise, use_reentrant=False)
-            latent = (p * noise + q * out) / vae.config.scaling_factor
+
+        def judged(noise: Tensor) -> tuple[Tensor, Tensor]:
+            guess = lambda z: network(z.to(text), time, text, return_dict=False)[0]  # noqa: E731
+            out = checkpoint(guess, noise, use_reentrant=False)
+            latent = ((p * noise + q * out.float()) / vae.config.scaling_factor).to(vae.dtype)
             image = checkpoint(lambda z: vae.decode(z, return_dict=False)[0], latent, use_reentrant=False)
-            score = reward((image / 2 + 0.5).clamp(0, 1), [PROMPT]).sum()
-            norm = noise.norm()
-            (0.01 * (norm.square() / 2 - (noise.numel() - 1) * norm.log()) - score).backward()
-            torch.nn.utils.clip_grad_norm_([noise], 0.1)
-            optimizer.step()
-            best = max(best, (score.item(), image.detach()), key=lambda found: found[0])
+            image = (image.float() / 2 + 0.5).clamp(0, 1)
+            return image.detach(), reward(image, [PROMPT]).sum()
 
-    def ours() -> None:
+        noise, best = torch.nn.Parameter(x), (x, -torch.inf)
+        optimizer = torch.optim.SGD([noise], lr=5.0, momentum=0.9, nesterov=True)
+        for left in reversed(range(iterations)):
+            with torch.set_grad_enabled(left > 0):
+                image, score = judged(noise)
+            best = max(best, (image, score.item()), key=lambda found: found[1])
+            if left:
+                optimizer.zero_grad()
+                norm = noise.norm()
+                (0.01 * (norm.square() / 2 - (noise.numel() - 1) * norm.log()) - score).backward()
+                torch.nn.utils.clip_grad_norm_([noise], 0.1)
+                optimizer.step()
+        return best[0]
+
+    def ours() -> Tensor:
         settings = {"learning_rate": 5.0, "grad_clip": 0.1, "progress": False}
-        ReNO(pipe, {"tiny-clip": 1.0}, **settings).optimize([PROMPT] * batch, iterations)
+        return ReNO(pipe, reward, **settings).optimize([PROMPT] * batch, iterations).images
 
-    return {"authors": authors, "ours": ours}
-
-
-PARTS = {"sampling": (sampling, "tiny", 25), "gradients": (gradients, "tiny", 10), "reno": (reno, "tiny-turbo", 10)}
+    return {"authors": authors, PER_IMAGE: ours}
 
 
-def measured(part: str, batch: int, rounds: int, steps: int | None) -> dict[str, Any]:
-    make, name, usual = PARTS[part]
+PARTS = {  # the runs, the embedded models that they need, the steps
+    "sampling": (sampling, ["tiny"], 25),
+    "gradients": (gradients, ["tiny"], 10),
+    "reno": (reno, ["tiny-turbo", "tiny-clip"], 10),
+}
+
+
+def measured(part: str, batch: int, rounds: int, steps: int) -> dict[str, Any]:
+    make, (name, *_), _ = PARTS[part]
     pipe = models.load(name).to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
-    runs = make(pipe, batch, steps or usual)
-    seconds = paired(runs, rounds)
+    runs = make(pipe, batch, steps)
+    seconds = per_image(paired(runs, rounds), batch)
     first = next(iter(runs))
     return {"on": hardware(), "seconds": seconds, "ratios": ratios(seconds, first) | _more(seconds)}
+
+
+def per_image(seconds: Mapping[str, Sequence[float]], batch: int) -> dict[str, list[float]]:
+    """Seconds of each run, those `PER_IMAGE` divided by the images that it made."""
+    return {name: [s / (batch if name == PER_IMAGE else 1) for s in values] for name, values in seconds.items()}
 
 
 def _more(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -159,8 +181,8 @@ def main(parts: Sequence[str], batches: Sequence[int] | None, rounds: int, outpu
     print(hardware())
     for part in parts or PARTS:
         for batch in batches or ([1, 8] if part == "reno" else [1, 4]):
-            steps = 2 if small else None
-            key = f"{part}-{batch}-{rounds}-{hardware()}"
+            names, steps = PARTS[part][1], 2 if small else PARTS[part][2]
+            key = f"{part}-{batch}-{steps}-{rounds}-{weights(*names)}-{hardware()}"
             rows += told(part, batch, store.measured(key, lambda: measured(part, batch, rounds, steps)))  # noqa: B023
     print(table(["loop", "batch", "run", "median (ratio to the first of its block)", "quartiles"], rows))
 
