@@ -49,17 +49,17 @@ Entry = Mapping[str, Any]  # {"what": {name: cell}}: a row of the table for each
 class Bench:
     """The device, the sizes, and the pipeline that was used last: no two are held at a time."""
 
-    def __init__(self, small: bool):
+    def __init__(self, small: bool, dtype: torch.dtype | None = None):
         self.small, self.device = small, "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = dtype or (torch.float32 if small else torch.bfloat16)
         self.rounds, self.held = 1 if small else 5, ("", None)
 
     def pipe(self, size: str) -> Any:
-        """The random pipeline of a size, in bfloat16 unless small."""
+        """The random pipeline of a size."""
         if self.held[0] != size:
             self.held = ("", None)
             reset_peak()
-            made = SIZES[size](self.device, self.small)
-            self.held = (size, made if self.small else made.to(torch.bfloat16))
+            self.held = (size, SIZES[size](self.device, self.small).to(self.dtype))
         return self.held[1]
 
     def fresh(self, size: str) -> Any:
@@ -232,7 +232,7 @@ def main(parts: Sequence[str], minutes: float, output: str, small: bool) -> None
             if key not in store.read() and time.perf_counter() > ends:
                 late.append(f"{part} / {name}")
                 continue
-            found = store.measured(key, lambda: attempted(measure))  # noqa: B023
+            found = attempted(bench, partial(store.measured, key, measure))
             rows += [[part, name, what, cell] for what, cell in found["what"].items()]
             print(key, found["what"], flush=True)
     print(table(["part", "of", "what", "measured"], rows))
@@ -240,11 +240,13 @@ def main(parts: Sequence[str], minutes: float, output: str, small: bool) -> None
         print(f"not begun after {minutes:g} minutes: {', '.join(late)}")
 
 
-def attempted(measure: Callable[[], Entry]) -> Entry:
-    """The measurement, or the error in its place: one that fails does not cost the others their time on the GPU."""
+def attempted(bench: Bench, measure: Callable[[], Entry]) -> Entry:
+    """The measurement, or the error in its place: one that fails does not cost the others their time on the GPU. It is
+    not kept, so that it is attempted again, and nor is the pipeline that it was of."""
     try:
         return measure()
     except Exception as error:
+        bench.held = ("", None)
         return {"what": {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}}
 
 

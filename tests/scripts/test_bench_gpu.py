@@ -31,11 +31,13 @@ def test_the_networks_have_the_published_size(bench, size):
     assert count == pytest.approx(MILLIONS[size], rel=2e-3)
 
 
-def test_what_is_measured_is_kept_and_an_error_does_not_cost_the_rest(bench, tmp_path, capsys, monkeypatch):
+def test_what_is_measured_is_kept_and_an_error_is_not_and_does_not_cost_the_rest(bench, tmp_path, capsys, monkeypatch):
+    calls, failures = [], []
+
     def fails():
+        failures.append(1)
         raise RuntimeError("out\nof memory")
 
-    calls = []
     part = lambda _: iter([("bad", fails), ("good", lambda: calls.append(1) or {"what": {"seconds": "1.0"}})])  # noqa: E731
     monkeypatch.setitem(bench.PARTS, "loops", part)
     file = str(tmp_path / "gpu.jsonl")
@@ -45,8 +47,16 @@ def test_what_is_measured_is_kept_and_an_error_does_not_cost_the_rest(bench, tmp
     assert out.count("| search | 8 particles | evaluations | 48 |") == 2  # CFG twice, 3 steps, 8 particles
     assert out.count("| loops | bad | failed | RuntimeError: out of memory |") == 2
     assert out.count("| loops | good | seconds | 1.0 |") == 2 and calls == [1]
+    assert failures == [1, 1] and "bad" not in (tmp_path / "gpu.jsonl").read_text()
     bench.main(["loops"], -1, str(tmp_path / "other.jsonl"), small=True)
     assert "not begun after -1 minutes: loops / bad, loops / good" in capsys.readouterr().out
+
+
+def test_reno_and_its_authors_loop_run_in_the_dtype_of_a_gpu(bench):
+    half = bench.Bench(True, torch.bfloat16)
+    found = bench.compared(half, "SD 1.5", bench.bench_loops.reno, 1, 2)["what"]
+    assert half.pipe("SD 1.5").unet.dtype == torch.bfloat16
+    assert list(found) == ["authors", bench.bench_loops.PER_IMAGE, "peak of all"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
