@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from bench_models import sd15
-from benching import Run, Store, hardware, paired, ratios, table
+from benching import Run, Store, hardware, paired, ratios, table, weights
 from torch import Tensor, nn
 
 from difftune import models
@@ -89,13 +89,14 @@ def told(what: str, batch: int, found: Mapping[str, Any]) -> list[list[Any]]:
 def main(batches: Sequence[int], rounds: int, output: str, small: bool) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     store, rows, rounds = Store(output), [], 1 if small else rounds
+    model = "sd15" if device == "cuda" else f"tiny {weights('tiny')}"
     print(hardware())
     for part in ("network", "decoder"):
         for backward in (False, True):
             what = f"{part}, {'forwards and backwards' if backward else 'forwards'}"
             for batch in batches:
                 measure = partial(measured, part, batch, backward, rounds, device)
-                rows += told(what, batch, store.measured(f"{what}-{batch}-{rounds}-{hardware()}", measure))
+                rows += told(what, batch, store.measured(f"{what}-{batch}-{rounds}-{model}-{hardware()}", measure))
     print(table(["what", "batch", "format", "median (ratio to the usual)", "quartiles"], rows))
 
 
