@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
+from difftune.configs.written import CONFIG
 from difftune.errors import UserError
+from difftune.files.text import read_text
 from difftune.pipelines import lora
 from difftune.pipelines.opened import open_pipeline
 from solvers.denoiser import Cond, widen
@@ -33,12 +36,20 @@ def network_output(denoiser: NetworkDenoiser, x: Tensor, at: Noise, cond: Cond) 
 
 
 @torch.no_grad()
-def moved_noises(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], steps: int, batch_size: int = 16) -> Tensor:
+def moved_noises(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    batch_size: int = 16,
+    embedded_guidance: float | None = None,
+) -> Tensor:
     """The noises (N, C, h, w) of the seeds, each moved for its prompt by the adapter of the pipeline.
 
     steps: of the sampler that will draw from them, whose first level is the one at which the noise is seen.
+    embedded_guidance: the scale told to a network distilled over scales, as it was in training.
     """
-    model, network, moved = LatentModel(pipe), lora.network_of(pipe), list[Tensor]()
+    model, network, moved = LatentModel(pipe, embedded_guidance), lora.network_of(pipe), list[Tensor]()
     levels = model.levels(steps)
     scale = model.start_scale(levels)
     base = replace(model.denoiser, network=WithoutAdapter(network))
@@ -54,7 +65,23 @@ def moved_by(folder: str, model: str, prompts: Sequence[str], seeds: Sequence[in
     """`moved_noises` by the LoRA of a training run's folder, of the named model. UserError if there is none."""
     if not Path(folder, lora.WEIGHTS).is_file():
         raise UserError(f"--noise_lora {folder} holds no {lora.WEIGHTS}: give the --output_dir of train hypernoise")
-    return moved_noises(open_pipeline(model, folder), prompts, seeds, steps)
+    told = scale_told(Path(folder))
+    return moved_noises(open_pipeline(model, folder), prompts, seeds, steps, embedded_guidance=told)
+
+
+def scale_told(folder: Path) -> float | None:
+    """The `embedded_guidance` of a run, by its folder or by that of one of its checkpoints; None if it had none, or if
+    its settings are not there. UserError for settings that cannot be read."""
+    file = next((place / CONFIG for place in (folder, folder.parent) if (place / CONFIG).is_file()), None)
+    if file is None:
+        return None
+    try:
+        told = yaml.safe_load(read_text(file, "the settings of")).get("embedded_guidance")
+        return None if told is None else float(told)
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"cannot read the settings of --noise_lora in {file}: give the --output_dir of a run"
+        ) from error
 
 
 class WithoutAdapter:

@@ -69,6 +69,13 @@ def move_noise(session: Session[HypernoiseConfig], step: int) -> Metrics:
 
 def check_hypernoise(config: HypernoiseConfig) -> None:
     """UserError for the first of this recipe's own settings that is invalid."""
+    if config.full_finetuning:
+        raise UserError("hypernoise moves the noise by a LoRA beside the model: leave full_finetuning out")
+    if config.reference == "start":
+        raise UserError(
+            "reference is 'start', but the noise is moved by all that the LoRA adds to the model, as difftune sample "
+            "--noise_lora does too: leave reference out"
+        )
     if config.validation_steps is not None:
         raise UserError(
             "a validation draws with the LoRA in the model, and this one is beside it: leave validation_steps out, and "

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from difftune.configs.images import SampleConfig
-from difftune.pipelines import lora
+from difftune.pipelines import lora, noise_lora
 from difftune.pipelines.generate import generate
 from difftune.pipelines.noise_lora import moved_noises, network_output
 from difftune.recipes import check_recipe, hypernoise, train_in_folder
@@ -103,5 +103,32 @@ def test_an_untrained_lora_moves_nothing():
 def test_bad_settings_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="a validation draws with the LoRA in the model"):
         check_recipe(toy("hypernoise", tmp_path, validation_steps=1))
+    with pytest.raises(ValueError, match="by a LoRA beside the model: leave full_finetuning out"):
+        check_recipe(toy("hypernoise", tmp_path, full_finetuning=True))
+    with pytest.raises(ValueError, match="reference is 'start', but the noise is moved by .*: leave reference out"):
+        hypernoise.check_hypernoise(toy("hypernoise", tmp_path, lora="run", reference="start"))
     with pytest.raises(ValueError, match="--noise gives the noises and --noise_lora moves drawn ones"):
         generate(SampleConfig(model="tiny", prompt=["red"], output_dir="x", noise="n", noise_lora="l"))
+
+
+def test_a_network_distilled_over_scales_is_told_the_one_of_its_training(tmp_path, monkeypatch):
+    """As the run's config.yaml has it, by the run's folder or by a checkpoint's; without one the network refuses."""
+    pipe = dits.flux(guidance_embeds=True)
+    lora.add(pipe, 2)
+    with torch.no_grad():
+        for weight in lora.weights(pipe.transformer).values():
+            weight += 0.1
+    run = tmp_path / "run"
+    for folder in (run, run / "checkpoint-1"):
+        folder.mkdir()
+        (folder / lora.WEIGHTS).touch()
+    monkeypatch.setattr(noise_lora, "open_pipeline", lambda model, folder: pipe)
+    with pytest.raises(ValueError, match="pass embedded_guidance"):
+        noise_lora.moved_by(str(run), "flux", ["red"], [3], 1)
+    (run / "config.yaml").write_text("embedded_guidance: 3.5\n")
+    found = [noise_lora.moved_by(str(folder), "flux", ["red"], [3], 1) for folder in (run, run / "checkpoint-1")]
+    expected, other = (moved_noises(pipe, ["red"], [3], 1, embedded_guidance=scale) for scale in (3.5, 1.0))
+    assert torch.equal(found[0], expected) and torch.equal(found[1], expected) and not torch.equal(expected, other)
+    (run / "config.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="cannot read the settings of --noise_lora"):
+        noise_lora.moved_by(str(run), "flux", ["red"], [3], 1)
