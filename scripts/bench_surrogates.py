@@ -34,9 +34,9 @@ def modes(session: Session[AlignPropConfig]) -> dict[str, Draw]:
     assert drtune is not None
 
     def drawn(name: str, number: int) -> str:
-        return surrogate_named(name).draw(random.Random(number), session.images.levels)
+        return surrogate_named(name).draw(random.Random(number), session.images.levels, number)
 
-    names = ("flowbp[active=3]", "flowbp[active=3,alpha=0.5,rho=0]", "leapalign", "direct-align")
+    names = ("flowbp[active=3]", "flowbp[active=3,alpha=0.5,rho=0]", "leapalign", "direct-align[up=0]")
     return {
         "draft, K = 3": lambda number: "truncated:3",
         "refl, K = 1 to 10": lambda number: f"truncated:{1 + number % STEPS}:refl",

@@ -16,7 +16,7 @@ from difftune.pipelines.engine import check_offloading, try_gradient
 from difftune.recipes.reward_gradient import Modes
 from rewards.registry import spelled
 from solvers.noise import Noise, flow, grid
-from solvers.ranges import Count, NotNegative, Ranged, Share
+from solvers.ranges import Count, NotNegative, Positive, Ranged, Share, Whole
 
 
 class Surrogate(Protocol):
@@ -26,8 +26,8 @@ class Surrogate(Protocol):
     def least(self) -> int:
         """Sampler steps that it needs."""
 
-    def draw(self, draw: random.Random, levels: Sequence[Noise]) -> str:
-        """A mode of the engine, of a sampler with these levels."""
+    def draw(self, draw: random.Random, levels: Sequence[Noise], step: int = 0) -> str:
+        """A mode of the engine, of a sampler with these levels, for an optimiser step."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class FlowBP(Ranged):
     alpha: Share = 0.0
     least = 2
 
-    def draw(self, draw: random.Random, levels: Sequence[Noise]) -> str:
+    def draw(self, draw: random.Random, levels: Sequence[Noise], step: int = 0) -> str:
         widths = [time_of(now) - time_of(then) for now, then in zip(levels[:-1], levels[1:], strict=True)]
         count = len(widths)
         if not self.alpha:
@@ -77,29 +77,47 @@ class FlowBP(Ranged):
 class LeapAlign(Ranged):
     """LeapAlign (https://arxiv.org/abs/2604.15311): two straight steps in place of all, between two that are drawn.
 
-    alpha: the share of the gradient that goes through the second step's input. tau: the least distance by which a
-    sample's gradient is divided, which is that of the two steps from the run.
+    alpha: the share of the gradient that goes through the second step's input. tau: the least distance, above 0, by
+    which a sample's gradient is divided, which is that of the two steps from the run.
     """
 
     alpha: Share = 0.3
-    tau: NotNegative = 0.1
+    tau: Positive = 0.1
     least = 2
 
-    def draw(self, draw: random.Random, levels: Sequence[Noise]) -> str:
+    def draw(self, draw: random.Random, levels: Sequence[Noise], step: int = 0) -> str:
         start, join = sorted(draw.sample(range(len(levels) - 1), 2))
         return f"truncated:{start},{join},{self.alpha:g},{self.tau:g}:leap"
 
 
 @dataclass(frozen=True)
 class DirectAlign(Ranged):
-    """Direct-Align (https://arxiv.org/abs/2509.06942): the image is noised again by its own noise, and one step of the
-    network is judged by the image that is found again from it. Any level, also the noisiest, gives a gradient."""
+    """Direct-Align, SRPO's way to a gradient (https://arxiv.org/abs/2509.06942): the image is noised again by its own
+    noise to a level that is drawn, and one step of the network from there is judged by the image that is found again.
 
+    up: every so many optimiser steps that step goes up in noise, and the reward counts against it, as a step up moves
+    the image the other way; SRPO has 2, every second one, and 0 is never. lowest, highest: the times t of the levels,
+    1 for noise and 0 for data: SRPO warns of t above .99, and of the last ones. The first and the last level of a run
+    are not among them.
+    """
+
+    up: Whole = 2
+    lowest: Share = 0.0
+    highest: Share = 0.99
     least = 3
 
-    def draw(self, draw: random.Random, levels: Sequence[Noise]) -> str:
-        level = draw.randrange(1, len(levels) - 2)
-        return f"truncated:{level},{level + 1}:direct"
+    def draw(self, draw: random.Random, levels: Sequence[Noise], step: int = 0) -> str:
+        rising = bool(self.up) and step % self.up == 0
+        last = len(levels) - 2  # the noisiest and the clean level are no place to find an image again from
+        within = [i for i in range(1, last + 1) if self.lowest <= time_of(levels[i]) <= self.highest]
+        pairs = [(i, i - 1 if rising else i + 1) for i in within if (i > 1 if rising else i < last)]
+        if not pairs:
+            raise UserError(
+                f"direct-align has no level of the run between lowest, {self.lowest:g}, and highest, {self.highest:g}, "
+                "but the first and the last ones: give it more room, or more sampler steps"
+            )
+        now, then = draw.choice(pairs)
+        return f"truncated:{now},{then}{',-1' if rising else ''}:direct"
 
 
 SURROGATES: dict[str, type] = {"flowbp": FlowBP, "leapalign": LeapAlign, "direct-align": DirectAlign}
@@ -133,7 +151,7 @@ def drawn_surrogates(config: AlignPropConfig, levels: Sequence[Noise]) -> Modes:
     surrogate = surrogate_named(config.gradient or "")
 
     def of(step: int) -> str:
-        return surrogate.draw(random.Random(f"{config.seed} {step} surrogate"), levels)
+        return surrogate.draw(random.Random(f"{config.seed} {step} surrogate"), levels, step)
 
     return Modes(of, of(0), f"{surrogate}, drawn anew for each optimiser step")
 
@@ -146,6 +164,7 @@ def check_surrogate(config: AlignPropConfig) -> None:
         raise UserError(
             f"gradient {config.gradient!r} is of Euler's steps, not of {config.sampler!r}: leave sampler out"
         )
-    mode = surrogate.draw(random.Random(0), grid(flow, config.num_inference_steps))
-    check_offloading(config.offload, mode)
-    try_gradient(mode, config.num_inference_steps, "weights")
+    for step in range(2):
+        mode = surrogate.draw(random.Random(0), grid(flow, config.num_inference_steps), step)
+        check_offloading(config.offload, mode)
+        try_gradient(mode, config.num_inference_steps, "weights")

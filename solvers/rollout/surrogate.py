@@ -9,7 +9,7 @@ gradient is
     "MASK,SCALE:held"          SCALE sum of D_i g_i over the steps with a 1           (FlowBP, arXiv 2606.11075; DRTune)
     "MASK,SCALE,J,ALPHA:bridge"   the same, and where the J-th step is met, ALPHA of its Jacobian goes along
     "K,J,ALPHA[,TAU]:leap"     -t_j g_j + (1 - ALPHA t_j J_j) (t_j - t_k) g_k              (LeapAlign, arXiv 2604.15311)
-    "I,J:direct"               (t_j - t_i) / (1 - t_j) g_i, at the end, noised again   (Direct-Align, arXiv 2509.06942)
+    "I,J[,SCALE]:direct"       SCALE (t_j - t_i) / (1 - t_j) g_i, at the end, noised again     (SRPO, arXiv 2509.06942)
 """
 
 from collections.abc import Callable, Sequence
@@ -96,13 +96,14 @@ class Bound:
 
 def direct(run: Run, option: str) -> Path:
     """The run's end is noised to level I by the noise that the run began with, one step leads to level J, and the clean
-    image is found again from that noise: "I,J". It is a step down if I comes first in the run, else one up (SRPO)."""
-    now, then = parse_direct(option, run)
+    image is found again from that noise: "I,J[,SCALE]". It is a step down if I comes first in the run, else one up,
+    whose gradient is the other way: a SCALE of -1 turns it round (SRPO)."""
+    now, then, scale = parse_direct(option, run)
     clean = without_graph(run, len(run.legs))
     eps = widen(run.x.detach()) / run.legs[0][0].sigma
     start = replace(clean, x=renoise(Prediction(clean.x, eps), now), x0=None)
     said = Recomputed(run.predict)(start, now)
-    x0 = (renoise(said, then) - then.sigma * eps) / then.alpha
+    x0 = scaled((renoise(said, then) - then.sigma * eps) / then.alpha, scale)
     return replace(clean, x=x0, x0=x0)
 
 
@@ -207,22 +208,28 @@ def parse_leap(option: str, steps: int) -> tuple[int, int, float, float | None]:
     start, join, alpha, tau = _numbers(option, 3, 4, "K,J,ALPHA[,TAU]:leap")
     if not (start.isdecimal() and join.isdecimal() and int(start) < int(join) < steps):
         raise UserError(f"'truncated:{option}' wants two steps, 0 <= K < J < {steps}, as in '0,2,0.3:leap'")
+    if tau and float(tau) == 0:
+        raise UserError(f"'truncated:{option}' divides by a distance of at least TAU: give it above 0, or leave it out")
     return int(start), int(join), float(alpha), float(tau) if tau else None
 
 
-def parse_direct(option: str, run: Run) -> tuple[Noise, Noise]:
-    """Reads "2,3": the two levels, which are between the run's first and last."""
-    now, then = _numbers(option, 2, 2, "I,J:direct")
+def parse_direct(option: str, run: Run) -> tuple[Noise, Noise, float]:
+    """Reads "2,3" or "3,2,-1": the two levels, which are between the run's first and last, and the scale, which is 1 if
+    left out."""
+    now, then, scale = _numbers(option, 2, 3, "I,J[,SCALE]:direct", signed=True)
     inner = range(1, len(run.legs))
     if not (now.isdecimal() and then.isdecimal() and int(now) in inner and int(then) in inner and now != then):
         raise UserError(f"'truncated:{option}' wants two levels of 1 to {len(run.legs) - 1}, as in '2,3:direct'")
-    return run.legs[int(now)][0], run.legs[int(then)][0]
+    return run.legs[int(now)][0], run.legs[int(then)][0], float(scale or 1.0)
 
 
-def _numbers(option: str, least: int, most: int, form: str) -> list[str]:
-    """What stands between the commas, filled up with nothing. UserError unless all but masks and steps are numbers."""
+def _numbers(option: str, least: int, most: int, form: str, signed: bool = False) -> list[str]:
+    """What stands between the commas, filled up with nothing. UserError unless all are numbers, of at least 0 if
+    they are not `signed`."""
     parts = option.rpartition(":")[0].split(",")
-    if not least <= len(parts) <= most or not all(_is_number(part) for part in parts):
+    if not least <= len(parts) <= most or not all(
+        _is_number(part.removeprefix("-") if signed else part) for part in parts
+    ):
         raise UserError(f"'truncated:{option}' is written {form}")
     return [*parts, *[""] * (most - len(parts))]
 

@@ -18,8 +18,8 @@ from tests.support.toys import toy
 LEVELS = grid(flow, 10)
 
 
-def drawn(surrogate, count=2000):
-    return [surrogate.draw(random.Random(i), LEVELS) for i in range(count)]
+def drawn(surrogate, count=2000, step=0):
+    return [surrogate.draw(random.Random(i), LEVELS, step) for i in range(count)]
 
 
 def test_flowbp_draws_steps_without_replacement_and_the_later_ones_more():
@@ -47,8 +47,21 @@ def test_a_bridge_is_among_the_steps_and_its_count_is_split_by_length():
 def test_leaps_are_any_two_steps():
     found = Counter(mode.split(":")[1] for mode in drawn(LeapAlign(), 3000))
     assert len(found) == 45 and all(name.endswith(",0.3,0.1") for name in found)
-    assert drawn(DirectAlign(), 1)[0].endswith(":direct")
-    assert {mode.split(":")[1] for mode in drawn(DirectAlign())} == {f"{i},{i + 1}" for i in range(1, 9)}
+
+
+def test_direct_align_goes_up_and_down_by_turns_between_the_levels_that_are_let():
+    """Every second optimiser step goes up, with the reward against it. The first and the last level are left out."""
+    down = {mode.split(":")[1] for mode in drawn(DirectAlign(), step=1)}
+    assert down == {f"{i},{i + 1}" for i in range(1, 9)} == {mode.split(":")[1] for mode in drawn(DirectAlign(up=0))}
+    assert {mode.split(":")[1] for mode in drawn(DirectAlign())} == {f"{i},{i - 1},-1" for i in range(2, 10)}
+    few = DirectAlign(lowest=0.35, highest=0.75)  # t is .7, .6, .5 and .4 there
+    assert {mode.split(":")[1] for mode in drawn(few, step=1)} == {f"{i},{i + 1}" for i in range(3, 7)}
+    every = DirectAlign(up=3)
+    assert ["-1" in every.draw(random.Random(0), LEVELS, step) for step in range(6)] == [True, False, False] * 2
+    with pytest.raises(
+        ValueError, match="direct-align has no level of the run between lowest, 0.95, and highest, 0.99"
+    ):
+        drawn(DirectAlign(lowest=0.95), 1)
 
 
 def test_drtune_draws_its_offset_anew_and_trains_every_step_alike(tmp_path):
@@ -67,7 +80,14 @@ def test_drtune_draws_its_offset_anew_and_trains_every_step_alike(tmp_path):
 
 @pytest.mark.parametrize(
     ("mode", "count"),
-    [("0110:held", 2), ("0111,1.5:held", 3), ("0110,1,2,0.5:bridge", 2), ("0,2,0.3:leap", 2), ("2,3:direct", 1)],
+    [
+        ("0110:held", 2),
+        ("0111,1.5:held", 3),
+        ("0110,1,2,0.5:bridge", 2),
+        ("0,2,0.3:leap", 2),
+        ("2,3:direct", 1),
+        ("3,2,-1:direct", 1),
+    ],
 )
 def test_steps_that_carry_gradient(mode, count):
     assert count_carrying(f"truncated:{mode}", 4) == count
@@ -100,6 +120,8 @@ def test_a_memory_budget_and_a_network_of_eps_work_too(name, tmp_path):
         ({"gradient": "leapalign[alpah=1]"}, "option of leapalign 'alpah'"),
         ({"gradient": "flowbp[active=0]"}, "active is 0"),
         ({"gradient": "leapalign[alpha=2]"}, "alpha is 2"),
+        ({"gradient": "leapalign[tau=0]"}, "tau is 0"),
+        ({"gradient": "direct-align[highest=0.1]"}, "direct-align has no level of the run"),
         ({"gradient": "direct-align", "num_inference_steps": 2}, "num_inference_steps is 2: it must be at least 3"),
         ({"gradient": "leapalign", "sampler": "heun"}, "is of Euler's steps, not of 'heun'"),
         ({"gradient": "leepalign"}, "no gradient mode 'leepalign'"),

@@ -61,6 +61,7 @@ GOLDENS = {
     "truncated:2,3,1:leap": -0.5341040203,  # adjacent last steps: DRaFT-2
     "truncated:2,3:direct": -0.5515941705,
     "truncated:3,2:direct": 0.5944015803,
+    "truncated:3,2,-1:direct": -0.5944015803,
 }
 
 
@@ -71,7 +72,7 @@ def test_goldens(gradient):
 
 def test_a_leaps_gradient_is_divided_by_how_far_it_is_from_the_run():
     """d_j = .0859375 and d_0 = .0354766846, and at least TAU each."""
-    for tau in (0.0, 0.05, 0.2):
+    for tau in (1e-9, 0.05, 0.2):
         width = max(0.0859375, tau) + max(0.0354766846, tau)
         assert slope(f"truncated:0,2,0.3,{tau}:leap") == pytest.approx(-2.1208856046 / width, rel=1e-7)
 
@@ -181,9 +182,12 @@ def test_what_carries_gradient_is_recomputed_one_call_at_a_time(mode):
         ("2,1,0.3:leap", "wants two steps, 0 <= K < J < 4"),
         ("0,4,0.3:leap", "wants two steps"),
         ("0,1:leap", "is written K,J"),
+        ("0,2,0.3,0:leap", "give it above 0"),
         ("0,1:direct", "wants two levels of 1 to 3"),
         ("2,2:direct", "wants two levels"),
         ("3,4:direct", "wants two levels"),
+        ("3,2,--1:direct", "is written I,J"),
+        ("-3,2:direct", "wants two levels"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(option, what):
