@@ -303,7 +303,7 @@ class PreferenceConfig(TrainingConfig):
     """Rewards that judge, if there are no labels, as a weighted sum; the image of the greater sum is preferred."""
     labels: str | None = None
     """Pairs, a better and a worse picture: a file of `difftune label`, a folder with pairs.jsonl, a file of HPD, or
-    dataset:NAME, as of Pick-a-Pic. If not given: images are made, and the reward judges."""
+    dataset:NAME, as of Pick-a-Pic. All count alike. If not given: images are made, and the reward judges."""
     updates_per_round: Many = 1
     """Optimiser steps on the same images, each at other noise levels, before the model makes new ones."""
     num_images_per_prompt: Annotated[int, Range(2, 1_000_000)] = 2

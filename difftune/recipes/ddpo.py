@@ -25,7 +25,7 @@ from difftune.rollouts.policy import Policy, kl, log_prob
 from difftune.rollouts.rounds import Rounds, repeated
 from difftune.rollouts.session import Session
 from difftune.rollouts.trajectories import Rolled, policy_of, roll_out
-from difftune.training.checks import check_groups, check_no_dropout
+from difftune.training.checks import check_exact_ratio, check_groups, check_no_dropout
 from difftune.training.reward_statistics import PerPrompt
 from difftune.training.state import Metrics, take_snapshot
 from difftune.training.steps import attempt_step, statistics, take_step
@@ -132,6 +132,7 @@ def reward_history(config: DDPOConfig, seen: PerPrompt) -> PerPrompt:
 def check_ddpo(config: DDPOConfig) -> None:
     """UserError for the first of this recipe's own settings that is invalid."""
     check_no_dropout(config)
+    check_exact_ratio(config)
     check_groups(config)
     least, size = config.per_prompt_stat_tracking_min_count, config.per_prompt_stat_tracking_buffer_size
     if size < least:

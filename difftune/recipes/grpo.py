@@ -40,11 +40,11 @@ from difftune.errors import UserError
 from difftune.files.checkpoint import State
 from difftune.recipes.ddpo import ddpo_loss, trust_region
 from difftune.rollouts.groups import judge_groups, part_rewards
-from difftune.rollouts.policy import Policy, kl, log_prob, per_element
+from difftune.rollouts.policy import Policy, check_eta, kl, log_prob, per_element
 from difftune.rollouts.rounds import Rounds, repeated
 from difftune.rollouts.session import Session
 from difftune.rollouts.trajectories import Rolled, policy_of, roll_out
-from difftune.training.checks import check_groups, check_no_dropout, check_whole_groups
+from difftune.training.checks import check_exact_ratio, check_groups, check_no_dropout, check_whole_groups
 from difftune.training.state import Metrics, take_snapshot
 from difftune.training.steps import attempt_step, take_step
 from guidance.guided import GuidedPredict
@@ -183,10 +183,24 @@ def clip_of(config: GRPOConfig) -> float:
 def check_grpo(config: GRPOConfig) -> None:
     """UserError for the first of this recipe's own settings that is invalid."""
     check_no_dropout(config)
+    check_exact_ratio(config)
     if config.shared_noise:
         check_groups(config)
-    if config.kernel == "cps" and config.eta is not None and config.eta > 1:
-        raise UserError(f"eta is {config.eta}: kernel 'cps' makes all noise anew at 1, give at most that")
+    if config.kernel is not None:
+        check_eta(config.kernel, config.eta)
+    check_heard(config)
     if config.num_inference_steps < 2:
         raise UserError("num_inference_steps is 1: the step to data adds no noise, so give at least 2")
     check_whole_groups(config)
+
+
+def check_heard(config: GRPOConfig) -> None:
+    """UserError for a setting that changes nothing beside the others."""
+    for name, deaf, why in (
+        ("kl_form", config.kl_weight == 0, "kl_weight is 0"),
+        ("window_schedule", config.sde_window == 0, "sde_window is 0, which is all steps"),
+        ("window_interval", config.window_schedule == "random", "window_schedule is 'random'"),
+    ):
+        given = getattr(config, name)
+        if deaf and given != getattr(GRPOConfig, name):
+            raise UserError(f"{name} is {given!r}, but {why}, so that it would change nothing: leave it out")

@@ -30,7 +30,8 @@ from difftune.rollouts.image_sampler import ImageSampler
 from difftune.rollouts.policy import per_element
 from difftune.rollouts.rounds import Rounds, ScoredImages, lend_weights, make_images, repeated
 from difftune.rollouts.session import Session
-from difftune.training.checks import check_groups, check_whole_groups
+from difftune.training.checks import check_groups, check_no_dropout, check_whole_groups
+from difftune.training.network import evaluated
 from difftune.training.state import Kept, Metrics, Training, copy_tensors, take_snapshot
 from difftune.training.steps import attempt_step, take_step
 
@@ -57,7 +58,7 @@ def contrast(session: Session[NFTConfig], judged: "JudgedImages", old: Mapping[s
     def loss_of(turn: tuple[ImageBatch, int]) -> tuple[Tensor, Mapping[str, Tensor]]:
         batch, i = turn
         draws = batch_draws(session, step, batch.numbers, i)
-        with torch.no_grad(), lend_weights(run.weights, old):
+        with torch.no_grad(), evaluated(run.network.prepared), lend_weights(run.weights, old):
             before = say(images, batch, draws)
         with torch.no_grad():
             base = say(images.with_network(run.reference), batch, draws) if wants_base(config) else None
@@ -230,6 +231,9 @@ def say(images: ImageSampler, batch: ImageBatch, draws: Draws) -> Said:
 def check_nft(config: NFTConfig) -> None:
     """UserError for the first of this recipe's own settings that is invalid."""
     check_whole_groups(config)
+    check_heard(config)
+    if config.loss != "nft":
+        check_no_dropout(config)
     if config.loss == "dgpo":
         check_groups(config)
     if config.levels_per_image > config.num_inference_steps:
@@ -239,3 +243,16 @@ def check_nft(config: NFTConfig) -> None:
         )
     if config.adv_clip_max == 0:
         raise UserError("adv_clip_max is 0: no image would be better than another, give it above 0")
+
+
+LOSSES_OF = {"beta": ("nft", "dgpo"), "clip_range": ("awm", "dgpo"), "adaptive_weight": ("nft",)}  # of a setting
+
+
+def check_heard(config: NFTConfig) -> None:
+    """UserError for a setting that the loss does not have."""
+    for name, losses in LOSSES_OF.items():
+        given = getattr(config, name)
+        if config.loss not in losses and given != getattr(NFTConfig, name):
+            raise UserError(
+                f"{name} is {given}, and loss {config.loss!r} has none, but {' and '.join(losses)}: leave it out"
+            )

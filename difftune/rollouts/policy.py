@@ -73,6 +73,13 @@ KERNELS: dict[str, Kernel] = {
 }
 ETAS = {"ddim": 1.0, "flow": 0.7, "dance": 0.3, "cps": 0.8}  # the papers' noise
 FLOWS_ALONE = ("flow", "dance")  # kernels of a flow's SDE
+AT_MOST_1 = ("ddim", "cps")  # kernels whose noise is a part of the level's
+
+
+def check_eta(kernel: str, eta: float | None) -> None:
+    """UserError for more noise than the kernel's levels hold: the mean of a step would not be a number."""
+    if kernel in AT_MOST_1 and eta is not None and eta > 1:
+        raise UserError(f"eta is {eta}: kernel {kernel!r} has no more noise than at 1, give at most that")
 
 
 def kernel_of(prediction_type: str) -> str:

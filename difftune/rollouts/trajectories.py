@@ -10,7 +10,7 @@ from torch import Tensor
 from difftune.errors import UserError
 from difftune.files.prompts import Prompts
 from difftune.rollouts.image_sampler import ImageSampler
-from difftune.rollouts.policy import ETAS, FLOWS_ALONE, KERNELS, Policy, Trajectory, kernel_of
+from difftune.rollouts.policy import ETAS, FLOWS_ALONE, KERNELS, Policy, Trajectory, check_eta, kernel_of
 from difftune.rollouts.session import Session
 from difftune.training.network import TrainedNetwork
 from difftune.training.steps import score_images
@@ -87,4 +87,5 @@ def policy_of(images: ImageSampler, eta: float | None, kernel: str | None = None
         raise UserError(
             f"kernel {name!r} is the SDE of a flow, and this network predicts {space}: give 'ddim' or 'cps'"
         )
+    check_eta(name, eta)
     return Policy(KERNELS[name], ETAS[name] if eta is None else eta, images.levels)

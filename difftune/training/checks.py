@@ -87,14 +87,23 @@ def check_no_dropout(config: TrainingConfig) -> None:
         )
 
 
+def check_exact_ratio(config: TrainingConfig) -> None:
+    """UserError if rounding would take a ratio of probabilities out of its clip range before any update."""
+    if config.compile and config.mixed_precision != "no":
+        raise UserError(
+            f"--compile does not go with --mixed_precision {config.mixed_precision} here: a step is "
+            "sampled by one graph and trained by another, whose rounding is above the clip range; leave one out"
+        )
+
+
 def check_whole_groups(config: Any) -> None:
-    """UserError unless the images of a prompt are in one round."""
-    group = config.num_images_per_prompt
-    count = config.train_batch_size * config.gradient_accumulation_steps * config.updates_per_round
+    """UserError unless the images of a prompt are in one round, of all processes together."""
+    group, world = config.num_images_per_prompt, processes.process().num_processes
+    count = config.train_batch_size * config.gradient_accumulation_steps * config.updates_per_round * world
     if count % group:
         raise UserError(
-            f"a round has {count} images (train_batch_size x gradient_accumulation_steps x updates_per_round): give a "
-            f"multiple of num_images_per_prompt, {group}"
+            f"a round has {count} images (train_batch_size x gradient_accumulation_steps x updates_per_round"
+            f"{f' x {world} processes' if world > 1 else ''}): give a multiple of num_images_per_prompt, {group}"
         )
 
 

@@ -1,6 +1,7 @@
 """The networks of a run: the one that is trained, as accelerate prepared it, and its reference before training."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,11 +79,19 @@ class FrozenNetwork(TrainedNetwork):
 
 def call_as_before(network: nn.Module, start: Mapping[str, Tensor] | None, args: Any, kwargs: Any) -> Any:
     """A call of the network in evaluation mode without its adapter, or with other weights of the adapter."""
+    with evaluated(network):
+        if start is not None:
+            return functional_call(network, dict(start), args, kwargs)
+        with lora.off(network):
+            return network(*args, **kwargs)
+
+
+@contextmanager
+def evaluated(network: nn.Module) -> Iterator[None]:
+    """Within, the network is in evaluation mode: without dropout."""
     learning = network.training
     try:
-        if start is not None:
-            return functional_call(network.eval(), dict(start), args, kwargs)
-        with lora.off(network):
-            return network.eval()(*args, **kwargs)
+        network.eval()
+        yield
     finally:
         network.train(learning)

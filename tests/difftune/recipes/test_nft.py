@@ -57,9 +57,9 @@ def test_the_first_gradient_is_of_the_sign_of_the_quality_and_does_not_depend_on
 def test_the_mean_is_tilted_as_in_closed_form_within_3_standard_errors():
     """For data N(0, s^2) and r = 1/2 + k x0, the plain loss moves the velocity by -(2 k / beta) s^2 t / ((1 - t)^2 s^2
     + t^2), whose flow ends at the tilt exp((2 k / beta) x0): its mean is 2 k s^2 / beta = .1."""
-    variance, k, n = 0.25, 0.2, 200_000
+    variance, k, n = 0.25, 0.2, 100_000
     generator = torch.Generator().manual_seed(0)
-    levels, drift = torch.linspace(1, 0, 21, dtype=torch.float64), []
+    levels, drift, errors = torch.linspace(1, 0, 21, dtype=torch.float64), [], []
     for t in levels[:-1].tolist():
         x0, eps = (torch.randn(n, 1, generator=generator, dtype=torch.float64) for _ in range(2))
         x0 = variance**0.5 * x0
@@ -70,9 +70,11 @@ def test_the_mean_is_tilted_as_in_closed_form_within_3_standard_errors():
         loss = nft_loss(old - t * shift, old, x0, 0.5 + k * x0[:, 0], 1.0, adaptive=False)
         (slope,) = torch.autograd.grad(loss, shift)
         drift.append((-slope / (2 * t**2)).item())  # the minimum of the parabola
+        each = 2 * k * x0 * (old - x0) / t  # whose mean that is
+        errors.append(each.std().item() / n**0.5)
         assert drift[-1] == pytest.approx(-2 * k * variance * t / power, abs=0.03)
     assert drift[8] == pytest.approx(-0.15, abs=0.003)  # at t = .6
-    mean, ends = 0.0, {"learnt": 0.0, "exact": 0.0}
+    ends, error = {"learnt": 0.0, "exact": 0.0}, 0.0
     for name in ends:
         mean = 0.0
         for i, (t, after) in enumerate(zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True)):
@@ -81,7 +83,39 @@ def test_the_mean_is_tilted_as_in_closed_form_within_3_standard_errors():
             mean += (after - t) * ((t - (1 - t) * variance) / power * mean + moved)
         ends[name] = mean
     assert ends["exact"] == pytest.approx(0.1, abs=0.01)  # 20 Euler steps
-    assert ends["learnt"] == pytest.approx(ends["exact"], abs=3 * 6e-4)
+    for i, (t, after) in enumerate(zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True)):
+        slope = (t - (1 - t) * variance) / ((1 - t) ** 2 * variance + t**2)
+        error = ((1 + (after - t) * slope) ** 2 * error**2 + ((after - t) * errors[i]) ** 2) ** 0.5
+    assert error < 1e-3 and ends["learnt"] == pytest.approx(ends["exact"], abs=3 * error)
+
+
+REWARDS = {"linear": lambda x: 0.5 + 0.2 * x, "quadratic": lambda x: 0.8 - 0.1 * (x - 1) ** 2}
+BASES = {"Gaussian": ([0.3], 0.5), "mixture": ([-1.0, 1.0], 0.5)}  # means and deviation
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+@pytest.mark.parametrize("reward", REWARDS)
+@pytest.mark.parametrize("base", BASES)
+def test_the_minimum_is_the_covariance_with_the_reward_within_3_standard_errors(base, reward, beta):
+    """x0_old + (2 / beta) Cov(r, x0 | x_t), at two levels and two places, from samples of the base given x_t: by
+    numerical integration, and by what the loss's gradient says of its minimum."""
+    (means, s), judge, n = BASES[base], REWARDS[reward], 40_000
+    grid, generator = torch.linspace(-6, 6, 24_001, dtype=torch.float64), torch.Generator().manual_seed(0)
+    for t, x in ((0.6, 0.4), (0.3, -0.5)):
+        prior = sum((-((grid - mean) ** 2) / (2 * s**2)).exp() for mean in means)
+        density = prior * (-((x - (1 - t) * grid) ** 2) / (2 * t**2)).exp()
+        density = density / density.sum()
+        old = (density * grid).sum()
+        wanted = 2 / beta * (density * (grid - old) * judge(grid)).sum().item()
+        x0 = grid[torch.multinomial(density, n, replacement=True, generator=generator)][:, None]
+        said, slopes = old.expand_as(x0), []
+        for start in (0.0, 1.0):
+            shift = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+            loss = nft_loss(said + shift, said, x0, judge(x0[:, 0]), beta, adaptive=False)
+            slopes.append(torch.autograd.grad(loss, shift)[0].item())
+        found = slopes[0] / (slopes[0] - slopes[1])  # where the parabola's slope is 0
+        error = ((2 * judge(x0) - 1) * (x0 - old) / beta).std().item() / n**0.5
+        assert abs(found - wanted) < 3 * error < 0.2 * abs(wanted)
 
 
 def test_awm_at_the_old_model_has_nfts_gradient_with_twice_the_quality_less_1(tmp_path):
@@ -244,6 +278,17 @@ def test_the_weights_are_as_they_were_after_the_old_ones_were_lent(tmp_path):
     assert metrics["old_gap"] > 0 and metrics["grad_norm"] > 0
 
 
+def test_the_old_model_speaks_without_dropout(tmp_path, monkeypatch):
+    """Else the two mirror images would be of two networks, whose distance is noise."""
+    session = session_of(toy("nft", tmp_path, lora_dropout=0.5, kl_weight=0.0), pipelines.sd(), Brightness())
+    network, said, learning = session.run.network.prepared, nft.say, []
+    monkeypatch.setattr(nft, "say", lambda *given: learning.append(network.training) or said(*given))
+    judged = nft.sample_round(session, range(1))
+    with nft.attempt_step(session.run, 0):
+        nft.contrast(session, judged, nft.copy_tensors(session.run.weights), 0)
+    assert learning == [False, True] * 2 and not network.training
+
+
 @pytest.mark.parametrize(
     ("more", "what"),
     [
@@ -252,6 +297,12 @@ def test_the_weights_are_as_they_were_after_the_old_ones_were_lent(tmp_path):
         ({"levels_per_image": 9}, "levels_per_image is 9: the sampler has 3 levels"),
         ({"adv_clip_max": 0.0}, "adv_clip_max is 0"),
         ({"loss": "dpo"}, "no loss 'dpo'"),
+        ({"loss": "awm", "lora_dropout": 0.1}, "lora_dropout is 0.1: the ratio"),
+        ({"loss": "dgpo", "lora_dropout": 0.1}, "lora_dropout is 0.1: the ratio"),
+        ({"loss": "awm", "beta": 1.0}, "beta is 1.0, and loss 'awm' has none, but nft and dgpo"),
+        ({"clip_range": 0.1}, "clip_range is 0.1, and loss 'nft' has none, but awm and dgpo"),
+        ({"loss": "awm", "adaptive_weight": False}, "adaptive_weight is False, and loss 'awm' has none, but nft"),
+        ({"loss": "dgpo", "adaptive_weight": False}, "adaptive_weight is False, and loss 'dgpo' has none, but nft"),
     ],
 )
 def test_bad_settings_are_one_sentence(more, what, tmp_path):
