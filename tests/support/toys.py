@@ -34,13 +34,23 @@ MORE: dict[str, dict[str, Any]] = {
     "dragon": {"pairs_per_round": 4},
 }
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # settings with a way of their own, and their recipe
+    "guard": ("grpo", {"trust": "guard"}),
+    "awm": ("nft", {"loss": "awm"}),
+    "dgpo": ("nft", {"loss": "dgpo"}),
+    "flowbp": ("alignprop", {"gradient": "flowbp[active=2]"}),
+    "leapalign": ("alignprop", {"gradient": "leapalign"}),
+    "direct-align": ("alignprop", {"gradient": "direct-align"}),
+}
+
 
 def toy(name: str, folder: Path, **more: Any) -> Any:
-    """The recipe's settings, with prompts in a file of the folder."""
+    """The recipe's settings, or a variant's, with prompts in a file of the folder."""
+    name, own = VARIANTS.get(name, (name, {}))
     prompts = folder / "prompts.txt"
     prompts.parent.mkdir(parents=True, exist_ok=True)
     prompts.write_text("red circle\nblue square\nred square\n")
-    return RECIPES[name].config(**{**SHARED, "prompts": str(prompts), **MORE.get(name, {}), **more})
+    return RECIPES[name].config(**{**SHARED, "prompts": str(prompts), **MORE.get(name, {}), **own, **more})
 
 
 class Bright(Brightness):

@@ -32,7 +32,7 @@ from solvers.rollout.modes import rollout
 from solvers.rollout.recompute import NoGenerator
 from solvers.samplers.catalogue import euler
 from tests.support import dits, pipelines
-from tests.support.toys import toy
+from tests.support.toys import VARIANTS, toy
 
 PROMPTS = ["red circle", "blue square"]
 ONE_WIDTH = {  # few shapes, so that there is little to compile
@@ -207,6 +207,14 @@ def test_every_recipe_trains_to_the_same_weights_and_compiles_nothing_after_its_
     assert first == second > 0 and all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_settings_with_a_way_of_their_own_train_compiled_too(forwards_traced, name, tmp_path, monkeypatch):
+    test_every_recipe_trains_to_the_same_weights_and_compiles_nothing_after_its_first_step(
+        forwards_traced, name, tmp_path, monkeypatch
+    )
+
+
 def gradients(pipe, weights, mode, blocks=False):
     """Images, and the gradient of a function of them in the LoRA's weights, through a run of three steps."""
     model = LatentModel(pipe)
@@ -316,3 +324,24 @@ def test_the_real_compiler_gives_the_same_up_to_rounding():
     plain = gradients(pipe, weights, "checkpoint")
     with compiled(pipe):
         close(gradients(pipe, weights, "checkpoint"), plain, 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(compiling.obstacle() is not None, reason=str(compiling.obstacle()))
+@pytest.mark.parametrize("trust", ["clip", "guard"])
+def test_by_the_real_compiler_a_first_ratio_is_1_far_within_the_clip_range(trust, tmp_path):
+    """A step is sampled by a graph without a gradient and trained by one with: in float32 their rounding is nothing."""
+    config = toy("grpo", tmp_path, max_train_steps=1, compile=True, trust=trust)
+    ((metrics, _),) = train(config, None, small(), Brightness())
+    print({name: metrics[name] for name in ("ratio", "approx_kl", "clip_fraction")})
+    assert metrics["clip_fraction"] == 0 and metrics["approx_kl"] < (1e-5 if trust == "clip" else 2e-7) ** 2
+
+
+@pytest.mark.parametrize("name", ["grpo", "ddpo"])
+def test_half_precision_would_leave_the_clip_range_before_any_update(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "obstacle", lambda: None)
+    config = toy(name, tmp_path, compile=True, mixed_precision="bf16")
+    with pytest.raises(UserError, match="--compile does not go with --mixed_precision bf16 here"):
+        check_recipe(config)
+    check_recipe(replace(config, compile=False))

@@ -28,7 +28,7 @@ from rewards.network.judge import Judge
 from rewards.simple import Brightness
 from tests.support import pipelines
 from tests.support.judge_server import judging
-from tests.support.toys import Bright, toy
+from tests.support.toys import VARIANTS, Bright, toy
 
 
 def final(name: str, config, state: State | None = None, steps: int | None = None) -> State:
@@ -41,9 +41,10 @@ def different(a: State, b: State) -> list[str]:
     return [name for name in a.tensors if not torch.equal(a.tensors[name], b.tensors[name])]
 
 
-EVERY_STEP = ("alignprop", "draft", "refl", "drtune", "adjoint-matching", "hypernoise")
+SURROGATES = ("flowbp", "leapalign", "direct-align")
+EVERY_STEP = ("alignprop", *SURROGATES, "draft", "refl", "drtune", "adjoint-matching", "hypernoise")
 NO_ROUNDS = (*EVERY_STEP, "d3po", "pso")  # every step makes new images
-NO_DROPOUT = ("ddpo", "d3po", "pso", "grpo")  # a ratio of probabilities refuses it
+NO_DROPOUT = ("ddpo", "d3po", "pso", "grpo", "guard", "awm", "dgpo")  # a ratio of probabilities refuses it
 
 
 def dropout_of(name: str) -> float:
@@ -75,6 +76,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit(name, tmp_path):
     found, expected = (json.loads(json.dumps(state.info)) for state in (resumed, whole))
     assert found["metrics"].pop("seconds") and expected["metrics"].pop("seconds")
     assert found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_settings_with_a_way_of_their_own_are_resumed_too(name, tmp_path):
+    test_resumed_equals_uninterrupted_bit_for_bit(name, tmp_path)
 
 
 @pytest.mark.slow
@@ -233,8 +240,8 @@ torch.set_num_threads(1)
 from difftune.recipes import RECIPES, train, train_in_folder
 from tests.support import pipelines
 from tests.support.toys import Bright
-for name, settings in json.loads(sys.argv[1]).items():
-    *_, (_, state) = train(RECIPES[name].config(**settings), None, pipelines.sd(), Bright())
+for name, (recipe, settings) in json.loads(sys.argv[1]).items():
+    *_, (_, state) = train(RECIPES[recipe].config(**settings), None, pipelines.sd(), Bright())
     torch.save(dict(state.tensors), f"{sys.argv[2]}/{name}.pt")
 """
 
@@ -244,15 +251,19 @@ for name, settings in json.loads(sys.argv[1]).items():
 def test_two_runs_from_nothing_in_two_processes_are_equal_bit_for_bit(tmp_path):
     """Processes of other hashes and times; the rewards, dropout and DRaFT-LV draw from the global generators."""
     more = {"draft": {"low_variance_copies": 2}}
+    known = {name: name for name in RECIPES} | {name: recipe for name, (recipe, _) in VARIANTS.items()}
     settings = {
-        name: asdict(toy(name, tmp_path, max_train_steps=2, lora_dropout=dropout_of(name), **more.get(name, {})))
-        for name in RECIPES
+        name: [
+            recipe,
+            asdict(toy(name, tmp_path, max_train_steps=2, lora_dropout=dropout_of(name), **more.get(name, {}))),
+        ]
+        for name, recipe in known.items()
     }
     for run in ("1", "2"):
         (tmp_path / run).mkdir()
         command = [sys.executable, "-c", TWICE, json.dumps(settings), str(tmp_path / run)]
         subprocess.run(command, check=True, env=ENVIRONMENT | {"PYTHONHASHSEED": run}, stderr=subprocess.DEVNULL)
-    for name in RECIPES:
+    for name in known:
         first, second = (torch.load(tmp_path / run / f"{name}.pt") for run in ("1", "2"))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first), name
@@ -275,10 +286,11 @@ def killed_somewhere(name: str, config, after: int, delay: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, *VARIANTS])
 def test_killed_at_random_moments_and_resumed_equals_uninterrupted(name, tmp_path):
     """Twice a recipe, at moments that differ from run to run of this test; the delay is printed."""
     config = toy(name, tmp_path, max_train_steps=12, checkpointing_steps=1, ema_decay=0.9, **rounds(name, 3))
+    name, _ = VARIANTS.get(name, (name, {}))
     whole = replace(config, output_dir=str(tmp_path / "whole"))
     subprocess.run(command(name, whole), check=True, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     cut = replace(config, output_dir=str(tmp_path / "cut"))
@@ -295,6 +307,7 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(name, tmp_pat
     assert not different(*states)
 
 
+ACROSS = {"num_images_per_prompt": 4, "gradient_accumulation_steps": 2}  # groups of two processes' batches
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29741"],
     "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=29745"],
@@ -391,8 +404,9 @@ def test_a_folder_in_use_is_refused_in_both_processes(tmp_path):
 )
 def test_two_processes_equal_one_on_the_joined_batch(launcher, name, tmp_path):
     """Under gloo: Adam's first moments are a tenth of the synchronised gradient, which is that of the joined batch."""
-    whole = {"truncation_min": 3} if name == "alignprop" else {}
-    config = toy(name, tmp_path, max_train_steps=1, output_dir=str(tmp_path / "two"), **whole)
+    more = {"alignprop": {"truncation_min": 3}, "grpo": ACROSS, "nft": ACROSS}.get(name, {})
+    config = toy(name, tmp_path, max_train_steps=1, output_dir=str(tmp_path / "two"), **more)
+    count = 4 * config.gradient_accumulation_steps
     script = SCRIPT.replace("reward=Bright()", "reward=__import__('rewards.simple').simple.Brightness()")
     (tmp_path / "script.py").write_text(script)
     launch = [sys.executable, *LAUNCHERS[launcher], str(tmp_path / "script.py"), name]
@@ -401,8 +415,8 @@ def test_two_processes_equal_one_on_the_joined_batch(launcher, name, tmp_path):
     two = checkpoint.load(tmp_path / "two" / "checkpoint-1")
     joined = replace(config, train_batch_size=4)
     *_, (_, one) = train(joined, None, pipelines.sd(), Brightness())
-    assert two.info["num_processes"] == 2 and two.info["cursor"] == 4
-    assert sum(map(len, two.info["seen"].values())) == 4  # the rewards of both processes
+    assert two.info["num_processes"] == 2 and two.info["cursor"] == count
+    assert sum(map(len, two.info["seen"].values())) == count  # the rewards of both processes
     moments = [k for k in one.tensors if k.startswith("optimizer.exp_avg.")]
     scale = max(one.tensors[k].abs().max() for k in moments)
     for key in moments:
