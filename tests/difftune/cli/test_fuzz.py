@@ -62,12 +62,12 @@ def faults(fuzzer: Fuzzer, count: int, work) -> list[str]:
 
 
 def test_wrong_commands_end_in_a_sentence(fuzzer, root):
-    found = faults(fuzzer, 510, root / "work")
+    found = faults(fuzzer, 270, root / "work")
     assert not found, "\n".join(found)
 
 
 @pytest.mark.slow
 def test_more_wrong_commands_end_in_a_sentence(fuzzer, root):
     fuzzer.draw.seed(1)
-    found = faults(fuzzer, 1305, root / "work")
+    found = faults(fuzzer, 1545, root / "work")
     assert not found, "\n".join(found)
