@@ -23,7 +23,8 @@ GROUPS = {  # title: the fields and the flags of all commands that stand there
     "Training steps": """max_train_steps train_batch_size gradient_accumulation_steps updates_per_round
         max_skipped_steps pairs_per_round sweeps iterations patience target""",
     "Optimiser": """optimizer learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay
-        adam_epsilon max_grad_norm normalize_gradient grad_clip ema_decay""",
+        adam_epsilon max_grad_norm normalize_gradient
+        normalize_reward_gradients grad_clip ema_decay""",
     "Validation": "validation_steps validation_prompts num_validation_images early_stop num_win_rate_images",
     "Memory and speed": """mixed_precision gradient memory_budget offload decode_batch
         enable_vae_tiling enable_xformers_memory_efficient_attention

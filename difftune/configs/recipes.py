@@ -29,6 +29,9 @@ class RewardGradientConfig(TrainingConfig):
     normalize_gradient: bool = False
     """Bring the gradient of every update to the norm max_grad_norm, as the clip does with longer ones: an update of few
     trained sampler steps then weighs as much as one of many in AdamW's means."""
+    normalize_reward_gradients: bool = False
+    """Bring each image's gradient of the reward, in its latent, to norm 1: else a few images with steep rewards
+    outweigh all others of a batch."""
 
 
 @documented

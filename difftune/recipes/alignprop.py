@@ -29,6 +29,7 @@ from difftune.recipes.reward_gradient import (
     check_gradient,
     count_carrying,
     divergence,
+    judge_evenly,
     plan_engine,
     warn_of_noise,
 )
@@ -74,7 +75,13 @@ def ascend_once(session: Session[RewardGradientConfig], plan: Plan, gradient: st
 
     def loss_of(numbers: range) -> tuple[Tensor, Mapping[str, Tensor]]:
         drawn = images.draw(session.prompts, numbers, gradient)
-        rewards = score_images(reward, images.decode(drawn), drawn.prompts, run)
+
+        def judge(x: Tensor) -> Tensor:
+            ended = drawn._replace(path=replace(drawn.path, x=x))
+            return score_images(reward, images.decode(ended), drawn.prompts, run)
+
+        x = drawn.path.x
+        rewards = judge_evenly(judge, x) if config.normalize_reward_gradients else judge(x)
         scores.append(rewards.detach())
         value = loss(rewards)
         if not config.kl_coeff:

@@ -84,6 +84,30 @@ def level_between(levels: Sequence[Noise], place: float) -> tuple[Noise, float]:
 # ------------------------------------------------------------------------------------------------ signal and noise
 
 
+def judge_evenly(judge: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The rewards (B,) that judge(x) gives the latents x (B, ...), with gradients that weigh all samples alike.
+
+        dR_b / dx_b  is passed on as  (dR_b / dx_b) / |dR_b / dx_b|
+
+    What a loss makes of R_b stays a factor: it gets w_b times that for dL / dR_b = w_b. A gradient of 0 stays 0.
+    """
+    start, weights = x.view_as(x), torch.ones(())
+    rewards = judge(start)
+
+    def keep(gradient: Tensor) -> None:
+        nonlocal weights
+        weights = gradient.abs()
+
+    def normalize(gradient: Tensor) -> Tensor:
+        lengths = gradient.flatten(1).norm(dim=1)
+        scale = torch.where(lengths > 0, weights / lengths, 0.0)
+        return gradient * scale.view(-1, *[1] * (gradient.ndim - 1))
+
+    rewards.register_hook(keep)
+    start.register_hook(normalize)
+    return rewards
+
+
 def warn_of_noise(session: Session[RewardGradientConfig]) -> None:
     """Say, at most once, that the run sees fewer images than the noise scale of its gradients, and what to change."""
     config, met = session.config, session.run.gradients

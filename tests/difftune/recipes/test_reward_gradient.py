@@ -13,7 +13,7 @@ from difftune.pipelines import lora
 from difftune.recipes import check_recipe, train
 from difftune.recipes.alignprop import alignprop_loss, ascend_once, draw_gaussian, draw_mask, truncation
 from difftune.recipes.refl import refl_loss
-from difftune.recipes.reward_gradient import count_carrying, divergence, kl_rate, level_between
+from difftune.recipes.reward_gradient import count_carrying, divergence, judge_evenly, kl_rate, level_between
 from difftune.rollouts.image_sampler import ImageSampler
 from difftune.training import gradient_log
 from difftune.training.network import ReferenceNetwork, TrainedNetwork
@@ -344,6 +344,39 @@ def test_updates_weigh_alike_whatever_their_k_where_the_gradient_is_normalised(t
         assert metrics["grad_norm"] == pytest.approx(10 * norms[k, False], rel=1e-3)  # AdamW's first mean is a tenth
     assert norms[3, False] > 1.1 * norms[1, False]
     assert norms[1, True] == norms[3, True] == pytest.approx(0.1, rel=1e-4)
+
+
+def test_gradients_of_all_images_have_the_length_that_the_loss_gives_their_rewards():
+    """R_b = s_b |x_b - m|^2 has the direction of x_b - m, whatever its steepness s_b; a reward at its top has none."""
+    x = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    steepness, weights = torch.tensor([1.0, 100.0, -1e-3, 0.0]).double(), torch.tensor([1.0, 2.0, 0.5, 3.0]).double()
+    rewards = judge_evenly(lambda y: steepness * (y - 0.3).square().flatten(1).sum(1), x)
+    (weights * rewards).sum().backward()
+    direction = (x - 0.3).detach() / (x - 0.3).detach().flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(x.grad, (weights * steepness.sign()).view(-1, 1, 1, 1) * direction)
+    assert torch.equal(rewards, steepness * (x - 0.3).square().flatten(1).sum(1))
+
+
+class Steep(Brightness):
+    """Brightness, a hundredfold in the first image of each batch."""
+
+    def __call__(self, images, prompts):
+        scores = super().__call__(images, prompts)
+        return torch.cat([100 * scores[:1], scores[1:]])
+
+
+@pytest.mark.parametrize("name", ["alignprop", "draft", "refl", "drtune"])
+def test_no_image_outweighs_the_others_where_their_gradients_are_normalised(name, tmp_path):
+    def moments(reward, **more):
+        # refl's threshold is above all rewards; decoded at once, or each image is the first of its batch
+        more |= {"reward_threshold": 1e3} if name == "refl" else {}
+        ((_, state),) = islice(train(toy(name, tmp_path, decode_batch=8, **more), None, pipelines.sd(), reward), 1)
+        found = {k: v for k, v in state.tensors.items() if k.startswith("optimizer.exp_avg.")}
+        return torch.cat([found[k].flatten() for k in sorted(found)])
+
+    flat, steep = (moments(reward, normalize_reward_gradients=True) for reward in (Brightness(), Steep()))
+    assert torch.allclose(flat, steep, rtol=1e-3, atol=1e-4 * flat.abs().max().item())
+    assert not torch.allclose(moments(Brightness()), moments(Steep()), rtol=0.1)
 
 
 def test_samplers_with_noise_train_too(tmp_path):
