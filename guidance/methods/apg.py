@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.scales import Neutral, Scale, Scaled, Usual, along_direction, chosen, dot, strength
+from guidance.methods.scales import Neutral, Scale, Scaled, Usual, along_direction, chosen, dot, root, strength
 from solvers.denoiser import Path
 from solvers.noise import Noise
 from solvers.ranges import Positive, Range, Share, Whole
@@ -51,8 +51,8 @@ def bounded(update: Tensor, radius: float | None, elements: int) -> Tensor:
     if radius is None:
         return update
     radius = radius * (update[0].numel() / elements) ** 0.5
-    norm = dot(update, update).sqrt()
-    return torch.where(norm > radius, radius / norm, 1.0).to(update.dtype) * update
+    norm = root(dot(update, update))
+    return (radius / norm.clamp(min=radius)).to(update.dtype) * update
 
 
 def projected(update: Tensor, c: Tensor, eta: float) -> Tensor:

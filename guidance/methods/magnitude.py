@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.scales import Neutral, Scale, Scaled, Usual, dot, strength
+from guidance.methods.scales import Neutral, Scale, Scaled, Usual, dot, root, strength
 from solvers.denoiser import Path
 from solvers.noise import Noise
 from solvers.ranges import NotNegative
@@ -31,6 +31,6 @@ class MamboG(Scaled):
         preds = yield {"cond": Branch("cond"), "uncond": Branch("uncond")}
         c, u = preds["cond"], preds["uncond"]
         gap = c - u
-        rho = (dot(gap, gap) / dot(u, u)).sqrt()
+        rho = root(dot(gap, gap) / dot(u, u))
         damping = torch.exp(-(self.alpha * rho).nan_to_num(0.0)).to(u.dtype)  # 0 / 0 and 0 * inf: nothing to damp
         return Guided(u + (1 + (strength(self.scale, at, path.x) - 1) * damping) * gap)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from guidance.contract import Branch, Guide, Guided
-from guidance.methods.scales import Neutral, Scale, Scaled, chosen, dot, strength
+from guidance.methods.scales import Neutral, Scale, Scaled, chosen, dot, root, strength
 from solvers.denoiser import Path
 from solvers.errors import UserError
 from solvers.noise import Noise
@@ -76,9 +76,9 @@ def common(c: Tensor, u: Tensor) -> Tensor:
     cc, cu, uu = (dot(a, b) for a, b in ((c, c), (c, u), (u, u)))
     # (p, q) is the top eigenvector of [[cc, cu], [cu, uu]], in the one of its two forms that does not cancel
     half = (cc - uu) / 2
-    root = (half**2 + cu**2).sqrt()
-    p = torch.where(half >= 0, half + root, cu)
-    q = torch.where(half >= 0, cu, root - half)
+    radius = root(half**2 + cu**2)
+    p = torch.where(half >= 0, half + radius, cu)
+    q = torch.where(half >= 0, cu, radius - half)
     power = p**2 * cc + 2 * p * q * cu + q**2 * uu
-    weight = torch.where(power > 0, (p * cu + q * uu) / power, 0.0)
+    weight = (p * cu + q * uu) / torch.where(power > 0, power, 1.0)
     return (weight * p).to(c.dtype) * c + (weight * q).to(u.dtype) * u

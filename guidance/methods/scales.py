@@ -129,10 +129,16 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return along((a.double() * b.double()).flatten(1).sum(1), a)
 
 
+def root(power: Tensor) -> Tensor:
+    """The square root, 0 for what is not positive; its gradient is 0 there, where that of `sqrt` is not finite."""
+    positive = power > 0
+    return torch.where(positive, torch.where(positive, power, 1.0).sqrt(), 0.0)
+
+
 def along_direction(a: Tensor, b: Tensor) -> Tensor:
     """The part of a (B, ...) that is parallel to b, per sample: <a, b> / ||b||^2 b, and 0 if b is 0."""
     power = dot(b, b)
-    return torch.where(power > 0, dot(a, b) / power, 0.0).to(b.dtype) * b
+    return (dot(a, b) / torch.where(power > 0, power, 1.0)).to(b.dtype) * b
 
 
 def rows_for(cond: str | Cond, x: Tensor) -> str | Cond:

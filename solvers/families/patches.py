@@ -169,7 +169,8 @@ def nag(positive: Tensor, negative: Tensor, scale: Tensor, tau: float, mix: floa
     """mix Z + (1 - mix) Z+, where Z = Z+ + scale (Z+ - Z-) is shrunk to ||Z||_1 <= tau ||Z+||_1 token by token."""
     away = positive + scale * (positive - negative)
     norm, bound = (z.abs().sum(-1, keepdim=True) for z in (away, positive))
-    away = away * torch.where(norm > tau * bound, tau * bound / norm, 1.0).to(away.dtype)
+    long = norm > tau * bound
+    away = away * torch.where(long, tau * bound / torch.where(long, norm, 1.0), 1.0).to(away.dtype)
     return mix * away + (1 - mix) * positive
 
 

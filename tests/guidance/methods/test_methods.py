@@ -89,6 +89,17 @@ def test_equal_branches_need_no_guidance(name):
 
 
 @pytest.mark.parametrize("name", GUIDANCE)
+def test_equal_branches_have_the_gradient_of_one(name):
+    """Norms and ratios of a gap that is 0 have no infinite slope."""
+    at, x = LEVELS["vp"], start().x.requires_grad_()
+    path = at_step(Path(x), at)
+    p = predict(example(name, [at, flow(0.0)], alike=True), ALIKE, Toy(perturbed=BLOBS))(path, at)
+    ours, plain = p.x0 + (0 if p.shift is None else p.shift), BLOBS(x, at, ALIKE["cond"]).x0
+    found, expected = (torch.autograd.grad((out**2).sum(), x)[0] for out in (ours, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
 @pytest.mark.parametrize("at", LEVELS.values(), ids=LEVELS)
 def test_neutral_settings(name, at):
     """The setting that a method declares to do nothing, against what it says it then is."""

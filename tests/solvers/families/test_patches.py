@@ -93,6 +93,10 @@ def test_nasa_and_nag_in_one_layer():
     assert (away <= 2.5 * plus.abs().sum(-1) * 1.0001).all()
     torch.testing.assert_close(nag(plus, minus, scale, 1e9, 0.25), plus + 0.25 * 5 * (plus - minus))
     torch.testing.assert_close(nag(plus, plus, scale, 2.5, 0.25), plus)
+    none = torch.zeros(2, 3, 4, requires_grad=True)  # a token without features has no length to divide by
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(nag(none, minus - minus, scale, 2.5, 0.25).sum(), none)
+    assert bool(gradient.isfinite().all())
 
 
 def test_blurred_queries():
