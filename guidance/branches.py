@@ -42,7 +42,7 @@ def evaluate(
     `inputs(branch)` is what the network is given for all B samples; `call(branch, inputs)` is its raw output for the
     rows of one or several branches that share the network, the patch and the level of `branch`.
     """
-    jobs = {name: _chosen(inputs(branch), branch.rows) for name, branch in request.items() if _wanted(branch)}
+    jobs = {name: _chosen(inputs(branch), branch.rows) for name, branch in request.items() if wanted(branch)}
     answers = {name: torch.full_like(blank, torch.nan) for name in request.keys() - jobs.keys()}
     for names in _groups(request, jobs):
         out = call(request[names[0]], _joined([jobs[name] for name in names]))
@@ -73,7 +73,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
-def _wanted(branch: Branch) -> bool:
+def wanted(branch: Branch) -> bool:
+    """Whether any sample needs it."""
     return branch.rows is None or bool(branch.rows.any())
 
 

@@ -6,8 +6,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from guidance.branches import Counter, Inputs, evaluate, tensors_in
+from guidance.branches import Counter, Inputs, evaluate, tensors_in, wanted
 from guidance.contract import Answers, Branch, Combined, Guidance, Request, check_method, drive
+from guidance.methods.compose import moves
 from solvers.denoiser import Cond, Denoiser, Path, Prediction, predicted, widen
 from solvers.errors import UserError
 from solvers.families.after import After
@@ -41,9 +42,10 @@ class GuidedPredict:
     """A guided `Predict`, made by `guided`.
 
     An affine method is handed u = eps - x0, which no noise level makes ill-conditioned. What the denoiser's pipeline
-    does to every guided prediction (Qwen-Image's norm) is done where "uncond" was evaluated; ValueError there for a
-    method that shifts x0 or asks for no "cond". `tensors` are what a gradient may be asked for: the conditions, the
-    tensors that are fields of the method, and the parameters that require grad.
+    does to every guided prediction (Qwen-Image's norm) is done where "uncond" was evaluated, at whichever point;
+    ValueError there for a method that shifts x0, moves the latents, or asks for no "cond". `tensors` are what a
+    gradient may be asked for: the conditions, the tensors that are fields of the method, and the parameters that
+    require grad.
     """
 
     networks: Mapping[str, Denoiser]
@@ -65,11 +67,11 @@ class GuidedPredict:
     def __call__(self, path: Path, at: Noise) -> Prediction:
         """The guided prediction at (path.x, at), in float32 or better; `memory` holds what the method wrote."""
         x = widen(path.x)
-        asked: dict[str, Tensor] = {}  # the answers at (path.x, at), by condition
+        asked: dict[str, Tensor] = {}  # the answers by condition: at (path.x, at), "uncond" wherever it was asked for
 
         def answer(request: Request) -> Answers:
             answers = evaluate(request, inputs, call, x, self.counter)
-            asked.update({str(b.cond): answers[name] for name, b in request.items() if _here(b)})
+            asked.update({str(b.cond): answers[name] for name, b in request.items() if _known(b)})
             return answers
 
         def inputs(branch: Branch) -> Inputs:
@@ -89,7 +91,7 @@ class GuidedPredict:
         after = main.after if isinstance(main, Finished) else None
         if after is None or after.always is None or "uncond" not in asked:
             return made
-        if made.shift is not None or "cond" not in asked:
+        if made.shift is not None or "cond" not in asked or moves(self.guidance):
             name = type(self.guidance).__name__
             raise UserError(f"{name} has no guided prediction for the pipeline's {after.name}: {after.remedy}")
         return made._replace(out=after.always(made.out, asked["cond"]))
@@ -136,9 +138,10 @@ def guided(
     return GuidedPredict(networks, guidance, conds, counter or Counter(), tuple(_unique(tensors)))
 
 
-def _here(branch: Branch) -> bool:
-    """Whether it is the network itself, at the sample and its level."""
-    return branch.network == "main" and branch.patch is None and branch.x is None and branch.at is None
+def _known(branch: Branch) -> bool:
+    """Whether it is the network itself, for any sample, at the sample and its level; "uncond" counts at any point."""
+    itself = branch.network == "main" and branch.patch is None and wanted(branch)
+    return itself and (branch.x is None or branch.cond == "uncond")
 
 
 def _for_one_run(denoise: Denoiser) -> Denoiser:

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guidance.branches import Counter, Inputs, each, evaluate
+from guidance.branches import Counter, Inputs, each, evaluate, wanted
 from guidance.contract import Answers, Branch, Request
 from solvers.errors import UserError
 from solvers.families.family import Family
@@ -73,6 +73,7 @@ class Asked:
     method: str  # its name, for a sentence
     cond: Tensor | None = None  # the conditional answer, once it was asked for in all rows
     guided: bool = False  # whether anything else was asked for
+    idle: bool = True  # whether nothing was evaluated yet, as in a step that stays where it is
 
     def answer(self, request: Request) -> Answers:
         """The answers (B, C, ...), NaN if nothing is evaluated.
@@ -90,6 +91,7 @@ class Asked:
                 answers |= self._evaluated({name: branch}, places[name][0])
         self.cond = next((answers[name] for name, branch in request.items() if plain(branch) == "cond"), self.cond)
         self.guided |= any(plain(branch) != "cond" for branch in request.values())
+        self.idle &= not any(map(wanted, request.values()))
         return answers
 
     def _stock(self, request: Request) -> Answers:

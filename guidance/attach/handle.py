@@ -35,7 +35,7 @@ from guidance.attach.stand_in import scale_in, stand_in
 from guidance.branches import Counter
 from guidance.contract import Combined, Guidance, check_method, convert, drive
 from guidance.methods.cfg import CFG, FromCond, Plain
-from guidance.methods.compose import inside
+from guidance.methods.compose import inside, moves
 from solvers.denoiser import Memory, Path, widen
 from solvers.errors import Caution, UserError
 from solvers.families.family import Family
@@ -206,6 +206,8 @@ class Run:
         made = drive(self._method(branches), asked.answer, stage.path, stage.at, self.space, self.space)
         if made.shift is not None:
             self._allow_shift(stage.where)
+        if moves(handle.guidance):
+            self._allow_move(more.get("eta") or 0.0)
         made = self._finished(made, asked, model_output)
         if len(branches) > 1:
             self._compare_scale(model_output, asked.guided)
@@ -266,17 +268,32 @@ class Run:
         method, name = type(self.handle.guidance).__name__, type(self.scheduler).__name__
         if here.weights is None:
             raise UserError(f"{method} shifts x0, and {name} has no rule for that; use DDIMScheduler")
-        if self.scheduler.config.get("clip_sample") or self.scheduler.config.get("thresholding"):
-            raise UserError(f"{method} shifts x0, which {name} clips; set clip_sample=False and thresholding=False")
+        self._allow_beyond(f"{method} shifts x0, which")
+
+    def _allow_move(self, eta: float) -> None:
+        """UserError for a step that does not end where a straight line leads, along which a moved sample is carried."""
+        method = type(self.handle.guidance).__name__
+        self._allow_beyond(f"{method} moves the latents, and the prediction that carries the move")
+        if eta:
+            raise UserError(f"{method} moves the latents, which a step with noise undoes: call the pipeline with eta=0")
+
+    def _allow_beyond(self, what: str) -> None:
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        if config.get("clip_sample") or config.get("thresholding"):
+            raise UserError(f"{what} {name} clips; set clip_sample=False and thresholding=False")
 
     def _finished(self, made: Combined, asked: Asked, marks: Tensor) -> Combined:
-        """The guided prediction after what the pipeline itself does to it; `marks`: what it made of the stand-ins."""
+        """The guided prediction after what the pipeline itself does to it, where there is one; `marks`: what it made of
+        the stand-ins."""
         after = self.family.after
-        if after is None or len(asked.branches) == 1 or not after.active(self.pipe, len(self.extra), marks):
+        if after is None or asked.idle or len(asked.branches) == 1:
             return made
-        if made.shift is not None or asked.cond is None:
+        if not after.active(self.pipe, len(self.extra), marks):
+            return made
+        if made.shift is not None or asked.cond is None or moves(self.handle.guidance):
             method = type(self.handle.guidance).__name__
-            raise UserError(f"{method} has no guided prediction for the pipeline's {after.name}: {after.remedy}")
+            pipe = type(self.pipe).__name__
+            raise UserError(f"{method} has no guided prediction for {pipe}'s {after.name}: {after.remedy}")
         extra = [call.repeated()[0] for call in self.extra]
         for answer in extra:
             self.handle.counter.add({after.name: len(answer)})

@@ -45,11 +45,12 @@ def locator(scheduler: Any) -> Callable[[Any, Tensor], Where]:
 
 def is_first_order(scheduler: Any) -> bool:
     """Whether each step of the scheduler is one of Euler's method, from the level of its one call to its end; DPM++ of
-    order 1 is that, too."""
+    order 1 is that, too, and a flow's stochastic sampling is not. Noise that a call asks for (DDIM's eta) is not seen
+    here."""
     kinds, config = {kind.__name__ for kind in type(scheduler).__mro__}, scheduler.config
     if "DPMSolverMultistepScheduler" in kinds:
         return config["solver_order"] == 1 and not config["algorithm_type"].startswith("sde")
-    return not kinds.isdisjoint(FIRST_ORDER)
+    return not kinds.isdisjoint(FIRST_ORDER) and not config.get("stochastic_sampling")
 
 
 def index_of(scheduler: Any, timestep: Tensor) -> int:

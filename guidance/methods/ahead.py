@@ -19,8 +19,8 @@ def end_of_step(method: Any, path: Path) -> Noise:
     if path.then is None:
         raise UserError(
             f"{type(method).__name__} looks ahead to where the step ends, which only Euler's method tells: use the"
-            " sampler euler, or on a pipeline FlowMatchEulerDiscreteScheduler, EulerDiscreteScheduler, DDIMScheduler or"
-            " DPMSolverMultistepScheduler with solver_order=1"
+            " sampler euler, or on a pipeline FlowMatchEulerDiscreteScheduler without stochastic_sampling,"
+            " EulerDiscreteScheduler, DDIMScheduler or DPMSolverMultistepScheduler with solver_order=1"
         )
     return path.then
 
@@ -80,6 +80,7 @@ class CFGMP(Scaled):
     above: Share = 0.6
     anderson: bool = False
     looks_ahead = True
+    moves_latents = True
     space = "flow"
     neutral = Neutral({"scale": 1.0, "repeats": 0}, "none")
 

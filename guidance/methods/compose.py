@@ -132,5 +132,10 @@ def inside(method: Any) -> Iterator[Any]:
         yield method
 
 
+def moves(method: Any) -> bool:
+    """Whether a method, or one that it holds, moves the latents, so that its prediction carries the move too."""
+    return any(getattr(m, "moves_latents", False) for m in (method, *inside(method)))
+
+
 def _no_zero_step(method: Any) -> bool:
     return all(m.zero_steps == 0 for m in (method, *inside(method)) if isinstance(m, CFGZeroStar))

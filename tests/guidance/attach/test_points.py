@@ -10,6 +10,7 @@ from torch import Tensor
 from guidance.attach.handle import attach
 from guidance.contract import Branch, Guided
 from guidance.guided import guided
+from guidance.methods.catalogue import CFGMP
 from solvers.denoiser import Path
 from solvers.families import table
 from solvers.levels import levels_of
@@ -17,7 +18,7 @@ from solvers.noise import Noise, cosine, flow, grid
 from solvers.samplers.catalogue import SAMPLERS, euler, sample
 from tests.guidance.attach.test_registry import controlled
 from tests.guidance.attach.test_registry import run as call
-from tests.guidance.methods.test_conformance import FAMILY, STEPS, close, pipe_of, run
+from tests.guidance.methods.test_conformance import FAMILY, SCHEDULERS, STEPS, close, pipe_of, run
 from tests.support.dits import DPM
 from tests.support.toy import CONDS, B, Toy, labels, start
 
@@ -226,3 +227,21 @@ def test_a_controlnet_looks_ahead_too():
         call(pipe, prompt="red", image=torch.rand(1, 3, 16, 16))
     times = [time for time, _ in heard]
     assert times[1] == times[2] < times[0] and not torch.equal(heard[0][1], heard[1][1])
+
+
+# ------------------------------------------------------------------------------------------------ what steps allow
+@pytest.mark.parametrize(
+    ("case", "scheduler", "call", "message"),
+    [
+        ("sd", {"clip_sample": True}, {}, "CFGMP moves the latents, and .* DDIMScheduler clips; set clip_sample=False"),
+        ("sd", {"thresholding": True}, {}, "carries the move DDIMScheduler clips; set .* thresholding=False"),
+        ("sd", {}, {"eta": 0.5}, "CFGMP moves the latents, which a step with noise undoes: .* eta=0"),
+        ("sd3", {"stochastic_sampling": True}, {}, "CFGMP looks ahead .* FlowMatchEuler.* without stochastic_sampling"),
+    ],
+)
+def test_a_step_that_would_lose_the_move_is_refused(case, scheduler, call, message):
+    name = "DDIM" if case == "sd" else "flow Euler"
+    pipe = pipe_of(case, name)
+    pipe.scheduler = SCHEDULERS[name](**scheduler)
+    with attach(pipe, CFGMP()), pytest.raises(ValueError, match=message):
+        run(case, pipe, **call)

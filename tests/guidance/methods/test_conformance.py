@@ -20,7 +20,19 @@ from guidance.attach.handle import attach, is_attached
 from guidance.branches import each
 from guidance.contract import Branch, Guided
 from guidance.guided import guided
-from guidance.methods.catalogue import APG, CFG, PAG, SLG, Between, Interval, Plain, Rescale
+from guidance.methods.catalogue import (
+    APG,
+    CFG,
+    CFGMP,
+    PAG,
+    SLG,
+    Between,
+    CFGZeroStar,
+    Interval,
+    Plain,
+    RectifiedCFGpp,
+    Rescale,
+)
 from solvers.denoiser import Path
 from solvers.families import table, tokens
 from solvers.latent import LatentModel
@@ -291,17 +303,23 @@ def test_methods_see_latents_as_images(kind):
 
 OWN_LOOP = {"sd3": "flow Euler", "flux": "flow Euler by size", "pixart-sigma": "DDIM", "sana-sigma": "flow Euler"}
 OWN_LOOP |= {"flux2": "flow Euler by size", "lumina2-raw": "flow Euler"}
+OWN_CASES = [
+    pytest.param(kind, guidance, marks=[pytest.mark.slow] * (kind in ("flux2", "lumina2-raw")))
+    for kind in OWN_LOOP
+    for guidance in (Shifting(), Settling((9, 1)), SLG(SCALE))
+]
+OWN_LOOP["qwen"] = "flow Euler by size"  # its norm follows where "uncond" is evaluated, if anything is
+OWN_CASES += [("qwen", RectifiedCFGpp(SCALE)), ("qwen", CFGZeroStar(SCALE))]
 
 
-@pytest.mark.parametrize("guidance", (Shifting(), Settling((9, 1)), SLG(SCALE)), ids=lambda g: type(g).__name__)
-@pytest.mark.parametrize("kind", [SLOW(kind) if kind in ("flux2", "lumina2-raw") else kind for kind in OWN_LOOP])
+@pytest.mark.parametrize("kind, guidance", OWN_CASES, ids=lambda c: c if isinstance(c, str) else type(c).__name__)
 def test_our_own_loop_is_the_same(kind, guidance):
     pipe, spec = pipe_of(kind, OWN_LOOP[kind]), KINDS[kind]
     with attach(pipe, guidance) as handle:
         theirs = run(kind, pipe)
     model, size = LatentModel(pipe), {"height": spec.size[0], "width": spec.size[1]}
     keys = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
-    keys["prompt_attention_mask"] = "encoder_attention_mask"
+    keys |= {"prompt_attention_mask": "encoder_attention_mask", "prompt_embeds_mask": "encoder_hidden_states_mask"}
     conds = {
         branch: {key: spec.texts[before + name] for name, key in keys.items() if name in spec.texts}
         for branch, before in (("cond", ""), ("uncond", "negative_"))
@@ -310,7 +328,7 @@ def test_our_own_loop_is_the_same(kind, guidance):
     start = Path(model.noise(2, torch.Generator().manual_seed(1), **size))
     with torch.no_grad():
         *_, last = sample(euler, predict, start, model.levels(STEPS, **size))
-    ours = tokens.packed(last.x) if kind == "flux" else last.x
+    ours = tokens.packed(last.x) if kind in ("flux", "qwen") else last.x
     ours = model.family.latents.to_vae(model.pipe.vae, last.x) if kind == "flux2" else ours
     close(theirs, ours)
     assert predict.nfe == handle.nfe
@@ -467,7 +485,8 @@ def test_skip_layer_guidance_of_sd3_is_kept():
     assert handle.nfe == 4 * STEPS + 2 * (STEPS - 1)
     skipped = table.FAMILIES["sd3"].after.name
     assert handle.branches == {"cond": 2 * STEPS, "uncond": 2 * STEPS, skipped: 2 * (STEPS - 1)}
-    with attach(pipe, Shifting()), pytest.raises(ValueError, match="pipeline's skip_guidance_layers: call .* without"):
+    refusal = "for StableDiffusion3Pipeline's skip_guidance_layers: call .* without"
+    with attach(pipe, Shifting()), pytest.raises(ValueError, match=refusal):
         run("sd3", pipe, **skip)
 
 
@@ -502,10 +521,10 @@ def test_the_norm_of_qwen_is_kept_or_refused():
     swapped = {key: KINDS["qwen"].texts[f"negative_{key}"] for key in texts}
     c, u = (x - run("qwen", pipe, scale=1.0, steps=1, **given) for given in (texts, swapped))  # of the whole step
     close(x - matched, u * (c.norm(dim=-1, keepdim=True) / u.norm(dim=-1, keepdim=True)))
-    refusal = "has no guided prediction for .*norm.*another method"
-    for method in (Shifting(), Uncond()):
+    refusal = "has no guided prediction for QwenImagePipeline's .*norm.*another method"
+    for method in (Shifting(), Uncond(), CFGMP()):
         with attach(pipe, method), pytest.raises(ValueError, match=refusal):
-            run("qwen", pipe)
+            run("qwen", pipe, steps=1)
 
 
 RULES = (("zimage", "cfg_normalization", 0.9), ("zimage", "cfg_truncation", 0.2), ("lumina2", "cfg_trunc_ratio", 0.7))

@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxPipeline
 
 from guidance.guided import guided as by_method
-from guidance.methods.catalogue import CFG, CFGpp, Plain
+from guidance.methods.catalogue import CFG, CFGMP, CFGpp, Plain
 from solvers.denoiser import Path
 from solvers.errors import Caution
 from solvers.families.flux2 import empirical_mu
@@ -185,9 +185,10 @@ def test_own_loop_is_the_pipeline(name):
 
 def test_a_method_without_a_guided_prediction_is_refused_where_the_pipeline_matches_norms():
     model, denoiser = modelled(FULL["qwen"])
-    predict = by_method(denoiser, CFGpp(0.6), model.encode(PROMPTS, NEGATIVES, **sized(FULL["qwen"])))
-    with pytest.raises(ValueError, match="CFGpp has no guided prediction for the pipeline's rule that"):
-        predict(Path(model.noise(2, seeded(), **sized(FULL["qwen"]))), model.levels(2)[1])
+    conds, size = model.encode(PROMPTS, NEGATIVES, **sized(FULL["qwen"])), sized(FULL["qwen"])
+    for method, name in ((CFGpp(0.6), "CFGpp"), (CFGMP(), "CFGMP")):
+        with pytest.raises(ValueError, match=f"{name} has no guided prediction for the pipeline's rule that"):
+            euler(by_method(denoiser, method, conds), Path(model.noise(2, seeded(), **size)), *model.levels(1))
 
 
 @pytest.mark.parametrize("name, steps", [*product(FEW_STEPS, (1, 4)), ("sana-sprint", 2)])
