@@ -42,14 +42,22 @@ class Interval(Ranged):
     def of_steps(
         cls, levels: Sequence[Noise], start: float = 0.0, stop: float = 1.0, method: Guidance | None = None
     ) -> "Interval":
-        """The interval of the steps int(start N) <= i < int(stop N) of a run of N steps down the `levels`.
-
-        Its bounds lie between the levels of neighbouring steps, in the middle in sigma / (alpha + sigma).
-        """
+        """The interval of the steps int(start N) <= i < int(stop N) of a run of N steps down the `levels`, which are
+        `LatentModel(pipe).levels(N, height, width)` of a pipeline."""
         if not 0 <= start <= stop <= 1:
             raise UserError(f"steps from {start} to {stop} of a run: give 0 <= start <= stop <= 1")
         steps = len(levels) - 1
-        first, end = int(start * steps), int(stop * steps)
+        return cls.between_steps(levels, int(start * steps), int(stop * steps), method)
+
+    @classmethod
+    def between_steps(cls, levels: Sequence[Noise], first: int, end: int, method: Guidance | None = None) -> "Interval":
+        """The interval of the steps first <= i < end, counted from 0, of a run down the `levels`.
+
+        Its bounds lie between the levels of neighbouring steps, in the middle in sigma / (alpha + sigma).
+        """
+        steps = len(levels) - 1
+        if not 0 <= first <= end <= steps:
+            raise UserError(f"steps from {first} to {end} of a run of {steps}: give 0 <= first <= end <= {steps}")
         high, low = (float("inf") if i == 0 else _between(levels[i - 1], levels[i]) for i in (first, end))
         bounds = {"low": 0.0, "high": 0.0} if first == end else {"low": 0.0 if end == steps else low, "high": high}
         return cls(method or CFG(), **bounds)

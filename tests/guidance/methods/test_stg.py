@@ -1,5 +1,9 @@
 """STG as PAG and SLG with a rescaled prediction, and intervals that are given in steps."""
 
+import math
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +12,8 @@ from guidance.methods.scales import ratio
 from solvers.noise import cosine, flow, grid
 from solvers.samplers.catalogue import euler, sample
 from tests.support.toy import LEVELS, B, predict, said, same, start
+
+PAGE = Path(__file__).parents[3] / "docs" / "guidance" / "interval.md"
 
 
 @pytest.mark.parametrize("at", LEVELS.values(), ids=LEVELS)
@@ -41,10 +47,34 @@ def test_interval_of_steps(schedule, start_at, stop_at):
     inside = [i for i in range(10) if int(start_at * 10) <= i < int(stop_at * 10)]
     assert bound.branches.get("uncond", 0) == B * len(inside)
     held = Interval.of_steps(levels, start_at, stop_at)
-    assert [i for i, at in enumerate(levels[:-1]) if held.low < ratio(at) <= held.high] == inside
+    assert steps_inside(held, levels) == inside
     assert isinstance(Interval.of_steps(levels, method=APG(8.0)).method, APG)
 
 
 def test_interval_of_steps_that_are_none():
     with pytest.raises(ValueError, match="steps from 0.7 to 0.3 of a run: give 0 <= start <= stop <= 1"):
         Interval.of_steps(grid(flow, 4), 0.7, 0.3)
+    with pytest.raises(ValueError, match="steps from 2 to 5 of a run of 4: give 0 <= first <= end <= 4"):
+        Interval.between_steps(grid(flow, 4), 2, 5)
+
+
+def steps_inside(held: Interval, levels) -> list[int]:
+    return [i for i, at in enumerate(levels[:-1]) if held.low < ratio(at) <= held.high]
+
+
+RULES = {  # whether a step is guided, of rows of docs/guidance/interval.md
+    "diffusers' guiders": lambda i, N: int(0.3 * N) <= i < int(0.8 * N),
+    "Lumina2's": lambda i, N: (i + 1) / N <= 0.58,
+    "SD3's": lambda i, N: N * 0.01 < i < N * 0.2,
+}
+GIVEN = {"Interval": Interval, "math": math, "start": 0.3, "stop": 0.8, "r": 0.58}
+
+
+@pytest.mark.parametrize("where", RULES)
+def test_the_pages_conversions_hold_at_any_number_of_steps(where):
+    row = next(line for line in PAGE.read_text().splitlines() if line.startswith(f"| {where}"))
+    code = re.findall("`(Interval[^`]*)`", row)[0]
+    for steps in range(1, 101):
+        levels = grid(flow, steps)
+        held = eval(code, {**GIVEN, "levels": levels, "N": steps})
+        assert steps_inside(held, levels) == [i for i in range(steps) if RULES[where](i, steps)], steps
