@@ -49,16 +49,17 @@ class Cell:
 
 def at_cfg_scale(name: str, scale: float, pipe: Any, steps: int) -> Guidance:
     """The method at the scale of its own convention that corresponds to CFG's, if it has one (`from_cfg_scale`); of
-    FBG, whose scale is its own, that is the largest."""
+    FBG, whose scale is its own, that is the largest, and up to 1 it is CFG of the scale."""
     kind: Any = guidance_kinds(name)[-1]
+    options: dict[str, Any] = {"scale": scale}
     if kind is CFGpp:
-        scale = CFGpp.from_cfg_scale(scale, levels_of(pipe.scheduler, steps)).scale  # type: ignore[assignment]
+        options = {"scale": CFGpp.from_cfg_scale(scale, levels_of(pipe.scheduler, steps)).scale}
     elif kind in (GFCG, RectifiedCFGpp):
-        scale = kind.from_cfg_scale(scale).scale
-    elif kind is FBG and scale > 1:
-        return guidance_named(name, options={"largest": scale})
+        options = {"scale": kind.from_cfg_scale(scale).scale}
+    elif kind is FBG:
+        options = {"largest": scale} if scale > 1 else {"scale": scale, "prior": 1.0}
     with converting():
-        return guidance_named(name, scale)
+        return guidance_named(name, options=options)
 
 
 def cells(
@@ -148,17 +149,20 @@ def draw_sheet(made: Sequence[Cell], scales: Sequence[float], columns: int) -> b
 
 
 def caption(cell: Cell) -> str:
-    """The method's own scale, CFG's beside it if they differ, and the evaluations of an image."""
+    """The method's own scale, of FBG the largest, CFG's beside it if they differ, and the evaluations of an image."""
     own, nfe = own_scale(cell.method), f"{cell.made.nfe:g} NFE"
     if cell.scale is None or own is None:
         return nfe
-    as_cfg = "" if abs(own - cell.scale) < 1e-6 else f" (CFG {cell.scale:g})"
-    return f"scale {own:.3g}{as_cfg}, {nfe}"
+    word, value = own
+    as_cfg = "" if abs(value - cell.scale) < 1e-6 else f" (CFG {cell.scale:g})"
+    return f"{word} {value:.3g}{as_cfg}, {nfe}"
 
 
-def own_scale(method: Any) -> float | None:
-    """The scale of a method, or of the one that it holds, if it is a number."""
+def own_scale(method: Any) -> tuple[str, float] | None:
+    """What sets the strength of a method, or of the one that it holds, if it is a number: ("scale", 3.0)."""
+    if isinstance(method, FBG) and method.prior < 1:
+        return "largest", method.largest
     found = getattr(method, "scale", None)
     if found is None and hasattr(method, "method"):
         return own_scale(method.method)
-    return float(found) if isinstance(found, int | float) else None
+    return ("scale", float(found)) if isinstance(found, int | float) else None

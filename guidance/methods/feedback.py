@@ -32,9 +32,9 @@ class FBG(Scaled):
     V = k'^2 (1 - r^2), in [log((1 - prior) largest / (largest - 1)), 3], where lambda is `largest` at the lower end.
     While the conditional model explains the sample no better than the unconditional one, l falls and lambda rises.
 
-    delta and tau are made for the levels of one run: `FBG.of_levels(levels)`. scale: lambda + scale - 1 in place of
-    lambda, which inside an interval (`Between`) is the paper's hybrid. The feedback is written for steps of one
-    evaluation.
+    delta and tau are made for the levels of one run: `FBG.of_levels(LatentModel(pipe).levels(steps, height, width))`.
+    scale: lambda + scale - 1 in place of lambda, which inside an interval (`Between`) is the paper's hybrid. The
+    feedback is written for steps of one evaluation.
     """
 
     scale: Scale = 1.0
@@ -64,7 +64,10 @@ class FBG(Scaled):
 
     def guide(self, path: Path, at: Noise) -> Guide:
         if self.prior < 1 and (self.delta is None or self.tau is None):
-            raise UserError("FBG needs delta and tau, which are those of one run: FBG.of_levels(levels)")
+            raise UserError(
+                "FBG needs delta and tau, which are those of one run: make it by FBG.of_levels(levels), on a pipeline"
+                " with levels = LatentModel(pipe).levels(steps, height, width)"
+            )
         preds = yield {"cond": Branch("cond"), "uncond": Branch("uncond")}
         c, u = preds["cond"], preds["uncond"]
         likelihood = self._likelihood(path, at)

@@ -1,6 +1,7 @@
 """Every method from the command line, methods inside methods, and methods side by side."""
 
 import json
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -113,6 +114,8 @@ def test_a_weak_network_keeps_its_weights_where_a_pipeline_is_in_half_precision(
 
 def test_a_column_of_cfgs_scale_is_each_methods_own():
     assert at_cfg_scale("fbg", 5.5, None, 4) == FBG(largest=5.5)
+    for scale in (0.0, 1.0):  # no scale that follows the picture is as low
+        assert at_cfg_scale("interval:fbg", scale, None, 4) == Interval(FBG(scale, prior=1.0))
     assert at_cfg_scale("rectified-cfgpp", 5.5, None, 4).scale == 4.5 and at_cfg_scale("apg", 5.5, None, 4).scale == 5.5
 
 
@@ -206,4 +209,7 @@ def test_the_images_of_a_cell_lie_under_its_labels():
         assert (pixels[y : y + SIDE, x : x + SIDE] == round(255 * gray)).all()  # enlarged 16 times
         assert (pixels[max(y - 18, 0) : y, x : x + SIDE] < 128).any() and (pixels[y : y + SIDE, :x] < 128).any()
     assert caption(cell("cfg", 2.0, 0.1)) == "scale 7.5 (CFG 2), 1 NFE" and caption(cell("none", None, 0.1)) == "1 NFE"
+    largest = replace(cell("fbg", 3.0, 0.1), method=Interval(at_cfg_scale("fbg", 3.0, None, 4)))
+    assert caption(largest) == "largest 3, 1 NFE"
+    assert caption(replace(largest, scale=1.0, method=at_cfg_scale("fbg", 1.0, None, 4))) == "scale 1, 1 NFE"
     assert corners[0.2][1] == corners[0.4][1] < corners[0.6][1] and corners[0.2][0] < corners[0.4][0] == corners[0.6][0]
