@@ -24,6 +24,7 @@ __distribution__ = "difftune"
 _HOME = {  # public name -> its module
     **dict.fromkeys(("Branch", "Guidance", "Guide", "Guided", "Preds"), "guidance.contract"),
     **dict.fromkeys(("Neutral", "Scaled", "Usual", "ratio", "time"), "guidance.methods.scales"),
+    "end_of_step": "guidance.methods.ahead",
 }
 
 

@@ -11,6 +11,7 @@ from guidance import CFG, NASA, PAG, Branch, CFGpp, Guided, Interval
 from guidance.attach import attach
 from guidance.guided import guided
 from guidance.methods import scales
+from guidance.methods.ahead import end_of_step
 from guidance.methods.scales import UnusualScale
 from tests.support import pipelines
 
@@ -76,7 +77,7 @@ def test_an_object_that_is_no_method_is_refused_at_once():
 
 
 def test_names_are_had_from_the_package():
-    assert guidance.APG(8.0).scale == 8.0 and Guided(0).data is None
+    assert guidance.APG(8.0).scale == 8.0 and Guided(0).data is None and guidance.end_of_step is end_of_step
     with pytest.raises(AttributeError, match="guidance has no 'Nothing'; it has .*Branch, "):
         guidance.Nothing  # noqa: B018
 
