@@ -29,7 +29,7 @@ from solvers.exact import Mixture
 from solvers.noise import Noise, cosine, flow, grid, noise
 from solvers.rollout import rollout
 from solvers.samplers.catalogue import euler, sample
-from tests.support.toy import LEVELS, at_step, labels, predict, said, same, start
+from tests.support.toy import LEVELS, Toy, at_step, labels, predict, said, same, start
 
 F64 = torch.float64
 VARIANCE = 0.7
@@ -60,6 +60,17 @@ def test_rectified_on_a_gaussian(steps, expected):
 def test_rectified_of_one_step_is_conditional_and_many_are_cfg():
     assert end(RectifiedCFGpp(4.5), 1) == pytest.approx(end(Plain(), 1), abs=1e-12)
     assert end(RectifiedCFGpp(4.5), 200) == pytest.approx(5.5, abs=5e-2)
+
+
+def test_rectified_within_another_method_is_converted_at_its_own_points():
+    """A network that emits eps, on a path that is no flow: the gap is one of velocities at the end of the step."""
+    at, toy = LEVELS["vp"], Toy("eps")
+    path = at_step(start(), at)
+    alone, cond = (predict(method, toy=toy)(path, at) for method in (RectifiedCFGpp(2.0), Plain()))
+    same(predict(Rescale(RectifiedCFGpp(2.0), 0.0), toy=toy)(path, at), alone)
+    spread = [p.eps.flatten(1).std(1).view(-1, 1, 1, 1) for p in (cond, alone)]
+    ours = predict(Rescale(RectifiedCFGpp(2.0), 0.7), toy=toy)(path, at)
+    torch.testing.assert_close(ours.eps, alone.eps * (0.7 * spread[0] / spread[1] + 0.3), rtol=1e-10, atol=1e-10)
 
 
 def test_rectified_asks_three_times_and_once_at_the_end():
@@ -120,11 +131,10 @@ def test_projection_goes_down_the_gap():
     path = Path(torch.tensor([[x]], dtype=F64), then=then)
     made = bound(path, flow(t))
     u = float(made.eps - made.x0)
+    slope = velocity(1.0, t, 1.0) - velocity(0.0, t, 1.0)  # of u_c, which is affine in z
+    move = (u - velocity(x, t, 1.0)) / (slope + 1 / (2 * h))  # u = u_c(x + move) + move / 2h
     gap = h * (velocity(x, t, 1.0) - velocity(x, t, 0.0))
-    moved = x + gap
-    assert u == pytest.approx(velocity(moved, t, 1.0) + gap / (2 * h), rel=5e-3) and gap == pytest.approx(
-        0.02139, abs=1e-5
-    )
+    assert move == pytest.approx(0.02129, abs=1e-5) and gap == pytest.approx(0.02139, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", (RectifiedCFGpp(), CFGMP(), Interval(RectifiedCFGpp(), 0.0, float("inf"))))
@@ -210,8 +220,6 @@ def test_feedback_constants():
     x = Path(torch.tensor([[0.4]], dtype=F64))
     for prior, expected in ((0.95, 1.0526316), (0.5, 2.0), (1.0, 1.0)):
         assert float(lambda_of(replace(method, prior=prior), x, flow(0.5))) == pytest.approx(expected)
-    floor = log(0.05 * 10 / 9)
-    assert floor == pytest.approx(-2.890372, abs=1e-6) and exp(floor) / (exp(floor) - 0.05) == pytest.approx(10)
     with pytest.raises(ValueError, match="FBG needs delta and tau, .* FBG.of_levels"):
         said(FBG(), flow(0.5))
 
@@ -247,6 +255,17 @@ def test_feedback_rises_to_its_largest_and_is_finite_from_pure_noise():
         path = euler(guided(LINE, method, PAIR), path, now, then)
     assert scales[0] == pytest.approx(1 / 0.95) and scales[3:] == pytest.approx([10.0] * 5)
     assert scales[1:3] == pytest.approx([exp(-i) / (exp(-i) - 0.05) for i in (1, 2)])
+    assert float(path.memory["fbg.log"]) == pytest.approx(-2.890372, abs=1e-6)
+
+
+def test_feedback_falls_to_its_least():
+    """l stays at 3 where the conditional model explains the sample well."""
+    path, method, levels = Path(torch.tensor([[0.3]], dtype=F64)), FBG(delta=2.0, tau=0.0), grid(flow, 5)
+    scales = []
+    for now, then in zip(levels, levels[1:], strict=False):
+        scales.append(float(lambda_of(method, path, now)))
+        path = euler(guided(LINE, method, PAIR), path, now, then)
+    assert scales == pytest.approx([exp(log_p) / (exp(log_p) - 0.05) for log_p in (0, 2, 3, 3, 3)], rel=1e-6)
 
 
 def test_feedback_with_a_scale_beside_it():
