@@ -6,7 +6,8 @@ overhead   attach(pipe, CFG) beside the stock pipeline, and our own loop beside 
 sweep      ShapeEval, Fréchet distance, coverage, saturation and diversity over scales, all methods at one number of
            evaluations; on tiny-flow the methods for flows too
 hard       the same on ShapeEval-hard
-table      what sweep and hard found at these settings, and the paired difference of each score to CFG's
+table      what sweep and hard found at these settings, and the paired differences of each score to CFG's: at the same
+           scale, and at the best scale of both
 classes    the same on the prompts of the classifier's classes, for GFCG
 adaptive   adaptive guidance against CFG, paired: score, evaluations, seconds of the denoising loop
 inversion  PSNR of rendered pictures after inversion and sampling, CFG against CFG++ at paired scales
@@ -16,6 +17,7 @@ on; --quick is a smoke test of all parts. All intervals are 95 %, over prompts (
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -40,7 +42,7 @@ from guidance.attach.handle import attach
 from guidance.contract import Guidance
 from guidance.guided import guided
 from guidance.invert import edit
-from guidance.methods.catalogue import CFG, AdaptiveGuidance, CFGpp
+from guidance.methods.catalogue import CFG, GFCG, AdaptiveGuidance, CFGpp
 from rewards.registry import load
 from rewards.sets.frechet import frechet
 from rewards.sets.vendi import vendi
@@ -124,9 +126,15 @@ class Set(NamedTuple):
     features: Tensor  # (prompts, images, D)
 
 
+def entries_of(name: str, size: Size) -> list[dict[str, str]]:
+    """The prompts of a list, of each category as many as the size says; "classes" are those of the classifier."""
+    if name == "classes":
+        return [{"prompt": text, "category": "one_object"} for text in TEXTS[: size.prompts and 2 * size.prompts]]
+    return shapeeval.entries_of(size.prompts, name)
+
+
 def prompts_of(name: str, size: Size) -> Set:
-    classes = [{"prompt": text, "category": "one_object"} for text in TEXTS[: size.prompts and 2 * size.prompts]]
-    entries = classes if name == "classes" else shapeeval.entries_of(size.prompts, name)
+    entries = entries_of(name, size)
     rng = np.random.default_rng([0, len(entries)])
     captions = [grammar.parse(e["prompt"]) for e in entries for _ in range(size.images)]
     pictures = [torch.from_numpy(render(draw.draw_scene(rng, caption))).permute(2, 0, 1) for caption in captions]
@@ -139,23 +147,37 @@ def features(images: Tensor) -> Tensor:
     return torch.cat([classifier.features(part.float()) for part in images.split(64)])
 
 
-PILOTS = 4  # pictures that tell what a step costs
+PILOTS = 24  # pictures that tell what a step costs, where it is not the same for all
+VARYING = (AdaptiveGuidance, GFCG)
+TRIES = 5  # of a number of steps
 
 
 def steps_for(pipe: Any, method: Guidance, prompts: Sequence[str], size: Size) -> int:
-    """As many steps as the evaluations allow, by what pilot pictures cost: at CFG's number of steps, and then at the
-    number that follows, since some steps cost less than others."""
-    pilot = list(prompts[:PILOTS])
+    """As many steps as come closest to the evaluations that are allowed, by what pilot pictures cost: first at CFG's
+    number, and then at those that follow from it, since some steps cost less than others."""
+    pilot = pilots_of(method, prompts)
 
     def cost(steps: int) -> float:
-        return next(iter(generate_batches(pipe, pilot, range(len(pilot)), method, Sampling(steps)))).nfe
+        sampling = Sampling(steps, len(pilot))
+        return next(iter(generate_batches(pipe, pilot, range(len(pilot)), method, sampling))).nfe
 
-    first = max(1, size.evaluations // 2)
-    steps = max(1, round(size.evaluations * first / cost(first)))
-    if steps == first:
-        return steps
-    spent = cost(steps)
-    return max(1, steps + round((size.evaluations - spent) * steps / spent))
+    return closest(cost, size.evaluations)
+
+
+def pilots_of(method: Guidance, prompts: Sequence[str]) -> list[str]:
+    """One prompt, or for a method whose cost depends on the picture `PILOTS` of them, from all over the list."""
+    count = min(PILOTS, len(prompts)) if isinstance(method, VARYING) else 1
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def closest(cost: Callable[[int], float], evaluations: int) -> int:
+    """The number of steps whose cost comes closest, of those that are tried: each is what the last one's cost tells."""
+    tried: dict[int, float] = {}
+    steps = max(1, evaluations // 2)
+    while steps not in tried and len(tried) < TRIES:
+        tried[steps] = cost(steps)
+        steps = max(1, round(evaluations * steps / tried[steps]))
+    return min(tried, key=lambda steps: abs(tried[steps] - evaluations))
 
 
 def measured(name: str, scale: float | None, given: Set, size: Size) -> dict[str, Any]:
@@ -219,9 +241,11 @@ def sweep(folder: File, size: Size, kind: str, methods: Sequence[str]) -> None:
 
 
 def label_of(kind: str, name: str, scale: float | None, size: Size) -> str:
-    """What a sweep's result depends on: the method, evaluations, prompts of a category, images of a prompt, and the
+    """What a sweep's result depends on: the method, evaluations, images of a prompt, the prompts themselves, and the
     model's weights."""
-    depends = [f"{size.evaluations}", f"{size.prompts or 'all'}", f"{size.images}", weights(size.model)]
+    prompts = "\n".join(entry["prompt"] for entry in entries_of(kind, size))
+    digest = hashlib.sha256(prompts.encode()).hexdigest()[:8]
+    depends = [f"{size.evaluations}", f"{size.prompts or 'all'}", f"{size.images}", digest, weights(size.model)]
     return "-".join([kind, name, *([] if scale is None else [f"{scale:g}"]), *depends])
 
 
@@ -232,7 +256,8 @@ Cells = dict[Key, dict[str, Any]]
 
 
 def print_table(folder: File, size: Size) -> None:
-    """What the sweeps of that size found, as Markdown, and how each score differs from CFG's at the same scale."""
+    """What the sweeps of that size found, as Markdown, and how each score differs from CFG's, at the same scale and at
+    the best scale of both."""
     found = {kind: cells_of(folder, kind, size) for kind in KINDS}
     easy, hard = found.values()
     print(heading(["method", "scale", "steps", "NFE", *KINDS.values(), *MEASURES]))
@@ -246,6 +271,10 @@ def print_table(folder: File, size: Size) -> None:
             if name != "cfg":
                 differences = (less(cells, (name, scale), ("cfg", base)) for cells in found.values())
                 print(row([*named((name, base)), *differences]))
+    print("\nEach method at its best scale, less CFG at its own, paired:\n")
+    print(heading(["method", *(column for name in KINDS.values() for column in ("scale", name, f"{name} less CFG"))]))
+    for name in dict.fromkeys(name for name, _ in easy):
+        print(row([name, *(cell for cells in found.values() for cell in at_best(cells, name))]))
 
 
 def cells_of(folder: File, kind: str, size: Size) -> Cells:
@@ -255,6 +284,20 @@ def cells_of(folder: File, kind: str, size: Size) -> Cells:
     order = [*FLOW_METHODS, *METHODS]
     own.sort(key=lambda r: (order.index(r["guidance"]), r["scale"] or 0))
     return {(r["guidance"], r["scale"]): r for r in own}
+
+
+def at_best(cells: Cells, name: str) -> tuple[str, str, str]:
+    """The scale at which a method scores best, its score there, and how that differs from CFG's at its best scale."""
+    key, base = best(cells, name), best(cells, "cfg")
+    if key is None or base is None:
+        return "-", "-", "-"
+    return named(key)[1], told(cells[key]["score"]), "-" if name == "cfg" else less(cells, key, base)
+
+
+def best(cells: Cells, name: str) -> Key | None:
+    """The cell of a method with the highest score, of equals that of the lowest scale; None if it has none."""
+    own = [key for key in cells if key[0] == name]
+    return max(own, key=lambda key: cells[key]["score"]["score"], default=None)
 
 
 def less(cells: Cells, key: Key, base: Key) -> str:
