@@ -44,7 +44,7 @@ oracle = load_reward("oracle")
 for name, images in pictures.items():
     verdicts = oracle(torch.from_numpy(images).permute(0, 3, 1, 2), PROMPTS)
     print(f"{name:10} {cost[name]:4.0f} network evaluations, right: {verdicts.tolist()}")
-(OUT / "methods.png").write_bytes(sheet({name: [Cell(list(images))] for name, images in pictures.items()}))
+(OUT / "methods.png").write_bytes(sheet((name, [Cell(list(images))]) for name, images in pictures.items()))
 
 # %% [markdown]
 # ## On a real model

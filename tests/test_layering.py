@@ -43,8 +43,8 @@ FLOORS = {
         {"recipes"},
         {"rollouts"},
         {"evaluation", "reno", "search_runs", "training"},
-        {"environment", "labelling", "pipelines", "reports"},
-        {"files", "lookup", "models", "processes"},
+        {"environment", "labelling", "pipelines"},
+        {"files", "lookup", "models", "processes", "reports"},
         {"configs", "errors", "signals"},
     ],
 }

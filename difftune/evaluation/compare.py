@@ -145,12 +145,12 @@ def draw_sheet(made: Sequence[Cell], scales: Sequence[float], columns: int) -> b
         place = 0 if cell.scale is None else list(scales).index(cell.scale)
         row = rows.setdefault(cell.guidance, [None] * len(scales))
         row[place] = sheets.Cell(pixels(cell.made.images), caption(cell), columns)
-    return sheets.sheet(rows)
+    return sheets.sheet(rows.items())
 
 
 def caption(cell: Cell) -> str:
     """The method's own scale, of FBG the largest, CFG's beside it if they differ, and the evaluations of an image."""
-    own, nfe = own_scale(cell.method), f"{cell.made.nfe:g} NFE"
+    own, nfe = own_scale(cell.method), f"{cell.made.nfe:.4g} NFE"
     if cell.scale is None or own is None:
         return nfe
     word, value = own

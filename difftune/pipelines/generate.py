@@ -1,6 +1,7 @@
 """Images from a diffusers pipeline under a guidance method."""
 
 import inspect
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +32,7 @@ from difftune.pipelines.noise_lora import moved_by
 from difftune.pipelines.opened import open_pipeline
 from difftune.pipelines.shared import claimed_by_main, own_share, told_by_each
 from difftune.processes import process
+from difftune.reports.sheets import Cell, sheet
 from guidance.attach.handle import attach, needs_uncond
 from guidance.contract import Guidance
 from rewards.checks import finite
@@ -293,7 +295,7 @@ def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str
         ]
         found = {"settings": settings, "images": images, **made.cost(), "versions": versions()}
         if claim is not None:
-            claim.results(_results(made.images, found, config.num_images if len(config.prompt) > 1 else None))
+            claim.results(_results(made.images, found, config.prompt))
     return found
 
 
@@ -302,14 +304,22 @@ def jobs_of(prompts: Sequence[str], count: int, seed: int) -> tuple[list[str], l
     return [p for p in prompts for _ in range(count)], [seed + i for _ in prompts for i in range(count)]
 
 
-def _results(images: Tensor, found: Mapping[str, Any], columns: int | None) -> Iterator[tuple[str, bytes]]:
+def _results(images: Tensor, found: Mapping[str, Any], prompts: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the pictures or films, the grid (of the films' middle frames) and sample.json, in the order
     in which they are written."""
     pictures = pixels(stills(images))
     for i, (about, picture) in enumerate(zip(found["images"], pictures, strict=True)):
         yield about["file"], output.png(picture) if images.ndim == 4 else mp4(images[i])
-    yield "grid.png", output.grid(pictures, columns)
+    yield "grid.png", labelled(pictures, prompts)
     yield "sample.json", output.as_json(found)
+
+
+def labelled(pictures: Sequence[Any], prompts: Sequence[str]) -> bytes:
+    """The pictures (H, W, 3), as many of each prompt, in a row beside it; those of a single prompt in a square."""
+    count = len(pictures) // len(prompts)
+    columns = count if len(prompts) > 1 else math.ceil(math.sqrt(count))
+    parts = [pictures[i * count : (i + 1) * count] for i in range(len(prompts))]
+    return sheet((prompt, [Cell(part, columns=columns)]) for prompt, part in zip(prompts, parts, strict=True))
 
 
 def method_settings(guidance: Any) -> dict[str, Any]:

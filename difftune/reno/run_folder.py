@@ -25,7 +25,7 @@ from difftune.files import checkpoint
 from difftune.files.checkpoint import Say, State
 from difftune.files.claim import Claim
 from difftune.files.noises import NOISE, noises_of
-from difftune.files.output import as_json, grid, png, remove, sweep
+from difftune.files.output import as_json, png, remove, sweep
 from difftune.files.pictures import read_picture
 from difftune.lookup import method_of, reward_named, reward_weights
 from difftune.models import check_model
@@ -38,6 +38,7 @@ from difftune.reno.named import needs_gradient
 from difftune.reno.optimizer import Live, ReNO, Result
 from difftune.reno.settings import NoiseSettings
 from difftune.reports import figures
+from difftune.reports.sheets import Cell, sheet
 from rewards.compose import parse_rewards
 from rewards.monitor import Monitor
 from rewards.registry import Reward, entry
@@ -401,19 +402,27 @@ def weighted_mean(curves: Sequence[tuple[list[float], int]]) -> list[float]:
 
 def optimize_files(config: RenoConfig, found: Sequence[Made]) -> Iterable[tuple[str, bytes]]:
     """Names and contents of the pictures, the paths, the curves and the noise."""
-    pictures, i = [], 0
+    rows, i = [], 0
     for made in found:
         for row in range(len(made.result.images)):
-            for when, images in (("before", made.result.images_before), ("after", made.result.images)):
+            cells = []
+            for when, images, rewards in before_and_after(made.result):
                 picture = images[row].permute(1, 2, 0).float().cpu().numpy()
-                pictures.append(picture)
+                cells.append(Cell([picture], f"{when}: {float(rewards[row]):.3g}"))
                 yield f"{i:03d}-{when}.png", png(picture)
             if config.animation != "none":
                 yield f"{i:03d}-path.{config.animation}", animation(made.frames[:, row], config.animation)
+            rows.append((made.result.prompts[row], cells))
             i += 1
-    yield "grid.png", grid(pictures, columns=2)
+    yield "grid.png", sheet(rows)
     yield "curves.png", curves_of([made.result for made in found])
     yield NOISE, save(noises([made.result for made in found]))
+
+
+def before_and_after(result: Result) -> tuple[tuple[str, Tensor, Tensor], ...]:
+    """The pictures and their rewards, under their names."""
+    before = ("before", result.images_before, result.rewards_before)
+    return before, ("after", result.images, result.rewards)
 
 
 def noises(results: Sequence[Result]) -> dict[str, Tensor]:

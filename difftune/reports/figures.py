@@ -35,12 +35,13 @@ def draw(axes: Any, x: Sequence[float], y: Sequence[float], color: str = MAIN, l
 def draw_samples(axes: Any, curves: Sequence[Sequence[float]], color: str = MAIN) -> None:
     """Curves of several samples by iteration: their mean as a line, the 10th to 90th percentile as a band.
 
-    A sample that ended early counts as it was at its end.
+    A sample that ended early counts as it was at its end. What takes two values alone, a verdict of yes or no, has no
+    band: it would fill the panel.
     """
     length = max(map(len, curves))
     held = np.array([[*curve, *[curve[-1]] * (length - len(curve))] for curve in curves if curve])
     low, high = np.percentile(held, SPREAD, axis=0)
-    if len(held) > 1:
+    if len(held) > 1 and len(np.unique(held)) > 2:
         axes.fill_between(range(length), low, high, color=color, alpha=0.18, linewidth=0)
     draw(axes, range(length), held.mean(0), color)
 
@@ -48,7 +49,7 @@ def draw_samples(axes: Any, curves: Sequence[Sequence[float]], color: str = MAIN
 def shade(axes: Sequence[Any], begin: float, end: float) -> None:
     """Mark in every panel where the held-out reward no longer follows."""
     for each in axes:
-        each.axvspan(begin, max(end, begin + 0.5), color=HELD, alpha=0.12, linewidth=0)
+        each.axvspan(begin, max(end, begin + 0.5), color=PALE, alpha=0.3, linewidth=0)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from difftune.files.output import png
+from difftune.reports.sheets import as_picture, as_png
 
 
 @cache
@@ -24,7 +24,7 @@ def render(template: str, **values: Any) -> str:
 
 def picture(image: Any) -> str:
     """A picture (H, W, 3) in [0, 1] as a data URI."""
-    return data(png(image))
+    return data(as_png(as_picture(image)))
 
 
 def data(content: bytes) -> str:

@@ -1,7 +1,8 @@
 """Sheets of pictures with labels that can be read: rows with names, and a line of text above each cell."""
 
 import io
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ SIDE = 128  # pixels of a picture's shorter side, at least: smaller ones are enl
 GAP = 2  # between the pictures of a cell
 MARGIN = 8  # around the sheet
 SMALLEST, LARGEST = 12, 24  # sizes of a label, in pixels
+NAME, LETTERS, LINES = 18, 28, 6  # of a row's name: its largest size, the letters of a line, and its lines at most
 INK, FAINT = "#111827", "#4b5563"
 
 
@@ -27,32 +29,36 @@ class Cell:
     columns: int | None = None  # all in one row if not given
 
 
-def sheet(rows: Mapping[str, Sequence[Cell | None]]) -> bytes:
+def sheet(rows: Iterable[tuple[str, Sequence[Cell | None]]]) -> bytes:
     """The rows, each with its name at the left, as PNG. None leaves a place empty. All cells are of one size."""
-    blocks = {name: [None if cell is None else block(cell) for cell in cells] for name, cells in rows.items()}
-    width, height = next(made.size for row in blocks.values() for made in row if made is not None)
-    captions = [cell.caption for cells in rows.values() for cell in cells if cell is not None]
+    named = [(wrapped(name), cells) for name, cells in rows]
+    blocks = [[None if cell is None else block(cell) for cell in cells] for _, cells in named]
+    width, height = next(made.size for row in blocks for made in row if made is not None)
+    captions = [cell.caption for _, cells in named for cell in cells if cell is not None]
     letters = fitting(captions, width)
-    names = font(letters.size, bold=True)
-    left = MARGIN + (round(max(map(names.getlength, rows)) + letters.size) if any(rows) else 0)
+    names = font(min(letters.size, NAME), bold=True)
+    lines = [line for name, _ in named for line in name.splitlines()]
+    left = MARGIN + (round(max(map(names.getlength, lines)) + letters.size) if lines else 0)
     line = round(1.5 * letters.size) if any(captions) else 0
     gap = letters.size
-    across, down = max(map(len, rows.values())), len(rows)
+    across, down = max(len(cells) for _, cells in named), len(named)
     whole = (left + across * (width + gap) - gap + MARGIN, down * (line + height + gap) - gap + 2 * MARGIN)
     made = Image.new("RGB", whole, "white")
     pen = ImageDraw.Draw(made)
-    for i, (name, cells) in enumerate(rows.items()):
+    for i, (name, cells) in enumerate(named):
         y = MARGIN + i * (line + height + gap)
         pen.text((MARGIN, y + line + height // 2), name, INK, names, anchor="lm")
-        for j, cell in enumerate(cells):
-            picture = blocks[name][j]
+        for j, (cell, picture) in enumerate(zip(cells, blocks[i], strict=True)):
             if cell is not None and picture is not None:
                 x = left + j * (width + gap)
                 pen.text((x, y + line // 2), cell.caption, FAINT, letters, anchor="lm")
                 made.paste(picture, (x, y + line))
-    buffer = io.BytesIO()
-    made.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return as_png(made)
+
+
+def wrapped(name: str) -> str:
+    """A name in lines of LETTERS, and what is beyond LINES of them as an ellipsis."""
+    return textwrap.fill(name, LETTERS, max_lines=LINES, placeholder=" ...")
 
 
 def block(cell: Cell) -> Image.Image:
@@ -72,6 +78,12 @@ def block(cell: Cell) -> Image.Image:
 
 def as_picture(array: Any) -> Image.Image:
     return Image.fromarray((np.asarray(array) * 255).round().astype("uint8"))
+
+
+def as_png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def fitting(captions: Sequence[str], width: int) -> ImageFont.FreeTypeFont:

@@ -24,7 +24,7 @@ from difftune.configs.written import CONFIG, settings_yaml
 from difftune.errors import DiskError, RunError, UserError
 from difftune.files.checkpoint import Say
 from difftune.files.claim import Claim
-from difftune.files.output import as_json, grid, png, write
+from difftune.files.output import as_json, png, write
 from difftune.files.versions import versions
 from difftune.lookup import method_of, reward_named, reward_weights
 from difftune.models import check_model
@@ -33,6 +33,7 @@ from difftune.pipelines.fingerprint import check_resumed, digest_of
 from difftune.pipelines.generate import pixels
 from difftune.pipelines.opened import open_pipeline
 from difftune.pipelines.shared import claimed_by_main, made_by_main
+from difftune.reports.sheets import Cell, sheet
 from difftune.search_runs.experts import experts_for
 from difftune.search_runs.flags import experts_of, method_settings_of
 from difftune.search_runs.lineage_plot import picture, shown_leaves
@@ -305,7 +306,9 @@ def search_files(config: SearchConfig, found: Found) -> Iterator[tuple[str, byte
     pictures = pixels(found.images)
     for i, image in enumerate(pictures):
         yield image_name(config, i), png(image)
-    yield "grid.png", grid(pictures)
+    rewards = [f"reward {float(reward):.3g}" for reward in found.rewards]
+    rows = zip(config.prompt, pictures, rewards, strict=True)
+    yield "grid.png", sheet((prompt, [Cell([image], reward)]) for prompt, image, reward in rows)
     graph = found.state.graph()
     for i in range(min(len(config.prompt), DRAWN)):
         yield f"{i:05d}-lineage.png", picture(graph, i, thumbnails(found, graph, i))

@@ -212,4 +212,7 @@ def test_the_images_of_a_cell_lie_under_its_labels():
     largest = replace(cell("fbg", 3.0, 0.1), method=Interval(at_cfg_scale("fbg", 3.0, None, 4)))
     assert caption(largest) == "largest 3, 1 NFE"
     assert caption(replace(largest, scale=1.0, method=at_cfg_scale("fbg", 1.0, None, 4))) == "scale 1, 1 NFE"
+    odd = cell("none", None, 0.1)
+    odd.made.nfes[0] = 217 / 6
+    assert caption(odd) == "36.17 NFE"
     assert corners[0.2][1] == corners[0.4][1] < corners[0.6][1] and corners[0.2][0] < corners[0.4][0] == corners[0.6][0]

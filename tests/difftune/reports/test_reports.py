@@ -5,6 +5,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from difftune.reports import figures, sheets
@@ -40,7 +41,7 @@ def test_what_is_counted_has_whole_numbers_on_its_axis():
 
 def test_an_empty_place_stays_white_and_each_row_has_its_name():
     made = np.asarray(
-        Image.open(BytesIO(sheets.sheet({"cfg": [Cell([picture(0.5)], "one"), None], "apg": [None, None]})))
+        Image.open(BytesIO(sheets.sheet([("cfg", [Cell([picture(0.5)], "one"), None]), ("apg", [None, None])])))
     )
     left = made.shape[1] - sheets.MARGIN - 2 * SIDE - LARGEST
     assert (made[:SIDE, left + SIDE :] == 255).all()
@@ -59,3 +60,24 @@ def test_the_band_holds_four_of_five_samples_and_a_short_one_counts_as_it_ended(
 def test_smoothing_is_the_mean_of_the_last_tenth():
     assert figures.smoothed(list(range(20)))[:3] == [0, 0.5, 1.5]
     assert figures.smoothed([3.0]) == [3.0]
+
+
+def test_a_long_name_is_wrapped_and_cut():
+    name = "a red circle left of a blue square on a black background " * 4
+    lines = sheets.wrapped(name).splitlines()
+    assert len(lines) == sheets.LINES and max(map(len, lines)) <= sheets.LETTERS and lines[-1].endswith(" ...")
+    assert sheets.wrapped("interval:cfg") == "interval:cfg"
+
+
+def test_a_verdict_of_yes_or_no_has_no_band():
+    _, axes = figures.panels(["oracle", "reward"], "iteration")
+    for each, end in zip(axes, (1.0, 0.5), strict=True):
+        figures.draw_samples(each, [[0.0, 1.0], [0.0, end]])
+    assert [len(each.collections) for each in axes] == [0, 1]
+
+
+def test_the_held_out_curve_and_the_shade_are_told_apart():
+    _, axes = figures.panels(["held out"], "iteration")
+    figures.shade(axes, 1, 2)
+    figures.draw(axes[0], [0, 1, 2], [0, 1, 0], figures.HELD)
+    assert axes[0].patches[0].get_facecolor()[:3] != to_rgb(axes[0].lines[0].get_color())
