@@ -30,14 +30,17 @@ TOLERANCE = 0.03  # mean absolute difference of pixels in [0, 1]; that of two pi
 def check_replay(config: D3POConfig, choices: Sequence[Choice]) -> None:
     """UserError, which names the line, unless config would make every labelled picture again."""
     if config.num_images_per_prompt != 2:
-        raise UserError(f"num_images_per_prompt is {config.num_images_per_prompt}: a label is of 2 images")
+        raise UserError(
+            f"num_images_per_prompt is {config.num_images_per_prompt}, and a label is of 2 images: "
+            "leave --num_images_per_prompt out, or train dpo, kto or dro"
+        )
     found: dict[Path, Mapping[str, Any]] = {}
     for choice in choices:
         for picture, seed in ((choice.a, choice.seed_a), (choice.b, choice.seed_b)):
             if seed is None:
                 raise UserError(
                     f"labels, line {choice.line}: {picture.name} has no seed, which D3PO needs to sample it again: "
-                    "label images of difftune sample --eta 1, or train dpo or kto"
+                    "label images of difftune sample --eta 1, or train dpo, kto or dro"
                 )
             if picture.parent not in found:
                 found[picture.parent] = settings_beside(picture)
