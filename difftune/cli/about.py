@@ -16,11 +16,12 @@ from difftune.recipes import RECIPES, Recipe
 @click.command(
     cls=Command,
     params=[o.JSON],
-    short_help="List methods, samplers, rewards and recipes.",
+    short_help="List all methods, rewards and recipes.",
     example="difftune methods --json",
 )
 def methods(as_json: bool) -> None:
-    """List guidance methods, samplers, searches, rewards and recipes, a line each, with their classes in Python."""
+    """List guidance methods, samplers, searches, noise optimisation, rewards and recipes, a line each, with their
+    classes in Python."""
     found = _methods()
     listed = {kind: [(entry["name"], _worded(entry)) for entry in entries] for kind, entries in found.items()}
     show(found, as_json, "\n\n".join(f"{kind}:\n{paragraphs(entries, 2)}" for kind, entries in listed.items()))

@@ -10,6 +10,7 @@ from click.core import ParameterSource
 from difftune.cli import options as o
 from difftune.cli.checks import spoken
 from difftune.cli.command import Command
+from difftune.cli.config_file import EXAMPLES
 from difftune.cli.fields import options_of
 from difftune.cli.guidance import guidance_of
 from difftune.cli.output import planned, show, summary
@@ -17,11 +18,13 @@ from difftune.configs.noise import RenoConfig
 from difftune.configs.search import SearchConfig
 from difftune.recipes import RECIPES
 
+LARGER = sorted(file.stem for file in EXAMPLES.glob("*.yaml") if not file.stem.startswith("tiny-"))
+
 
 @click.group(
     short_help="Fine-tune a model on a reward.",
-    epilog="Settings to begin with, for --config: tiny-RECIPE (minutes on two cores), sd15-alignprop-aesthetic, "
-    "sdxl-alignprop-pickscore, sd-turbo-pso. --dry_run says first what a run takes.",
+    epilog="Settings to begin with, for --config: tiny-RECIPE (minutes on two cores), and for larger models "
+    f"{', '.join(LARGER)}. --dry_run says first what a run takes.",
 )
 def train() -> None:
     """Fine-tune a model on a reward. `accelerate launch -m difftune train ...` works too."""

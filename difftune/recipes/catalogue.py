@@ -40,19 +40,20 @@ class Facts(NamedTuple):
     families: str = "sd"  # of pipelines that the tests train
 
 
+EVERY = "sd sdxl sd3 flux flux2 chroma pixart sana sana-sprint wan qwen zimage lumina2"  # families
 ROUND, LABELS = "on-policy, off-policy after a round's first update", "on-policy, off-policy from labels"
 FACTS = {
-    "alignprop": Facts(forwards="T + 3K", families="sd sdxl sd3 flux pixart sana"),
+    "alignprop": Facts(forwards="T + 3K", families=EVERY),
     "draft": Facts(forwards="T + 3K"),
     "drtune": Facts(forwards="T + 3K"),
     "refl": Facts(forwards="T - K + 3"),
     "adjoint-matching": Facts(forwards="4T + 4n", families="sd sd3"),
     "hypernoise": Facts(forwards="4 + 3T", families="sd sd3"),
     "ddpo": Facts(ROUND, "4T", "sd sdxl sd3"),
-    "grpo": Facts(ROUND, "T + 3W", "sd sd3"),
+    "grpo": Facts(ROUND, "T + 3W", EVERY),
     "nft": Facts("off-policy, by an average of the weights", "T + 4n", "sd sd3"),
     "d3po": Facts(LABELS, "5T", "sd sdxl sd3"),
-    "dpo": Facts(LABELS, "T + 4", "sd sdxl sd3"),
+    "dpo": Facts(LABELS, "T + 4", EVERY),
     "kto": Facts(LABELS, "T + 4"),
     "dro": Facts(LABELS, "T + 3"),
     "pso": Facts("on-policy, off-policy from pictures", "5T"),

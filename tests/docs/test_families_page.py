@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from difftune.recipes.catalogue import FACTS
 from scripts import make_families
 from solvers.families.table import FAMILIES
 
@@ -35,3 +36,14 @@ def test_a_test_that_is_gone_is_gone_from_the_page(monkeypatch):
 def test_a_case_of_the_tests_tells_its_family():
     found = [make_families.family_named(case) for case in ("flux2-klein", "flux-dev", "sd3.5", "sana-sprint", "lcm")]
     assert found == ["flux2", "flux", "sd3", "sana-sprint", ""]
+
+
+def test_what_the_recipes_say_of_families_is_what_the_tests_train():
+    tests = {
+        "alignprop": "test_a_step_of_training",
+        "grpo": "test_a_step_of_training",
+        "dpo": "test_a_step_on_given_pictures",
+    }
+    for recipe, test in tests.items():
+        assert set(FACTS[recipe].families.split()) == make_families.cases(make_families.test_every_family, test), recipe
+    assert {name for facts in FACTS.values() for name in facts.families.split()} == set(FAMILIES)
