@@ -63,9 +63,20 @@ def example_of(recipe: Recipe) -> dict[str, Any]:
     return yaml.safe_load((ROOT / "difftune/examples" / f"tiny-{recipe.name}.yaml").read_text())
 
 
+def unset(recipe: Recipe, name: str) -> str:
+    """What a setting is where it is not given, by the end of its help. ValueError if the help does not say."""
+    (text,) = [" ".join(f.metadata["help"].split()) for f in fields(recipe.config) if f.name == name]
+    _, found, what = text.partition("If not given: ")
+    if not found:
+        raise ValueError(f"{recipe.name}: the help of {name} does not say what holds if it is not given: {text}")
+    return what.rstrip(".")
+
+
+def cell(recipe: Recipe, name: str, value: Any) -> str:
+    return unset(recipe, name) if value is None else said(name, value)
+
+
 def said(name: str, value: Any) -> str:
-    if value is None:
-        return "not given"
     if name == "guidance":
         scale = vars(GUIDANCE[value]()).get("scale")
         return value if scale is None or value == "none" else f"{value}, scale {scale:g}"
@@ -77,8 +88,8 @@ def settings_table(recipe: Recipe) -> str:
     example, changed = example_of(recipe), ONE_GPU[recipe.name]
     rows = []
     for name in settings_of(recipe):
-        default = said(name, default_of(recipe, name))
-        others = [said(name, source.get(name, default_of(recipe, name))) for source in (changed, example)]
+        default = cell(recipe, name, default_of(recipe, name))
+        others = [cell(recipe, name, source.get(name, default_of(recipe, name))) for source in (changed, example)]
         rows.append([f"`{name}`", default, *("" if other == default else other for other in others)])
     head = ["setting", "default", one_gpu_title(recipe), f"`--config tiny-{recipe.name}`"]
     return table(head, rows)
@@ -98,10 +109,10 @@ def flags(recipe: Recipe) -> str:
 def block(recipe: Recipe) -> str:
     """What stands between the comments."""
     lead = (
-        f"Take the defaults, and the third column on one GPU: `{flags(recipe)} --reward REWARD --prompts FILE`. Its "
-        "numbers of images are a middle way between patience and the papers', which had many GPUs. [What was measured "
-        "of memory](../training.md#measured) is a batch of 4 under AlignProp, and only the last column was run to its "
-        "end here. An empty cell is the default."
+        f"On one GPU, take the defaults with the changes of the third column: `{flags(recipe)} --reward REWARD "
+        "--prompts FILE`. Its batches are smaller than the papers', which used many GPUs. Only the last column was run "
+        "to its end here; on a GPU we measured the [memory of AlignProp at batch 4](../training.md#measured). An empty "
+        "cell is the default."
     )
     return f"{START}\n{lead}\n\n{settings_table(recipe)}\n{END}"
 

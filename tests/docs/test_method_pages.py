@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from guidance.methods.catalogue import GUIDANCE
+from scripts import make_family_lines
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -25,3 +26,18 @@ def test_page(name):
         assert f"`{field.name}`" in page, field.name
         if isinstance(field.default, float) and field.default is not MISSING:
             assert f"{field.default:g}" in page, (field.name, field.default)
+
+
+def test_each_page_says_its_families():
+    for page, line in make_family_lines.lines().items():
+        text = (DOCS / f"{page}.md").read_text()
+        assert f"\n{line}\n" in text, f"{page}: run python scripts/make_family_lines.py"
+        assert len(make_family_lines.LINE.findall(text)) == 1 and "families/table.py" not in text, page
+
+
+def test_a_line_says_what_is_refused_and_what_is_not_tested():
+    line = make_family_lines.line(
+        "guidance/nasa", ["sd", "sdxl"], {"flux": "no patch 'nasa'", "sd3": "no patch 'nasa'"}
+    )
+    assert line.startswith("**Families.** Trained models: sd (`tiny`). Small random checkpoints: sdxl. Refused: ")
+    assert "Refused: sd3, flux (no patch 'nasa'). Not tested: flux2, " in line
