@@ -60,8 +60,11 @@ def run_commands(example: Example) -> None:
 
 
 def check_commands(example: Example) -> None:
-    """Check every command of a block, its flags and their values, without running it."""
-    for words, _ in commands_of(str(example.parsed)):
+    """Check every command of a block, its flags and their values, without running it.
+
+    Of a block that is not run, the lines that call difftune: also by `accelerate launch -m difftune`.
+    """
+    for words, _ in commands_of(str(example.parsed), comment_before(example).startswith("not run")):
         command: click.Command = cli
         context = None
         while isinstance(command, click.Group):
@@ -70,11 +73,14 @@ def check_commands(example: Example) -> None:
         command.make_context(command.name, words, parent=context)
 
 
-def commands_of(block: str) -> Iterator[tuple[list[str], str | None]]:
-    """Each `difftune` command's arguments and the file that its output goes to; raises ValueError for another one."""
+def commands_of(block: str, others: bool = False) -> Iterator[tuple[list[str], str | None]]:
+    """Each `difftune` command's arguments and the file that its output goes to; raises ValueError for another one,
+    unless `others` may stand in the block."""
     for line in block.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        if not words:
+        if others and "difftune" in words:
+            words = words[words.index("difftune") :]
+        if not words or (others and words[0] != "difftune"):
             continue
         if words[0] != "difftune":
             raise ValueError(f"{line!r} is not a difftune command: say <!-- not run: REASON --> in front of the block")

@@ -14,7 +14,8 @@ from difftune.reno.regularizers import REGULARIZERS
 from tests.support import pipelines
 
 PAGE = (Path(__file__).parents[3] / "docs" / "reno.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+FOUND = re.findall(r"^(<!-- not run[^\n]*\n)?```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+BLOCKS = [block for not_run, block in FOUND if not not_run]
 
 
 NAMES = ["intro", "prompts", "steps", "edit"]
