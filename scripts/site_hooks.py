@@ -13,6 +13,20 @@ PAGES = {  # package -> title and first sentence
     "rewards": ("Rewards", "What judges pictures."),
     "solvers": ("Solvers", "Noise levels, samplers, and gradients through them."),
 }
+BESIDE = {  # package -> a heading, and by their modules the names below it, which are documented and not exported
+    "difftune": (
+        "What they give back",
+        {"difftune.search_runs.search": ("Search", "Found", "Point"), "difftune.reno.results": ("Result", "Live")},
+    ),
+    "guidance": (
+        "What attach gives back, and what a method of your own is written with",
+        {
+            "guidance.attach.handle": ("Handle",),
+            "guidance.contract": ("Guidance", "Guide", "Preds"),
+            "guidance.methods.scales": ("Neutral", "Scaled", "Usual", "ratio", "time"),
+        },
+    ),
+}
 
 
 def pages() -> dict[str, str]:
@@ -24,6 +38,10 @@ def pages() -> dict[str, str]:
         names = [name for name in sorted(_HOME) if _HOME[name].split(".")[0] == package]
         parts = [f"# {title}\n\n{about} `from difftune import NAME` finds each of them.\n"]
         parts += [f"::: {place(name, _HOME[name])}\n" for name in names]
+        if package in BESIDE:
+            heading, places = BESIDE[package]
+            parts.append(f"## {heading}\n")
+            parts += [f"::: {module}.{name}\n" for module, own in places.items() for name in own]
         found[f"api/{package}.md"] = "\n".join(parts)
     return found
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import difftune
+from scripts.site_hooks import BESIDE
+from tests.support.browsers import check_widths
 
 ROOT = Path(__file__).parents[2]
 LOADED = re.compile(
@@ -72,4 +74,14 @@ def test_every_public_name_is_in_the_reference(site):
     missing = {
         name for name, own in homes.items() if own not in found and difftune._HOME[name].rstrip(":") not in found
     }
+    missing |= {name for _, places in BESIDE.values() for own in places.values() for name in own} - found
     assert not missing
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "page", ["index", "choose", "gallery", "benchmarks", "guidance/pag", "recipes/grpo", "api/guidance"]
+)
+def test_a_page_is_no_wider_than_its_window(site, page, browser):
+    check_widths(browser, (site / f"{page}.html").as_uri())

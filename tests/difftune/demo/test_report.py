@@ -23,6 +23,7 @@ from difftune.demo.budget import Budget
 from difftune.errors import UserError
 from difftune.reno import run_folder as reno_folder
 from difftune.search_runs import run_folder as search_folder
+from tests.support.browsers import check_widths
 from tests.support.crashes import crashing, killed_at, tree
 from tests.support.pipelines import sd
 
@@ -195,3 +196,8 @@ def test_a_demo_replaces_only_a_demo(tmp_path, made):
     with run._replaced(earlier) as fresh:
         (fresh / "report.html").write_text("new")
     assert [p.name for p in sorted(earlier.iterdir())] == [run.MARK, "report.html"]
+
+
+@pytest.mark.browser
+def test_the_report_is_no_wider_than_its_window(made, browser):
+    check_widths(browser, (made[0] / "report.html").as_uri())

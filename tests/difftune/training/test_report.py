@@ -10,6 +10,7 @@ from PIL import Image
 
 from difftune import AlignPropConfig, train_in_folder
 from difftune.training import report
+from tests.support.browsers import check_widths
 from tests.support.pipelines import sd
 
 SETTINGS = {"reward": ["brightness"], "max_train_steps": 2, "train_batch_size": 2, "num_inference_steps": 2}
@@ -57,3 +58,9 @@ def test_where_the_held_out_reward_leaves_is_marked():
     found = report.parted(checks)
     assert found is not None and 6 <= found.best <= 10
     assert report.parted([{"step": 1, "reward_mean": 1.0}]) is None
+
+
+@pytest.mark.browser
+def test_it_is_no_wider_than_its_window(page, tmp_path, browser):
+    (tmp_path / "report.html").write_text(page)
+    check_widths(browser, (tmp_path / "report.html").as_uri())
