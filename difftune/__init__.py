@@ -1,4 +1,4 @@
-"""difftune: guide, search, optimise and align any diffusers model with any reward.
+"""difftune: guide, search, optimise and fine-tune any diffusers model with any reward.
 
 The public names below are imported when they are first used, so that `import difftune` is quick.
 """

@@ -47,9 +47,8 @@ with attach(pipe, Plain()):
 #
 # ```python
 # model="stable-diffusion-v1-5/stable-diffusion-v1-5", reward=["aesthetic"], prompts="prompts.txt",      # SD 1.5, 24 GB
-# model="stabilityai/stable-diffusion-xl-base-1.0", reward=["pickscore"], prompts="prompts.txt",         # SDXL, 48 GB
+# model="stabilityai/stable-diffusion-xl-base-1.0", reward=["pickscore"], prompts="prompts.txt",         # SDXL, 24 GB
 # model="black-forest-labs/FLUX.1-dev", reward=["pickscore"], prompts="prompts.txt",                     # FLUX, 80 GB
 # ```
 #
-# Take `guidance="cfg"`, `mixed_precision="bf16"` and `validation_reward="hps-v2.1"` with them, and ask `difftune train
 # ... --dry_run` first how long it takes.

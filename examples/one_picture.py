@@ -45,6 +45,8 @@ for method in ("best-of-n", "fk"):
 # The model and the rewards change:
 #
 # ```python
+# import torch
+#
 # reward = {"hps-v2.1": 5.0, "imagereward": 1.0, "clip": 0.01, "pickscore": 0.05}
 # pipe = load_model("stabilityai/sd-turbo").to("cuda")                                           # SD
 # pipe = load_model("stabilityai/sdxl-turbo").to("cuda")                                         # SDXL

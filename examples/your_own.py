@@ -85,6 +85,8 @@ for metrics, _ in train(config, reward=warm):
 # Only the names of the models change; the reward and the method stay as they are:
 #
 # ```python
+# import torch
+#
 # pipe = load_model("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")                    # SD 1.5
 # pipe = load_model("stabilityai/stable-diffusion-xl-base-1.0").to("cuda")                       # SDXL
 # pipe = load_model("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")       # FLUX

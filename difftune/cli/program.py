@@ -76,7 +76,7 @@ def _stop(message: str, code: int) -> None:
 )
 @click.version_option(__version__)
 def cli() -> None:
-    """Guide, search, optimise and align diffusion models with any reward."""
+    """Guide, search, optimise and fine-tune diffusion models with any reward."""
 
 
 def main() -> None:
