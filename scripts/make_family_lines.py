@@ -34,7 +34,8 @@ def line(page: str, small: Iterable[str], refused: Mapping[str, str], by: str = 
     if known:
         parts.append(f"Small random checkpoints{by}: {', '.join(in_order(known))}.")
     reasons = dict.fromkeys(refused.values())
-    parts += [f"Refused: {', '.join(in_order(f for f in refused if refused[f] == why))} ({why})." for why in reasons]
+    each = [f"{', '.join(in_order(f for f in refused if refused[f] == why))} ({why})" for why in reasons]
+    parts += [f"Refused: {'; '.join(each)}."] if each else []
     if rest := set(FAMILIES) - known - {*TRAINED, *refused}:
         parts.append(f"Not tested{by}: {', '.join(in_order(rest))}.")
     return HEAD + " ".join(parts)
@@ -67,8 +68,9 @@ def of_method(name: str) -> str:
 
 
 def reason(sentence: str) -> str:
-    """A refusal without what stands at the end of it: "has no patch 'pag'; known: ..." is "no patch 'pag'"."""
-    return sentence.partition("; known")[0].removeprefix("has ")
+    """A refusal in a few words: without the remedy, and of a patch that the family lacks its name alone."""
+    patch = re.search(r"no patch '\w+'", sentence)
+    return patch[0] if patch else sentence.partition(":")[0]
 
 
 def lines() -> dict[str, str]:
