@@ -41,5 +41,6 @@ def test_a_line_says_what_is_refused_and_what_is_not_tested():
     )
     assert line.startswith("**Families.** Trained models: sd (`tiny`). Small random checkpoints: sdxl. Refused: ")
     assert "Refused: sd3, flux (no patch 'nasa'). Not tested: flux2, " in line
-    assert make_family_lines.reason("PAG does not go here: family wan has no patch 'pag'; known: (slg)") == "no patch 'pag'"
-    assert make_family_lines.reason("CFGpp has no guided prediction: use another method") == "CFGpp has no guided prediction"
+    reason = make_family_lines.reason
+    assert reason("PAG does not go here: family wan has no patch 'pag'; known: (slg)") == "no patch 'pag'"
+    assert reason("CFGpp has no guided prediction: take another method") == "CFGpp has no guided prediction"
