@@ -7,7 +7,7 @@ A mutant changes a sign, a factor, an index, a comparison or an end by one. It r
 failure or at the time limit: then it is killed. That test must pass without the change. A mutant that survives
 changes nothing that can be seen, and is named with its reason in `scripts/mutants.json`, or is a missing test: the exit
 status is 1 if fewer than 95 % of the others are killed. With `--results`, what that file says was killed is not tried
-again.
+again. `--reversed` tries the signs that the file names, each of which would train a recipe backwards.
 """
 
 import argparse
@@ -66,6 +66,26 @@ class Mutant:
         """The folder that the table counts it under."""
         parts = self.file.split("/")
         return "/".join(parts[: min(2, len(parts) - 1)])
+
+
+class Reversed(NamedTuple):
+    """A reversed sign that `mutants.json` names: a text that stands once in its file, and what takes its place."""
+
+    file: str
+    before: str
+    after: str
+    tests: list[str]
+    kind: str = "reversed"
+
+    @property
+    def key(self) -> str:
+        return f"{self.file}: {self.before} -> {self.after}"
+
+    def changed(self, source: str) -> str:
+        """The file with the change. ValueError unless the text stands there once."""
+        if source.count(self.before) != 1:
+            raise ValueError(f"{self.before!r} stands {source.count(self.before)} times in {self.file}")
+        return source.replace(self.before, self.after)
 
 
 def changes(tree: ast.Module) -> Iterator[tuple[str, str, ast.AST, ast.AST]]:
@@ -240,12 +260,12 @@ def copied(folder: str) -> Path:
     return Path(folder)
 
 
-def tried(mutant: Mutant, tree: Path, tests: list[str], limit: int) -> Ran:
+def tried(mutant: Mutant | Reversed, tree: Path, tests: list[str], limit: int) -> Ran:
     """What the tests say of one mutant; the tree is as before afterwards."""
     file = tree / mutant.file
     source = file.read_text()
     try:
-        file.write_text(mutated(source, mutant))
+        file.write_text(mutant.changed(source) if isinstance(mutant, Reversed) else mutated(source, mutant))
         return run(tree, tests, limit)
     finally:
         file.write_text(source)
@@ -305,14 +325,14 @@ class Runner:
         self.tree, self.table, self.limit, self.file = tree, table, limit, file
         self.whole: set[tuple[str, ...]] = set()
 
-    def __call__(self, mutant: Mutant) -> str:
+    def __call__(self, mutant: Mutant | Reversed) -> str:
         before = known(self.file)  # read anew: several may run at a time
         if mutant.key in before:
             return before[mutant.key]
-        tests = tests_for(mutant.file, self.table)
+        tests = mutant.tests if isinstance(mutant, Reversed) else tests_for(mutant.file, self.table)
         result, seconds, failed = tried(mutant, self.tree, tests, self.limit)
         if result != "survived":
-            self.check([failed] if failed else tests)
+            self.check([failed] if failed and isinstance(mutant, Mutant) else tests)  # a slow one needs its own -m
         print(f"{result:8} {seconds:5.1f} s  {mutant.key}", flush=True)
         if self.file is not None:
             with self.file.open("a") as file:
@@ -334,6 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=200, help="seconds of CPU that one mutant's tests may take")
     parser.add_argument("--only", default="", help="the start of the files' names")
+    parser.add_argument("--reversed", action="store_true", help="the signs that mutants.json names, in their place")
     parser.add_argument("--results", type=Path, help="a file of JSON lines to go on from and to add to")
     parser.add_argument("--table", type=Path, help="a Markdown file to write")
     chosen = parser.parse_args(arguments)
@@ -342,6 +363,8 @@ def main(arguments: list[str] | None = None) -> int:
     preload()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         runner = Runner(copied(folder), table, chosen.limit, chosen.results)
+        if chosen.reversed:
+            return int(any([runner(Reversed(**change)) == "survived" for change in data["reversed"]]))
         results = [(mutant, runner(mutant)) for mutant in drawn(chosen.count, chosen.seed, table)]
     return report(results, data["equivalent"], chosen.table)
 

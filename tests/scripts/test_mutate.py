@@ -93,3 +93,12 @@ def test_a_sample_is_killed(tmp_path):
         assert ran.returncode == 0 and "3 of 3 mutants that change behaviour were killed" in ran.stdout, ran
     assert len((tmp_path / "it.jsonl").read_text().splitlines()) == 3
     assert "| all |" in (tmp_path / "it.md").read_text()
+
+
+def test_each_sign_that_is_named_stands_once_in_its_file_and_has_tests():
+    for change in json.loads(mutate.DATA.read_text())["reversed"]:
+        named = mutate.Reversed(**change)
+        assert named.changed((mutate.ROOT / named.file).read_text()) and (mutate.ROOT / named.tests[0]).is_file()
+    with pytest.raises(ValueError, match="'loss' stands [0-9]+ times in difftune/recipes/nft.py"):
+        nft = "difftune/recipes/nft.py"
+        mutate.Reversed(nft, "loss", "x", []).changed((mutate.ROOT / nft).read_text())
