@@ -3,14 +3,14 @@
     python scripts/bench_recipes.py [--recipes alignprop ddpo] [--seeds 0 1 2] [--quick] [--against] [--folder FOLDER]
 
 A run is `difftune train RECIPE --config tiny-RECIPE --seed SEED` in a process of its own, which is stopped by SIGTERM
-after `--cap` seconds. The model before and the LoRA after draw the same seeds of the same held-out prompts, those of
-ShapeEval: the reward trained on, the oracle, the Vendi score of each prompt's pictures, how far their latents
+when it has taken `--cap` seconds. The model before and the LoRA after draw the same seeds of the same held-out prompts,
+those of ShapeEval: the reward trained on, the oracle, the Vendi score of each prompt's pictures, how far their latents
 moved (root mean square), and two more judges: `coverage`, and `tiny-classifier` of the prompts of one object. Intervals
 are 95 %, of the paired difference, over prompts.
 
 Costs are counted while training: a row through the network is one forward-equivalent, its way back two. The forwards of
 the decoder and of the reward are not among them. Seconds are this process's own on a CPU, whatever else runs, with what
-it takes to load the model; the cap is of the clock on the wall.
+it takes to load the model; so are those of the cap, from the first forward on.
 
 Each finished run is a line of FOLDER/results.jsonl: what stands there is not run again, a run that was cut off begins
 anew. `--against` trains alignprop for three minutes and ddpo for ten times its forward-equivalents, both on saturation,
@@ -59,6 +59,7 @@ from solvers.latent import LatentModel
 
 THRICE = ("alignprop", "d3po", "pso", "dragon", "ddpo", "grpo", "nft", "adjoint-matching")  # seeds 0, 1, 2; others 0
 CAP, GRACE = 480, 1200  # seconds of a run, and of what is measured around it
+BUSY = 10  # how much longer a run may take by the clock on the wall, on a machine with other work
 QUICK = ("--max_train_steps", "2", "--num_inference_steps", "3")
 JUDGES = ("reward", "oracle", "vendi", "coverage", "classifier")
 EVAL_SEED, POINTS = 1000, 12  # of the held-out noises; checkpoints that are measured of a run of `--against`
@@ -106,8 +107,7 @@ def trained(job: Job) -> bool:
     torch.set_num_threads(1)
     command = ["train", job.recipe, "--config", example_of(job.recipe), "--seed", str(job.seed)]
     command += ["--output_dir", str(job.folder), *job.flags]
-    alarm = threading.Timer(job.cap, os.kill, (os.getpid(), signal.SIGTERM))
-    alarm.daemon = True
+    alarm = Alarm(job.cap)
     forwards = Forwards(limit=job.forwards, clock=alarm)
     try:
         with counted(forwards), written_with_cost(forwards), redirect_stdout(sys.stderr):
@@ -119,6 +119,24 @@ def trained(job: Job) -> bool:
     finally:
         alarm.cancel()
     return True
+
+
+class Alarm(threading.Thread):
+    """Asks this process to end, by SIGTERM, once it has taken so many seconds by `clock` since the alarm began."""
+
+    def __init__(self, cap: float):
+        super().__init__(daemon=True)
+        self.cap, self.cancelled = cap, threading.Event()
+
+    def run(self) -> None:
+        began = clock()
+        while (left := self.cap - (clock() - began)) > 0:
+            if self.cancelled.wait(max(left, 0.05)):  # one thread takes no more than passes on the wall
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def cancel(self) -> None:
+        self.cancelled.set()
 
 
 def example_of(recipe: str) -> str:
@@ -297,7 +315,7 @@ def alone(job: Job, work: Callable[..., object], *given: Any) -> bool:
     print(f"{job.folder.name}: training", file=sys.stderr, flush=True)
     process = multiprocessing.get_context("spawn").Process(target=work, args=given)
     process.start()
-    process.join(job.cap + GRACE)
+    process.join(BUSY * job.cap + GRACE)
     if process.is_alive():
         process.kill()
         process.join()

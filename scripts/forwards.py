@@ -22,7 +22,7 @@ class Forwards:
 
     total: float = 0.0
     limit: float = float("inf")
-    clock: threading.Timer | None = None
+    clock: threading.Thread | None = None
 
     def add(self, rows: float) -> None:
         if self.clock is not None and self.total == 0:

@@ -270,7 +270,7 @@ def curve_claim(recipe: str, lines: Sequence[Mapping[str, Any]]) -> Claim:
 def curves_text(size: Size, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The way of each recipe, and its end by all judges."""
     lead = (
-        f"The same flow, `tiny-flow`, without guidance, at most {size.curve[0]:g} s of the clock and one thread each. "
+        f"The same flow, `tiny-flow`, without guidance, at most {size.curve[0]:g} s of one thread each. "
         f"{', '.join(r for r in curves if r in GRADIENT)} follow `{SMOOTH}`; the others are given the oracle itself, "
         f"on training captions, so that it is in-reward. Measured on {6 * size.per_category} held-out prompts, "
         f"{size.images} images each, {STEPS} steps:"

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,24 @@ def test_the_first_row_starts_the_clock(bench):
     for _ in range(3):
         forwards.add(2)
     assert started == [0]
+
+
+def test_the_cap_is_of_the_seconds_that_the_process_took(bench, monkeypatch):
+    """Not of those that pass while others have the processor; one that is cancelled asks for nothing."""
+    taken, asked = iter([0.0, 0.0, 0.3, 1.0]), threading.Event()
+    monkeypatch.setattr(bench, "clock", lambda: next(taken))
+    monkeypatch.setattr(os, "kill", lambda process, number: asked.set() if number == signal.SIGTERM else None)
+    alarm = bench.Alarm(1.0)
+    monkeypatch.setattr(alarm.cancelled, "wait", lambda left: waits.append(left) or False)
+    waits = []
+    alarm.run()
+    assert asked.is_set() and waits == [1.0, 0.7]
+    asked.clear()
+    monkeypatch.setattr(bench, "clock", lambda: 0.0)
+    cancelled = bench.Alarm(1.0)
+    cancelled.cancel()
+    cancelled.run()
+    assert not asked.is_set()
 
 
 def line(recipe, seed, after, cost, ended=True):
