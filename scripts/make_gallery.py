@@ -1,5 +1,5 @@
-"""Runs the commands of docs/gallery.md and of the guidance methods' pages, and puts their pictures, and the README's
-strip, in their places.
+"""Runs the commands of docs/gallery.md and of the methods' and recipes' pages, and puts their pictures, and the
+README's strip, in their places.
 
     python scripts/make_gallery.py --folder build/gallery [gallery guidance/pag ...]
 
@@ -53,9 +53,15 @@ def commands(page: str) -> Iterator[list[str]]:
                 yield shlex.split(line)[1:]
 
 
+def drawn(page: str) -> str:
+    """The sections of a page whose pictures are made here."""
+    sections = re.split(r"^(?=## )", page, flags=re.MULTILINE)
+    return "".join(section for section in sections if PICTURE.search(section) or STRIP.name in section)
+
+
 def pages() -> dict[str, Path]:
     """The pages whose pictures are made here, by their names under docs."""
-    own = [PAGE, *sorted((DOCS / "guidance").glob("*.md"))]
+    own = [PAGE, *sorted((DOCS / "guidance").glob("*.md")), *sorted((DOCS / "recipes").glob("*.md"))]
     return {page.relative_to(DOCS).with_suffix("").as_posix(): page for page in own if PICTURE.search(page.read_text())}
 
 
@@ -130,7 +136,7 @@ def save(image: Image.Image, file: Path) -> None:
 def make_pictures(page: Path) -> None:
     """Run a page's commands, and put its pictures in their places."""
     text = page.read_text()
-    for words in commands(text):
+    for words in commands(drawn(text)):
         run(words)
     for target, source in PICTURE.findall(text):
         save(picture(source), (page.parent / target).resolve())
