@@ -26,7 +26,7 @@ def trained(setup: Setup, steps: int = 4000) -> UNet2DConditionModel:
     parts = [load_file(file) for file in trajectories(setup)]
     x, ids, times = torch.cat([p["x"] for p in parts]), torch.cat([p["ids"] for p in parts]), parts[0]["t"]
     student = unet.make(setup, "turbo")
-    student.load_state_dict(unet.trained(setup).state_dict())
+    student.load_state_dict(unet.finished(setup).state_dict())
     student.train()
     network = setup.compiled(student)
     alphas, text = unet.alphas_cumprod(setup), clip.text_encoder(setup)

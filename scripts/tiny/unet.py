@@ -89,12 +89,12 @@ def alphas_cumprod(setup: Setup) -> Tensor:
 
 @torch.no_grad()
 def guided(setup: Setup, x: Tensor, ids: Tensor, steps: int, scale: float) -> tuple[Tensor, list[Tensor]]:
-    """DPM++ 2M of `tiny` under classifier-free guidance: the time steps, and the latents from the noise `x` on."""
+    """DPM++ 2M of the finished `tiny` under classifier-free guidance: the time steps, and the latents from `x` on."""
     scheduler = DPMSolverMultistepScheduler(
         **TABLE, prediction_type="v_prediction", timestep_spacing="trailing", final_sigmas_type="zero"
     )
     scheduler.set_timesteps(steps)
-    text, unet, xs = clip.text_encoder(setup), trained(setup), [x]
+    text, unet, xs = clip.text_encoder(setup), finished(setup), [x]
     cond = text(ids.to(setup.device)).last_hidden_state
     uncond = text(words.tokens([""]).to(setup.device)).last_hidden_state.expand(len(x), -1, -1)
     for t in scheduler.timesteps:
