@@ -25,7 +25,7 @@ def hooked(networks: Iterable[nn.Module]) -> bool:
 
 def dtype_of(network: Any) -> torch.dtype:
     """`network.dtype`: what a diffusers model computes in."""
-    kept = vars(type(network)).get("_keep_in_fp32_modules")  # diffusers ignores these modules in `.dtype`, so ask it
+    kept = getattr(type(network), "_keep_in_fp32_modules", None)  # diffusers ignores these in `.dtype`, so ask it
     plain = isinstance(network, nn.Module) and not kept and not hooked([network])
     found = next((p.dtype for p in network.parameters() if p.is_floating_point()), None) if plain else None
     return found or network.dtype

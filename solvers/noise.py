@@ -77,7 +77,7 @@ def _divided(prediction_type: str, at: Noise) -> tuple[Tensor, Noise]:
 
 @lru_cache(maxsize=2**12)
 def _kept(prediction_type: str, alpha: float, sigma: float) -> tuple[float, Noise]:
-    with torch.inference_mode(False):  # what is kept must serve a run that is differentiated, too
+    with torch.inference_mode(False), torch.device("cpu"):  # it serves a run that is differentiated, on any device
         scale, own = _divided(prediction_type, noise(alpha, sigma))
     return float(scale), own
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import accelerate
 import pytest
 import torch
-from diffusers import DDIMPipeline, EulerDiscreteScheduler, StableDiffusionControlNetPipeline
+from diffusers import DDIMPipeline, EulerDiscreteScheduler, ModelMixin, StableDiffusionControlNetPipeline
 from torch import nn
 from torch.nn.functional import conv2d
 
@@ -325,6 +325,30 @@ def test_walks_are_those_of_diffusers():
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         accelerate.hooks.add_hook_to_module(part, accelerate.hooks.AlignDevicesHook("meta"))
     assert execution_device(pipe) == pipe._execution_device == torch.device("meta")
+
+
+def test_the_dtype_of_a_kind_of_network_that_inherits_what_it_keeps_in_float32():
+    class Own(Kept):
+        pass
+
+    network = Own().to(torch.bfloat16)
+    network.first.float()
+    assert dtype_of(network) == network.dtype == torch.bfloat16
+
+
+class Kept(ModelMixin):
+    _keep_in_fp32_modules = ["first"]
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+
+
+def test_a_level_that_is_kept_is_on_the_cpu_whatever_the_default_device():
+    at = flow(0.123456)
+    with torch.device("meta"):
+        scale, own = normalised("eps", at)
+    assert own.alpha.device == own.sigma.device == torch.device("cpu") and scale == normalised("eps", at)[0]
 
 
 @pytest.mark.parametrize("space", SPACES)
