@@ -162,6 +162,11 @@ def one_at_a_time(reward: Any, plan: Plan) -> Any:
     return replace(reward, rewards={name: part(member) for name, member in reward.rewards.items()})
 
 
+def as_decoded(reward: Any, images: int, decode_batch: int) -> Any:
+    """The reward on so many images `one_at_a_time`, where no plan says how they are decoded."""
+    return one_at_a_time(reward, Plan("checkpoint", images, images, decode_batch=decode_batch))
+
+
 def _worded(function: Callable[[], Any]) -> Any:
     try:
         return function()

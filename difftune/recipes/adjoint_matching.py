@@ -23,6 +23,7 @@ from torch import Tensor
 from difftune.configs.recipes import AdjointMatchingConfig
 from difftune.files.checkpoint import State
 from difftune.lookup import at_least
+from difftune.pipelines.engine import as_decoded
 from difftune.rollouts.image_sampler import ImageSampler
 from difftune.rollouts.policy import Policy, Trajectory
 from difftune.rollouts.session import Session
@@ -143,7 +144,8 @@ def score_with_gradient(session: Session, latents: Tensor, prompts: Sequence[str
     """The scores (B,) of latents' images, and each one's gradient in its latent (B, ...)."""
     latents = latents.detach().requires_grad_()
     images = session.images.model.decode(latents, checkpointed=True)
-    scores = score_images(session.reward, images, prompts, session.run)
+    reward = as_decoded(session.reward, len(images), session.config.decode_batch)
+    scores = score_images(reward, images, prompts, session.run)
     (gradient,) = torch.autograd.grad(scores.sum(), latents)
     return scores.detach(), gradient
 

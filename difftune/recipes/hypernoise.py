@@ -19,6 +19,7 @@ from torch import Tensor
 from difftune.configs.recipes import HypernoiseConfig
 from difftune.errors import UserError
 from difftune.files.checkpoint import State
+from difftune.pipelines.engine import as_decoded
 from difftune.pipelines.noise_lora import noise_shift
 from difftune.rollouts.session import Session
 from difftune.training.state import Metrics, take_snapshot
@@ -47,6 +48,7 @@ def move_noise(session: Session[HypernoiseConfig], step: int) -> Metrics:
     config, run, images = session.config, session.run, session.images
     base = replace(images.denoiser, network=run.reference)
     generator, scale = images.with_network(run.frozen), images.model.start_scale(images.levels)
+    reward = as_decoded(session.reward, config.train_batch_size, config.decode_batch)
     found: list[Tensor] = []
 
     def loss_of(numbers: range) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -55,7 +57,7 @@ def move_noise(session: Session[HypernoiseConfig], step: int) -> Metrics:
         shift = noise_shift(images.denoiser, base, start.x, images.levels[0], conds["cond"])
         x = start.x + scale * shift
         path = rollout(images.step, generator.predict(conds), x, images.levels, "checkpoint", start.noise)
-        scores = score_images(session.reward, images.model.decode(path.x, checkpointed=True), start.prompts, run)
+        scores = score_images(reward, images.model.decode(path.x, checkpointed=True), start.prompts, run)
         found.append(scores.detach())
         divergence = shift.detach().square().flatten(1).sum(1).mean() / 2
         return hypernoise_loss(scores, shift, config.regularization_weight), {"kl": divergence}
