@@ -115,9 +115,10 @@ def look_at(
         start = images.begin(prompts, range(first, min(first + size, numbers.stop)))
         latents = images.latents(start)
         features = objective.look(latents, images.model.decode(latents), start.prompts)
-        found.append(Seen(latents, features, start.predict.conds["cond"]))
-    cond = {key: torch.cat([one.cond[key] for one in found]) for key in found[0].cond}
-    return Seen(torch.cat([one.latents for one in found]), torch.cat([one.features for one in found]), cond)
+        found.append((latents, features))
+    latents, features = (torch.cat(each) for each in zip(*found, strict=True))
+    cond = images.texts(images.model, [prompts(i) for i in numbers])["cond"]  # padded to the longest of them all
+    return Seen(latents, features, cond)
 
 
 # ------------------------------------------------------------------------------------------------ the update

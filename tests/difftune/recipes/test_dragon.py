@@ -34,7 +34,7 @@ from rewards.sets.mmd import cubic, mmd
 from rewards.sets.vendi import vendi
 from rewards.simple import Brightness
 from solvers.latent import LatentModel
-from tests.support import pipelines
+from tests.support import dits, pipelines
 
 BRIGHT = Brightness()
 
@@ -341,3 +341,19 @@ def test_bad_settings_are_one_sentence_and_nothing_is_written(toy, tmp_path, mor
         config = replace(toy, **{"output_dir": str(tmp_path / "out"), **more})
         train_in_folder(config, pipe=pipelines.sd())
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lengths", [("red", "a blue square and a red circle"), ("a red circle and a square", "red")])
+def test_prompts_of_several_lengths_serve_a_round_of_several_batches(toy, monkeypatch, lengths):
+    """Qwen-Image's texts are as long as their prompts: all of a round are padded alike, and tell their tokens."""
+    monkeypatch.setattr(LatentModel, "size", lambda self, height=None, width=None: (height or 32, width or 32))
+    prompts = [lengths[0]] * 4 + list(lengths)
+    pipe = dits.qwen(texts=True)
+    images = ImageSampler.of(toy, pipe, TrainedNetwork(pipe.transformer, torch.float32))
+    objective = OBJECTIVES["instance"](toy, images.model, BRIGHT)
+    made = look_at(objective, images, prompts.__getitem__, range(6), replace(toy, train_batch_size=2))
+    assert len(made.latents) == len(made.features) == 6
+    for row, prompt in enumerate(prompts):
+        alone = images.texts(images.model, [prompt])["cond"]["encoder_hidden_states"][0]
+        told = made.cond["encoder_hidden_states_mask"][row].bool()
+        assert torch.equal(made.cond["encoder_hidden_states"][row][told], alone)
