@@ -9,9 +9,10 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import util
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import torch
 from torch import nn
 
 from difftune.errors import UserError
+from difftune.pipelines.method_parts import networks_named
 from difftune.processes import on_cpu
+from guidance.contract import Guidance
 from solvers.families.table import family_of
 from solvers.rollout.recompute import unwatched
 
@@ -61,8 +64,15 @@ def obstacle() -> str | None:
 
 
 @contextmanager
-def compiled(pipe: Any, on: bool = True, dynamic: bool | None = False) -> Iterator[str | None]:
-    """Within, the blocks of the pipeline's network and of its decoder run compiled; afterwards as before.
+def compiled(
+    pipe: Any,
+    on: bool = True,
+    dynamic: bool | None = False,
+    guidance: Guidance | None = None,
+    others: Sequence[Any] = (),
+) -> Iterator[str | None]:
+    """Within, the blocks of the pipeline's network and of its decoder run compiled; afterwards as before. So do those
+    of the networks that a guidance method names, and of the networks of other pipelines (the experts of a search).
 
     A block is compiled when it is first called, and again for another shape, with and without a gradient, and for
     another adapter. A result agrees with that of the plain blocks up to rounding. dynamic: as for `torch.compile`; a
@@ -73,14 +83,26 @@ def compiled(pipe: Any, on: bool = True, dynamic: bool | None = False) -> Iterat
     if not on:
         yield None
         return
-    networks = [network for name in family_of(pipe).denoisers if (network := pipe.components.get(name)) is not None]
+    networks = [*networks_in(pipe), *beside(pipe, guidance), *chain.from_iterable(map(networks_in, others))]
+    networks = list(dict.fromkeys(networks))  # an expert may be the pipeline itself
     blocks = [block for network in networks for block in blocks_of(network)]
-    if not blocks:
-        raise UserError(f"{type(networks[0]).__name__} has no blocks that are known to compile: leave --compile out")
+    if plain := [network for network in networks if not blocks_of(network)]:
+        raise UserError(f"{type(plain[0]).__name__} has no blocks that are known to compile: leave --compile out")
     decoding = blocks_of(pipe.vae.decoder)
     limits = torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=16 * GRAPHS)
     with limits, _by_torch([*blocks, *decoding], dynamic):
-        yield f"{len(blocks)} blocks of the network and {len(decoding)} of the decoder ({BACKEND})"
+        of = "the network" if len(networks) == 1 else f"{len(networks)} networks"
+        yield f"{len(blocks)} blocks of {of} and {len(decoding)} of the decoder ({BACKEND})"
+
+
+def networks_in(pipe: Any) -> list[nn.Module]:
+    """The networks that denoise in a pipeline."""
+    return [network for name in family_of(pipe).denoisers if (network := pipe.components.get(name)) is not None]
+
+
+def beside(pipe: Any, guidance: Guidance | None) -> list[nn.Module]:
+    """The networks that a guidance method names."""
+    return [] if guidance is None else [*networks_named(pipe, guidance).values()]
 
 
 @contextmanager
@@ -108,5 +130,5 @@ def _apart(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The blocks of a diffusers model that it repeats: those that it names itself, and `BLOCKS`."""
-    names = BLOCKS | set(vars(type(model)).get("_repeated_blocks", ()))
+    names = BLOCKS | set(getattr(type(model), "_repeated_blocks", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]

@@ -170,8 +170,18 @@ def _check_flow(scheduler: Any) -> None:
 # ------------------------------------------------------------------------------------------------ each method's parts
 
 
+def networks_named(pipe: Any, guidance: Guidance) -> dict[str, Any]:
+    """The networks beside the pipeline's own that a method names, by name. UserError for one that does not fit."""
+    method: Any = guidance
+    if "method" in vars(method):
+        return networks_named(pipe, method.method)
+    if isinstance(method, GFCG) and method.network != "main":
+        return _networks(pipe, method.network, "gfcg")
+    return _networks(pipe, method.network, "autoguidance") if isinstance(method, AutoGuidance) else {}
+
+
 def _weak(pipe: Any, method: AutoGuidance) -> Equipped:
-    return fixed(method, _networks(pipe, method.network, "autoguidance"))
+    return fixed(method, networks_named(pipe, method))
 
 
 def _networks(pipe: Any, name: str, owner: str) -> dict[str, Any]:
@@ -215,7 +225,7 @@ def _network(model: str) -> Any:
 
 
 def _gfcg(pipe: Any, method: GFCG) -> Equipped:
-    networks = {} if method.network == "main" else _networks(pipe, method.network, "gfcg")
+    networks = networks_named(pipe, method)
     if not isinstance(method.classify, str):
         return fixed(method, networks)
     classify, classes = _classifier(pipe, method.classify), encoded(pipe, TEXTS)

@@ -103,7 +103,7 @@ def optimize_batches(
     network, exact = LatentModel(reno.pipe, reno.embedded_guidance).network, config.deterministic
     with (
         kernels(config.enable_xformers_memory_efficient_attention, exact, network) as attention,
-        compiled(reno.pipe, config.compile) as blocks,
+        compiled(reno.pipe, config.compile, guidance=reno.guidance) as blocks,
     ):
         batches = list(batches_of(config))
         plan = reno.planned(batches[0].prompts)

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 from difftune.configs.training import TrainingConfig
 from difftune.files.checkpoint import Say, State
 from difftune.files.prompts import Prompts
+from difftune.lookup import method_of
 from difftune.pipelines import lora
 from difftune.pipelines.compiled import compiled
 from difftune.pipelines.engine import kernels
@@ -61,7 +62,7 @@ def open_session(
     network = lora.network_of(pipe)
     with (
         kernels(config.enable_xformers_memory_efficient_attention, config.deterministic, network) as found,
-        compiled(pipe, config.compile) as blocks,
+        compiled(pipe, config.compile, guidance=method_of(config)) as blocks,
     ):
         images = ImageSampler.of(config, pipe, run.network)
         session = Session(config, run, images, prompts, reward, found, say)

@@ -66,7 +66,8 @@ def search_in_folder(
             say(f"{config.output_dir} was finished: nothing remains to do")
             return done
         going = begin_search(config, earlier, pipe, reward)
-        with compiled(going.pipe, config.compile, dynamic=None) as blocks:
+        dynamic = False if config.method in GRADIENTS else None  # the way back recomputes the decoder
+        with compiled(going.pipe, config.compile, dynamic, method_of(config), going.others) as blocks:
             if blocks is not None:
                 say(f"compile: {blocks}")
             found = follow_search(going, config)

@@ -1,11 +1,12 @@
 """`--compile`: the same values and gradients, blocks that are as they were afterwards, and refusals of one sentence."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers import FluxTransformer2DModel
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -17,14 +18,15 @@ from difftune.configs.search import SearchConfig
 from difftune.configs.written import settings_yaml
 from difftune.errors import UserError
 from difftune.pipelines import compiled as compiling
-from difftune.pipelines import lora
+from difftune.pipelines import lora, method_parts
 from difftune.pipelines.compiled import blocks_of, check_compile, compiled
 from difftune.recipes import RECIPES, check_recipe, train
 from difftune.reno.optimizer import ReNO
+from difftune.search_runs import run_folder
 from difftune.search_runs.search import search
 from guidance.attach import attach
 from guidance.guided import guided
-from guidance.methods.catalogue import CFG, PAG
+from guidance.methods.catalogue import CFG, PAG, AutoGuidance, Interval
 from rewards.simple import Brightness
 from solvers.latent import LatentModel
 from solvers.memory.checkpointing import block_checkpointing
@@ -101,6 +103,40 @@ decoder (inductor)"
     assert not any(m._compiled_call_impl for m in pipe.unet.modules())
     with compiled(pipe, on=False) as line:
         assert line is None and len(made) == len(within)
+
+
+def test_the_networks_of_a_method_and_of_experts_are_compiled_each_once(monkeypatch):
+    pipe, expert, weak = pipelines.sd(), pipelines.sd(), pipelines.sd().unet
+    monkeypatch.setattr(method_parts, "_network", lambda model: weak)
+    inside = []
+    with compiled(pipe, guidance=Interval(method=AutoGuidance()), others=[pipe, expert]) as line:
+        for network in (pipe.unet, weak, expert.unet):
+            inside += [block._compiled_call_impl is not None for block in blocks_of(network)]
+    count, decoding = len(blocks_of(weak)), len(blocks_of(pipe.vae.decoder))
+    assert inside == [True] * 3 * count and not any(block._compiled_call_impl for block in blocks_of(weak))
+    assert line == f"{3 * count} blocks of 3 networks and {decoding} of the decoder (inductor)"
+
+
+def test_the_blocks_of_a_kind_of_network_that_inherits_their_names():
+    class Own(FluxTransformer2DModel):
+        pass
+
+    own = dits.flux().transformer
+    found = blocks_of(own)
+    own.__class__ = Own
+    assert found and blocks_of(own) == found
+
+
+@pytest.mark.parametrize("method", ["fk", "tds"])
+def test_a_search_that_recomputes_its_decoder_is_compiled_for_each_shape(method, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_folder, "check_compile", lambda config: None)
+    monkeypatch.setattr(run_folder, "compiled", lambda pipe, *given: asked.append(given) or nullcontext())
+    config = SearchConfig(
+        output_dir=str(tmp_path), prompt=["red"], method=method, num_inference_steps=2, nfe_budget=8, compile=True
+    )
+    run_folder.search_in_folder(config, [].append, pipelines.sd(), Brightness())
+    assert [dynamic for _, dynamic, *_ in asked] == [{"fk": None, "tds": False}[method]]
 
 
 @pytest.mark.parametrize("make", [dits.sd3, dits.flux, dits.pixart, dits.sana], ids=lambda make: make.__name__)
