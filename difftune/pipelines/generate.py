@@ -4,7 +4,7 @@ import inspect
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +49,8 @@ class Sampling:
     eta: the noise of DDIM's steps, 1 is DDPM. embedded_guidance: the scale told to a network distilled over scales; the
     pipeline's own default if None. lora_anneal: of `annealed.SHARES`; None is the whole LoRA at each step. num_frames:
     of each film, if the model makes films; one frame is a picture. shared: the batches are divided among the processes
-    that were launched together. image: the file of a picture to begin from.
+    that were launched together. image: the file of a picture to begin from. decode_batch: where a batch has more images
+    than that, they are decoded one by one; None decodes all at once. enable_vae_tiling: a large one in tiles.
     """
 
     num_inference_steps: int = 25
@@ -60,6 +61,8 @@ class Sampling:
     num_frames: int | None = None
     shared: bool = False
     image: str | None = None
+    decode_batch: int | None = None
+    enable_vae_tiling: bool = False
 
 
 class Batch(NamedTuple):
@@ -107,7 +110,7 @@ def generate_batches(
     for start in own_share(starts) if sampling.shared else starts:
         chosen = slice(start, start + size)
         latents = {} if noises is None else for_pipeline(pipe, noises[chosen])
-        with annealing(pipe, sampling) as extra, first_order(pipe, guidance):
+        with annealing(pipe, sampling) as extra, first_order(pipe, guidance), decoding(pipe, sampling):
             batch = _batch(pipe, list(prompts[chosen]), list(seeds[chosen]), equipped, given | latents)
         yield batch._replace(nfe=batch.nfe + extra.rows / len(batch.prompts), first=start)
 
@@ -133,6 +136,21 @@ def _batch(pipe: Any, prompts: list[str], seeds: list[int], equipped: Equipped, 
     images = finite(images.float().cpu(), "a generated picture")
     branches = {name: rows / len(prompts) for name, rows in handle.branches.items()}
     return Batch(images, prompts, seeds, handle.nfe / len(prompts), branches)
+
+
+@contextmanager
+def decoding(pipe: Any, sampling: Sampling) -> Iterator[None]:
+    """Within, the pipeline decodes as `sampling` says, as far as its VAE can."""
+    vae = pipe.components.get("vae")
+    own = {} if vae is None else vars(vae)
+    one_by_one = (sampling.decode_batch or sampling.batch_size) < sampling.batch_size
+    wanted = {"use_slicing": one_by_one, "use_tiling": sampling.enable_vae_tiling}
+    before = {name: own[name] for name, on in wanted.items() if on and name in own}
+    own.update(dict.fromkeys(before, True))
+    try:
+        yield
+    finally:
+        own.update(before)
 
 
 def uncond_for(pipe: Any, method: Guidance, batch: int) -> dict[str, Any]:
@@ -276,7 +294,7 @@ def generate(config: SampleConfig, guidance: Guidance | None = None) -> dict[str
         if config.noise_lora is not None:
             noises = moved_by(config.noise_lora, config.model, texts, seeds, config.num_inference_steps)
         pipe = open_pipeline(config.model, config.lora)
-        with compiled(pipe, config.compile, dynamic=None):
+        with compiled(pipe, config.compile, dynamic=None, guidance=method):
             made = draw_pictures(generate_batches(pipe, texts, seeds, method, sampling, noises), len(texts), "sample")
         settings = config.written() | {
             "guidance": config.guidance if guidance is None else type(guidance).__name__,

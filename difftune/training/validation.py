@@ -6,6 +6,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,9 +119,15 @@ def open_validator(config: TrainingConfig, reward: Scorer | None) -> Validator |
 
 def sampling_of(config: TrainingConfig) -> Sampling:
     """How a run's pictures are drawn, other than those that it trains on."""
-    told, frames = config.embedded_guidance, config.num_frames if config.num_frames > 1 else None
-    steps, batch = config.num_inference_steps, config.train_batch_size
-    return Sampling(steps, batch, embedded_guidance=told, num_frames=frames)
+    frames = config.num_frames if config.num_frames > 1 else None
+    return Sampling(
+        config.num_inference_steps,
+        1 if asdict(config).get("memory_budget") else config.train_batch_size,  # which fits if a step does
+        embedded_guidance=config.embedded_guidance,
+        num_frames=frames,
+        decode_batch=config.decode_batch,
+        enable_vae_tiling=config.enable_vae_tiling,
+    )
 
 
 @torch.no_grad()
@@ -131,13 +138,14 @@ def validate(validator: Validator, pipe: Any, state: State) -> Validation:
     NotFinite if a score is not finite.
     """
     random, config, prompts = checkpoint.randomness(), validator.config, validator.prompts
+    sampling = sampling_of(config)
     seeds = [config.seed + i for i in range(len(prompts))]
     try:
         with _average(pipe, state):
-            batches = generate_batches(pipe, prompts, seeds, validator.method, sampling_of(config))
+            batches = generate_batches(pipe, prompts, seeds, validator.method, sampling)
             images = torch.cat([batch.images for batch in batches])
-            scorers = validator.scorers.items()
-            means = {f"{name}_mean": _mean(scorer, images.to(pipe.device), prompts) for name, scorer in scorers}
+            score = partial(_mean, images=images, prompts=prompts, size=sampling.batch_size, device=pipe.device)
+            means = {f"{name}_mean": score(scorer) for name, scorer in validator.scorers.items()}
     finally:
         checkpoint.restore(random)
     record = {"step": state.step, **means}
@@ -171,8 +179,11 @@ def read_validations(config: TrainingConfig) -> list[dict[str, float]]:
     return list(records.records(path)) if path.exists() else []
 
 
-def _mean(scorer: Scorer, images: Tensor, prompts: list[str]) -> float:
-    return float(finite(scorer(images, prompts), "a reward of the validation").float().mean())
+def _mean(scorer: Scorer, images: Tensor, prompts: list[str], size: int, device: torch.device) -> float:
+    """The mean score; `size` images are on the device at a time."""
+    parts = [(images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)]
+    scores = torch.cat([scorer(some.to(device), texts) for some, texts in parts])
+    return float(finite(scores, "a reward of the validation").float().mean())
 
 
 @contextmanager

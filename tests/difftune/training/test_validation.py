@@ -15,6 +15,7 @@ from difftune.files import records as lines
 from difftune.pipelines import lora
 from difftune.recipes import RECIPES, train_in_folder
 from difftune.training import trackers, validation
+from guidance.methods.catalogue import CFG
 from rewards.simple import Brightness, Saturation
 from tests.support import pipelines
 from tests.support.toys import Bright, toy
@@ -88,7 +89,8 @@ def followed(config, values, monkeypatch, **more):
     pipe, seen = pipelines.sd(), []
     scorers = {"reward": Brightness(), "held_out": HeldOut([0.9, *values], pipe, seen)}  # 0.9 of step 0, never the best
     monkeypatch.setattr(validation, "load_scorers", lambda config, reward: scorers)
-    found = train_in_folder(replace(config, validation_steps=1, **more), [].append, pipe, Brightness())
+    config = replace(config, validation_steps=1, num_validation_images=2, **more)  # one batch, which is judged at once
+    found = train_in_folder(config, [].append, pipe, Brightness())
     return found, seen[1:]
 
 
@@ -182,3 +184,29 @@ def test_trackers_are_shown_numbers_and_pictures(name, shape):
     assert [(i.shape, i.dtype, i.max(), step) for i, step in tracker.images] == (
         [(shape, "uint8", 51, 3)] if shape else []
     )
+
+
+@pytest.mark.parametrize(
+    ("more", "at_once", "judged"),
+    [({}, 1, 2), ({"decode_batch": 2}, 2, 2), ({"memory_budget": "4GiB"}, 1, 1)],
+    ids=["default", "decode_batch", "memory_budget"],
+)
+def test_a_validation_decodes_and_judges_as_a_step_does(config, more, at_once, judged):
+    config, pipe, decoded, scored = replace(config, **more), pipelines.sd(), [], []
+    pipe.vae.decoder.register_forward_pre_hook(lambda module, args: decoded.append(len(args[0])))
+    scorer = lambda images, prompts: scored.append(len(images)) or images.mean((1, 2, 3))  # noqa: E731
+    validator = validation.Validator(config, ["red", "blue", "red"], CFG(2.0), {"reward": scorer})
+    found = validation.validate(validator, pipe, checkpoint.State(0, {}, {}))
+    assert max(decoded) == at_once and max(scored) == judged and sum(decoded) == sum(scored) == 3
+    assert found.record["reward_mean"] == pytest.approx(found.images.mean().item(), abs=1e-6)
+    assert not pipe.vae.use_slicing
+
+
+def test_a_validation_decodes_in_the_tiles_that_are_asked_for(config):
+    pipe, decoded = pipelines.sd(), []
+    pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 4, 8
+    pipe.vae.decoder.register_forward_pre_hook(lambda module, args: decoded.append(max(args[0].shape[-2:])))
+    validator = validation.Validator(replace(config, enable_vae_tiling=True), ["red"], CFG(2.0), {"r": Brightness()})
+    found = validation.validate(validator, pipe, checkpoint.State(0, {}, {}))
+    assert found.images.shape == (1, 3, 16, 16) and len(decoded) > 1 and max(decoded) == 4
+    assert not pipe.vae.use_tiling
