@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from solvers.denoiser import Cond
 from solvers.latent import LatentModel
-from solvers.rollout.recompute import Networks, Stamp, counting, stamp
+from solvers.modules import hooked
+from solvers.rollout.recompute import Networks, stamp
 
 
 @dataclass
@@ -19,19 +20,20 @@ class Texts:
     """The conditions of the prompts of one pipeline, each encoded once while there is room for it.
 
     A prompt is encoded alone, so that its bits depend on nothing that is encoded beside it or was before. All are
-    encoded anew if a text encoder was replaced or written to, or its adapters changed.
+    encoded anew if a text encoder was moved, cast, replaced or written to, or its adapters or a tokenizer changed.
     """
 
     room: int = 2**26  # bytes
     known: OrderedDict[Any, dict[str, Cond]] = field(default_factory=OrderedDict)  # the latest used last
-    by: tuple[tuple[nn.Module, ...], Stamp] | None = None  # the encoders as they were
+    by: "Encoders | None" = None  # that encoded them
 
     @torch.no_grad()
     def __call__(
         self, model: LatentModel, texts: Sequence[str], height: int | None = None, width: int | None = None
     ) -> dict[str, Cond]:
         """{"cond": Cond, "uncond": Cond} of these prompts, one row for each, for images of that size."""
-        if (now := encoders_now(model)) != self.by:
+        now = encoders_now(model)
+        if self.by is None or self.by.state != now.state:
             self.known.clear()
             self.by = now
         rows = [self._row(model, text, height, width) for text in texts]
@@ -47,13 +49,36 @@ class Texts:
         return row
 
 
-def encoders_now(model: LatentModel) -> tuple[tuple[nn.Module, ...], Stamp]:
-    """The parts of the pipeline that are neither its networks nor its VAE, and all that their output depends on."""
+class Encoders(NamedTuple):
+    """The text encoders of a pipeline at one moment."""
+
+    state: tuple[Any, ...]  # all that their output depends on
+    held: tuple[Any, ...]  # what the state names by its `id`, which nothing else has as long as this is held
+
+
+def encoders_now(model: LatentModel) -> Encoders:
+    """The parts of the pipeline that are neither its networks nor its VAE, their weights, adapters and tokenizers.
+
+    A write through `.data` counts nowhere: of each weight one number in its middle is compared. Weights that are moved
+    in and out by hooks are not looked at, but for their count of writes.
+    """
     others = (*model.family.denoisers, "vae")
-    parts = [part for name, part in model.pipe.components.items() if name not in others]
-    encoders = tuple(part for part in parts if isinstance(part, nn.Module))
-    weights = counting(weight for encoder in encoders for weight in encoder.parameters())
-    return encoders, stamp(weights, Networks.of(encoders))
+    parts = {name: part for name, part in model.pipe.components.items() if name not in others and part is not None}
+    encoders = tuple(part for part in parts.values() if isinstance(part, nn.Module))
+    weights = [weight for encoder in encoders for weight in encoder.parameters()]
+    networks = Networks.of(encoders)
+    tokenizers = {name: part for name, part in parts.items() if name.startswith(("tokenizer", "processor"))}
+    words = tuple((id(part), len(part) if name.startswith("tokenizer") else 0) for name, part in tokenizers.items())
+    counts = tuple((id(w), w.dtype, -1 if w.is_inference() else w._version) for w in weights)
+    places = () if hooked(encoders) else (*((w.data_ptr(), w.device) for w in weights), *middles(weights))
+    state = (tuple(map(id, encoders)), stamp((), networks), counts, places, words, model.device)
+    return Encoders(state, (encoders, weights, networks, tokenizers))
+
+
+def middles(weights: Sequence[Tensor]) -> list[float]:
+    """One number of each weight."""
+    some = [w.detach()[tuple(side // 2 for side in w.shape)] for w in weights if w.numel()]
+    return torch.stack([value.to(some[0].device, torch.float32) for value in some]).tolist() if some else []
 
 
 def joined(rows: Sequence[Cond]) -> Cond:
