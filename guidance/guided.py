@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -52,7 +53,12 @@ class GuidedPredict:
     guidance: Guidance
     conds: Mapping[str, Cond]
     counter: Counter = field(default_factory=Counter)
-    tensors: tuple[Tensor, ...] = ()
+    weights: tuple[Tensor, ...] = ()  # the parameters that require grad
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        every = (*tensors_in(self.conds), *tensors_in(vars(self.guidance)), *self.weights)
+        return tuple({id(tensor): tensor for tensor in every}.values())
 
     @property
     def nfe(self) -> int:
@@ -134,8 +140,7 @@ def guided(
     if "cond" not in conds:
         raise UserError(f"conds has no 'cond'; given: {', '.join(conds) or 'nothing'}")
     networks = {name: _for_one_run(d) for name, d in {"main": denoise, "weak": weak}.items() if d is not None}
-    tensors = (*tensors_in(conds), *tensors_in(vars(guidance)), *_trained(networks))
-    return GuidedPredict(networks, guidance, conds, counter or Counter(), tuple(_unique(tensors)))
+    return GuidedPredict(networks, guidance, conds, counter or Counter(), tuple(_trained(networks)))
 
 
 def _known(branch: Branch) -> bool:
@@ -152,7 +157,3 @@ def _trained(networks: Mapping[str, Any]) -> Iterator[Tensor]:
     for denoise in networks.values():
         if isinstance(denoise, Parametrised):
             yield from (p for p in denoise.parameters() if p.requires_grad)
-
-
-def _unique(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
-    return {id(tensor): tensor for tensor in tensors}.values()

@@ -1,6 +1,6 @@
 """guided(): evaluations are counted, shared and skipped; what a method sees, and what a gradient can reach."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -225,3 +225,10 @@ def test_errors():
         guided(Linear(), Unasked(), conds())(start(), flow(0.5))
     with pytest.raises(ValueError, match="conds has no 'cond'; given: uncond"):
         guided(Linear(), Plain(), {"uncond": {}})
+
+
+def test_a_gradient_may_be_asked_for_of_the_conditions_that_it_was_given_last():
+    one, other = (torch.ones(1, 2, requires_grad=True) for _ in range(2))
+    predict = guided(Linear(), Plain(), {"cond": {"mean": one}})
+    ids = set(map(id, replace(predict, conds={"cond": {"mean": other}}).tensors))
+    assert id(other) in ids and id(one) not in ids and len(ids) == 2  # and the weight
