@@ -14,6 +14,7 @@ from difftune.errors import UserError
 from difftune.files.text import read_text
 from difftune.pipelines import lora
 from difftune.pipelines.opened import open_pipeline
+from difftune.pipelines.texts import Texts
 from solvers.denoiser import Cond, widen
 from solvers.latent import LatentModel, NetworkDenoiser
 from solvers.noise import Noise
@@ -50,13 +51,14 @@ def moved_noises(
     embedded_guidance: the scale told to a network distilled over scales, as it was in training.
     """
     model, network, moved = LatentModel(pipe, embedded_guidance), lora.network_of(pipe), list[Tensor]()
+    texts = Texts()
     levels = model.levels(steps)
     scale = model.start_scale(levels)
     base = replace(model.denoiser, network=WithoutAdapter(network))
     for first in range(0, len(prompts), batch_size):
         some = slice(first, first + batch_size)
         z = model.noise(len(prompts[some]), [torch.Generator().manual_seed(seed) for seed in seeds[some]])
-        cond = model.encode(list(prompts[some]))["cond"]
+        cond = texts(model, prompts[some])["cond"]
         moved.append(z + noise_shift(model.denoiser, base, scale * z, levels[0], cond))
     return torch.cat(moved)
 

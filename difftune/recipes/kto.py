@@ -17,14 +17,14 @@ from difftune.configs.recipes import KTOConfig
 from difftune.files.checkpoint import State
 from difftune.labelling.choices import Choice
 from difftune.rollouts.denoising import denoising_errors
-from difftune.rollouts.pairs import Turn, check_preferences, encode_files, open_turns, step_draws
+from difftune.rollouts.image_sampler import ImageSampler
+from difftune.rollouts.pairs import Turn, check_preferences, open_turns, step_draws
 from difftune.rollouts.rounds import ScoredImages, Source, make_images, repeated
 from difftune.rollouts.session import Session
 from difftune.training.checks import check_groups
 from difftune.training.state import Metrics, take_snapshot
 from difftune.training.steps import attempt_step, gather_statistics, take_step
 from solvers.denoiser import Cond
-from solvers.latent import LatentModel
 
 
 def train_kto(session: Session[KTOConfig]) -> Iterator[tuple[Metrics, State]]:
@@ -95,18 +95,19 @@ def open_marked(session: Session[KTOConfig]) -> Source[Sequence[Turn[Marked]]]:
     prompts = repeated(session.prompts, group)
     return open_turns(
         session,
-        lambda chosen, numbers: mark_choices(session.images.model, chosen, numbers),
+        lambda chosen, numbers: mark_choices(session.images, chosen, numbers),
         lambda numbers: above_mean(make_images(session, prompts, numbers), group),
     )
 
 
 @torch.no_grad()
-def mark_choices(model: LatentModel, chosen: Callable[[int], Choice], numbers: range) -> Marked:
+def mark_choices(images: ImageSampler, chosen: Callable[[int], Choice], numbers: range) -> Marked:
     """Pictures of decided choices, encoded by the VAE: 2 i is the winner of the i-th choice, 2 i + 1 its loser."""
     choices = [chosen(number // 2) for number in numbers]
     pictures = [c.loser if n % 2 else c.winner for n, c in zip(numbers, choices, strict=True)]
-    signs = torch.tensor([-1.0 if n % 2 else 1.0 for n in numbers], device=model.device)
-    return Marked(encode_files(model, pictures), model.encode([c.prompt for c in choices])["cond"], signs)
+    latents = images.files(images.model, pictures)
+    cond = images.texts(images.model, [c.prompt for c in choices])["cond"]
+    return Marked(latents, cond, torch.tensor([-1.0 if n % 2 else 1.0 for n in numbers], device=latents.device))
 
 
 def above_mean(made: ScoredImages, group: int) -> Marked:

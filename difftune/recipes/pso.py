@@ -166,7 +166,7 @@ def pair_pictures(session: Session[PSOConfig], policy: Policy) -> Pairs:
         losers.append(policy.sample(with_network(start.predict, session.run.reference), start.x, start.noise).end)
     repeats = torch.cat(winner).repeat_interleave(config.num_negatives, 0)
     label = torch.ones(len(texts), device=model.device)
-    return Pairs(repeats, torch.cat(losers), model.encode(texts)["cond"], label)
+    return Pairs(repeats, torch.cat(losers), images.texts(model, texts)["cond"], label)
 
 
 # ------------------------------------------------------------------------------------------------ settings

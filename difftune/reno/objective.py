@@ -6,8 +6,8 @@ of z (B, D): the noise itself, a change of the prompt's embedding, or both, one 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from difftune.pipelines.engine import bound_mode, frozen, held, moving, plan_for
 from difftune.pipelines.method_parts import Equipped, guided_by
 from difftune.reno.regularizers import REGULARIZERS
 from difftune.reno.settings import NoiseSettings, Variables
+from guidance.branches import Counter
 from guidance.guided import GuidedPredict
 from rewards.checks import checked
 from rewards.compose import WeightedSum
@@ -202,12 +203,18 @@ class Objective:
             path = rollout(step_of(gradient, step), self.predict(z, rows), x, self.levels, gradient, fixed)
         return self.model.decode(path.x, checkpointed=True)
 
+    @cached_property
+    def every(self) -> GuidedPredict:
+        """The guided denoiser of all samples: the networks and their clock are looked up once for all iterations."""
+        return guided_by(self.model, self.equipped, self.prompts, self.conds)
+
     def predict(self, z: Tensor, rows: Tensor) -> GuidedPredict:
         """The guided denoiser under the conditions of the samples `rows`, with the embedding that z says."""
         conds = {branch: {key: value[rows] for key, value in cond.items()} for branch, cond in self.conds.items()}
         if self.unknowns.of != "noise":
             conds["cond"] = {**conds["cond"], EMBEDDING: self.unknowns.embedding_of(z, rows)}
-        return guided_by(self.model, self.equipped, [self.prompts[i] for i in rows.tolist()], conds)
+        method = self.equipped.method([self.prompts[i] for i in rows.tolist()])
+        return replace(self.every, guidance=method, conds=conds, counter=Counter())
 
     def planned(self) -> Plan:
         """The plan for the memory budget, from one step for the first sample."""

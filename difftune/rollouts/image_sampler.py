@@ -13,6 +13,7 @@ from difftune.lookup import method_of, sampler_named
 from difftune.pipelines.engine import moving, step_of, wants_noise
 from difftune.pipelines.method_parts import trainable
 from difftune.pipelines.texts import Texts
+from difftune.rollouts.file_latents import FileLatents
 from difftune.training.network import TrainedNetwork
 from difftune.training.numbering import seed_of
 from guidance.contract import Guidance
@@ -54,6 +55,7 @@ class ImageSampler:
     offload: bool = False  # the latents of a run that wait for its backward pass
     others: Mapping[str, NetworkDenoiser] = field(default_factory=dict)  # that the method evaluates beside the network
     texts: Texts = field(default_factory=Texts, repr=False, compare=False)
+    files: FileLatents = field(default_factory=FileLatents, repr=False, compare=False)
 
     @classmethod
     def of(cls, config: TrainingConfig, pipe: Any, network: TrainedNetwork) -> "ImageSampler":

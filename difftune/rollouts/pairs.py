@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from difftune.configs.recipes import PreferenceConfig
-from difftune.files.pictures import read_fitted
 from difftune.files.prompts import listed
 from difftune.labelling.choices import Choice
 from difftune.labelling.preferences import Preferences, preferences_named
@@ -18,7 +16,6 @@ from difftune.rollouts.image_sampler import ImageSampler
 from difftune.rollouts.rounds import EveryStep, Rounds, ScoredImages, Source, make_images, repeated
 from difftune.rollouts.session import Session
 from solvers.denoiser import Cond
-from solvers.latent import LatentModel
 
 Images = TypeVar("Images")
 
@@ -76,15 +73,10 @@ def open_pairs(session: Session[PreferenceConfig]) -> Source[Sequence[Turn[Pairs
 @torch.no_grad()
 def label_pairs(session: Session[PreferenceConfig], choices: Sequence[Choice]) -> Pairs:
     """The pictures of decided choices, encoded by the VAE."""
-    model = session.images.model
-    winner, loser = (encode_files(model, [getattr(c, side) for c in choices]) for side in ("winner", "loser"))
-    cond = model.encode([choice.prompt for choice in choices])["cond"]
+    images = session.images
+    winner, loser = (images.files(images.model, [getattr(c, side) for c in choices]) for side in ("winner", "loser"))
+    cond = images.texts(images.model, [choice.prompt for choice in choices])["cond"]
     return Pairs(winner, loser, cond, torch.ones(len(choices), device=winner.device))
-
-
-def encode_files(model: LatentModel, files: Sequence[Path]) -> Tensor:
-    """Latents (B, C, h, w) of image files, which are cropped and resized to the model's size."""
-    return model.encode_images(torch.stack([read_fitted(file, *model.size()) for file in files]).to(model.device))
 
 
 def best_and_worst(made: ScoredImages, group: int) -> Pairs:

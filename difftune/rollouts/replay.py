@@ -98,7 +98,7 @@ def replay(session: Session[D3POConfig], policy: Policy, choices: Sequence[Choic
     generators = [torch.Generator().manual_seed(int(seed or 0)) for seed in seeds]
     x = sampler.model.start_scale(sampler.levels) * sampler.model.noise(len(texts), generators)
     noise = [gaussian(x, generators) for _ in range(policy.steps)]
-    predict = sampler.predict(sampler.model.encode(texts))
+    predict = sampler.predict(sampler.texts(sampler.model, texts))
     trajectory = policy.sample(with_network(predict, session.run.reference), x, noise)
     images = sampler.model.decode(trajectory.end)
     for choice, pair in zip(choices, images.view(-1, 2, *images.shape[1:]), strict=True):
