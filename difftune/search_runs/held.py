@@ -1,9 +1,11 @@
 """The memory of a search on the device: the rows that fit into a memory budget, beside the samples that it keeps."""
 
-from collections.abc import Callable
-from typing import Any
+from bisect import bisect_right
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from difftune.errors import UserError
 from difftune.pipelines.engine import frozen, held
@@ -15,7 +17,7 @@ from guidance.search.problem import Problem, estimate
 from guidance.search.selection import SVDD, Beam
 from solvers.denoiser import Path, Prediction
 from solvers.memory.budget import caution_on_cpu, parse_size, size_text
-from solvers.memory.live import LiveBytes, measured
+from solvers.memory.live import Footprint, Function, LiveBytes, measured
 
 
 def rows_within(memory_budget: str, adapter: Adapter, problem: Problem, config: Any, gradient: bool) -> int:
@@ -25,31 +27,56 @@ def rows_within(memory_budget: str, adapter: Adapter, problem: Problem, config: 
     """
     caution_on_cpu()
     limit = parse_size(memory_budget)
-    said, peak = row_peak(adapter, problem, gradient)
+    said, row = measure_row(adapter, problem, gradient)
     base = held(adapter.model, 0, *adapter.other_models) + kept(problem, config, said, gradient)
-    if base + peak > limit:
-        enough = size_text(base + peak)
+    peak = partial(row.peak, decode_batch=adapter.model.decode_batch)
+    if base + peak(1) > limit:
+        enough = size_text(base + peak(1))
         raise UserError(
             f"memory_budget {memory_budget} is too small: one row at a time takes {enough}, with the model and the "
             f"{paid(problem, config)} samples that the budgets pay for"
         )
-    return (limit - base) // max(peak, 1)
+    return bisect_right(range(1, MOST_ROWS + 1), limit - base, key=peak)
 
 
-def row_peak(adapter: Adapter, problem: Problem, gradient: bool) -> tuple[Prediction, int]:
-    """The prediction of the last step for one row, and the peak of bytes while it is computed."""
+MOST_ROWS = 2**20
+
+
+class Row(NamedTuple):
+    """The bytes of one row in each part of a step."""
+
+    network: Footprint
+    decode: Footprint
+    reward: Footprint
+
+    def peak(self, rows: int, decode_batch: int) -> int:
+        """The most bytes of so many rows at once: all of them in the network and in the reward, and `decode_batch` in
+        the decoder, whose images are kept, joined, and with a backward pass have a gradient."""
+        work = self.network.peak - self.network.kept
+        decode = min(rows, decode_batch) * self.decode.peak
+        return rows * (self.network.kept + 3 * self.decode.kept) + max(rows * work, decode, rows * self.reward.peak)
+
+
+def measure_row(adapter: Adapter, problem: Problem, gradient: bool) -> tuple[Prediction, Row]:
+    """The prediction of the last step for one row, and what its computation takes."""
     group, i = torch.zeros(1, dtype=torch.int64), problem.steps - 1
-    x, said = problem.start(0, -1).x, list[Prediction]()
+    x, said, measure = problem.start(0, -1).x, list[Prediction](), measured if gradient else forward
+    model = adapter.model
 
-    def scored(x: torch.Tensor) -> list[torch.Tensor]:
+    def network(x: Tensor) -> list[Tensor]:
         for name in adapter.others:
             problem.experts[name](group)(Path(x), problem.levels[i])
         said[:] = [problem.predict(group)(Path(x), problem.levels[i])]
-        return [adapter.scores(estimate(said[0]), group)]
+        return [estimate(said[0])]
 
-    with frozen(adapter.model.pipe, *(model.pipe for model in adapter.other_models)):
-        peak = measured(scored, x).peak if gradient else forward_peak(lambda: scored(x))
-    return said[0], peak
+    with frozen(model.pipe, *(other.pipe for other in adapter.other_models)):
+        called = measure(network, x)
+        latent = estimate(said[0]).detach()
+        decoded = measure(lambda x: [model.decode(x, checkpointed=gradient)], latent)
+        with torch.no_grad():
+            images = model.decode(latent)
+        judged = measure(lambda images: [adapter.reward(images, adapter.texts(group))], images)
+    return said[0], Row(called, decoded, judged)
 
 
 def alive(problem: Problem, config: Any) -> int:
@@ -85,11 +112,13 @@ def kept(problem: Problem, config: Any, said: Prediction, gradient: bool) -> int
     return going + nodes * (latent + memory)
 
 
-def forward_peak(function: Callable[[], Any]) -> int:
-    """Bytes of a computation without a graph, the most at once."""
-    if torch.cuda.is_available():
+def forward(function: Function, x: Tensor) -> Footprint:
+    """The memory of a computation without a graph: what its outputs take, and the most at once."""
+    if on_gpu := torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     with torch.no_grad(), LiveBytes() as live:
-        function()
-    return max(live.peak, torch.cuda.max_memory_allocated() - before if torch.cuda.is_available() else 0)
+        outputs = function(x)
+        kept = live.now
+    del outputs
+    return Footprint(kept, max(live.peak, torch.cuda.max_memory_allocated() - before if on_gpu else 0))

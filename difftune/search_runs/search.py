@@ -17,7 +17,7 @@ any guidance inside. `guidance.search.catalogue.SEARCHES` has the methods, and e
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from difftune.files.pictures import pil, save_pictures
 from difftune.lookup import at_least, known, reward_named
 from difftune.pipelines.engine import frozen
 from difftune.pipelines.method_parts import prepared
-from difftune.pipelines.shared import done_by_all
+from difftune.pipelines.shared import done_by_all, told_by_each
 from difftune.processes import process
 from difftune.search_runs.experts import Experts, experts_for
 from difftune.search_runs.held import rows_within
@@ -125,7 +125,7 @@ class Search:
     problem: Problem
     method: str
     states: Iterator[State]
-    pipe: Any
+    model: LatentModel
     progress: bool = True
     history: tuple[Point, ...] = ()
     others: tuple[Any, ...] = ()  # the pipelines of experts
@@ -143,16 +143,20 @@ class Search:
             raise RunError(f"{self.method} found nothing within its budget: raise the budget")
         return self._last
 
+    @property
+    def pipe(self) -> Any:
+        """The pipeline that is searched."""
+        return self.model.pipe
+
     @cached_property
     def _steps(self) -> Iterator[Found]:
         return self._followed()
 
     def _followed(self) -> Iterator[Found]:
-        decode = LatentModel(self.pipe).decode
         with tqdm(total=self._total(), desc=self.method, unit="NFE", disable=None if self.progress else True) as bar:
             for state in self._unwatched():
                 self.history = append_point(self.history, state)
-                self._last = Found(state, self.history, decode)
+                self._last = Found(state, self.history, self.model.decode)
                 bar.set_postfix(standing(state), refresh=False)
                 bar.update(int(state.nfe.sum()) - bar.n)
                 yield self._last
@@ -246,10 +250,11 @@ def search(
     if shared:
         problem.workers, problem.do = process().num_processes, done_by_all
     if micro_batch is None and memory_budget is not None:
-        problem.micro_batch = rows_within(memory_budget, adapter, problem, config, method in GRADIENTS)
+        rows = partial(rows_within, memory_budget, adapter, problem, config, method in GRADIENTS)
+        problem.micro_batch = min(told_by_each(rows)) if shared else rows()  # the same parts in every process
     states = SEARCHES[method].search(problem, config, saved)
     others = tuple(model.pipe for model in adapter.other_models)
-    return Search(problem, method, states, pipe, progress, others=others)
+    return Search(problem, method, states, model, progress, others=others)
 
 
 def method_config(method: str, settings: Mapping[str, Any]) -> Any:

@@ -28,11 +28,12 @@ from difftune.configs.search import SearchConfig
 from difftune.errors import RunError, UserError
 from difftune.lookup import reward_named
 from difftune.pipelines import method_parts
+from difftune.pipelines.engine import frozen
 from difftune.search_runs import run_folder as command
 from difftune.search_runs import search as searching
 from difftune.search_runs.experts import Expert
 from difftune.search_runs.flags import method_settings_of
-from difftune.search_runs.held import kept, rows_within
+from difftune.search_runs.held import kept, measure_row, rows_within
 from difftune.search_runs.problem import Adapter
 from difftune.search_runs.search import GRADIENTS, Search
 from guidance.guided import guided
@@ -48,7 +49,7 @@ from guidance.methods.catalogue import (
     Plain,
 )
 from guidance.search.fk import FK
-from guidance.search.problem import Problem
+from guidance.search.problem import Problem, estimate
 from solvers.denoiser import Path, Prediction
 from solvers.latent import LatentModel
 from solvers.memory.live import LiveBytes
@@ -743,3 +744,49 @@ def test_what_was_found_gives_pictures_files_and_a_curve(tmp_path):
     assert unfinished.curve() == []
     with pytest.raises(RunError, match="no sample is finished yet"):
         unfinished.pil()
+
+
+def test_processes_that_share_a_search_run_the_same_rows_at_a_time(pipe, monkeypatch):
+    """Each measures its own device, and the least serves all: results are put together by their parts."""
+    monkeypatch.setattr(searching, "told_by_each", lambda make: [make(), 2])
+    assert searched(pipe, memory_budget="300MiB", shared=True).problem.micro_batch == 2
+    assert searched(pipe, memory_budget="300MiB").problem.micro_batch > 2
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("decode_batch", [1, 4])
+def test_the_peak_of_rows_is_what_is_predicted_of_one(pipe, gradient, decode_batch):
+    """In a batch, few images are decoded at a time and all the others kept."""
+    model = LatentModel(pipe, decode_batch=decode_batch)
+    adapter = Adapter(model, PROMPTS, reward_named(Left(), gradient=False))
+    problem = adapter.problem(model.levels(3), CFG(5.0))
+    _, row = measure_row(adapter, problem, gradient)
+    for rows in (1, 6):
+        group = torch.zeros(rows, dtype=torch.int64)
+        x = torch.randn(rows, 4, 8, 8, requires_grad=gradient)
+        with frozen(pipe), LiveBytes() as live, torch.set_grad_enabled(gradient):
+            scores = adapter.scores(estimate(problem.predict(group)(Path(x), problem.levels[2])), group)
+            if gradient:
+                torch.autograd.grad(scores.sum(), x)
+        assert live.peak <= row.peak(rows, decode_batch) <= 1.5 * live.peak, (rows, row)
+
+
+def test_more_rows_fit_where_fewer_are_decoded_at_a_time(pipe):
+    rows = []
+    for decode_batch in (1, 16):
+        adapter = Adapter(LatentModel(pipe, decode_batch=decode_batch), PROMPTS, reward_named(Left(), gradient=False))
+        problem = adapter.problem(adapter.model.levels(3), CFG(5.0))
+        problem.nfe_budget = 48
+        rows.append(rows_within("4MiB", adapter, problem, FK(), True))
+    assert rows[0] > rows[1]
+
+
+def test_what_was_found_is_decoded_in_the_tiles_that_were_asked_for():
+    pipe = pipelines.sd()
+    pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 4, 8
+    decoded = []
+    pipe.vae.decoder.register_forward_pre_hook(lambda module, args: decoded.append(tuple(args[0].shape[-2:])))
+    found = searched(pipe, PROMPTS[:1], method="best-of-n", nfe_budget=6, enable_vae_tiling=True).run()
+    before = len(decoded)
+    assert found.images.shape == (1, 3, 16, 16)
+    assert len(decoded) - before > 1 and set(decoded) <= {(side, width) for side in range(5) for width in range(5)}
