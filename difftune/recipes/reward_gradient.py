@@ -3,6 +3,7 @@ and the engine's mode and plan. The algorithm itself is read in `difftune.recipe
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from math import exp, hypot, inf, log
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from difftune.pipelines.engine import (
     probe_step,
     scores_of,
 )
+from difftune.pipelines.shared import told_by_each
 from difftune.rollouts.image_sampler import Drawn, ImageSampler
 from difftune.rollouts.session import Session
 from difftune.training.network import TrainedNetwork
@@ -132,7 +134,8 @@ def plan_engine(session: Session[RewardGradientConfig], modes: Modes) -> Iterato
     """The plan for the memory budget, under its block checkpointing; what was resolved is told."""
     config, images = session.config, session.images
     network = images.model.network
-    plan = measure_plan(session, bound_mode(modes.greatest, config.offload))
+    gradient = bound_mode(modes.greatest, config.offload)
+    plan, *_ = told_by_each(lambda: measure_plan(session, gradient))  # the main process's, for all
     engine = Engine(plan, session.attention, offload=offload_of(config.offload, network.device))
     lines = engine.lines(modes.words or plan.gradient)
     session.tell(**{name: line for name, line in lines.items() if name != "attention"})
@@ -163,7 +166,7 @@ def measure_plan(session: Session[RewardGradientConfig], gradient: str | None) -
             limit=limit,
         )
         model.network.eval()
-        return found
+        return replace(found, once_more=config.kl_coeff > 0)
 
     steps, batch = config.num_inference_steps, config.train_batch_size
     return plan_for(config.memory_budget, gradient, steps, batch, config.decode_batch, measure)

@@ -1,15 +1,15 @@
 """`memory_budget="6GiB"`: one step is measured, and the engine is set so that the predicted peak fits.
 
 With N steps, b images at a time, G and P what one step keeps and its peak in mode "full", S what a checkpointed step
-keeps (its latents), P' the peak of recomputing it, D and R the peaks of decoder and reward, all for one image,
+keeps (its latents), P' the peak of recomputing it, D and R the peaks of decoder and reward, all for one image, and
+d = `decode_batch` images decoded and rewarded at a time (b at most),
 
-    peak(full)       = H + b max(N G + P - G,  N G + D,  N G + R)
-    peak(checkpoint) = H + b max(N S + P',     N S + D,  N S + R)        revolve:k and truncated:k: k in place of N
+    peak(full)       = H + b N G + max(b (P - G),  d D,  d R)
+    peak(checkpoint) = H + b N S + max(b P',       d D,  d R)        revolve:k and truncated:k: k in place of N
 
-With `decode_batch` images decoded and rewarded at a time, D and R are those of so many, and what is kept of the other
-images and of their gradients is counted beside. H, what is there anyhow, is the weights, their gradients and the
-optimiser's state. Of what fits, the cheapest is taken: the fewest network calls, then the fewest other calls, then the
-most images at a time.
+What is kept of the images and of their gradients is counted beside, and where the loss calls the network once more (a
+divergence), P' in "full" too. H, what is there anyhow, is the weights, their gradients and the optimiser's state. Of
+what fits, the cheapest is taken: the fewest network calls, then the fewest other calls, then the most images at a time.
 """
 
 import re
@@ -67,6 +67,7 @@ class Probe:
     rewards_apart: Footprint | None = None  # each of several rewards recomputed by itself
     inputs: int = 0  # latents and conditions
     held: int = 0
+    once_more: bool = False  # the loss calls the network beside the sampler, recomputed on the way back (a divergence)
 
 
 def probe(
@@ -251,6 +252,7 @@ def with_peak(found: Probe, plan: Plan, steps: int) -> Plan:
         graph, work = kept * found.full.kept, found.full.peak - found.full.kept
     else:
         graph, work = kept * call.kept, call.peak
+    work = max(work, call.peak) if found.once_more else work  # while the graph of all steps is there
     beside = plan.micro_batch * (found.inputs + graph) + 3 * plan.images * decode.kept  # images, gradient, its parts
     most = max(plan.micro_batch * work, min(plan.images, plan.decode_batch) * max(decode.peak, reward.peak))
     calls = calls_of(plan.gradient, steps) + plan.blocks

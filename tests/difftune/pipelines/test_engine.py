@@ -91,6 +91,17 @@ def test_a_budget_changes_no_gradient_and_is_kept(toy):
 
 
 @pytest.mark.slow
+def test_the_budget_of_a_run_with_a_divergence_is_kept(toy):
+    """Whose call of the network is recomputed while the graphs of all steps are there."""
+    config = replace(toy, gradient="full", kl_coeff=0.1)
+    with pytest.raises(UserError, match="memory_budget 1KiB is too small") as error:
+        trained(replace(config, memory_budget="1KiB"), Brightness())
+    least = str(error.value).partition("the least that does is ")[2].partition(",")[0]
+    _, said, peak = trained(replace(config, memory_budget=least), Brightness())
+    assert peak <= parse_size(least), said
+
+
+@pytest.mark.slow
 def test_a_mode_that_is_given_is_kept(toy):
     """A drawn truncation too: its longest is what has to fit."""
     _, said, _ = trained(replace(toy, truncation_min=1, memory_budget="1GiB"), Brightness())

@@ -10,7 +10,7 @@ from torch.distributions import Normal, kl_divergence
 
 from difftune.configs.recipes import AlignPropConfig, DraftConfig, DrtuneConfig, ReflConfig
 from difftune.pipelines import lora
-from difftune.recipes import check_recipe, train
+from difftune.recipes import check_recipe, reward_gradient, train
 from difftune.recipes.alignprop import alignprop_loss, ascend_once, draw_gaussian, draw_mask, truncation
 from difftune.recipes.refl import refl_loss
 from difftune.recipes.reward_gradient import count_carrying, divergence, judge_evenly, kl_rate, level_between
@@ -387,3 +387,13 @@ def test_samplers_with_noise_train_too(tmp_path):
 
 def test_module_is_what_it_says():
     assert kl_rate(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0])).item() == 2.5
+
+
+def test_the_plan_is_that_of_the_main_process(tmp_path, monkeypatch):
+    """What is measured may differ by a row among processes, and one with fewer backward passes would leave the others
+    waiting."""
+    session = session_of(toy("alignprop", tmp_path), pipelines.sd(), Brightness())
+    mains = Plan("checkpoint", 1, 2)
+    monkeypatch.setattr(reward_gradient, "told_by_each", lambda make: [mains, make()])
+    with reward_gradient.plan_engine(session, reward_gradient.Modes(None, "checkpoint")) as plan:
+        assert plan is mains
