@@ -36,12 +36,12 @@ PAPERS = {
     "nft": "GenEval .24 to .98 (SD 3.5 Medium, without CFG)",
 }
 CURVES: dict[str, tuple[str, ...]] = {  # on one flow without guidance: the flags of each, beside its example
-    "nft": (),
-    "grpo": (),
+    "nft": ("--kl_weight", "0", "--ema_decay", "0.99"),
+    "grpo": ("--ema_decay", "0.99"),
     "alignprop": (),
     "adjoint-matching": (),
-    "ddpo": (),
-    "d3po": (),
+    "ddpo": ("--eta", "0.3", "--ema_decay", "0.99"),  # all steps add noise: the first would spoil pictures at .7
+    "d3po": ("--eta", "0.3", "--ema_decay", "0.99"),
 }
 STEPS, BESIDE = 10, 2.0  # of the sampler where a curve is measured, and CFG's scale in the other evaluation of its end
 RISE = 0.1  # of ShapeEval, whose cost is told
