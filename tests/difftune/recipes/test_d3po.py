@@ -213,7 +213,7 @@ def test_a_picture_that_its_seed_does_not_make_is_refused(toy, labels):
         ({"guidance_scale": 4.0}, "made with guidance_options="),
         ({"num_inference_steps": 4}, "made with num_inference_steps=3, not 4"),
         ({"eta": 0.5}, r"made with eta=1\.0, not 0\.5"),
-        ({"num_images_per_prompt": 4}, "num_images_per_prompt is 4: a label is of 2"),
+        ({"num_images_per_prompt": 4}, "num_images_per_prompt is 4, and a label is of 2 images: leave --num"),
     ],
 )
 def test_other_settings_than_the_pictures_are_refused(toy, labels, more, what):
@@ -231,7 +231,7 @@ def test_labels_of_pictures_without_noise_have_other_remedies(toy, labels):
 
 def test_pictures_without_seeds_are_refused(toy, labels):
     labels.write_text(labels.read_text().replace('"seed_a": 7', '"seed_a": null'))
-    with pytest.raises(UserError, match=r"line 1: 2\.png has no seed"):
+    with pytest.raises(UserError, match=r"line 1: 2\.png has no seed.* or train dpo, kto or dro"):
         next(train(replace(toy, labels=str(labels)), None, pipelines.sd()))
 
 

@@ -64,6 +64,8 @@ def test_run_writes_pictures_paths_curves_and_the_noise(pipe, tmp_path):
     assert sorted(p.name for p in out.iterdir()) == sorted(
         [*each, "config.yaml", "curves.png", "grid.png", "noise.safetensors", "optimize.json"]
     )
+    width, height = Image.open(out / "grid.png").size
+    assert width > 2 * 128 + 100 and height > 3 * 128 + 3 * 18  # the prompts beside the pairs, rewards above them
     assert json.loads((out / "optimize.json").read_text()) == summary
     assert summary["reward_after"] >= summary["reward_before"] and len(summary["prompts"][2]["history"]) == 3
     assert [p["seed"] for p in summary["prompts"]] == [0, 1, 2]

@@ -627,6 +627,7 @@ def test_what_is_written(pipe, tmp_path):
     found = run(pipe, config(tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "search.json").read_text()) == json.loads(json.dumps(found))
     names = {"00000-seed0.png", "00001-seed1.png", "grid.png", "00000-lineage.png", "00001-lineage.png"}
+    assert Image.open(tmp_path / "out" / "grid.png").width > 128 + 100  # the prompts beside the pictures
     assert {f.name for f in (tmp_path / "out").iterdir()} == names | {
         "config.yaml",
         "samples.safetensors",
