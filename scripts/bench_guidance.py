@@ -7,7 +7,7 @@ sweep      ShapeEval, Fréchet distance, coverage, saturation and diversity over
            evaluations; on tiny-flow the methods for flows too
 hard       the same on ShapeEval-hard
 table      what sweep and hard found at these settings, and the paired differences of each score to CFG's: at the same
-           scale, and at the best scale of both
+           scale, at the best scale of both, and at equal strength on a Gaussian (Rectified-CFG++)
 classes    the same on the prompts of the classifier's classes, for GFCG
 adaptive   adaptive guidance against CFG, paired: score, evaluations, seconds of the denoising loop
 inversion  PSNR of rendered pictures after inversion and sampling, CFG against CFG++ at paired scales
@@ -20,7 +20,7 @@ import argparse
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path as File
@@ -50,7 +50,9 @@ from rewards.world import draw, grammar
 from rewards.world.classifier import load_classifier
 from rewards.world.render import render
 from solvers.denoiser import Path
+from solvers.exact import Mixture
 from solvers.latent import LatentModel
+from solvers.noise import Noise
 from solvers.samplers.catalogue import euler, sample
 
 METHODS = ("none", "cfg", "cfgpp", "apg", "ag", "interval", "autoguidance")
@@ -60,6 +62,7 @@ FLOW_METHODS = (
 )
 NEIGHBOURS = 5  # that a picture's neighbourhood reaches to, in `coverage`
 PAIRS = ((0.2, 2.0), (0.4, 5.0), (0.6, 7.5), (0.8, 9.0), (1.0, 12.5))  # CFG++ and CFG scales that are compared
+VARIANCE = 0.7  # of the Gaussians on which a method's strength is told
 SHRINKAGE = 0.01  # of the covariances: the features are many for the pictures
 
 
@@ -256,14 +259,24 @@ Cells = dict[Key, dict[str, Any]]
 
 
 def print_table(folder: File, size: Size) -> None:
-    """What the sweeps of that size found, as Markdown, and how each score differs from CFG's, at the same scale and at
-    the best scale of both."""
+    """What the sweeps of that size found, as Markdown, and how each score differs from CFG's: at the same scale, at the
+    best scale of both, and at equal strength."""
     found = {kind: cells_of(folder, kind, size) for kind in KINDS}
-    easy, hard = found.values()
+    print_scores(*found.values())
+    print_differences(found)
+    print_best(found)
+    print_strengths(found, size)
+
+
+def print_scores(easy: Cells, hard: Cells) -> None:
     print(heading(["method", "scale", "steps", "NFE", *KINDS.values(), *MEASURES]))
     for key, r in easy.items():
         scores = (told(r["score"]), told(hard[key]["score"]) if key in hard else "-")
         print(row([*named(key), r["steps"], f"{r['nfe']:.1f}", *scores, *(told(r[m]) for m in MEASURES)]))
+
+
+def print_differences(found: Mapping[str, Cells]) -> None:
+    easy = next(iter(found.values()))
     print("\nLess CFG's of the same scale, paired:\n")
     print(heading(["method", "scale", *(f"{name} less CFG" for name in KINDS.values())]))
     for name, scale in easy:
@@ -271,9 +284,12 @@ def print_table(folder: File, size: Size) -> None:
             if name != "cfg":
                 differences = (less(cells, (name, scale), ("cfg", base)) for cells in found.values())
                 print(row([*named((name, base)), *differences]))
+
+
+def print_best(found: Mapping[str, Cells]) -> None:
     print("\nEach method at its best scale, less CFG at its own, paired:\n")
     print(heading(["method", *(column for name in KINDS.values() for column in ("scale", name, f"{name} less CFG"))]))
-    for name in dict.fromkeys(name for name, _ in easy):
+    for name in dict.fromkeys(name for name, _ in next(iter(found.values()))):
         print(row([name, *(cell for cells in found.values() for cell in at_best(cells, name))]))
 
 
@@ -284,6 +300,29 @@ def cells_of(folder: File, kind: str, size: Size) -> Cells:
     order = [*FLOW_METHODS, *METHODS]
     own.sort(key=lambda r: (order.index(r["guidance"]), r["scale"] or 0))
     return {(r["guidance"], r["scale"]): r for r in own}
+
+
+def print_strengths(found: Mapping[str, Cells], size: Size) -> None:
+    """Rectified-CFG++ beside CFG of the scale that is closest to its strength in its steps on a Gaussian."""
+    print("\nRectified-CFG++ beside CFG of the scale closest to its strength on a Gaussian, paired:\n")
+    print(heading(["scale", "steps", "strength", "CFG", *(f"{name} less CFG" for name in KINDS.values())]))
+    easy = next(iter(found.values()))
+    for name, scale in [key for key in easy if key[0] == "rectified-cfgpp" and ("cfg", key[1]) in easy]:
+        steps = easy[name, scale]["steps"]
+        own = strength(at_cfg_scale(name, scale, None, steps), LatentModel(_pipe(size)).levels(steps))
+        base = ("cfg", min((s for n, s in easy if n == "cfg"), key=lambda s: abs(s - own)))
+        differences = (less(cells, (name, scale), base) for cells in found.values())
+        print(row([f"{scale:g}", steps, f"{own:.2f}", named(base)[1], *differences]))
+
+
+def strength(method: Guidance, levels: Sequence[Noise]) -> float:
+    """Where a run from 0 ends if the data are N(1, VARIANCE) under the condition and N(0, VARIANCE) without: CFG of
+    scale w ends at w."""
+    means = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    line = Mixture(means, torch.tensor(VARIANCE, dtype=torch.float64).sqrt())
+    predict = guided(line, method, {"cond": {"label": torch.tensor([1])}, "uncond": {"label": torch.tensor([0])}})
+    *_, path = sample(euler, predict, Path(means[:1]), levels)
+    return float(path.x)
 
 
 def at_best(cells: Cells, name: str) -> tuple[str, str, str]:

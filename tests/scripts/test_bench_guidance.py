@@ -1,12 +1,14 @@
 """The guidance bench: what it keeps and reads, and the arithmetic of its tables, without a network."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from difftune.evaluation.intervals import estimate
-from guidance.methods.catalogue import CFG, AdaptiveGuidance
+from guidance.methods.catalogue import CFG, AdaptiveGuidance, RectifiedCFGpp
+from solvers.noise import flow, grid
 from tests.support.benches import script
 
 
@@ -98,7 +100,8 @@ def test_cells_are_those_of_the_size_the_prompts_and_the_weights(bench, stored):
     assert not bench.cells_of(*stored[:1], "shapeeval", stored[1]._replace(images=3))
 
 
-def test_the_table_compares_at_the_same_scale_and_at_the_best(bench, stored, capsys):
+def test_the_table_compares_at_the_same_scale_and_at_the_best(bench, stored, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "print_strengths", lambda found, size: None)
     bench.print_table(*stored)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| none | - | 11 | 22.0 | 0.167 [0.000, 1.000] | 0.167 ")
@@ -111,10 +114,29 @@ def test_the_table_compares_at_the_same_scale_and_at_the_best(bench, stored, cap
     assert [line for line in lines if line.startswith("| cfg")][-1].count(" | - ") == 2  # nothing to compare it with
 
 
+def test_rectified_cfgpp_is_beside_cfg_of_its_own_strength(bench, capsys, monkeypatch):
+    """CFG of 9 is closer than that of 3 to Rectified-CFG++ of s = 9 in eight steps, which ends at 8.64."""
+    levels = grid(flow, 8)
+    assert bench.strength(CFG(9.0), levels) == pytest.approx(9.0)
+    assert bench.strength(RectifiedCFGpp(9.0), levels) == pytest.approx(8.64, abs=5e-3)
+    monkeypatch.setattr(bench, "_pipe", lambda size: None)
+    monkeypatch.setattr(bench, "LatentModel", lambda pipe: SimpleNamespace(levels=lambda steps: grid(flow, steps)))
+    holds = {("cfg", 3.0): [True] * 4, ("cfg", 9.0): [False] * 4, ("cfg", 10.0): [True] * 4}
+    holds["rectified-cfgpp", 10.0] = [True, True, False, False]
+    cells = {key: found(*key, given, steps=8) for key, given in holds.items()}
+    bench.print_strengths({"ShapeEval": cells, "ShapeEval-hard": {}}, bench.Size())
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("| 10 | 8 | 8.64 | 9 | 0.500 [") and line.endswith("] | - |")
+
+
 @pytest.mark.slow
-def test_a_sweep_draws_and_measures(bench, tmp_path):
+def test_small_settings_run(bench, tmp_path):
     size = bench.QUICK._replace(model="tiny-flow")
     bench.sweep(tmp_path, size, "shapeeval", ("none", "cfg", "ag"))
     cells = bench.cells_of(tmp_path, "shapeeval", size)
     assert [key for key in cells] == [("none", None), ("cfg", 2.0), ("ag", 2.0)]
     assert cells["none", None]["nfe"] == cells["cfg", 2.0]["nfe"] == size.evaluations
+    for kind in ("shapeeval-hard", "classes"):
+        bench.sweep(tmp_path, size, kind, ("cfg",))
+        assert list(bench.cells_of(tmp_path, kind, size)) == [("cfg", 2.0)]
+    assert set(bench.overhead(size, 1)["ratio"]) == {"attached", "own"}
