@@ -13,9 +13,9 @@ from difftune.lookup import takes_scale
 from evidence.rows import Claim, Results, Row, Section, above, paired, said
 from guidance.methods.catalogue import CFG, AdaptiveGuidance, CFGpp
 
-METHODS = ("none", "cfg", "cfgpp", "apg", "ag", "interval")
+METHODS = ("none", "cfg", "cfgpp", "rectified-cfgpp", "apg", "mambo-g", "fbg", "ag", "interval")
 MODELS = ("tiny-flow", "tiny-classifier")
-HIGH = 6.0  # the scale at which APG's claim is looked at
+HIGH = 6.0  # the scale at which the claims of APG and Rectified-CFG++ are looked at
 
 
 class Size(NamedTuple):
@@ -76,7 +76,8 @@ def section(size: Size, results: Results) -> Section:
     ag = results.read(adaptive(size))
     pairs = dict(zip(size.pairs, map(results.all_of, inversions(size)), strict=True))
     measured_pairs = {scales: found for scales, found in pairs.items() if found is not None}
-    claims = [*apg_claims(size, known), *([ag_claim(ag)] if ag else []), *cfgpp_claims(measured_pairs)]
+    claims = [*apg_claims(size, known), *rectified_claims(size, known), *([ag_claim(ag)] if ag else [])]
+    claims += cfgpp_claims(measured_pairs)
     return Section("Guidance", rows(size), claims, "\n\n".join(texts(size, known, ag, measured_pairs)))
 
 
@@ -98,6 +99,16 @@ def apg_claims(size: Size, known: Mapping[str, Found]) -> Iterator[Claim]:
         holds = less.score < 0 if less.excludes_zero else None
         paper, command = "less saturation at high scales", "difftune sample --guidance apg"
         yield Claim("APG", "guidance/apg.md", paper, ours, holds, command)
+
+
+def rectified_claims(size: Size, known: Mapping[str, Found]) -> Iterator[Claim]:
+    """By nominal scales: in few steps the method guides less than CFG of the scale that is its own in the limit."""
+    ours, cfg = (known.get(f"{name}-{HIGH:g}") for name in ("rectified-cfgpp", "cfg"))
+    if ours and cfg:
+        change = paired(by_prompt(ours, size), by_prompt(cfg, size))
+        paper, command = "better than CFG at high scales", "difftune sample --guidance rectified-cfgpp"
+        told = f"oracle {said(change)} to CFG at the nominal scale {HIGH:g}"
+        yield Claim("Rectified-CFG++", "guidance/rectified-cfgpp.md", paper, told, above(change), command)
 
 
 def ag_claim(found: Found) -> Claim:

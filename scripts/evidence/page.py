@@ -9,7 +9,9 @@ from evidence.rows import Claim, Results, Section
 
 PAGE = "docs/evidence.md"
 HEADING = "## What the papers claim, and what we measured"
-README_ROWS = ("CFG++", "APG", "adaptive guidance", "AlignProp against DDPO", "ReNO", "dts-star")  # in the README
+README_ROWS = (  # in the README
+    *("CFG++", "APG", "Rectified-CFG++", "adaptive guidance", "AlignProp against DDPO", "ReNO", "dts-star"),
+)
 INTRO = """# What the papers claim, and what we measured
 
 `make evidence` makes this page: every number is of a measurement that it made, or that it found made with the same

@@ -132,6 +132,17 @@ def test_a_search_that_needs_half_of_the_evaluations_is_told_so(make, results, s
     assert all("fk" not in row.name or row.settings["run"][0] == "fk" for row in rows)
 
 
+def test_rectified_cfgpp_is_beside_cfg_of_the_same_nominal_scale(make):
+    size, high = make.guidance.Size(), f"{make.guidance.HIGH:g}"
+    assert {"rectified-cfgpp", "mambo-g", "fbg"} < {
+        row.name.split("/")[1].rsplit("-", 1)[0] for row in make.guidance.cells(size)
+    }
+    known = {f"rectified-cfgpp-{high}": {"holds": [True] * 6}, f"cfg-{high}": {"holds": [False] * 5 + [True]}}
+    (claim,) = make.guidance.rectified_claims(size, known)
+    assert claim.holds is True and claim.ours.startswith("oracle +0.833 [") and high in claim.ours
+    assert not list(make.guidance.rectified_claims(size, {}))
+
+
 # ------------------------------------------------------------------------------------------------ noise and training
 
 
