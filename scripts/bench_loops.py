@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from difftune import models
+from difftune.pipelines.engine import step_of, wants_noise
 from difftune.reno.optimizer import ReNO
 from guidance.attach.handle import attach
 from guidance.guided import guided
@@ -96,22 +97,41 @@ def gradients(pipe: Any, batch: int, steps: int) -> dict[str, Run]:
     return {"no gradient": plain, "hand loop": hand, "rollout(checkpoint)": ours}
 
 
+def rolled(pipe: Any, batch: int, steps: int, mode: str) -> Run:
+    """`rollout` in a gradient mode, and its way back to the noise and to the text, which every mode reaches."""
+    model = LatentModel(pipe)
+    model.network.requires_grad_(False)
+    with torch.no_grad():
+        conds, start, levels = model.encode([PROMPT] * batch), model.noise(batch), model.levels(steps)
+    added = [torch.randn_like(start) for _ in levels[1:]] if wants_noise(mode, euler) else None
+
+    def run() -> None:
+        x, text = (t.clone().requires_grad_() for t in (start, conds["cond"]["encoder_hidden_states"]))
+        cond = {**conds["cond"], "encoder_hidden_states": text}
+        predict = guided(model.denoiser, CFG(SCALE), {**conds, "cond": cond})
+        rollout(step_of(mode, euler), predict, x, levels, mode, added).x.square().sum().backward()
+
+    return run
+
+
 def reno(pipe: Any, batch: int, iterations: int) -> dict[str, Run]:
     """A few-step model's one step; `batch` images of ours, one of the authors'. Both have the same reward, make as many
     images, and differentiate all but the last, since after it the noise moves no more."""
     model, reward = LatentModel(pipe), load("tiny-clip")
     network, vae = model.network.requires_grad_(False), pipe.vae.requires_grad_(False)
+    call, dtype = model.family.call, network.dtype
+    assert call is not None
 
     def authors() -> Tensor:
         with torch.no_grad():
-            text, x = model.encode([PROMPT])["cond"]["encoder_hidden_states"], model.noise(1)
+            cond, x = model.encode([PROMPT])["cond"], model.noise(1)
+        cond = {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.items()}
         now, _ = model.levels(1)
         time, (p, q, *_) = model.denoiser.clock(now), lines(model.denoiser.prediction_type, now)
 
         def judged(noise: Tensor) -> tuple[Tensor, Tensor]:
-            guess = lambda z: network(z.to(text), time, text, return_dict=False)[0]  # noqa: E731
-            out = checkpoint(guess, noise, use_reentrant=False)
-            latent = ((p * noise + q * out.float()) / vae.config.scaling_factor).to(vae.dtype)
+            out = checkpoint(lambda z: call(network, z.to(dtype), time, cond), noise, use_reentrant=False)
+            latent = model.family.latents.to_vae(vae, p * noise + q * out.float()).to(dtype)
             image = checkpoint(lambda z: vae.decode(z, return_dict=False)[0], latent, use_reentrant=False)
             image = (image.float() / 2 + 0.5).clamp(0, 1)
             return image.detach(), reward(image, [PROMPT]).sum()
