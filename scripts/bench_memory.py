@@ -3,13 +3,14 @@
     python scripts/bench_memory.py [--batch 4] [--small]
 
 The weights are torch's fake tensors, which have shapes and dtypes alone, and so is all that is computed from them: a
-picture of 512 pixels costs no more to count than one of 64. The step is alignprop's own: 512 x 512, bfloat16, CFG 7.5,
-a LoRA of rank 4, each step of the sampler recomputed on the way back, one image decoded at a time. Two steps are taken;
-each further one keeps its latents, 64 KiB an image. Given are the most bytes of tensors at once, beside the weights. An
-operator's own scratch, and what an allocator keeps beyond its tensors, are not seen.
+picture of 512 pixels costs no more to count than one of 64. As in a step of alignprop, images are drawn, decoded one at
+a time and judged, and their gradient goes back to a LoRA of rank 4: 512 x 512, bfloat16, CFG 7.5, each of the sampler's
+steps recomputed on the way back. The reward is a mean of the pixels, and there is no update. Two sampler steps are
+taken; each further one keeps its latents, 64 KiB an image. Given are the most bytes of tensors at once, beside the
+weights. An operator's own scratch, and what an allocator keeps beyond its tensors, are not seen.
 
 The rows: the whole batch at once, half of it and one image at a time, as a memory budget splits it, and all at once
-with the network's blocks recomputed; then decoding and rewarding of one image and of eight, with the way back.
+with the network's blocks recomputed; then decoding of one image and of eight, with the way back from their mean.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def scored(images: Tensor) -> Tensor:
 
 
 def judge(session: Session[AlignPropConfig], batch: int) -> None:
-    """A batch decoded and rewarded, and the way back to its latents."""
+    """A batch decoded, the mean of its pixels, and the way back to its latents."""
     latents = torch.zeros(batch, *session.images.model.shape(), requires_grad=True)
     scored(session.images.model.decode(latents, checkpointed=True)).sum().backward()
 
@@ -107,7 +108,7 @@ def rows(session: Session[AlignPropConfig], batch: int) -> Iterator[tuple[str, i
     with block_checkpointing(session.images.model.network):
         yield f"a step of {batch} images, blocks recomputed", peak_of(lambda: take(session, batch, batch))
     for images in (1, 8):
-        yield f"decoding and rewarding {images}", peak_of(lambda: judge(session, images))  # noqa: B023
+        yield f"decoding {images} and the mean of the pixels", peak_of(lambda: judge(session, images))  # noqa: B023
 
 
 def main(batch: int, small: bool) -> None:
