@@ -77,7 +77,7 @@ def draw_scales(axes: Any, rows: Rows, column: str, label: str) -> None:
     for shift, (name, color, marker) in enumerate(zip(names, COLORS, MARKERS, strict=False)):
         own = [row for row in rows if row["method"] == name]
         y = [interval(row[column]) for row in own]
-        x = [float(row["scale"]) * 1.02**shift for row in own]  # side by side, so that intervals can be told apart
+        x = [float(row["scale"]) * 1.012**shift for row in own]  # side by side, so that intervals can be told apart
         spread = [[m - low for m, low, _ in y], [high - m for m, _, high in y]]
         axes.errorbar(x, [m for m, *_ in y], spread, marker=marker, markersize=4, capsize=2, color=color, label=name)
     for row in rows:
