@@ -30,6 +30,7 @@ from difftune.search_runs import run_folder as search_folder
 from rewards.registry import load
 
 TRAINED = "training"  # the folder of the second stage's run
+SHOWN = 60  # prompts of a stage in the report, at most
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,13 @@ class Stage:
 
     @property
     def pictures(self) -> list[dict[str, Any]]:
-        """Each prompt's first picture before and after, with the oracle's word."""
+        """The first picture before and after, with the oracle's word, of each prompt, or of `SHOWN` along the list."""
         found: dict[str, dict[str, Any]] = {}
         ways = [zip(way.results, pixels(way.images), strict=True) for way in (self.before, self.after)]
         for (was, picture), (now, later) in zip(*ways, strict=True):
             pair = {"prompt": was.prompt, "before": (picture, was.holds), "after": (later, now.holds)}
             found.setdefault(was.prompt, pair)
-        return list(found.values())
+        return list(found.values())[:: -(-len(found) // SHOWN)]
 
 
 # ------------------------------------------------------------------------------------------------ the stages
@@ -118,10 +119,10 @@ def guidance(b: Budget, seed: int, folder: Path) -> Stage:
 
 
 def training(b: Budget, seed: int, folder: Path) -> Stage:
-    """A LoRA trained on the smoothed reward, judged on prompts that it was not trained on."""
+    """A LoRA of the few-step model trained on the reward, judged on prompts that it was not trained on."""
     config = RECIPES[b.recipe].config(
-        model=b.model,
-        reward=[b.smoothed],
+        model=b.turbo,
+        reward=[b.judge],
         output_dir=str(folder / TRAINED),
         guidance=b.train_guidance,
         num_inference_steps=b.train_sampler_steps,
@@ -130,19 +131,19 @@ def training(b: Budget, seed: int, folder: Path) -> Stage:
         seed=seed,
         **b.recipe_options,
     )
-    method, entries = guidance_named(b.train_guidance), entries_of(b.prompts_per_category)
+    method, entries = guidance_named(b.train_guidance), entries_of(b.held_out_prompts_per_category)
     each, steps = b.held_out_images, b.train_sampler_steps
-    before = judged_of(b, evaluate(open_pipeline(b.model), method, entries, each, steps, seed))
+    before = judged_of(b, evaluate(open_pipeline(b.turbo), method, entries, each, steps, seed))
     seconds = train_in_folder(config, show=print)["seconds"]
-    after = judged_of(b, evaluate(open_pipeline(b.model, config.output_dir), method, entries, each, steps, seed))
+    after = judged_of(b, evaluate(open_pipeline(b.turbo, config.output_dir), method, entries, each, steps, seed))
     curve = [record["reward_mean"] for record in records.records(folder / TRAINED / "metrics.jsonl")]
     oracle, reward = changes(before, after)
     title = RECIPES[b.recipe].title
-    options = ["--steps", steps, "--images_per_prompt", each, "--prompts_per_category", b.prompts_per_category]
+    options = ["--steps", steps, "--images_per_prompt", each]
     return Stage(
         f"{title}: a LoRA trained on a reward",
-        f"Gradients of {b.smoothed} flow through the sampler, {steps} steps under guidance {b.train_guidance}, into a "
-        f"LoRA of {b.model}. Before and after on ShapeEval with the same noises; its captions are not among the "
+        f"Gradients of {b.judge} flow through the whole sampler (steps: {steps}, guidance: {b.train_guidance}) into a "
+        f"LoRA of {b.turbo}. Before and after on ShapeEval with the same noises; its captions are not among the "
         "training prompts.",
         ("before", "after"),
         before,
@@ -150,8 +151,8 @@ def training(b: Budget, seed: int, folder: Path) -> Stage:
         {"recipe": b.recipe, **both(before, after), "optimizer_steps": len(curve), "seconds": seconds},
         f"{b.recipe}: {len(curve)} updates, oracle {verdict(oracle)}; reward {verdict(reward)}",
         [command(f"train {b.recipe}", config)]
-        + [eval_command(b.model, options, seed, [b.train_guidance], lora) for lora in (None, config.output_dir)],
-        {"y": curve, "x_label": "optimiser step", "y_label": f"training reward ({b.smoothed})"},
+        + [eval_command(b.turbo, options, seed, [b.train_guidance], lora) for lora in (None, config.output_dir)],
+        {"y": curve, "x_label": "optimiser step", "y_label": f"training reward ({b.judge})"},
     )
 
 

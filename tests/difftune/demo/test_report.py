@@ -48,6 +48,7 @@ def made(tmp_path_factory):
         train_sampler_steps=2,
         train_steps=2,
         train_batch=1,
+        held_out_prompts_per_category=1,
         held_out_images=2,
         reno_prompts_per_category=1,
         reno_iterations=2,
@@ -69,7 +70,7 @@ def test_the_metrics_are_the_contracts_numbers_each_difference_with_its_interval
     common = {"reward_before", "reward_after", "oracle_before", "oracle_after", "seconds"}
     common |= {"reward_difference", "oracle_difference"}
     assert metrics["alignprop"].keys() == common | {"optimizer_steps", "recipe"}
-    assert metrics["alignprop"]["recipe"] == "drtune" and metrics["alignprop"]["optimizer_steps"] == 2
+    assert metrics["alignprop"]["recipe"] == "draft" and metrics["alignprop"]["optimizer_steps"] == 2
     assert metrics["reno"].keys() == common | {"iterations"}
     assert metrics["search"].keys() == common | {"method", "baseline", "nfe"}
     found = [n for n in numbers(metrics) if not isinstance(n, str)]
@@ -85,13 +86,12 @@ def test_the_metrics_are_the_contracts_numbers_each_difference_with_its_interval
 def test_a_person_sees_one_line_of_each_stage_and_the_rest_is_in_the_log(made):
     folder, metrics, told = made
     lines = told.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["guidance", "drtune", "reno", "search"]
+    assert [line.partition(":")[0] for line in lines] == ["guidance", "draft", "reno", "search"]
     assert all(re.search(r"[+-]\d\.\d+ \[[+-].*\] (in|ex)cludes 0.* \(\d+ s\)$", line) for line in lines)
     log = (folder / "log.txt").read_text()
     assert "gradient: truncated:" in log and lines[1] in log and "\n\n" not in log and "\x1b" not in log
     assert (
-        "drtune" in run.summarise(metrics)
-        and run.summarise(metrics).count("+") + run.summarise(metrics).count("-") >= 3
+        "draft" in run.summarise(metrics) and run.summarise(metrics).count("+") + run.summarise(metrics).count("-") >= 3
     )
 
 
