@@ -92,7 +92,7 @@ def check_exact_ratio(config: TrainingConfig) -> None:
     if config.compile and config.mixed_precision != "no":
         raise UserError(
             f"--compile does not go with --mixed_precision {config.mixed_precision} here: a step is "
-            "sampled by one graph and trained by another, whose rounding is above the clip range; leave one out"
+            "sampled by one graph and trained by another, whose rounding can be above the clip range; leave one out"
         )
 
 

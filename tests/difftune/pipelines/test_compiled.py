@@ -366,8 +366,9 @@ def test_the_real_compiler_gives_the_same_up_to_rounding():
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(compiling.obstacle() is not None, reason=str(compiling.obstacle()))
 @pytest.mark.parametrize("trust", ["clip", "guard"])
-def test_by_the_real_compiler_a_first_ratio_is_1_far_within_the_clip_range(trust, tmp_path):
+def test_by_the_real_compiler_a_first_ratio_is_1_far_within_the_clip_range(trust, tmp_path, monkeypatch):
     """A step is sampled by a graph without a gradient and trained by one with: in float32 their rounding is nothing."""
+    monkeypatch.setattr(compiling, "BLOCKS", set())  # the transformer blocks alone, which hold the LoRA
     config = toy("grpo", tmp_path, max_train_steps=1, compile=True, trust=trust)
     ((metrics, _),) = train(config, None, small(), Brightness())
     print({name: metrics[name] for name in ("ratio", "approx_kl", "clip_fraction")})
@@ -375,7 +376,7 @@ def test_by_the_real_compiler_a_first_ratio_is_1_far_within_the_clip_range(trust
 
 
 @pytest.mark.parametrize("name", ["grpo", "ddpo"])
-def test_half_precision_would_leave_the_clip_range_before_any_update(name, tmp_path, monkeypatch):
+def test_half_precision_could_leave_the_clip_range_before_any_update(name, tmp_path, monkeypatch):
     monkeypatch.setattr(compiling, "obstacle", lambda: None)
     config = toy(name, tmp_path, compile=True, mixed_precision="bf16")
     with pytest.raises(UserError, match="--compile does not go with --mixed_precision bf16 here"):
