@@ -209,7 +209,7 @@ def test_what_was_set_up_once_gives_the_bits_of_what_is_set_up_at_each_call(monk
     assert torch.equal(once.latents, anew.latents) and torch.equal(once.rewards, anew.rewards)
 
 
-@pytest.mark.parametrize("config", [DPOConfig, KTOConfig])
+@pytest.mark.parametrize("config", [DPOConfig, pytest.param(KTOConfig, marks=pytest.mark.slow)])
 def test_labelled_pictures_and_their_prompts_are_encoded_once_a_run(config, tmp_path):
     for name in ("red", "blue"):
         Image.new("RGB", (16, 16), name).save(tmp_path / f"{name}.png")
@@ -238,5 +238,5 @@ def test_no_more_pictures_are_kept_than_there_is_room_for(tmp_path):
 def test_an_optimised_noise_looks_up_its_networks_once(monkeypatch):
     made, build = [], objective.guided_by
     monkeypatch.setattr(objective, "guided_by", lambda *given: made.append(given) or build(*given))
-    ReNO(sd(), Brightness(), progress=False).optimize(PROMPTS, 3)
+    ReNO(sd(), Brightness(), progress=False).optimize(PROMPTS[:1], 2)
     assert len(made) == 1

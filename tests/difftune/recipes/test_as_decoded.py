@@ -8,6 +8,8 @@ from rewards.simple import Brightness
 from tests.support import pipelines
 from tests.support.toys import toy
 
+RECIPES = ("alignprop", "adjoint-matching")
+
 
 class Judge:
     """Brightness, which notes how many images it is shown with a graph."""
@@ -24,9 +26,8 @@ class Judge:
         return Brightness()(images, prompts)
 
 
-@pytest.mark.parametrize("decode_batch", [1, 2])
-@pytest.mark.parametrize("name", ["alignprop", "hypernoise", "adjoint-matching"])
-@pytest.mark.sampled(4)
+@pytest.mark.parametrize("decode_batch", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["hypernoise", *(pytest.param(n, marks=pytest.mark.slow) for n in RECIPES)])
 def test_a_recipe_judges_the_images_as_they_are_decoded(name, decode_batch, tmp_path):
     config = toy(name, tmp_path, max_train_steps=1, train_batch_size=3, decode_batch=decode_batch)
     judge = Judge()

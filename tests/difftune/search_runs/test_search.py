@@ -754,8 +754,10 @@ def test_processes_that_share_a_search_run_the_same_rows_at_a_time(pipe, monkeyp
     assert searched(pipe, memory_budget="300MiB").problem.micro_batch > 2
 
 
-@pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("decode_batch", [1, 4])
+@pytest.mark.parametrize(
+    ("gradient", "decode_batch"),
+    [(False, 1), (True, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, 4), (True, 1)))],
+)
 def test_the_peak_of_rows_is_what_is_predicted_of_one(pipe, gradient, decode_batch):
     """In a batch, few images are decoded at a time and all the others kept."""
     model = LatentModel(pipe, decode_batch=decode_batch)
