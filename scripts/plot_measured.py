@@ -109,6 +109,26 @@ def recipes() -> Figure:
     return made
 
 
+def curves() -> Figure:
+    """What ShapeEval of held-out prompts gains with what was spent, a line for each recipe, with intervals."""
+    rows = table(*SOURCES["curves"])
+    made = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = made.subplots(1, 2, sharey=True)
+    for axes, column in zip(panels, ("forward-equivalents", "seconds"), strict=True):
+        for name, color, marker in zip(dict.fromkeys(row["recipe"] for row in rows), COLORS, MARKERS, strict=False):
+            own = [row for row in rows if row["recipe"] == name]
+            found = [(0.0, 0.0, 0.0), *(interval(row["to the start"]) for row in own)]
+            spread = [[m - low for m, low, _ in found], [high - m for m, _, high in found]]
+            x, y = [0.0, *(float(row[column]) for row in own)], [m for m, *_ in found]
+            axes.errorbar(x, y, spread, marker=marker, markersize=4, capsize=2, linewidth=1.2, color=color, label=name)
+        axes.axhline(0, color=INK, linewidth=1)
+        axes.set(xlabel=column)
+    panels[0].set(ylabel="gain in ShapeEval, held-out prompts")
+    known = panels[0].get_legend_handles_labels()
+    panels[1].legend(*known, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return made
+
+
 def searches() -> Figure:
     """The best reward so far by network evaluations."""
     rows = table(*SOURCES["searches"])
@@ -122,13 +142,14 @@ def searches() -> Figure:
     return made
 
 
-PLOTS = {"guidance": guidance, "flow": flow, "recipes": recipes, "searches": searches}
+PLOTS = {"guidance": guidance, "flow": flow, "recipes": recipes, "curves": curves, "searches": searches}
 
 
 SOURCES = {  # of each plot, its table
     "guidance": ("guidance/measured.md", "method", "scale", "ShapeEval", "Fréchet"),
     "flow": ("guidance/measured.md", "method", "scale", "NFE", "ShapeEval", "ShapeEval-hard", "coverage"),
     "recipes": ("training.md", "recipe", "reward", "difference", "difference of the oracle"),
+    "curves": ("training.md", "recipe", "updates", "forward-equivalents", "seconds", "ShapeEval", "to the start"),
     "searches": ("search/trees.md", "NFE", "best-of-n", "dts-star"),
 }
 

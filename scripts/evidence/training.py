@@ -269,9 +269,11 @@ def curve_claim(recipe: str, lines: Sequence[Mapping[str, Any]]) -> Claim:
 
 def curves_text(size: Size, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The way of each recipe, and its end by all judges."""
+    gradient = ", ".join(recipe for recipe in curves if recipe in GRADIENT)
+    followers = f"{gradient} follow `{SMOOTH}`; the others are" if gradient else "They are"
     lead = (
         f"The same flow, `tiny-flow`, without guidance, at most {size.curve[0]:g} s of one thread each. "
-        f"{', '.join(r for r in curves if r in GRADIENT)} follow `{SMOOTH}`; the others are given the oracle itself, "
+        f"{followers} given the oracle itself, "
         f"on training captions, so that it is in-reward. Measured on {6 * size.per_category} held-out prompts, "
         f"{size.images} images each, {STEPS} steps:"
     )
