@@ -9,18 +9,18 @@ steps by recomputing each; `d3po` trains on all 50. Both score images by `satura
 train a LoRA of rank 4. `blocks` recomputes the network block by block too. The memory is the allocator's peak, weights
 included, and the seconds are the median of the steps after the first.
 
-`--where` tells the shares of the network, the decoder and the reward, forwards and backwards, and of the rest: the
-sampler, the guidance, the text, the optimiser. With `--small` each recipe is the example tiny-RECIPE on its own model,
-with the reward of the example; without, on the model of Stable Diffusion 1.5's size, 512 x 512, batch 4, 10 steps, and
-tiny-clip, or where there is no GPU, 64 x 64, batch 2, 4 steps in float32 (about 4 GB of weights). The mean of whole
-rounds after the first one, by this process's own time on a CPU; a GPU is waited for wherever one part begins, so that
-its steps take longer than they do.
+`--where` tells the shares of the network, the decoder and the reward, forwards and backwards, of the text encoders, and
+of the rest: the sampler, the guidance, the optimiser. With `--small` each recipe is the example tiny-RECIPE on its own
+model, with the reward of the example; without, on the model of Stable Diffusion 1.5's size, 512 x 512, batch 4, 10
+steps, and tiny-clip, or where there is no GPU, 64 x 64, batch 2, 4 steps in float32 (about 4 GB of weights). The mean
+of whole rounds after the first one, by this process's own time on a CPU; a GPU is waited for wherever one part begins,
+so that its steps take longer than they do.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -104,7 +104,7 @@ def measure(recipes: Sequence[str], steps: int, small: bool) -> None:
 # ------------------------------------------------------------------------------------------------ where the time goes
 
 
-PARTS = ("network", "decoder", "reward", "rest")
+PARTS = ("network", "decoder", "reward", "text", "rest")
 
 
 @dataclass
@@ -135,7 +135,8 @@ def timed_module(parts: Parts, part: str, module: nn.Module) -> Iterator[None]:
     before: list[str] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        parts.arriving("rest", args[0])
+        if args:
+            parts.arriving("rest", args[0])
         before.append(parts.to(part))
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -223,11 +224,11 @@ def shares_of_a_step(pipe: Any, config: Any, rounds: int) -> dict[str, float]:
     if validation.rewarded(config):
         reward = TimedReward(reward_named(config.reward, gradient=recipe_of(config).reward == "gradient"), parts)
     network = next(part for name in ("unet", "transformer") if (part := pipe.components.get(name)) is not None)
-    with (
-        timed_module(parts, "network", network),
-        timed_module(parts, "decoder", pipe.vae.decoder),
-        timed_backward(parts),
-    ):
+    encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
+    with ExitStack() as stack:
+        for part, module in [("network", network), ("decoder", pipe.vae.decoder), *(("text", e) for e in encoders)]:
+            stack.enter_context(timed_module(parts, part, module))
+        stack.enter_context(timed_backward(parts))
         for done, _ in enumerate(train(config, None, pipe, reward), start=1):
             parts.to("rest")
             if done == length:

@@ -53,14 +53,18 @@ class Ticking(torch.autograd.Function):
     [
         (
             AlignPropConfig(truncation_min=2),
-            {"network": 2 * 2 + 2, "decoder": 40, "reward": 200 + 2000},
+            {"network": 2 * 2 + 2, "decoder": 40, "reward": 200 + 2000, "text": 2 * 20_000},
         ),
-        (DDPOConfig(num_images_per_prompt=2), {"network": 2 + 2 * 2, "decoder": 2 * 10, "reward": 100}),
+        (
+            DDPOConfig(num_images_per_prompt=2),
+            {"network": 2 + 2 * 2, "decoder": 2 * 10, "reward": 100, "text": 20_000},  # one prompt
+        ),
     ],
 )
 def test_the_time_of_a_step_is_told_by_part(bench, config, spent, monkeypatch):
-    """A clock of ticks: one for a call of the network and one on the way back through its last layer, ten for one
-    of the decoder. Two images in two steps, recomputed on the way back, one image at a time from the decoder on."""
+    """A clock of ticks: one for a call of the network and one on the way back through its last layer, ten for one of
+    the decoder, 10,000 for one of the text encoder. Two images in two steps, recomputed on the way back, one image at a
+    time from the decoder on; each prompt with the empty one."""
     pipe, ticks, usual = pipelines.sd(), [0], steps.differentiate
     monkeypatch.setattr(bench, "clock", lambda: ticks[0])
 
@@ -74,6 +78,7 @@ def test_the_time_of_a_step_is_told_by_part(bench, config, spent, monkeypatch):
     pipe.unet.conv_in.register_forward_pre_hook(tick(1))
     pipe.unet.conv_out.register_forward_pre_hook(on_the_way_back)
     pipe.vae.decoder.conv_in.register_forward_pre_hook(tick(10))
+    pipe.text_encoder.get_input_embeddings().register_forward_pre_hook(tick(10_000))
 
     class Reward:
         differentiable = True
