@@ -73,7 +73,7 @@ class Stage:
 
     @property
     def pictures(self) -> list[dict[str, Any]]:
-        """The first picture before and after, with the oracle's word, of each prompt, or of `SHOWN` along the list."""
+        """Of at most `SHOWN` prompts, spread over the list: the first picture before and after, and if it holds."""
         found: dict[str, dict[str, Any]] = {}
         ways = [zip(way.results, pixels(way.images), strict=True) for way in (self.before, self.after)]
         for (was, picture), (now, later) in zip(*ways, strict=True):
@@ -140,6 +140,7 @@ def training(b: Budget, seed: int, folder: Path) -> Stage:
     oracle, reward = changes(before, after)
     title = RECIPES[b.recipe].title
     options = ["--steps", steps, "--images_per_prompt", each]
+    options += ["--prompts_per_category", b.held_out_prompts_per_category]
     return Stage(
         f"{title}: a LoRA trained on a reward",
         f"Gradients of {b.judge} flow through the whole sampler (steps: {steps}, guidance: {b.train_guidance}) into a "

@@ -11,6 +11,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 from tqdm import tqdm
 
 from difftune import recipes
@@ -21,6 +22,7 @@ from difftune.configs.search import SearchConfig
 from difftune.demo import run, screen, stages
 from difftune.demo.budget import Budget
 from difftune.errors import UserError
+from difftune.evaluation.intervals import Result
 from difftune.reno import run_folder as reno_folder
 from difftune.search_runs import run_folder as search_folder
 from tests.support.browsers import check_widths
@@ -93,6 +95,13 @@ def test_a_person_sees_one_line_of_each_stage_and_the_rest_is_in_the_log(made):
     assert (
         "draft" in run.summarise(metrics) and run.summarise(metrics).count("+") + run.summarise(metrics).count("-") >= 3
     )
+
+
+def test_pictures_of_a_long_list_are_spread_over_it():
+    results = [Result(f"prompt {i // 2}", "colors", i % 2, True) for i in range(2 * 130)]
+    way = stages.Judged(results, torch.zeros(260), torch.zeros(260, 3, 2, 2))
+    stage = stages.Stage("", "", ("", ""), way, way, {}, "", [])
+    assert [pair["prompt"] for pair in stage.pictures] == [f"prompt {i}" for i in range(0, 130, 3)]
 
 
 class Terminal(io.StringIO):
