@@ -33,6 +33,15 @@ def trained(setup: Setup, stop: int | None = None) -> torch.Tensor:
     return model.weight.detach().clone()
 
 
+def test_pictures_are_moved_within_their_radius_to_where_the_loss_is_higher():
+    """Of a linear loss the furthest point of each ball is known: the radius along the loss's own direction."""
+    x, slope = torch.randn(32, 3, 4, 4), torch.randn(32, 3, 4, 4)
+    moved = judged.moved_against(x, lambda y: (slope * y).sum()) - x
+    lengths = judged.length(moved)
+    assert lengths.max() <= judged.RADIUS and 0.2 * judged.RADIUS < lengths.mean() < 0.8 * judged.RADIUS
+    torch.testing.assert_close(moved, lengths * slope / judged.length(slope), rtol=1e-4, atol=1e-5)
+
+
 def test_a_stage_that_was_stopped_ends_in_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "SAVE_EVERY", -1.0)
     whole = trained(Setup(tmp_path / "whole"))

@@ -29,6 +29,17 @@ def closed_captions() -> set[grammar.Caption]:
     return {grammar.parse(entry["prompt"]) for entry in entries if entry["category"] in kinds}
 
 
+def test_the_pair_of_every_bound_size_is_held_out_too_and_training_never_has_more_beside_a_size():
+    hard = [grammar.parse(e["prompt"]) for e in draw.shapeeval_hard() if e["category"] == "bound_sizes"]
+    pairs = [grammar.Caption(tuple(phrase for phrase in caption.phrases if phrase.size)) for caption in hard]
+    assert {len(pair.phrases) for pair in pairs} == {2}
+    assert {grammar.content(pair) for pair in pairs} <= draw.held_out()
+    assert all(caption.relation or len(caption.phrases) == 3 for caption in hard)
+    rng = np.random.default_rng(3)
+    drawn = [draw.draw_caption(rng, "bound_sizes") for _ in range(500)]
+    assert not any(caption.relation or len(caption.phrases) > 2 for caption in drawn)
+
+
 def test_training_captions_say_nothing_that_the_lists_hold_out(monkeypatch):
     monkeypatch.setattr(draw, "draw_scene", lambda rng, caption: None)  # placing the objects is what takes time
     rng, kinds, held = np.random.default_rng(2), grammar.ALL_CATEGORIES, draw.held_out()
