@@ -91,7 +91,7 @@ def judge_evenly(judge: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
         dR_b / dx_b  is passed on as  (dR_b / dx_b) / |dR_b / dx_b|
 
-    What a loss makes of R_b stays a factor: it gets w_b times that for dL / dR_b = w_b. A gradient of 0 stays 0.
+    A loss with dL / dR_b = w_b passes on w_b times that. A gradient of 0 stays 0.
     """
     start, weights = x.view_as(x), torch.ones(())
     rewards = judge(start)
